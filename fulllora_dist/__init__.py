@@ -1,0 +1,38 @@
+"""FullLoRA adversarial finetuning of pretrained Vision Transformers.
+
+import fulllora_dist as fd
+model = fd.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k")   # pixels in [0, 1] -> logits
+x_adv = fd.pgd(model, x, y, eps=4 / 255, steps=10, step_size=1 / 255)
+fd.save_adapter(model, "adapter/")
+model = fd.load("adapter/")
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fulllora_dist.attacks.pgd import pgd
+    from fulllora_dist.errors import UserError
+    from fulllora_dist.evaluation import evaluate
+    from fulllora_dist.models.adapter_file import load, save_adapter
+    from fulllora_dist.models.finetune import AdaptedModel, create_model
+
+__version__ = "0.1.0"
+__all__ = ["AdaptedModel", "UserError", "create_model", "evaluate", "load", "pgd", "save_adapter"]
+
+_HOMES = {
+    "AdaptedModel": "models.finetune",
+    "UserError": "errors",
+    "create_model": "models.finetune",
+    "evaluate": "evaluation",
+    "load": "models.adapter_file",
+    "pgd": "attacks.pgd",
+    "save_adapter": "models.adapter_file",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import fulllora_dist` alone stays fast."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

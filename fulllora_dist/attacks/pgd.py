@@ -1,0 +1,113 @@
+"""Projected gradient descent (Madry et al., arXiv 1706.06083), and what every gradient attack shares.
+
+Attacks know nothing of training: they take any `nn.Module` from pixels in [0, 1] to logits. They ask for the input's
+gradient alone, so that no parameter gradient is filled and, under DeepSpeed's module, nothing is communicated.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.threat import Linf, in_box
+from fulllora_dist.rng import sample_rng
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed, not averaged: a sample's gradient does not depend on the batch it is in."""
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """max_{j != y} z_j - z_y, summed: the loss of Carlini and Wagner (arXiv 1608.04644), eq. 6 with kappa = inf."""
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return (others.amax(dim=1) - own).sum()
+
+
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
+
+
+@contextmanager
+def attacked(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter that asks for a gradient; afterwards each module and parameter as it was."""
+    training = [(module, module.training) for module in model.modules()]
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_(True)
+        for module, mode in training:
+            module.training = mode
+
+
+def input_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+    """The gradient of the loss by the pixels; inside `attacked`. One forward and one backward pass."""
+    leaf = pixels.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss(model(leaf), labels), leaf)
+    return gradient
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    steps: int,
+    step_size: float,
+    restarts: int = 1,
+    loss: Literal["ce", "margin"] = "ce",
+    random_start: bool = True,
+    seed: int = 0,
+    step: int = 0,
+    ids: Tensor | None = None,
+    purpose: str = "pgd",
+) -> Tensor:
+    """Adversarial examples in the Linf ball around `x`.
+
+    Args:
+        model: pixels in [0, 1] -> logits. Attacked in evaluation mode; modes and `requires_grad` are restored.
+        x: [B, 3, H, W] in [0, 1], fp32 or fp64.
+        y: int64 [B].
+        eps, step_size: in pixel units of [0, 1], e.g. 4 / 255.
+        steps: forward and backward passes a restart.
+        restarts: random starts; a sample keeps the first example that fools the model, else the last.
+            More than one costs one more forward pass each.
+        loss: "ce", or "margin" for the loss of Carlini and Wagner.
+        random_start: uniform in the ball, else `x` itself.
+        seed, step, ids, purpose: key the start (`sample_rng`); ids defaults to 0..B-1.
+
+    Returns:
+        [B, 3, H, W] of x's dtype, in [0, 1] and within eps of x, no part of a graph.
+    """
+    threat = Linf(eps)
+    ids = torch.arange(len(x), device=x.device) if ids is None else ids
+    x = x.detach()
+    found: Tensor | None = None
+    fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    with attacked(model):
+        for restart in range(restarts):
+            x_adv = x
+            if random_start:
+                rng = sample_rng(seed, f"{purpose}/start/{restart}", step, ids)
+                x_adv = in_box(x + threat.random_start(rng, x))
+            for _ in range(steps):
+                gradient = input_gradient(model, x_adv, y, LOSSES[loss])
+                x_adv = in_box(x + threat.project(x_adv + step_size * threat.steepest(gradient) - x))
+            found = x_adv if found is None else torch.where(fooled.view(-1, 1, 1, 1), found, x_adv)
+            if restarts > 1:
+                with torch.no_grad():
+                    fooled |= model(x_adv).argmax(dim=1) != y
+    assert found is not None
+    return found

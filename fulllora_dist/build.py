@@ -1,0 +1,124 @@
+"""From the config to the parts of a run."""
+
+import os
+
+from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.config import Config
+from fulllora_dist.data.decode import EvalTransform, TrainTransform
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.loader import EvalStream, TrainStream
+from fulllora_dist.distributed.engine import check_batch
+from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.errors import UserError
+from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.finetune import AdaptedModel, create_model
+
+
+def check_inputs(config: Config, world: int) -> None:
+    """What can be refused before anything heavy starts: files that are missing, a batch that does not divide.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    check_batch(config.optim, config.distributed.grad_accumulation, world)
+    local = {
+        "model.checkpoint": config.model.checkpoint,
+        "adapter.start_from": config.adapter.start_from,
+        "run.resume_from": config.run.resume_from,
+    }
+    for name, path in local.items():
+        if path is not None and "://" not in path and not os.path.exists(path):
+            raise UserError(f"{name}: {path} does not exist")
+    for name, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):
+        if folder is not None and not os.path.exists(os.path.join(folder, "index.npz")):
+            raise UserError(f"{name}: {folder} holds no index.npz; make shards with tools/make_shards.py")
+
+
+def build_model(config: Config) -> AdaptedModel:
+    """The frozen backbone with its adapter, on the CPU."""
+    model, adapter = config.model, config.adapter
+    return create_model(
+        model.backbone,
+        checkpoint=model.checkpoint,
+        pretrained=model.pretrained,
+        num_classes=model.num_classes,
+        classes=model.classes,
+        image_size=model.image_size,
+        mean=model.mean,
+        std=model.std,
+        architecture=model.architecture,
+        finetune=config.finetune,
+        budget=adapter.budget,
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        placement=adapter.placement,
+        qkv=adapter.qkv,
+        patch_norm_eps=adapter.patch_norm_eps,
+        head=adapter.head,
+        precision=model.precision,
+        seed=config.run.seed,
+    )
+
+
+def build_method(config: Config) -> Method:
+    """The training method, with its threat model."""
+    method = METHODS[config.method.name]
+    return method(config.method, Linf(config.threat.eps), config.run.seed)  # type: ignore[call-arg]
+
+
+def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:
+    """The data's classes must be the model's outputs.
+
+    Raises:
+        UserError: their numbers differ.
+    """
+    if len(index.classes) != model.num_classes:
+        raise UserError(
+            f"{setting} has {len(index.classes)} classes, the model {model.num_classes} outputs; "
+            f"set model.num_classes={len(index.classes)} for a new head, or model.classes to rows of the checkpoint's"
+        )
+
+
+def build_stream(config: Config, model: BackboneInfo, ranks: Ranks) -> TrainStream:
+    """Training batches of this rank."""
+    data = config.data
+    stream = TrainStream(
+        data.train,
+        batch_size=config.optim.batch_size,
+        transform=TrainTransform(
+            size=model.image_size,
+            augment=data.augment,
+            crop_scale=data.crop_scale,
+            crop_pct=data.crop_pct or model.crop_pct,
+            interpolation=data.interpolation or model.interpolation,
+        ),
+        seed=config.run.seed,
+        world=ranks.world,
+        rank=ranks.rank,
+        workers=data.workers,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    check_classes(stream.index, model, "data.train")
+    return stream
+
+
+def build_eval_stream(config: Config, folder: str, model: BackboneInfo, ranks: Ranks) -> EvalStream:
+    """Evaluation batches of this rank."""
+    data = config.data
+    stream = EvalStream(
+        folder,
+        batch_size=config.evaluation.batch_size,
+        transform=EvalTransform(
+            size=model.image_size,
+            crop_pct=data.crop_pct or model.crop_pct,
+            interpolation=data.interpolation or model.interpolation,
+        ),
+        n=config.evaluation.n,
+        world=ranks.world,
+        rank=ranks.rank,
+        workers=data.workers,
+        pin_memory=ranks.device.type == "cuda",
+    )
+    check_classes(stream.index, model, "data.validation")
+    return stream

@@ -1,0 +1,221 @@
+"""Every setting of a run, typed, with its meaning under it.
+
+`config_file.py` reads a YAML file and the command line into a `Config`; `--help` prints this page.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+
+from fulllora_dist.methods import METHODS, MethodSettings
+from fulllora_dist.models.finetune import Finetune, Head, Precision
+from fulllora_dist.models.placement import COMPONENTS
+from fulllora_dist.pixels import Pixels
+
+
+class Settings(BaseModel):
+    """Base of all sections: unknown keys are refused, nothing changes after the start."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelSettings(Settings):
+    backbone: str
+    """timm's full arch.tag, e.g. vit_base_patch16_224.augreg2_in21k_ft_in1k."""
+    checkpoint: str | None = None
+    """Weights under timm's keys (.safetensors or .pth), a path or an fsspec URL; null takes timm's hub."""
+    pretrained: bool = True
+    """false starts from random weights (drawn from run.seed)."""
+    num_classes: int | None = Field(None, ge=2)
+    """Outputs; null keeps the checkpoint's. Another number starts a new head."""
+    classes: list[int] | None = None
+    """Rows of the checkpoint's head to keep, in the order of the data's classes."""
+    image_size: int | None = Field(None, ge=1)
+    """Side in pixels; null takes the pretrained one. Another resamples the position embedding."""
+    mean: tuple[float, float, float] | None = None
+    """Normalisation, in [0, 1] pixels; null takes the tag's."""
+    std: tuple[float, float, float] | None = None
+    """Normalisation, in [0, 1] pixels; null takes the tag's."""
+    architecture: dict[str, Any] = {}
+    """Further arguments of timm.create_model, for models of one's own. Dropout and drop_path draw from torch's own
+    generator: they are the one randomness that depends on the number of ranks."""
+    precision: Precision = "fp32"
+    """bf16 computes the blocks in bf16; pixels, patch embedding, adapters, optimizer and head stay in fp32."""
+
+
+class AdapterSettings(Settings):
+    budget: float = Field(0.05, gt=0, le=1)
+    """Share of backbone + head that may train, head counted; the rank follows from it."""
+    rank: int | None = Field(None, ge=1)
+    """Rank of every branch, instead of the budget."""
+    alpha: float | None = Field(None, gt=0)
+    """Branches are scaled by alpha / rank; null takes alpha = rank."""
+    placement: tuple[Literal["patch_embed", "q", "k", "v", "proj", "fc1", "fc2"], ...] = COMPONENTS
+    """Components with a branch."""
+    qkv: Literal["separate", "shared"] = "separate"
+    """A branch each for q, k and v, or one for the fused projection."""
+    patch_norm_eps: float = Field(1e-2, gt=0)
+    """eps of the LN over flattened patches, in squared units of normalised pixels."""
+    head: Head = "auto"
+    """frozen, trained or adapted; auto freezes the backbone's own classes and trains new ones."""
+    start_from: str | None = None
+    """Folder of an adapter to start from; its backbone and shapes must be these."""
+
+
+class ThreatSettings(Settings):
+    norm: Literal["linf"] = "linf"
+    """Norm of the perturbation."""
+    eps: Pixels
+    """Its size in pixels of [0, 1]: 4/255 or a number."""
+
+
+class DataSettings(Settings):
+    train: str
+    """Folder of training shards, as tools/make_shards.py writes it."""
+    validation: str | None = None
+    """Folder of shards for the final evaluation; null leaves it out."""
+    augment: Literal["none", "flip", "crop"] = "crop"
+    """none, horizontal flip, or random resized crop and flip; keyed by the sample, the same on any ranks."""
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    """Area of the random crop as a share of the picture."""
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    """Central share that the evaluation crop keeps; null takes the backbone's."""
+    interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None
+    """Of every resize; null takes the backbone's."""
+    workers: int = Field(2, ge=0)
+    """Decoding processes a rank; 0 decodes in the training process."""
+
+
+class OptimSettings(Settings):
+    """AdamW, linear warm-up, then a cosine; one value an optimizer update."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the updates in which the learning rate rises linearly."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging of gradient and squared gradient."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled, on matrices; norms and biases are left out."""
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the whole gradient; 0 does not clip."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Decay of an average of the adapter, which is then what is saved and evaluated; 0 keeps none."""
+    batch_size: int = Field(256, ge=1)
+    """Pictures an optimizer update, over all ranks and micro-batches."""
+    epochs: float = Field(10, gt=0)
+    """Passes over the data in optimizer updates: Free with m replays draws 1 / m as many batches."""
+
+
+class DistributedSettings(Settings):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage: 1 shards the optimizer, 2 the gradients, 3 the weights too (gathered in each attack pass)."""
+    grad_accumulation: int = Field(1, ge=1)
+    """Micro-batches an optimizer update and rank."""
+    activation_checkpointing: Literal["off", "weight_step", "all"] = "off"
+    """Recompute the blocks in backward: in the weight step alone, or in the attack's passes too."""
+
+
+class RunSettings(Settings):
+    output: str
+    """Folder of the run: states, adapter, evaluation, metrics. A run found there is resumed."""
+    seed: int = 0
+    """Of everything random."""
+    save_every: int = Field(500, ge=1)
+    """Batches between states of the run."""
+    keep_states: int = Field(2, ge=1)
+    """How many states are kept."""
+    resume_from: str | None = None
+    """Folder of a state to start from where the output has none yet."""
+    log_every: int = Field(10, ge=1)
+    """Batches between logged metrics."""
+
+
+class EvaluationSettings(Settings):
+    attacks: tuple[str, ...] = ("clean", "pgd20")
+    """clean, or pgdK and cwK for K steps, optionally with restarts: pgd20x5."""
+    n: int | None = Field(None, ge=1)
+    """How many pictures, drawn evenly over the classes; null takes all."""
+    batch_size: int = Field(64, ge=1)
+    """Pictures a rank and batch."""
+
+
+class TrackingSettings(Settings):
+    enabled: bool = True
+    """false logs to the output folder alone."""
+    uri: str | None = None
+    """MLflow's tracking store; null takes MLFLOW_TRACKING_URI, else sqlite in mlflow.db beside the output folder."""
+    experiment: str = "fulllora"
+    """MLflow experiment."""
+    run_name: str | None = None
+    """Name of the run; null takes the output folder's."""
+
+
+def _method(value: object) -> object:
+    """`pgd` or {name: pgd, ...} -> the settings of that method."""
+    if isinstance(value, str):
+        value = {"name": value}
+    if isinstance(value, Mapping):
+        name = value.get("name")
+        if name not in METHODS:
+            raise ValueError(f"name: {name!r} is no method; known: {', '.join(METHODS)}")
+        return METHODS[name].Settings.model_validate(dict(value))
+    return value
+
+
+_DERIVED_FROM_OURS = {
+    "train_batch_size": "optim.batch_size",
+    "train_micro_batch_size_per_gpu": "optim.batch_size and distributed.grad_accumulation",
+    "gradient_accumulation_steps": "distributed.grad_accumulation",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "fp16": "model.precision",
+    "bf16": "model.precision",
+    "activation_checkpointing": "distributed.activation_checkpointing",
+}
+
+
+class Config(Settings):
+    """The whole run."""
+
+    finetune: Finetune = "fulllora"
+    """What trains: fulllora (LNLoRA branches), lora (the same without LN), full, head, layernorm."""
+    model: ModelSettings
+    adapter: AdapterSettings = AdapterSettings()
+    threat: ThreatSettings
+    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_method)]
+    """How it trains: a name, or name and settings of one of standard, pgd, free, fgsm_rs, n_fgsm."""
+    data: DataSettings
+    optim: OptimSettings = OptimSettings()
+    distributed: DistributedSettings = DistributedSettings()
+    deepspeed: dict[str, Any] = {}
+    """More of DeepSpeed's own settings; those that follow from ours are refused here."""
+    run: RunSettings
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        for key in self.deepspeed:
+            if key in _DERIVED_FROM_OURS:
+                raise ValueError(f"deepspeed.{key} follows from {_DERIVED_FROM_OURS[key]}; set that instead")
+        if "stage" in self.deepspeed.get("zero_optimization", {}):
+            raise ValueError("deepspeed.zero_optimization.stage follows from distributed.zero_stage; set that instead")
+        if self.optim.batch_size % self.distributed.grad_accumulation:
+            raise ValueError(
+                f"optim.batch_size: {self.optim.batch_size} does not divide by distributed.grad_accumulation "
+                f"{self.distributed.grad_accumulation}"
+            )
+        if self.finetune == "full" and self.adapter.start_from:
+            raise ValueError("adapter.start_from: finetune: full has no adapter; set model.checkpoint")
+        return self
+
+    def tracking_uri(self) -> str:
+        """Where MLflow writes: our setting, else MLFLOW_TRACKING_URI, else sqlite beside the output folder."""
+        beside = os.path.join(os.path.dirname(os.path.abspath(self.run.output)), "mlflow.db")
+        return self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"

@@ -1,0 +1,126 @@
+"""From a YAML file and `key=value` arguments to a checked `Config`: one clear line for whatever is wrong."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from fulllora_dist.config import Config
+from fulllora_dist.errors import UserError
+from fulllora_dist.methods import METHODS
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a file, with `key=value` overrides (`optim.lr=1e-3`).
+
+    A file may name another one, relative to itself, under `base`; its own keys win.
+
+    Raises:
+        UserError: one line that names the setting or file.
+    """
+    merged = _read(path)
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{override!r} is no setting; write key=value, e.g. optim.lr=1e-3")
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error)}") from None
+
+
+def _read(path: str) -> Any:
+    if not os.path.isfile(path):
+        raise UserError(f"--config: {path} does not exist; ready ones are in configs/")
+    try:
+        values = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(values):
+        raise UserError(f"{path} is empty or a list; it should hold sections such as model: and data:")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return OmegaConf.merge(_read(os.path.join(os.path.dirname(path), base)), values)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _known_keys(location: Sequence[Any]) -> list[str]:
+    """The keys that the section at `location` takes."""
+    model: type[BaseModel] | None = Config
+    for part in location:
+        if part == "method" and model is Config:
+            return sorted({key for method in METHODS.values() for key in method.Settings.model_fields})
+        field = model.model_fields.get(str(part)) if model else None
+        annotation = field.annotation if field else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return list(model.model_fields) if model else []
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing that is wrong, and what would be right."""
+    details = error.errors()[0]
+    *section, key = details["loc"] or ("",)
+    name = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
+        known = _known_keys(section)
+        near = difflib.get_close_matches(str(key), known, n=1) or difflib.get_close_matches(str(key), known, 1, 0.3)
+        return f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    if details["type"] == "missing":
+        return f"{name} is missing; it has no default"
+    message = details["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    given = details["input"]
+    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) and repr(given) not in message else ""
+    return f"{name}: {message}{shown}"
+
+
+def describe_settings() -> str:
+    """All settings with type, default and meaning, for `--help`."""
+    lines: list[str] = []
+
+    def describe(model: type[BaseModel], prefix: str) -> None:
+        for key, field in model.model_fields.items():
+            annotation = field.annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel) and key != "method":
+                describe(annotation, f"{prefix}{key}.")
+                continue
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"  {prefix}{key} ({default})\n      {meaning}")
+
+    describe(Config, "")
+    for name, method in METHODS.items():
+        lines.append(f"method: {name}")
+        describe(method.Settings, "  method.")
+    return "\n".join(lines)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Arguments that train.py and evaluate.py share."""
+    result = argparse.ArgumentParser(
+        description=description,
+        epilog="settings (in the file, or as key=value arguments):\n" + describe_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file of settings; ready ones are in configs/"
+    )
+    result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    return result

@@ -1,0 +1,55 @@
+"""What a stream yields."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one step on one rank.
+
+    Attributes:
+        images: uint8 (0..255) or floating point ([0, 1]) [B, 3, H, W].
+        labels: int64 [B], class indices.
+        ids: int64 [B], stable across topologies and restarts.
+        mask: bool [B], False where a sample only pads the batch.
+        slot: global batch slot of the first sample: slots are numbered over all ranks in plan order.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+    slot: int = 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`, copied asynchronously where memory is pinned."""
+        images, labels, ids, mask = (
+            t.to(device, non_blocking=True) for t in (self.images, self.labels, self.ids, self.mask)
+        )
+        return Batch(images, labels, ids, mask, self.slot)
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Equal micro-batches in slot order. `parts` divides the batch."""
+        size = len(self) // parts
+        assert size * parts == len(self), f"a batch of {len(self)} does not split into {parts}"
+        return [
+            Batch(
+                self.images[i : i + size],
+                self.labels[i : i + size],
+                self.ids[i : i + size],
+                self.mask[i : i + size],
+                self.slot + i,
+            )
+            for i in range(0, len(self), size)
+        ]
+
+    def pixels(self) -> torch.Tensor:
+        """fp32 [B, 3, H, W] in [0, 1] (float64 images stay float64)."""
+        if self.images.dtype == torch.uint8:
+            return self.images.to(torch.float32) / 255
+        return self.images if self.images.dtype == torch.float64 else self.images.to(torch.float32)

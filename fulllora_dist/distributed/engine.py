@@ -1,0 +1,282 @@
+"""DeepSpeed behind two doors: `attack_view` for attacks, `step` for weights.
+
+An attack through the DeepSpeed engine raises at ZeRO 0 to 2 and silently changes the result at 3; through the module
+it is exact at every stage and communicates nothing at 0 to 2. So attacks get the module, and only the weight step goes
+through the engine. Nothing of DeepSpeed is seen outside this folder.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+
+from fulllora_dist.config import DistributedSettings, OptimSettings
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.errors import UserError
+from fulllora_dist.models.finetune import AdaptedModel
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def learning_rate(update: int, total: int, settings: OptimSettings) -> float:
+    """Linear warm-up to `lr`, then half a cosine down to `min_lr`, at optimizer update 0 .. total - 1."""
+    warmup = int(settings.warmup * total)
+    if update < warmup:
+        return settings.lr * (update + 1) / warmup
+    progress = (update - warmup) / max(1, total - warmup)
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def check_batch(settings: OptimSettings, accumulation: int, world: int) -> int:
+    """Pictures a micro-batch and rank.
+
+    Raises:
+        UserError: the batch does not divide.
+    """
+    parts = world * accumulation
+    if settings.batch_size % parts:
+        raise UserError(
+            f"optim.batch_size: {settings.batch_size} does not divide by {world} ranks x "
+            f"distributed.grad_accumulation {accumulation}; take a multiple of {parts}"
+        )
+    return settings.batch_size // parts
+
+
+def deepspeed_settings(
+    optim: OptimSettings, settings: DistributedSettings, extra: dict[str, Any], world: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; `extra` is the config's own `deepspeed` block.
+
+    Computing in bf16 is the model's own matter (`models/precision.py`): to DeepSpeed everything that trains is fp32.
+    """
+    zero = {"stage": settings.zero_stage} | extra.get("zero_optimization", {})
+    return {
+        "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,
+        **extra,
+        "zero_optimization": zero,
+        "train_batch_size": optim.batch_size,
+        "train_micro_batch_size_per_gpu": check_batch(optim, settings.grad_accumulation, world),
+        "gradient_accumulation_steps": settings.grad_accumulation,
+        "gradient_clipping": optim.clip,
+    }
+
+
+@dataclass
+class TrainableState:
+    """The state of everything that trains, bound to no number of ranks and no ZeRO stage.
+
+    Attributes:
+        updates: optimizer updates made.
+        tensors: {"master" | "exp_avg" | "exp_avg_sq" | "ema": {name in the timm model: fp32, full shape, host}}.
+    """
+
+    updates: int
+    tensors: dict[str, dict[str, Tensor]]
+
+
+class Engine:
+    """The adapted model under DeepSpeed.
+
+    Args:
+        model: on any device; it is moved to the rank's.
+        total_updates: length of the learning rate schedule.
+        state: where to go on from; its masters are loaded before DeepSpeed takes the parameters over.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        optim: OptimSettings,
+        settings: DistributedSettings,
+        extra: dict[str, Any],
+        ranks: Ranks,
+        total_updates: int,
+        state: TrainableState | None = None,
+    ):
+        if state is not None:
+            model.load_trainable(state.tensors["master"])
+        self.model = model.to(ranks.device)
+        self.model.train()
+        self.ranks = ranks
+        self.updates = state.updates if state is not None else 0
+        self.total_updates = total_updates
+        self._optim = optim
+        self._stage = settings.zero_stage
+        self._accumulation = settings.grad_accumulation
+        self._checkpointing = settings.activation_checkpointing
+        self._named = model.trainable()
+        self._engine = _start_deepspeed(model, self._optimizer(), settings, optim, extra, ranks)
+        self._set_checkpointing(self._checkpointing == "all")
+        self._ema: dict[str, Tensor] = {}
+        self._prepare_moments(state)
+        if optim.ema:
+            source = state.tensors["ema"] if state is not None and "ema" in state.tensors else self._full_masters()
+            self._ema = {name: tensor.to(ranks.device, torch.float32, copy=True) for name, tensor in source.items()}
+
+    @property
+    def attack_view(self) -> AdaptedModel:
+        """The model for attacks: no hook of the engine, no gradient of a parameter, no collective below ZeRO-3."""
+        return self.model
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Logits of a weight step."""
+        if self._checkpointing != "weight_step":
+            return self._engine(pixels)
+        self._set_checkpointing(True)
+        try:
+            return self._engine(pixels)
+        finally:
+            self._set_checkpointing(False)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the adapter, averaged over micro-batches and ranks, and of a leaf behind the pixels."""
+        self._engine.backward(loss)
+
+    def accumulate(self, batch: Batch) -> Iterator[Batch]:
+        """The micro-batches of one optimizer update. The update is made after the last one's backward."""
+        rate = learning_rate(self.updates, self.total_updates, self._optim)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        for micro in batch.split(self._accumulation):
+            yield micro
+            self._engine.step()
+        self.updates += 1
+        if self._ema:
+            self._average()
+
+    def gradient_norm(self) -> float | None:
+        """Norm of the last update's whole gradient before clipping; None at ZeRO-0, where DeepSpeed keeps none."""
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update."""
+        return float(self._engine.optimizer.param_groups[0]["lr"])
+
+    def state(self) -> TrainableState:
+        """Consolidated state on the host of every rank. A collective: every rank must call it."""
+        tensors = {"master": self._full_masters()}
+        for key in MOMENTS:
+            tensors[key] = {name: self._moment(p, key) for name, p in self._named.items()}
+        if self._ema:
+            tensors["ema"] = self._ema
+        host = {kind: {n: t.detach().cpu().float().clone() for n, t in ts.items()} for kind, ts in tensors.items()}
+        return TrainableState(self.updates, host)
+
+    def adapter(self) -> dict[str, Tensor]:
+        """What to save and evaluate: the average where one is kept, else the parameters. A collective."""
+        tensors = self._ema or self._full_masters()
+        return {name: t.detach().cpu().float().clone() for name, t in tensors.items()}
+
+    # -- parameters and optimizer state at any stage --------------------------------------------------------------
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        decayed = [p for p in self._named.values() if p.ndim > 1]
+        plain = [p for p in self._named.values() if p.ndim <= 1]
+        groups = [
+            {"params": parameters, "weight_decay": decay}
+            for parameters, decay in ((decayed, self._optim.weight_decay), (plain, 0.0))
+            if parameters
+        ]
+        return torch.optim.AdamW(groups, lr=self._optim.lr, betas=self._optim.betas)
+
+    def _full_masters(self) -> dict[str, Tensor]:
+        if self._stage < 3:  # everything that trains is fp32, so the parameters are the masters
+            return {name: p.detach() for name, p in self._named.items()}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p) for name, p in self._named.items()}
+
+    def _moment(self, parameter: torch.nn.Parameter, key: str) -> Tensor:
+        if self._stage == 0:
+            return self._engine.optimizer.state[parameter][key]
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _prepare_moments(self, state: TrainableState | None) -> None:
+        """Give the optimizer the moments it holds after `state.updates` updates, or zeros.
+
+        Zeros are set too, instead of leaving it to the first step: DeepSpeed links the optimizer's state to the
+        parameters after the first *group* has stepped, and the second group's is then missing for good.
+        """
+        zero = self._engine.optimizer
+        inner = zero if self._stage == 0 else zero.optimizer
+        for flat in self._flat_masters():
+            inner.state[flat] = {
+                "step": torch.tensor(float(self.updates), dtype=torch.float32),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        if self._stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
+        if state is not None:
+            for name, parameter in self._named.items():
+                for key in MOMENTS:
+                    self._set_moment(parameter, key, state.tensors[key][name].to(self.ranks.device))
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The tensors that the inner optimizer steps: parameters at stage 0, flat partitions of this rank above."""
+        zero = self._engine.optimizer
+        if self._stage == 0:
+            return list(self._named.values())
+        return list(zero.single_partition_of_fp32_groups if self._stage < 3 else zero.fp32_partitioned_groups_flat)
+
+    def _set_moment(self, parameter: torch.nn.Parameter, key: str, value: Tensor) -> None:
+        if self._stage == 0:
+            self._engine.optimizer.state[parameter][key].copy_(value)
+        elif self._stage < 3:
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            from deepspeed.utils import safe_set_local_optimizer_state
+
+            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+            flat = F.pad(value.flatten(), (0, size * self.ranks.world - value.numel()))  # DeepSpeed pads the last part
+            safe_set_local_optimizer_state(parameter, flat[self.ranks.rank * size :][:size], key)
+
+    def _average(self) -> None:
+        """ema <- decay ema + (1 - decay) master; the decay rises from 0 so that the start is forgotten."""
+        decay = min(self._optim.ema, self.updates / (self.updates + 10))
+        for name, master in self._full_masters().items():
+            self._ema[name].lerp_(master.float(), 1 - decay)
+
+    def _set_checkpointing(self, enabled: bool) -> None:
+        self.model.backbone.set_grad_checkpointing(enabled)  # type: ignore[operator]
+
+
+def _start_deepspeed(
+    model: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    settings: DistributedSettings,
+    optim: OptimSettings,
+    extra: dict[str, Any],
+    ranks: Ranks,
+) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    # on the CPU DeepSpeed would compile a shared-memory all-reduce at first use: 80 s and a C++ compiler for a few MB
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    deepspeed.utils.logger.setLevel("WARNING")
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=deepspeed_settings(optim, settings, extra, ranks.world),
+            dist_init_required=False,
+        )
+    except (DeepSpeedConfigError, ValidationError) as error:
+        raise UserError(f"deepspeed: {' '.join(str(error).split())[:300]}") from None
+    return engine

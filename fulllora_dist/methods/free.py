@@ -1,0 +1,80 @@
+"""Free adversarial training (Shafahi et al., arXiv 1904.12843).
+
+Each batch is replayed m times. One backward gives both the adapter's gradient and the input's, and the perturbation
+is moved by the latter before the next replay. It persists over replays *and* over batches: it belongs to the slot in
+the global batch, not to the picture. Epochs count optimizer updates, so a run draws 1 / m as many batches.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from fulllora_dist.attacks.threat import Linf, in_box
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.methods.base import Means, Method, MethodSettings, WeightStep
+from fulllora_dist.pixels import Pixels
+
+
+class FreeSettings(MethodSettings):
+    name: Literal["free"] = "free"
+    replays: int = Field(4, ge=1)
+    """m: optimizer updates on each batch."""
+    step_size: Pixels | None = None
+    """Of the perturbation, in pixels; null takes eps, as the paper does."""
+
+
+class Free(Method):
+    Settings = FreeSettings
+
+    def __init__(self, settings: FreeSettings, threat: Linf, seed: int):
+        self._threat = threat
+        self._step_size = threat.eps if settings.step_size is None else settings.step_size
+        self.updates_per_batch = settings.replays
+        self._delta: Tensor | None = None
+
+    def passes(self) -> tuple[int, int]:
+        return self.updates_per_batch, self.updates_per_batch
+
+    def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
+        delta = self._delta_for(batch)
+        for _ in range(self.updates_per_batch):
+            means = Means()
+            for micro in engine.accumulate(batch):
+                part = delta[micro.slot - batch.slot :][: len(micro)]
+                # the leaf is the picture itself: a clamp behind the leaf would zero the gradient of saturated pixels
+                x = in_box(micro.pixels() + part).requires_grad_()
+                logits = engine(x)
+                loss = F.cross_entropy(logits, micro.labels)
+                engine.backward(loss)
+                assert x.grad is not None
+                part.copy_(self._threat.project(part + self._step_size * self._threat.steepest(x.grad)))
+                means.add(loss, logits, micro.labels)
+        return means.result()
+
+    def _delta_for(self, batch: Batch) -> Tensor:
+        pixels = batch.pixels()
+        if self._delta is None or self._delta.shape != pixels.shape:
+            assert self._delta is None, f"pictures changed from {tuple(self._delta.shape)} to {tuple(pixels.shape)}"
+            self._delta = torch.zeros_like(pixels)
+        self._delta = self._delta.to(pixels.device)
+        return self._delta
+
+    def slot_state(self) -> dict[str, Tensor]:
+        if self._delta is None:
+            return {}
+        if self._step_size == self._threat.eps:
+            # every value is then -eps, 0 or eps, so that one byte a pixel is exact
+            signs = self._delta.sign()
+            assert torch.equal(signs * self._threat.eps, self._delta)
+            return {"delta_sign": signs.to(torch.int8)}
+        return {"delta": self._delta}
+
+    def load_slot_state(self, state: Mapping[str, Tensor]) -> None:
+        if "delta_sign" in state:
+            self._delta = state["delta_sign"].float() * self._threat.eps
+        elif "delta" in state:
+            self._delta = state["delta"].clone()

@@ -1,0 +1,49 @@
+"""N-FGSM: a step from strong noise, not projected (de Jorge et al., arXiv 2202.01181).
+
+The perturbation may leave the eps ball, up to (noise + step) eps: that is the method, not a slip.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.fgsm import single_step
+from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+
+
+class NFGSMSettings(MethodSettings):
+    name: Literal["n_fgsm"] = "n_fgsm"
+    noise: float = Field(2.0, ge=0)
+    """Radius of the uniform noise in units of eps."""
+    step: float = Field(1.0, gt=0)
+    """Step size in units of eps."""
+
+
+class NFGSM(PerturbedStep):
+    Settings = NFGSMSettings
+
+    def __init__(self, settings: NFGSMSettings, threat: Linf, seed: int):
+        self._eps = threat.eps
+        self._noise = settings.noise * threat.eps
+        self._step_size = settings.step * threat.eps
+        self._seed = seed
+
+    def passes(self) -> tuple[int, int]:
+        return 2, 2
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, step: int, ids: Tensor) -> Tensor:
+        return single_step(
+            model,
+            x,
+            y,
+            eps=self._eps,
+            noise=self._noise,
+            step_size=self._step_size,
+            project=False,
+            seed=self._seed,
+            step=step,
+            ids=ids,
+            purpose="train/n_fgsm",
+        )

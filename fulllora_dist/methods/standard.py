@@ -1,0 +1,25 @@
+"""Training on clean pictures."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+
+
+class StandardSettings(MethodSettings):
+    name: Literal["standard"] = "standard"
+
+
+class Standard(PerturbedStep):
+    Settings = StandardSettings
+
+    def __init__(self, settings: StandardSettings, threat: Linf, seed: int):
+        pass
+
+    def passes(self) -> tuple[int, int]:
+        return 1, 1
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, step: int, ids: Tensor) -> Tensor:
+        return x

@@ -1,0 +1,151 @@
+"""The adapter on disk: a folder with adapter.safetensors and adapter.json. No pickle, no copy of the backbone.
+
+For `finetune: full` the tensors are the whole model's under timm's keys, so adapter.safetensors is then itself a
+checkpoint that `model.checkpoint` takes.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import fsspec
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from fulllora_dist.errors import UserError
+from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, Precision, create_model
+
+FORMAT_VERSION = 1
+TENSORS = "adapter.safetensors"
+DESCRIPTION = "adapter.json"
+
+
+def adapter_state(model: AdaptedModel) -> dict[str, Tensor]:
+    """{name in the timm model: tensor} of everything that trains, on the CPU. Not under ZeRO-3: see `Engine`."""
+    return {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
+
+
+def save_adapter(
+    model: AdaptedModel,
+    folder: str,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the adapter of `model`.
+
+    Args:
+        folder: local path or fsspec URL; made where it does not exist.
+        state: tensors to write instead of the model's own (an average of them, or gathered ones).
+        training: JSON-able facts about how it was trained (threat model, method, data, seed).
+    """
+    tensors = save_safetensors(dict(state) if state is not None else adapter_state(model))
+    description = {
+        "format_version": FORMAT_VERSION,
+        "adapter": dataclasses.asdict(model.spec),
+        "backbone": dataclasses.asdict(model.info),
+        "timm": timm.__version__,
+        "trainable": model.report.trainable,
+        "trainable_share": model.report.share,
+        "sha256": hashlib.sha256(tensors).hexdigest(),
+        "training": dict(training or {}),
+    }
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    filesystem.makedirs(path, exist_ok=True)
+    filesystem.pipe_file(f"{path}/{TENSORS}", tensors)
+    filesystem.pipe_file(f"{path}/{DESCRIPTION}", (json.dumps(description, indent=1) + "\n").encode())
+
+
+def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The checked description and tensors of an adapter.
+
+    Raises:
+        UserError: a file is missing or damaged, or of a version this program does not know.
+    """
+    filesystem, path = fsspec.core.url_to_fs(folder)
+    files = {}
+    for name in (DESCRIPTION, TENSORS):
+        try:
+            files[name] = filesystem.cat_file(f"{path}/{name}")
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"adapter: {folder} has no {name}; give a folder that save_adapter wrote") from None
+    try:
+        description = json.loads(files[DESCRIPTION])
+        version, sha256 = description["format_version"], description["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"adapter: {folder}/{DESCRIPTION} is damaged; it should be the JSON that save_adapter wrote"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"adapter: {folder} has format version {version}; this program reads {FORMAT_VERSION}")
+    if hashlib.sha256(files[TENSORS]).hexdigest() != sha256:
+        raise UserError(f"adapter: {folder}/{TENSORS} is damaged: its sha256 is not the one in {DESCRIPTION}")
+    try:
+        return description, load_safetensors(files[TENSORS])
+    except SafetensorError as error:
+        raise UserError(f"adapter: {folder}/{TENSORS} is damaged ({error})") from None
+
+
+def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "fp32") -> AdaptedModel:
+    """The adapted model of an adapter: its backbone is built from timm or `checkpoint`, and checked.
+
+    Args:
+        folder: what `save_adapter` wrote, local path or fsspec URL.
+        checkpoint: where the backbone's weights lie now, if not where they were at training.
+        precision: see `create_model`.
+
+    Raises:
+        UserError: missing or damaged files, an unknown version, another backbone, other shapes.
+    """
+    description, state = read_adapter(folder)
+    try:
+        info = BackboneInfo(**description["backbone"])
+        spec = AdapterSpec(**description["adapter"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"adapter: {folder}/{DESCRIPTION} lacks or does not know a field ({error})") from None
+    whole_model = spec.finetune == "full"  # its tensors replace the backbone's: no need to fetch those
+    model = create_model(
+        info.name,
+        checkpoint=None if whole_model else checkpoint or info.checkpoint,
+        pretrained=info.pretrained and not whole_model,
+        num_classes=None if info.classes is not None else info.num_classes,
+        classes=info.classes,
+        image_size=info.image_size,
+        mean=info.mean,
+        std=info.std,
+        architecture=info.architecture,
+        finetune=spec.finetune,
+        rank=spec.rank,
+        alpha=spec.alpha,
+        placement=spec.placement,
+        qkv=spec.qkv,
+        patch_norm_eps=spec.patch_norm_eps,
+        head=spec.head,
+        precision=precision,
+        seed=spec.seed,
+    )
+    if not whole_model and model.info.sha256 != info.sha256:
+        raise UserError(
+            f"adapter: {folder} belongs to {info.name} with fingerprint {str(info.sha256)[:12]}, "
+            f"but these weights have {str(model.info.sha256)[:12]}; give the backbone it was trained on"
+        )
+    model.load_trainable(state)
+    return model
+
+
+def merge(model: AdaptedModel) -> NoReturn:
+    """Refused: LN depends on the input, so that B A LN(x) is no matrix that could be added to W.
+
+    Raises:
+        UserError: always.
+    """
+    raise UserError(
+        "an LNLoRA branch cannot be merged into W: B A LN(x) divides by the deviation of x, so it is not linear in x; "
+        "keep the branches beside the frozen layers"
+    )

@@ -1,0 +1,257 @@
+"""The frozen timm model: where its weights come from, and the fingerprint that names them."""
+
+import difflib
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import fsspec
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor, nn
+
+from fulllora_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """What a backbone is, as written into an adapter file.
+
+    Attributes:
+        name: timm's full `arch.tag`.
+        checkpoint: path or URL the weights came from; None for timm's hub or random weights.
+        pretrained: False for random weights.
+        seed: seed of the random weights (and of a new head).
+        sha256: `fingerprint` of the weights as they came, before the head is cut or the position embedding resized;
+            None on the meta device.
+        num_classes: outputs of the head.
+        classes: rows kept of the checkpoint's head, None for all of them.
+        own_classes: whether the head is the checkpoint's own.
+        image_size: side of the square input in pixels.
+        mean, std: normalisation of the three channels, in units of [0, 1] pixels.
+        crop_pct, interpolation: timm's evaluation crop of this tag.
+        architecture: arguments that make it another model than the tag's (depth, embed_dim, ...).
+    """
+
+    name: str
+    checkpoint: str | None
+    pretrained: bool
+    seed: int
+    sha256: str | None
+    num_classes: int
+    classes: tuple[int, ...] | None
+    own_classes: bool
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_pct: float
+    interpolation: str
+    architecture: dict[str, object]
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all tensors in name order.
+
+    The same weights have the same fingerprint in a safetensors file, in a .pth and on the hub.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """Tensors of a .safetensors or .pth file at a local path or fsspec URL. Nothing is unpickled beyond tensors.
+
+    Raises:
+        UserError: the file is missing, damaged, or holds more than tensors.
+    """
+    try:
+        with fsspec.open(path, "rb") as file:
+            if path.endswith(".safetensors"):
+                return load_safetensors(file.read())
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"model.checkpoint: {path} does not exist; give a .safetensors or .pth file") from None
+    except SafetensorError as error:
+        raise UserError(f"model.checkpoint: {path} is not a complete safetensors file ({error})") from None
+    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+        reason = str(error).split("\n")[0]
+        raise UserError(f"model.checkpoint: {path} does not load with weights_only=True ({reason})") from None
+    for key in ("model", "state_dict"):
+        state = state.get(key, state)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"model.checkpoint: {path} holds more than tensors; save the state dict alone")
+    return state
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    """Weights of a tag from the Hugging Face hub, through timm."""
+    from timm.models import load_state_dict_from_hf
+
+    config = timm.models.get_pretrained_cfg(name)
+    if config is None or not config.hf_hub_id:
+        raise UserError(f"model.backbone: {name} has no weights on the hub; set model.checkpoint to a file")
+    location = config.hf_hub_id if "/" in config.hf_hub_id else f"timm/{config.hf_hub_id}"
+    try:
+        return load_state_dict_from_hf(location, config.hf_hub_filename or "", weights_only=True)
+    except Exception as error:  # hub, proxy and disk errors have no common class
+        reason = str(error).split("\n")[0][:200]
+        raise UserError(
+            f"model.backbone: the weights of {name} could not be had from the hub ({reason}); "
+            "set model.checkpoint to a local file"
+        ) from None
+
+
+def check_name(name: str, needs_tag: bool) -> None:
+    """Refuse a name that timm does not know, or one without the tag that says which weights are meant.
+
+    Raises:
+        UserError: with the nearest names, or the tags to choose from.
+    """
+    arch, _, tag = name.partition(".")
+    if not timm.is_model(arch):
+        near = difflib.get_close_matches(arch, timm.list_models(), n=3)
+        raise UserError(f"model.backbone: timm has no {arch!r}; nearest: {', '.join(near) or 'none'}")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{arch}.*") if "." in full]
+    if tag and tag not in tags:
+        raise UserError(f"model.backbone: {arch} has no tag {tag!r}; it has: {', '.join(tags)}")
+    if needs_tag and not tag and len(tags) > 1:
+        raise UserError(
+            f"model.backbone: {arch} has several sets of weights; write {arch}.TAG, one of: {', '.join(tags)}"
+        )
+
+
+def _head_names(backbone: nn.Module) -> list[str]:
+    classifier = backbone.pretrained_cfg["classifier"]
+    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
+
+
+def _fit_head(
+    weights: dict[str, Tensor], heads: list[str], classes: Sequence[int] | None, num_classes: int | None
+) -> tuple[dict[str, Tensor], int | None]:
+    """The weights with the head's rows of `classes` alone, or without the head where it does not fit.
+
+    Returns the weights and how many classes the head that is left has.
+    """
+    own = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
+    if classes is not None:
+        if own is None or max(classes) >= own or min(classes) < 0:
+            raise UserError(f"model.classes: the checkpoint's head has {own or 'no'} classes; give indices below that")
+        rows = torch.tensor(classes)
+        weights = {k: v[rows] if k.rpartition(".")[0] in heads else v for k, v in weights.items()}
+        own = len(classes)
+    if num_classes is not None and own != num_classes:
+        weights = {k: v for k, v in weights.items() if k.rpartition(".")[0] not in heads}
+        own = None
+    return weights, own
+
+
+def build_backbone(
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    classes: Sequence[int] | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    architecture: Mapping[str, object] | None = None,
+) -> tuple[nn.Module, BackboneInfo]:
+    """A timm model with its weights, and what it is.
+
+    Args:
+        name: timm's full `arch.tag`, e.g. "vit_base_patch16_224.augreg2_in21k_ft_in1k".
+        checkpoint: weights under timm's keys, .safetensors or .pth, local or an fsspec URL. None: timm's hub.
+        pretrained: False builds random weights from `seed`.
+        num_classes: outputs; None keeps the checkpoint's. Another number than the checkpoint's starts a new head.
+        classes: rows of the checkpoint's head to keep, in this order.
+        image_size: side in pixels; another than the pretrained one resamples the position embedding.
+        mean, std: normalisation where it is not the tag's.
+        architecture: further arguments of `timm.create_model` (depth, embed_dim, ...), for models of one's own.
+
+    Raises:
+        UserError: unknown name, weights that cannot be had or do not fit, classes out of range.
+    """
+    check_name(name, needs_tag=pretrained)
+    on_meta = torch.empty(0).device.type == "meta"
+    weights: dict[str, Tensor] | None = None
+    if pretrained and not on_meta:
+        weights = read_weights(checkpoint) if checkpoint else _download(name)
+    outputs = len(classes) if classes is not None and num_classes is None else num_classes
+    arguments: dict[str, object] = dict(architecture or {})
+    if image_size is not None:
+        arguments["img_size"] = image_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        backbone = _create(name, arguments, outputs, weights)
+    if weights is None:
+        sha256 = None if on_meta else fingerprint(backbone.state_dict())
+        own_classes = pretrained and num_classes in (None, backbone.pretrained_cfg.get("num_classes"))
+    else:
+        sha256 = fingerprint(weights)
+        own_classes = _load(backbone, weights, classes, outputs, checkpoint or name)
+    data = timm.data.resolve_model_data_config(backbone)
+    info = BackboneInfo(
+        name=name,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        seed=seed,
+        sha256=sha256,
+        num_classes=backbone.num_classes,
+        classes=tuple(classes) if classes is not None else None,
+        own_classes=own_classes,
+        image_size=image_size or data["input_size"][-1],
+        mean=tuple(mean or data["mean"]),
+        std=tuple(std or data["std"]),
+        crop_pct=float(data["crop_pct"]),
+        interpolation=data["interpolation"],
+        architecture=dict(architecture or {}),
+    )
+    return backbone, info
+
+
+def _create(
+    name: str, arguments: dict[str, object], outputs: int | None, weights: Mapping[str, Tensor] | None
+) -> nn.Module:
+    """The bare timm model. Without a number of outputs it takes the checkpoint's."""
+    if outputs is None and weights is not None and "head.weight" in weights:
+        outputs = len(weights["head.weight"])
+    if outputs is not None:
+        arguments = {**arguments, "num_classes": outputs}
+    try:
+        return timm.create_model(name, pretrained=False, **arguments)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(f"model: timm cannot build {name} with {arguments}: {error}") from None
+
+
+def _load(
+    backbone: nn.Module,
+    weights: dict[str, Tensor],
+    classes: Sequence[int] | None,
+    num_classes: int | None,
+    source: str,
+) -> bool:
+    """Fill the backbone; True where the head is the checkpoint's own."""
+    heads = _head_names(backbone)
+    fitted, own = _fit_head(weights, heads, classes, num_classes)
+    # timm's own filter of the family: it resamples the position embedding to the model's grid
+    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        fitted = convert(fitted, backbone)
+    result = backbone.load_state_dict(fitted, strict=False)
+    missing = [key for key in result.missing_keys if own is not None or key.rpartition(".")[0] not in heads]
+    if missing or result.unexpected_keys:
+        wrong = missing[:1] or result.unexpected_keys[:1]
+        raise UserError(
+            f"model.checkpoint: {source} does not fit the backbone ({len(missing)} tensors missing, "
+            f"{len(result.unexpected_keys)} too many, e.g. {wrong[0]}); give the weights of this very model"
+        )
+    return own is not None

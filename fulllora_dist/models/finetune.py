@@ -1,0 +1,269 @@
+"""A frozen backbone made trainable: adapters placed, rank found from the budget, normaliser inside."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fulllora_dist.errors import UserError
+from fulllora_dist.models.backbone import BackboneInfo, build_backbone
+from fulllora_dist.models.lnlora import QKV, LNLoRABranch, LNLoRASplit, attach
+from fulllora_dist.models.placement import COMPONENTS, Adapted, PlacementReport, Site, find_sites
+from fulllora_dist.models.precision import compute_in_bf16
+from fulllora_dist.rng import base_key
+
+Finetune = Literal["fulllora", "lora", "full", "head", "layernorm"]
+Head = Literal["auto", "frozen", "trained", "adapted"]
+Precision = Literal["fp32", "bf16"]
+
+WITH_BRANCHES = ("fulllora", "lora")
+TOKEN_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """How a backbone is made trainable, as written into an adapter file.
+
+    Attributes:
+        finetune: fulllora (branches with LN), lora (without), full, head or layernorm.
+        rank: rank of every branch; None where there are none.
+        alpha: branches are scaled by alpha / rank.
+        placement: components with a branch, of `COMPONENTS`.
+        qkv: "separate", one branch each for q, k and v, or "shared", one for the fused projection.
+        patch_norm_eps: eps of the LN over flattened patches, in squared units of the normalised pixels.
+        head: "frozen", "trained" or "adapted".
+        seed: start of the branches' A.
+    """
+
+    finetune: Finetune
+    rank: int | None
+    alpha: float | None
+    placement: tuple[str, ...]
+    qkv: Literal["separate", "shared"]
+    patch_norm_eps: float
+    head: Literal["frozen", "trained", "adapted"]
+    seed: int
+
+
+class AdaptedModel(nn.Module):
+    """pixels [B, 3, H, W] in [0, 1], fp32 -> logits [B, classes], fp32.
+
+    Attributes:
+        backbone: the timm model, branches in place, under timm's own keys.
+        info: what the backbone is.
+        spec: what of it trains.
+        report: where the branches are, and what the trainable share is.
+    """
+
+    def __init__(self, backbone: nn.Module, info: BackboneInfo, spec: AdapterSpec, report: PlacementReport):
+        super().__init__()
+        self.backbone = backbone
+        self.info = info
+        self.spec = spec
+        self.report = report
+        self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
+        self.register_buffer("mean", torch.tensor(info.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(info.std).view(1, 3, 1, 1), persistent=False)
+        self.register_load_state_dict_pre_hook(_accept_timm_keys)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.backbone((pixels - self.mean) / self.std)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The tensors of the adapter by their names in the timm model, also while an attack has frozen them."""
+        parameters = dict(self.backbone.named_parameters())
+        return {name: parameters[name] for name in self._trainable}
+
+    def load_trainable(self, state: Mapping[str, Tensor]) -> None:
+        """Set the adapter's tensors.
+
+        Raises:
+            UserError: names or shapes differ from this model's.
+        """
+        own = self.trainable()
+        if wrong := sorted(own.keys() ^ state.keys()):
+            raise UserError(f"adapter: {wrong[0]} is {'missing' if wrong[0] in own else 'not in this model'}")
+        for name, parameter in own.items():
+            if parameter.shape != state[name].shape:
+                raise UserError(f"adapter: {name} is {tuple(state[name].shape)}, the model's {tuple(parameter.shape)}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def _accept_timm_keys(model: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    """A timm checkpoint loads strictly into the adapted model as it is, without the prefix `backbone.`."""
+    own = prefix + "backbone."
+    if any(key.startswith(own) for key in state_dict):
+        return
+    for key in [k for k in state_dict if k.startswith(prefix)]:
+        state_dict[own + key.removeprefix(prefix)] = state_dict.pop(key)
+
+
+def _branch_sizes(site: Site, layer: nn.Module, placement: Sequence[str], qkv: str) -> dict[str, tuple[int, int]]:
+    """{branch name: (d_in, d_out)} of one layer; the name is "" for a single branch."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    d_in, d_out = weight[0].numel(), weight.shape[0]
+    if site.component != "qkv":
+        wanted = site.component == "head" or site.component in placement
+        return {"": (d_in, d_out)} if wanted else {}
+    if qkv == "shared":
+        return {"": (d_in, d_out)} if set(QKV) & set(placement) else {}
+    return {name: (d_in, d_out // len(QKV)) for name in QKV if name in placement}
+
+
+def _resolve_head(head: Head, finetune: Finetune, own_classes: bool) -> Literal["frozen", "trained", "adapted"]:
+    if finetune in ("full", "head"):
+        if head not in ("auto", "trained"):
+            raise UserError(
+                f"adapter.head: {head} contradicts finetune: {finetune}, which trains the head; leave it out"
+            )
+        return "trained"
+    if head == "adapted" and finetune not in WITH_BRANCHES:
+        raise UserError(f"adapter.head: adapted needs branches; finetune: {finetune} has none")
+    if head == "auto":
+        return "frozen" if own_classes else "trained"
+    return head
+
+
+def _own_trained(backbone: nn.Module, finetune: Finetune, head: str, sites: Iterable[Site]) -> set[str]:
+    """Names of the backbone's own tensors that train."""
+    heads = {site.path for site in sites if site.component == "head"}
+    trained: set[str] = set()
+    for name, module in backbone.named_modules():
+        own = {f"{name}.{n}".removeprefix(".") for n, _ in module.named_parameters(recurse=False)}
+        is_norm = finetune == "layernorm" and isinstance(module, nn.LayerNorm)
+        if finetune == "full" or is_norm or (head == "trained" and name in heads):
+            trained |= own
+    return trained
+
+
+def _rank_for_budget(sizes: list[tuple[int, int]], fixed: int, total: int, norm: bool, budget: float) -> int:
+    """The largest rank whose trainable parameters, head counted, stay within `budget` of backbone + head."""
+    per_rank = sum(d_in + d_out for d_in, d_out in sizes)
+    norms = 2 * sum(d_in for d_in, _ in sizes) if norm else 0
+    rank = int((budget * total - fixed - norms) // per_rank)
+    if rank < 1:
+        least = (fixed + norms + per_rank) / total
+        raise UserError(
+            f"adapter.budget: {budget:g} is too small: rank 1 with this placement and head takes {least:.2%}"
+        )
+    return rank
+
+
+def create_model(
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    classes: Sequence[int] | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    architecture: dict[str, object] | None = None,
+    finetune: Finetune = "fulllora",
+    budget: float = 0.05,
+    rank: int | None = None,
+    alpha: float | None = None,
+    placement: Sequence[str] = COMPONENTS,
+    qkv: Literal["separate", "shared"] = "separate",
+    patch_norm_eps: float = 1e-2,
+    head: Head = "auto",
+    precision: Precision = "fp32",
+    seed: int = 0,
+) -> AdaptedModel:
+    """A timm ViT with its weights, frozen, and an adapter that does nothing yet.
+
+    Args:
+        name, checkpoint, pretrained, num_classes, classes, image_size, mean, std, architecture: see `build_backbone`.
+        finetune: what trains: "fulllora" (LNLoRA branches), "lora" (the same without LN), "full", "head", "layernorm".
+        budget: share of backbone + head that may train, head counted; the rank follows from it.
+        rank: rank of every branch, instead of the budget.
+        alpha: branches are scaled by alpha / rank; None takes alpha = rank, so that the scale is 1 at any rank.
+        placement: components with a branch, of patch_embed, q, k, v, proj, fc1, fc2.
+        qkv: "separate" branches for q, k and v, or one "shared".
+        patch_norm_eps: eps of the LN over flattened patches (docs/how_it_works.md says why it is not 1e-6).
+        head: "frozen", "trained" or "adapted"; "auto" freezes the backbone's own classes and trains new ones.
+        precision: "bf16" computes the blocks in bf16, everything else stays in fp32.
+        seed: of the branches' A, and of weights that are not pretrained.
+
+    Raises:
+        UserError: a model of no known family, weights that do not fit, a budget that is too small.
+    """
+    backbone, info = build_backbone(
+        name,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        classes=classes,
+        image_size=image_size,
+        mean=mean,
+        std=std,
+        seed=seed,
+        architecture=architecture,
+    )
+    unknown = set(placement) - set(COMPONENTS)
+    if unknown:
+        raise UserError(f"adapter.placement: unknown {', '.join(sorted(unknown))}; known: {', '.join(COMPONENTS)}")
+    sites = find_sites(backbone, name)
+    resolved_head = _resolve_head(head, finetune, info.own_classes)
+    total = sum(p.numel() for p in backbone.parameters())
+    trained = _own_trained(backbone, finetune, resolved_head, sites)
+    own = {n: p.numel() for n, p in backbone.named_parameters() if n in trained}
+
+    plan: list[tuple[Site, dict[str, tuple[int, int]]]] = []
+    if finetune in WITH_BRANCHES:
+        for site in sites:
+            if site.component != "head" or resolved_head == "adapted":
+                sizes = _branch_sizes(site, backbone.get_submodule(site.path), placement, qkv)
+                plan += [(site, sizes)] if sizes else []
+        if not plan:
+            raise UserError(f"adapter.placement: no component is chosen; choose among {', '.join(COMPONENTS)}")
+        if rank is None:
+            every = [size for _, sizes in plan for size in sizes.values()]
+            rank = _rank_for_budget(every, sum(own.values()), total, finetune == "fulllora", budget)
+        alpha = float(rank) if alpha is None else alpha
+    else:
+        rank = alpha = None
+
+    spec = AdapterSpec(finetune, rank, alpha, tuple(placement), qkv, patch_norm_eps, resolved_head, seed)
+    for parameter_name, parameter in backbone.named_parameters():
+        parameter.requires_grad_(parameter_name in trained)
+    adapted = [_adapt(backbone, site, sizes, spec) for site, sizes in plan]
+    report = _report(backbone, adapted, own, total)
+    if precision == "bf16":
+        compute_in_bf16(backbone)
+    return AdaptedModel(backbone, info, spec, report).eval()
+
+
+def _adapt(backbone: nn.Module, site: Site, sizes: dict[str, tuple[int, int]], spec: AdapterSpec) -> Adapted:
+    assert spec.rank is not None and spec.alpha is not None
+    layer = backbone.get_submodule(site.path)
+    device = layer.weight.device  # type: ignore[union-attr]
+    eps = spec.patch_norm_eps if site.component == "patch_embed" else TOKEN_NORM_EPS
+    branches: dict[str, LNLoRABranch] = {}
+    for name, (d_in, d_out) in sizes.items():
+        branch = LNLoRABranch(d_in, d_out, spec.rank, spec.alpha, norm=spec.finetune == "fulllora", eps=eps)
+        if device.type != "meta":
+            generator = torch.Generator().manual_seed(base_key(spec.seed, f"{site.path}.{name}", 0) >> 1)
+            branch.reset_parameters(generator)
+        branches[name] = branch.to(device)
+    attach(layer, branches[""] if "" in branches else LNLoRASplit(branches))  # type: ignore[arg-type]
+    count = sum(p.numel() for branch in branches.values() for p in branch.parameters())
+    return Adapted(site, tuple(branches), count)
+
+
+def _report(backbone: nn.Module, adapted: list[Adapted], own: dict[str, int], total: int) -> PlacementReport:
+    with_branch = {a.site.path for a in adapted}
+    left = [
+        (name, type(module).__name__)
+        for name, module in backbone.named_modules()
+        if ".lnlora" not in name
+        and name not in with_branch
+        and any(not p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    trainable = sum(own.values()) + sum(a.parameters for a in adapted)
+    return PlacementReport(tuple(adapted), tuple(own.items()), tuple(left), trainable, total)

@@ -1,0 +1,138 @@
+"""LNLoRA: a low-rank branch behind a learnable LayerNorm, beside a frozen layer.
+
+    y = W x + b + (alpha / r) B A LN(x)        (FullLoRA, arXiv 2401.01752)
+
+W and b are frozen and keep timm's names; the branch is the layer's child `lnlora`. B starts at zero, so the adapted
+layer equals the frozen one exactly at first. Without LN the branch is plain LoRA (arXiv 2106.09685).
+
+The learnable affine of LN is folded into A: A (w * x_hat + c) = (A * w) x_hat + A c. So q, k and v share one
+normalised input x_hat, and no normalised-and-scaled copy of the activations is kept for backward.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+QKV = ("q", "k", "v")
+
+
+class FoldedLayerNorm(nn.Module):
+    """Weight and bias of a LayerNorm, applied to the matrix behind it instead of to the activations.
+
+    It is a module with a forward of its own, because ZeRO-3 gathers a module's parameters when that module is called.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """A [r, dim] -> (A * weight [r, dim], A bias [r])."""
+        return matrix * self.weight, matrix @ self.bias
+
+
+def standardise(x: Tensor, eps: float) -> Tensor:
+    """LN without its affine, over the last dimension."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+class LNLoRABranch(nn.Module):
+    """(alpha / r) B A LN(x), added to the frozen layer's output.
+
+    Parameters are fp32 whatever the activations' dtype; they are folded in fp32 and cast once per call.
+    """
+
+    def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, norm: bool, eps: float):
+        super().__init__()
+        self.scale = alpha / rank
+        self.eps = eps
+        self.norm = FoldedLayerNorm(d_in) if norm else None
+        self.A = nn.Parameter(torch.empty(rank, d_in))
+        self.B = nn.Parameter(torch.zeros(d_out, rank))
+
+    def reset_parameters(self, generator: torch.Generator | None) -> None:
+        """A as LoRA starts it (Kaiming uniform with a = sqrt(5), i.e. U(+-1/sqrt(d_in))), B zero, LN the identity."""
+        bound = 1 / math.sqrt(self.A.shape[1])
+        with torch.no_grad():
+            self.A.uniform_(-bound, bound, generator=generator)
+            self.B.zero_()
+
+    def forward(self, x: Tensor, y: Tensor, standardised: bool = False) -> Tensor:
+        """y + (alpha / r) B A LN(x).
+
+        Args:
+            x: [..., d_in], the frozen layer's input (already standardised where said so).
+            y: [..., d_out], its output, of the same dtype.
+        """
+        if self.norm is None:
+            down, shift = self.A, None
+        else:
+            x = x if standardised else standardise(x, self.eps)
+            down, shift = self.norm(self.A)
+            shift = shift.to(x.dtype)
+        hidden = F.linear(x, down.to(x.dtype), shift).flatten(0, -2)
+        up = (self.B * self.scale).to(x.dtype)
+        return torch.addmm(y.flatten(0, -2), hidden, up.t()).view_as(y)
+
+
+class LNLoRASplit(nn.Module):
+    """One branch for each of q, k and v beside a fused qkv projection; a name left out has none."""
+
+    def __init__(self, branches: Mapping[str, LNLoRABranch]):
+        super().__init__()
+        for name, branch in branches.items():
+            self.add_module(name, branch)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """x [..., d], y [..., 3 * d_out] -> [..., 3 * d_out]."""
+        branches = dict(self.named_children())
+        first = next(iter(branches.values()))
+        if first.norm is not None:
+            x = standardise(x, first.eps)
+        parts = y.split(y.shape[-1] // len(QKV), dim=-1)
+        return torch.cat(
+            [branches[n](x, part, standardised=True) if n in branches else part for n, part in zip(QKV, parts)],
+            dim=-1,
+        )
+
+
+class LNLoRALinear(nn.Linear):
+    """A linear layer with a branch. Its own weight and bias are the frozen layer's parameters themselves."""
+
+    lnlora: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lnlora(x, F.linear(x, self.weight, self.bias))
+
+
+class LNLoRAConv2d(nn.Conv2d):
+    """A convolution (the patch embedding) with a branch over each flattened patch [in_channels * kh * kw]."""
+
+    lnlora: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
+        tokens = self.lnlora(patches.transpose(1, 2), y.flatten(2).transpose(1, 2))
+        return tokens.transpose(1, 2).reshape(y.shape)
+
+
+def _keep_when_absent(branch: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
+    """A backbone's checkpoint knows no branches: strict loading of one leaves them as they are.
+
+    A checkpoint with only some of a branch's tensors is still refused.
+    """
+    if not any(key.startswith(prefix) for key in state_dict):
+        state_dict.update({prefix + key: value for key, value in branch.state_dict().items()})
+
+
+def attach(layer: nn.Linear | nn.Conv2d, branch: nn.Module) -> None:
+    """Put `branch` beside a linear layer or convolution, in place: parameters, keys and hooks stay what they are."""
+    assert type(layer) in (nn.Linear, nn.Conv2d), f"{type(layer).__name__} may never call its own forward"
+    layer.__class__ = LNLoRALinear if isinstance(layer, nn.Linear) else LNLoRAConv2d
+    branch.register_load_state_dict_pre_hook(_keep_when_absent)
+    layer.lnlora = branch

@@ -1,0 +1,60 @@
+"""bf16 compute with fp32 masters, without a second copy of anything.
+
+The patch embedding, the position embedding, the final norm and the head compute in fp32; the blocks compute in bf16.
+Pixels are 1/255 apart and so are bf16 numbers near 1: a perturbation does not survive bf16 before the patch embedding.
+
+- Frozen blocks are stored in bf16. Branches keep fp32 parameters, which are the optimizer's masters, and cast their
+  folded matrices to the activations' dtype (`lnlora.py`).
+- Where parameters of the blocks themselves train (`full`, `layernorm`), they stay in fp32 and the blocks run under
+  autocast.
+
+DeepSpeed's `bf16.enabled` is not used: it casts every parameter, the patch embedding and the adapters included.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def _cast_input(dtype: torch.dtype):
+    def hook(_: nn.Module, args: tuple) -> tuple:
+        return (args[0].to(dtype), *args[1:])
+
+    return hook
+
+
+def _cast_output(dtype: torch.dtype):
+    def hook(_: nn.Module, __: tuple, output: Tensor) -> Tensor:
+        return output.to(dtype)
+
+    return hook
+
+
+def _autocast_block(block: nn.Module) -> None:
+    """Run `block` under bf16 autocast, leaving it also when the block raises."""
+    entered: list[torch.autocast] = []
+
+    def enter(_: nn.Module, args: tuple) -> None:
+        context = torch.autocast(args[0].device.type, torch.bfloat16)
+        context.__enter__()
+        entered.append(context)
+
+    def leave(_: nn.Module, __: tuple, output: Tensor | None) -> None:
+        entered.pop().__exit__(None, None, None)
+
+    block.register_forward_pre_hook(enter)
+    block.register_forward_hook(leave, always_call=True)
+
+
+def compute_in_bf16(backbone: nn.Module) -> None:
+    """Let the blocks of an adapted ViT compute in bf16; everything before and after them stays in fp32."""
+    blocks = backbone.get_submodule("blocks")
+    own = [p for n, p in blocks.named_parameters() if ".lnlora." not in n]
+    if any(p.requires_grad for p in own):
+        for block in blocks.children():
+            _autocast_block(block)
+    else:
+        for parameter in own:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    children = list(blocks.children())
+    children[0].register_forward_pre_hook(_cast_input(torch.bfloat16))
+    children[-1].register_forward_hook(_cast_output(torch.float32))

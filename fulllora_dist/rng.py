@@ -1,0 +1,73 @@
+"""Randomness keyed by (seed, purpose, step, sample id).
+
+Nothing here draws from a stream of calls, so the noise of a sample does not depend on which rank, worker or
+micro-batch holds it, on the device, or on what was drawn before a restart. The generator is SplitMix64 used as a
+counter-based generator (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):
+output i of key k is mix64(k + (i + 1) * GOLDEN).
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLY_1 = 0xBF58476D1CE4E5B9
+_MULTIPLY_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    """The two's complement int64 with the same bits as `value` mod 2**64 (torch has no uint64 arithmetic)."""
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift of int64: torch's `>>` copies the sign bit, which the mask removes."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix64(z: torch.Tensor) -> torch.Tensor:
+    z = (z ^ _shift_right(z, 30)) * _signed(_MULTIPLY_1)
+    z = (z ^ _shift_right(z, 27)) * _signed(_MULTIPLY_2)
+    return z ^ _shift_right(z, 31)
+
+
+def base_key(seed: int, purpose: str, step: int) -> int:
+    """64 bits for (seed, purpose, step), from sha256."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+class SampleRng:
+    """Random numbers for a batch, one independent stream per sample. Draws advance one shared counter."""
+
+    def __init__(self, keys: torch.Tensor):
+        self._keys = keys  # int64 [B]
+        self._drawn = 0
+
+    def uniform(self, shape: Sequence[int]) -> torch.Tensor:
+        """fp32 [B, *shape] in [0, 1), multiples of 2**-24, on the device of the ids."""
+        count = int(np.prod(shape))
+        counter = torch.arange(self._drawn + 1, self._drawn + count + 1, device=self._keys.device)
+        self._drawn += count
+        bits = _mix64(self._keys[:, None] + counter * _signed(_GOLDEN))
+        return (_shift_right(bits, 40).to(torch.float32) * 2.0**-24).view(-1, *shape)
+
+
+def sample_rng(seed: int, purpose: str, step: int, ids: torch.Tensor) -> SampleRng:
+    """The source of randomness that depends on data.
+
+    Args:
+        seed: the run's seed.
+        purpose: what the numbers are for, e.g. "pgd/start/0"; different purposes are independent.
+        step: the optimizer update (or epoch) they belong to.
+        ids: int64 [B], the samples' ids; the result lives on their device.
+    """
+    return SampleRng(_mix64((ids + 1) * _signed(_GOLDEN) ^ _signed(base_key(seed, purpose, step))))
+
+
+def numpy_rng(seed: int, purpose: str, step: int, sample_id: int = 0) -> np.random.Generator:
+    """The same keys for code on the host (epoch order, augmentation): a numpy Philox generator."""
+    return np.random.Generator(np.random.Philox(key=[base_key(seed, purpose, step), sample_id]))

@@ -1,0 +1,139 @@
+"""The frame of a training run: ranks, output folder, signals, tracker, progress; and how it begins and ends."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from fulllora_dist.config import Config
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.distributed.checkpoint import DamagedState, read_newest_state, read_state
+from fulllora_dist.distributed.preemption import StopRequest
+from fulllora_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from fulllora_dist.errors import UserError
+from fulllora_dist.tracking.run import Tracker
+
+if TYPE_CHECKING:
+    from fulllora_dist.run_state import RunState
+
+# what may change between the attempts of one run: the adapter it makes does not depend on it
+_MAY_CHANGE = {"distributed", "deepspeed", "run", "evaluation", "tracking", "data.workers", "data.validation"}
+
+
+class Run:
+    """One training run over all its attempts.
+
+    Attributes:
+        config: of this attempt.
+        ranks: this process among the others.
+        saved: (tensors, facts) of the state to go on from, None at a run's beginning.
+        stop: whether somebody asked for an end.
+        tracker: metrics and artifacts, on rank 0.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, stop: StopRequest):
+        self.config = config
+        self.ranks = ranks
+        self.stop = stop
+        self.states = os.path.join(config.run.output, "states")
+        self.saved = self._find_state()
+        facts = self.saved[1] if self.saved else {}
+        if ranks.is_main:
+            os.makedirs(config.run.output, exist_ok=True)
+            resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+            with open(os.path.join(config.run.output, "config.yaml"), "w") as file:
+                file.write(resolved)
+            self.say(resolved)
+        self.tracker = Tracker(config, ranks.is_main, facts.get("mlflow_run_id"), facts.get("step", 0))
+
+    def say(self, text: str) -> None:
+        """A line for people, from rank 0, on stderr (stdout belongs to results)."""
+        if self.ranks.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def _find_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The run's own newest whole state, else the one it was told to start from, else None."""
+        found, damaged = read_newest_state(self.states)
+        # every rank must go on from the state that rank 0 sees
+        step = self.ranks.share(found[1]["step"] if found else None)
+        if (found[1]["step"] if found else None) != step:
+            raise UserError(f"run.output: {self.states} looks different from rank 0; it must be on a shared disk")
+        for line in damaged:
+            self.say(f"warning: {line}; going on from an older state")
+        own = self.config.run.resume_from
+        if found is None and own is not None:
+            try:
+                found = read_state(own)
+            except DamagedState as error:
+                raise UserError(f"run.resume_from: {error}") from None
+            found[1]["mlflow_run_id"] = None  # that run goes on elsewhere
+        if found is not None:
+            _check_same_run(self.config, found[1]["config"], self.config.run.output)
+        return found
+
+    def progress(self, stream: Iterator[Batch] | Any, state: "RunState") -> Iterator[Batch]:
+        """The batches that are left, on the device, with a bar on rank 0: loss, accuracy, pictures a second, time left."""
+        size = self.config.optim.batch_size
+        if state.step >= state.total_steps:
+            return
+        with tqdm(
+            total=state.total_steps * size,
+            initial=state.step * size,
+            unit="img",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=not self.ranks.is_main,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        ) as bar:
+            for batch in stream:
+                yield batch.to(self.ranks.device)
+                bar.set_postfix(state.shown, refresh=False)
+                bar.update(size)
+                if state.step >= state.total_steps or state.stopped:
+                    return
+
+
+def _check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
+    def compare(now: dict[str, Any], before: dict[str, Any], prefix: str) -> None:
+        for key in now.keys() | before.keys():
+            name = prefix + key
+            if name in _MAY_CHANGE:
+                continue
+            mine, theirs = now.get(key), before.get(key)
+            if isinstance(mine, dict) and isinstance(theirs, dict):
+                compare(mine, theirs, name + ".")
+            elif mine != theirs:
+                raise UserError(
+                    f"run.output: {output} holds a run with {name}={theirs}, now it is {mine}; "
+                    "choose another output folder, or the same setting to resume"
+                )
+
+    now = config.model_dump(mode="json")
+    compare(now, saved, "")
+    if now["run"]["seed"] != saved["run"]["seed"]:
+        raise UserError(f"run.output: {output} holds a run with run.seed={saved['run']['seed']}; choose another folder")
+
+
+@contextmanager
+def start_run(config: Config) -> Iterator[Run]:
+    """Ranks, output folder, tracker and signal handlers; on leaving, the MLflow run's status and the ranks' farewell.
+
+    Raises:
+        UserError: the output folder holds another run, or a state that cannot be read.
+    """
+    ranks = start_ranks()
+    with StopRequest() as stop:
+        run = Run(config, ranks, stop)
+        status = "FAILED"
+        try:
+            yield run
+            status = "KILLED" if stop.signal is not None else "FINISHED"
+        finally:
+            run.tracker.finish(status)
+    stop_ranks()

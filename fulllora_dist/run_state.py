@@ -1,0 +1,129 @@
+"""Everything a run has to remember, and the only place that counts, logs and saves."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fulllora_dist.data.loader import TrainStream
+from fulllora_dist.distributed.checkpoint import write_state
+from fulllora_dist.distributed.engine import Engine, TrainableState
+from fulllora_dist.errors import UserError
+from fulllora_dist.methods import Method
+from fulllora_dist.models.adapter_file import read_adapter
+from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.run import Run
+
+
+class RunState:
+    """The run's position, engine, stream and method, resumed where there is something to resume.
+
+    It begins from, in this order: its own newest state, `run.resume_from`, `adapter.start_from`, the bare backbone.
+
+    Attributes:
+        step: batches trained on since the beginning of the run.
+        total_steps: batches of the whole run.
+        engine: the model under DeepSpeed.
+        shown: last loss and accuracy, for the progress bar.
+        stopped: a stop was asked for and the state is saved.
+    """
+
+    def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, method: Method):
+        config = run.config
+        self._run, self._stream, self._method = run, stream, method
+        updates = config.optim.epochs * stream.steps_per_epoch
+        self.total_steps = math.ceil(updates / method.updates_per_batch)
+        self.step = 0
+        self.shown: dict[str, str] = {}
+        self.stopped = False
+        self._saved_step: int | None = None
+        trainable: TrainableState | None = None
+        if run.saved is not None:
+            trainable = self._resume(model, *run.saved)
+        elif config.adapter.start_from:
+            _start_from(model, config.adapter.start_from)
+        self.engine = Engine(
+            model,
+            config.optim,
+            config.distributed,
+            config.deepspeed,
+            run.ranks,
+            self.total_steps * method.updates_per_batch,
+            trainable,
+        )
+
+    def _resume(self, model: AdaptedModel, tensors: dict[str, Tensor], facts: dict) -> TrainableState:
+        if facts["backbone_sha256"] != model.info.sha256:
+            raise UserError(
+                f"model.checkpoint: the run began with weights {facts['backbone_sha256'][:12]}, "
+                f"these have {str(model.info.sha256)[:12]}; give the same backbone to resume"
+            )
+        self._stream.load_state_dict(facts["stream"])
+        self.step = self._saved_step = facts["step"]
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            parts.setdefault(kind, {})[rest] = tensor
+        slots = parts.pop("slots", {})
+        if slots:
+            size = len(next(iter(slots.values()))) // self._run.ranks.world
+            first = size * self._run.ranks.rank
+            self._method.load_slot_state({name: t[first : first + size] for name, t in slots.items()})
+        self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
+        return TrainableState(facts["updates"], parts)
+
+    def advance(self, metrics: dict[str, Tensor]) -> None:
+        """Count the batch that was trained on; log, save and stop where it is time."""
+        self.step += 1
+        self._stream.commit(self.step)
+        last = self.step == self.total_steps
+        if last or self.step % self._run.config.run.log_every == 0:
+            self._log(metrics)
+        self.stopped = self._run.ranks.any(self._run.stop.signal is not None)
+        if last or self.stopped or self.step % self._run.config.run.save_every == 0:
+            self.save()
+
+    def _log(self, metrics: dict[str, Tensor]) -> None:
+        names = list(metrics)
+        total = self._run.ranks.sum(torch.stack([metrics[name].double() for name in names]))
+        means = dict(zip(names, (total / self._run.ranks.world).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"the loss is {means['loss']} at batch {self.step}; lower optim.lr and go on from the last state "
+                f"(batch {self._saved_step or 0}) in another output folder"
+            )
+        self.shown = {name: f"{value:.3f}" for name, value in means.items()}
+        means["learning_rate"] = self.engine.learning_rate
+        if (norm := self.engine.gradient_norm()) is not None:
+            means["gradient_norm"] = norm
+        self._run.tracker.log({f"train/{name}": value for name, value in means.items()}, self.step)
+
+    def save(self) -> None:
+        """Write the state, once a step. A collective."""
+        if self._saved_step == self.step:
+            return
+        run = self._run
+        trainable = self.engine.state()
+        slots = {name: run.ranks.gather(tensor) for name, tensor in self._method.slot_state().items()}
+        if run.ranks.is_main:
+            tensors = {f"{kind}/{name}": t for kind, named in trainable.tensors.items() for name, t in named.items()}
+            tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
+            facts = {
+                "updates": trainable.updates,
+                "stream": self._stream.state_dict(),
+                "mlflow_run_id": run.tracker.run_id,
+                "config": run.config.model_dump(mode="json"),
+                "backbone_sha256": self.engine.model.info.sha256,
+            }
+            write_state(run.states, self.step, tensors, facts, run.config.run.keep_states)
+            run.tracker.commit(self.step)
+        self._saved_step = self.step
+        run.ranks.barrier()  # a rank that leaves now leaves a whole state behind
+
+
+def _start_from(model: AdaptedModel, folder: str) -> None:
+    description, tensors = read_adapter(folder)
+    theirs = description["backbone"]["sha256"]
+    if theirs != model.info.sha256:
+        raise UserError(f"adapter.start_from: {folder} belongs to weights {theirs[:12]}, not {model.info.sha256[:12]}")
+    model.load_trainable(tensors)

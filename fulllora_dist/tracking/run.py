@@ -1,0 +1,160 @@
+"""Metrics of a run: a file in the output folder first, MLflow second.
+
+`metrics.jsonl` gets every point at once and is cut back to the state's step on resume. MLflow cannot delete points, so
+it gets them when a durable state covers them (`commit`): a resumed run then has no doubled or future points. A
+tracking store that fails costs a warning and never the run; what it missed is sent with the next commit.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from fulllora_dist.config import Config
+
+METRICS = "metrics.jsonl"
+_BATCH = 1000  # points MLflow takes in one call
+
+
+class Tracker:
+    """The metrics of one run over all its restarts. Does nothing but on rank 0.
+
+    Args:
+        config: the run's.
+        active: False on every rank but 0.
+        run_id: of the MLflow run that this one continues.
+        step: the state's; later lines of `metrics.jsonl` are dropped.
+    """
+
+    def __init__(self, config: Config, active: bool, run_id: str | None = None, step: int = 0):
+        self.run_id = run_id
+        self.uri: str | None = None
+        self._active = active
+        self._pending: list[tuple[str, float, int, int]] = []
+        self._warned = False
+        self._client: Any = None
+        if not active:
+            return
+        self._path = os.path.join(config.run.output, METRICS)
+        self._cut_back(step)
+        if config.tracking.enabled:
+            self.uri = config.tracking_uri()
+            self._guarded(lambda: self._open(config))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Points at `step`; values that are not finite go to the file alone."""
+        if not self._active:
+            return
+        now = int(time.time() * 1000)
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"step": step, "time": now, **metrics}) + "\n")
+        if self._client is not None:
+            self._pending += [(k, v, now, step) for k, v in metrics.items() if math.isfinite(v)]
+
+    def commit(self, step: int) -> None:
+        """A durable state covers everything up to `step`: send it."""
+        ready = [point for point in self._pending if point[3] <= step]
+        if self._client is None or not ready:
+            return
+        from mlflow.entities import Metric
+
+        def send() -> None:
+            for i in range(0, len(ready), _BATCH):
+                self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in ready[i : i + _BATCH]])
+                del self._pending[: len(ready[i : i + _BATCH])]  # points are in step order
+
+        self._guarded(send)
+
+    def artifact(self, path: str, folder: str | None = None) -> None:
+        """A file or folder of the run, kept with it."""
+        if self._client is not None:
+            log = self._client.log_artifacts if os.path.isdir(path) else self._client.log_artifact
+            self._guarded(lambda: log(self.run_id, path, folder))
+
+    def finish(self, status: str) -> None:
+        """FINISHED, FAILED or KILLED (stopped, to be resumed)."""
+        if self._client is not None:
+            self._guarded(lambda: self._client.set_terminated(self.run_id, status))
+
+    def _cut_back(self, step: int) -> None:
+        if not os.path.exists(self._path):
+            return
+        with open(self._path) as file:
+            lines = [line for line in file if _step_of(line) <= step]
+        with open(self._path + ".tmp", "w") as file:
+            file.writelines(lines)
+        os.replace(self._path + ".tmp", self._path)
+
+    def _open(self, config: Config) -> None:
+        # defaults would hold a dead server's caller for four minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        from mlflow import MlflowClient
+
+        assert self.uri is not None
+        with _first_use_alone(self.uri):
+            client = MlflowClient(self.uri)
+            name = config.tracking.experiment
+            found = client.get_experiment_by_name(name)
+            experiment = found.experiment_id if found else client.create_experiment(name, _artifact_location(self.uri))
+        if self.run_id is None:
+            run_name = config.tracking.run_name or os.path.basename(os.path.abspath(config.run.output))
+            self.run_id = client.create_run(experiment, run_name=run_name).info.run_id
+            for key, value in _flat(config.model_dump(mode="json")):
+                client.log_param(self.run_id, key, value)
+        else:
+            client.update_run(self.run_id, status="RUNNING")
+        client.set_tag(self.run_id, "output", os.path.abspath(config.run.output))
+        self._client = client
+
+    def _guarded(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever a tracking store does, training goes on
+            if not self._warned:
+                reason = str(error).split("\n")[0][:200]
+                print(
+                    f"warning: MLflow at {self.uri} failed ({reason}); points are kept in {self._path}", file=sys.stderr
+                )
+            self._warned = True
+
+
+def _step_of(line: str) -> float:
+    """A line that a kill cut short belongs to no step."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _artifact_location(uri: str) -> str | None:
+    """Beside a sqlite file; MLflow's default is the working directory. A server has its own."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return "file://" + os.path.join(os.path.dirname(os.path.abspath(uri.removeprefix("sqlite:///"))), "mlruns")
+
+
+@contextlib.contextmanager
+def _first_use_alone(uri: str) -> Iterator[None]:
+    """A fresh sqlite store is migrated at first use, and two processes at once break it."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = os.path.abspath(uri.removeprefix("sqlite:///"))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,52 @@
+"""Adversarial finetuning: `deepspeed --num_gpus N fulllora_dist/train.py --config FILE [key=value ...]`.
+
+One process: `python fulllora_dist/train.py --config FILE`. A run that is started again goes on where it was.
+"""
+
+import sys
+from pathlib import Path
+
+# run as a script, this folder heads sys.path, where evaluate.py would shadow the package of that name
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+
+from fulllora_dist.build import build_method, build_model, build_stream, check_inputs
+from fulllora_dist.config_file import load_config, parser
+from fulllora_dist.errors import run_entry
+from fulllora_dist.finish import finish
+from fulllora_dist.planning import estimate
+from fulllora_dist.run import start_run
+from fulllora_dist.run_state import RunState
+
+
+def main() -> int:
+    """Train as the command line says; the exit code is 128 + the signal's number where one ended the run."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--check", action="store_true", help="check the settings, estimate the cost, train nothing")
+    args = arguments.parse_args()
+    config = load_config(args.config, args.overrides)
+    if args.check:
+        print(estimate(config))
+        return 0
+    check_inputs(config, world=int(os.environ.get("WORLD_SIZE", "1")))
+
+    with start_run(config) as run:
+        model = build_model(config)
+        run.say(str(model.report))
+        stream = build_stream(config, model.info, run.ranks)
+        method = build_method(config)
+        state = RunState(run, model, stream, method)  # resumes where there is something to resume
+        for batch in run.progress(stream, state):
+            metrics = method.step(state.engine, batch, state.step)
+            state.advance(metrics)
+        if state.stopped:
+            run.say(f"stopped at batch {state.step} of {state.total_steps}; the same command goes on from here")
+        else:
+            finish(run, state)
+    return 128 + run.stop.signal if run.stop.signal is not None else 0
+
+
+if __name__ == "__main__":
+    run_entry(main)
