@@ -18,7 +18,12 @@ from fulllora_dist.pixels import Pixels
 class Settings(BaseModel):
     """Base of all sections: unknown keys are refused, nothing changes after the start."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Area = Annotated[float, Field(gt=0, le=1)]
 
 
 class ModelSettings(Settings):
@@ -30,13 +35,13 @@ class ModelSettings(Settings):
     """false starts from random weights (drawn from run.seed)."""
     num_classes: int | None = Field(None, ge=2)
     """Outputs; null keeps the checkpoint's. Another number starts a new head."""
-    classes: list[int] | None = None
+    classes: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=2)
     """Rows of the checkpoint's head to keep, in the order of the data's classes."""
     image_size: int | None = Field(None, ge=1)
     """Side in pixels; null takes the pretrained one. Another resamples the position embedding."""
     mean: tuple[float, float, float] | None = None
     """Normalisation, in [0, 1] pixels; null takes the tag's."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
     """Normalisation, in [0, 1] pixels; null takes the tag's."""
     architecture: dict[str, Any] = {}
     """Further arguments of timm.create_model, for models of one's own. Dropout and drop_path draw from torch's own
@@ -78,7 +83,7 @@ class DataSettings(Settings):
     """Folder of shards for the final evaluation; null leaves it out."""
     augment: Literal["none", "flip", "crop"] = "crop"
     """none, horizontal flip, or random resized crop and flip; keyed by the sample, the same on any ranks."""
-    crop_scale: tuple[float, float] = (0.25, 1.0)
+    crop_scale: tuple[Area, Area] = (0.25, 1.0)
     """Area of the random crop as a share of the picture."""
     crop_pct: float | None = Field(None, gt=0, le=1)
     """Central share that the evaluation crop keeps; null takes the backbone's."""
@@ -97,7 +102,7 @@ class OptimSettings(Settings):
     """Learning rate at the end of the cosine."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the updates in which the learning rate rises linearly."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's averaging of gradient and squared gradient."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled, on matrices; norms and biases are left out."""
@@ -204,7 +209,12 @@ class Config(Settings):
         for key in self.deepspeed:
             if key in _DERIVED_FROM_OURS:
                 raise ValueError(f"deepspeed.{key} follows from {_DERIVED_FROM_OURS[key]}; set that instead")
-        if "stage" in self.deepspeed.get("zero_optimization", {}):
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, Mapping):
+            raise ValueError(
+                f"deepspeed.zero_optimization: {zero!r} is no section; its stage is distributed.zero_stage"
+            )
+        if "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage follows from distributed.zero_stage; set that instead")
         if self.optim.batch_size % self.distributed.grad_accumulation:
             raise ValueError(

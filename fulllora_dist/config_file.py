@@ -30,54 +30,74 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         if not equals or not key.strip():
             raise UserError(f"{override!r} is no setting; write key=value, e.g. optim.lr=1e-3")
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True)
+        merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error)}") from None
+        raise UserError(f"{path}: {_explain(error, values)}") from None
 
 
-def _read(path: str) -> Any:
+def _merge(below: Any, above: Any) -> Any:
+    """`above` wins key by key. Settings of a method are its own: naming another method drops them."""
+    old, new = below.get("method"), above.get("method")
+    if isinstance(old, str):
+        below["method"] = old = {"name": old}
+    if old and OmegaConf.is_dict(new) and new.get("name", old["name"]) != old["name"]:
+        del below["method"]
+    try:
+        return OmegaConf.merge(below, above)
+    except TypeError:
+        raise UserError(
+            f"a list stands for a section, or a section for a list, in {', '.join(map(str, above))}"
+        ) from None
+
+
+def _read(path: str, named_by: Sequence[str] = ()) -> Any:
     if not os.path.isfile(path):
         raise UserError(f"--config: {path} does not exist; ready ones are in configs/")
     try:
         values = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML: {_first_line(error)}") from None
     if not OmegaConf.is_dict(values):
         raise UserError(f"{path} is empty or a list; it should hold sections such as model: and data:")
     base = values.pop("base", None)
     if base is None:
         return values
-    return OmegaConf.merge(_read(os.path.join(os.path.dirname(path), base)), values)
+    chain = (*named_by, os.path.realpath(path))
+    below = os.path.join(os.path.dirname(path), str(base))
+    if os.path.realpath(below) in chain:
+        raise UserError(f"{path}: base: {base} leads back to itself; name a file that shares its settings")
+    return _merge(_read(below, chain), values)
 
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _known_keys(location: Sequence[Any]) -> list[str]:
+def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
     """The keys that the section at `location` takes."""
     model: type[BaseModel] | None = Config
     for part in location:
         if part == "method" and model is Config:
-            return sorted({key for method in METHODS.values() for key in method.Settings.model_fields})
+            return list(METHODS[values["method"]["name"]].Settings.model_fields)
         field = model.model_fields.get(str(part)) if model else None
         annotation = field.annotation if field else None
         model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     return list(model.model_fields) if model else []
 
 
-def _explain(error: ValidationError) -> str:
-    """The first thing that is wrong, and what would be right."""
-    details = error.errors()[0]
+def _explain(error: ValidationError, values: Any) -> str:
+    """The first thing that is wrong, and what would be right. A mistyped key comes before what it leaves missing."""
+    errors = error.errors()
+    details = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     *section, key = details["loc"] or ("",)
     name = ".".join(str(part) for part in details["loc"])
     if details["type"] == "extra_forbidden":
-        known = _known_keys(section)
+        known = _known_keys(section, values)
         near = difflib.get_close_matches(str(key), known, n=1) or difflib.get_close_matches(str(key), known, 1, 0.3)
         return f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
     if details["type"] == "missing":

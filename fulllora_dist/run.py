@@ -77,11 +77,11 @@ class Run:
         return found
 
     def progress(self, stream: Iterator[Batch] | Any, state: "RunState") -> Iterator[Batch]:
-        """The batches that are left, on the device, with a bar on rank 0: loss, accuracy, pictures a second, time left."""
+        """The batches that are left, on the device; rank 0 shows loss, accuracy, pictures a second and time left."""
         size = self.config.optim.batch_size
         if state.step >= state.total_steps:
             return
-        with tqdm(
+        bar = tqdm(
             total=state.total_steps * size,
             initial=state.step * size,
             unit="img",
@@ -90,7 +90,8 @@ class Run:
             disable=not self.ranks.is_main,
             dynamic_ncols=True,
             mininterval=1.0,
-        ) as bar:
+        )
+        with bar, self.stop.deferred():
             for batch in stream:
                 yield batch.to(self.ranks.device)
                 bar.set_postfix(state.shown, refresh=False)
@@ -133,7 +134,7 @@ def start_run(config: Config) -> Iterator[Run]:
         status = "FAILED"
         try:
             yield run
-            status = "KILLED" if stop.signal is not None else "FINISHED"
+            status = "FINISHED"
         finally:
-            run.tracker.finish(status)
+            run.tracker.finish(status if stop.signal is None else "KILLED")
     stop_ranks()

@@ -26,11 +26,12 @@ class RunState:
         engine: the model under DeepSpeed.
         shown: last loss and accuracy, for the progress bar.
         stopped: a stop was asked for and the state is saved.
+        stream: the training batches.
     """
 
     def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, method: Method):
         config = run.config
-        self._run, self._stream, self._method = run, stream, method
+        self._run, self.stream, self._method = run, stream, method
         updates = config.optim.epochs * stream.steps_per_epoch
         self.total_steps = math.ceil(updates / method.updates_per_batch)
         self.step = 0
@@ -58,7 +59,7 @@ class RunState:
                 f"model.checkpoint: the run began with weights {facts['backbone_sha256'][:12]}, "
                 f"these have {str(model.info.sha256)[:12]}; give the same backbone to resume"
             )
-        self._stream.load_state_dict(facts["stream"])
+        self.stream.load_state_dict(facts["stream"])
         self.step = self._saved_step = facts["step"]
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -75,11 +76,13 @@ class RunState:
     def advance(self, metrics: dict[str, Tensor]) -> None:
         """Count the batch that was trained on; log, save and stop where it is time."""
         self.step += 1
-        self._stream.commit(self.step)
+        self.stream.commit(self.step)
         last = self.step == self.total_steps
         if last or self.step % self._run.config.run.log_every == 0:
             self._log(metrics)
-        self.stopped = self._run.ranks.any(self._run.stop.signal is not None)
+        if stop := self._run.ranks.max(self._run.stop.signal or 0):
+            self._run.stop.hear(stop)  # a scheduler may signal one node alone: every rank leaves in the same way
+            self.stopped = True
         if last or self.stopped or self.step % self._run.config.run.save_every == 0:
             self.save()
 
@@ -104,13 +107,18 @@ class RunState:
             return
         run = self._run
         trainable = self.engine.state()
+        if not all(t.isfinite().all() for t in trainable.tensors["master"].values()):
+            raise UserError(
+                f"the adapter is not finite at batch {self.step}; lower optim.lr and go on from the last state "
+                f"(batch {self._saved_step or 0}) in another output folder"
+            )
         slots = {name: run.ranks.gather(tensor) for name, tensor in self._method.slot_state().items()}
         if run.ranks.is_main:
             tensors = {f"{kind}/{name}": t for kind, named in trainable.tensors.items() for name, t in named.items()}
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
             facts = {
                 "updates": trainable.updates,
-                "stream": self._stream.state_dict(),
+                "stream": self.stream.state_dict(),
                 "mlflow_run_id": run.tracker.run_id,
                 "config": run.config.model_dump(mode="json"),
                 "backbone_sha256": self.engine.model.info.sha256,

@@ -11,6 +11,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import os
+import signal
 
 from fulllora_dist.build import build_method, build_model, build_stream, check_inputs
 from fulllora_dist.config_file import load_config, parser
@@ -41,11 +42,11 @@ def main() -> int:
         for batch in run.progress(stream, state):
             metrics = method.step(state.engine, batch, state.step)
             state.advance(metrics)
-        if state.stopped:
-            run.say(f"stopped at batch {state.step} of {state.total_steps}; the same command goes on from here")
-        else:
+        if not state.stopped:
             finish(run, state)
-    return 128 + run.stop.signal if run.stop.signal is not None else 0
+            return 0
+        run.say(f"stopped at batch {state.step} of {state.total_steps}; the same command goes on from here")
+        return 128 + (run.stop.signal or signal.SIGTERM)  # the signal may have come to another rank
 
 
 if __name__ == "__main__":

@@ -4,11 +4,7 @@ What is read ahead is never counted. The trainer says with `commit` how many glo
 iteration starts there, and a saved state holds nothing else that changes.
 """
 
-import multiprocessing
-import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,10 +16,9 @@ from fulllora_dist.data import plan
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.reader import DamagedSample, ShardReader
+from fulllora_dist.data.workers import fork_server, settle_in, signals_held
 from fulllora_dist.errors import UserError
 from fulllora_dist.rng import numpy_rng
-
-_MAIN_DECIDES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Transform(Protocol):
@@ -88,34 +83,12 @@ def _as_is(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    for number in _MAIN_DECIDES:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Processes started inside are born with these signals blocked.
-
-    A scheduler signals every process of a job. A worker (or the fork server) that dies of it takes the main process
-    along in the midst of saving, so there must be no moment, not even while it imports, when it can.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_DECIDES)
-    try:
-        resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts: once more
-        signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_DECIDES)
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    settle_in()
 
 
 def _read_ahead(
     batches: _Batches, works: Callable[[], Iterable[_Work]], workers: int, prefetch: int, pin_memory: bool
 ) -> Iterator[Batch]:
-    context = None
-    if workers:
-        context = multiprocessing.get_context("forkserver")
-        # Imported once by the server, shared by its forks; "__main__" is what it would load by default.
-        context.set_forkserver_preload(["__main__", "torch.utils.data", "PIL.Image", __name__])
     loader = DataLoader(
         batches,
         batch_size=None,
@@ -123,18 +96,21 @@ def _read_ahead(
         num_workers=workers,
         collate_fn=_as_is,
         worker_init_fn=_start_worker,
-        multiprocessing_context=context,
+        multiprocessing_context=fork_server("torch.utils.data", "PIL.Image", __name__) if workers else None,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each iteration draws a seed from the global generator
     )
-    with _signals_held():
+    with signals_held():
         items = iter(loader)
-    for item in items:
-        if isinstance(item, UserError):
-            raise item
-        images, labels, ids, mask, slot = item
-        yield Batch(images, labels, ids, mask, slot)
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            images, labels, ids, mask, slot = item
+            yield Batch(images, labels, ids, mask, slot)
+    finally:
+        del items  # ends the workers now; held by a traceback until the garbage collector comes, that takes 5 s each
 
 
 def _check_ranks(world: int, rank: int, workers: int) -> None:

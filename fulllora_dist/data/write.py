@@ -7,11 +7,7 @@ is whole, re-read and equal to what was to be written, so a run that was cut sho
 import hashlib
 import io
 import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -30,6 +26,7 @@ from fulllora_dist.data.index import INDEX_NAME, Index, published
 from fulllora_dist.data.plan import epoch_order, stratified_order
 from fulllora_dist.data.scan import ShardScan, scan_shard
 from fulllora_dist.data.source import Picture, list_pictures
+from fulllora_dist.data.workers import fork_server, settle_in, signals_held
 from fulllora_dist.errors import UserError
 
 _SOURCE_NAME = "source.json"
@@ -209,10 +206,9 @@ def _run(jobs: list[_ShardJob], workers: int, bar: tqdm) -> list[ShardScan]:
             scans.append(_make_shard(job))
             bar.update(len(job.pictures))
         return scans
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_start_worker) as pool:
-        futures = {pool.submit(_make_shard, job): job for job in jobs}
+    with ProcessPoolExecutor(min(workers, len(jobs)), fork_server(__name__), initializer=settle_in) as pool:
+        with signals_held():
+            futures = {pool.submit(_make_shard, job): job for job in jobs}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -223,19 +219,6 @@ def _run(jobs: list[_ShardJob], workers: int, bar: tqdm) -> list[ShardScan]:
             pool.shutdown(cancel_futures=True)
             raise
         return [future.result() for future in futures]
-
-
-def _start_worker() -> None:
-    """Ctrl-C is the parent's to answer, but nobody tells a pool's worker that the parent was killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow_parent() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent is not None
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
 
 
 def _make_shard(job: _ShardJob) -> ShardScan:
@@ -269,10 +252,7 @@ def _write_shard(job: _ShardJob, file: BinaryIO) -> list[int]:
     with TarWriter(file, encoder=False, compress=False, mtime=0) as tar:
         for picture, label in zip(job.pictures, job.labels, strict=True):
             extension, data = _encoded(picture, job.image_size)
-            try:
-                tar.write({"__key__": picture.key, extension: data, "cls": str(label).encode()})
-            except ValueError as error:  # a name that does not fit a tar header
-                raise UserError(f"{picture.name}: {error}") from error
+            tar.write({"__key__": picture.key, extension: data, "cls": str(label).encode()})
             written.append(zlib.crc32(data))
     return written
 

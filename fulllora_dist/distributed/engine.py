@@ -7,10 +7,12 @@ through the engine. Nothing of DeepSpeed is seen outside this folder.
 
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
@@ -50,13 +52,18 @@ def check_batch(settings: OptimSettings, accumulation: int, world: int) -> int:
 
 
 def deepspeed_settings(
-    optim: OptimSettings, settings: DistributedSettings, extra: dict[str, Any], world: int
+    optim: OptimSettings, settings: DistributedSettings, extra: dict[str, Any], world: int, trainable: int
 ) -> dict[str, Any]:
     """DeepSpeed's configuration, derived from ours; `extra` is the config's own `deepspeed` block.
 
     Computing in bf16 is the model's own matter (`models/precision.py`): to DeepSpeed everything that trains is fp32.
+
+    Args:
+        trainable: number of parameters that train. DeepSpeed allocates its whole gradient bucket, 5e8 numbers (2 GB)
+            unless told, in every weight step, however few there are.
     """
-    zero = {"stage": settings.zero_stage} | extra.get("zero_optimization", {})
+    zero = {"stage": settings.zero_stage, "reduce_bucket_size": min(trainable, 500_000_000)}
+    zero |= extra.get("zero_optimization", {})
     return {
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True,
@@ -112,6 +119,7 @@ class Engine:
         self._stage = settings.zero_stage
         self._accumulation = settings.grad_accumulation
         self._checkpointing = settings.activation_checkpointing
+        timm.layers.set_reentrant_ckpt(False)  # TIMM_REENTRANT_CKPT would silently drop gradients of frozen inputs
         self._named = model.trainable()
         self._engine = _start_deepspeed(model, self._optimizer(), settings, optim, extra, ranks)
         self._set_checkpointing(self._checkpointing == "all")
@@ -270,11 +278,13 @@ def _start_deepspeed(
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed's calls of torch's older names: a line for every collective of every step
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_settings(optim, settings, extra, ranks.world),
+            config=deepspeed_settings(optim, settings, extra, ranks.world, model.report.trainable),
             dist_init_required=False,
         )
     except (DeepSpeedConfigError, ValidationError) as error:

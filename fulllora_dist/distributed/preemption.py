@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -9,13 +11,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Remembers SIGINT (Ctrl-C) or SIGTERM until the step ends; a second one leaves at once.
+    """SIGINT (Ctrl-C) and SIGTERM end the run: at once, by SystemExit, or after the step while `deferred`.
 
-    Used as a context manager around the loop; the handlers from before come back at its end.
+    A second signal of the same kind leaves without anything. Used as a context manager around the run; the handlers
+    from before come back at its end.
+
+    Attributes:
+        signal: number of the first signal that came, or None.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._deferred = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -26,8 +33,19 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a signal is only remembered: whoever runs the loop looks at `signal` between steps."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         # a terminal's Ctrl-C and the launcher's own answer to it come as two signals of different kinds
         if self.signal == number:
             os._exit(128 + number)
         self.signal = self.signal or number
+        if not self._deferred:
+            raise SystemExit(128 + number)

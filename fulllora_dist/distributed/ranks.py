@@ -30,13 +30,13 @@ class Ranks:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says so. Every rank must ask."""
+    def max(self, number: int) -> int:
+        """The largest number that any rank has. Every rank must ask."""
         if self.world == 1:
-            return flag
-        vote = torch.tensor([int(flag)])
+            return number
+        vote = torch.tensor([number])
         dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control)
-        return bool(vote.item())
+        return int(vote.item())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, on the host; exact for integers."""

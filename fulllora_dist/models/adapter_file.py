@@ -31,6 +31,12 @@ def adapter_state(model: AdaptedModel) -> dict[str, Tensor]:
     return {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
 
 
+def _checksum(description: Mapping[str, Any]) -> str:
+    """sha256 of the description itself: a flipped digit in alpha or std would otherwise load as another function."""
+    content = {key: value for key, value in description.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def save_adapter(
     model: AdaptedModel,
     folder: str,
@@ -56,6 +62,7 @@ def save_adapter(
         "sha256": hashlib.sha256(tensors).hexdigest(),
         "training": dict(training or {}),
     }
+    description["checksum"] = _checksum(description)
     filesystem, path = fsspec.core.url_to_fs(folder)
     filesystem.makedirs(path, exist_ok=True)
     filesystem.pipe_file(f"{path}/{TENSORS}", tensors)
@@ -77,14 +84,16 @@ def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise UserError(f"adapter: {folder} has no {name}; give a folder that save_adapter wrote") from None
     try:
         description = json.loads(files[DESCRIPTION])
-        version, sha256 = description["format_version"], description["sha256"]
+        version = description["format_version"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"adapter: {folder}/{DESCRIPTION} is damaged; it should be the JSON that save_adapter wrote"
         ) from None
     if version != FORMAT_VERSION:
         raise UserError(f"adapter: {folder} has format version {version}; this program reads {FORMAT_VERSION}")
-    if hashlib.sha256(files[TENSORS]).hexdigest() != sha256:
+    if description.get("checksum") != _checksum(description):
+        raise UserError(f"adapter: {folder}/{DESCRIPTION} is damaged: its checksum is not that of its content")
+    if hashlib.sha256(files[TENSORS]).hexdigest() != description["sha256"]:
         raise UserError(f"adapter: {folder}/{TENSORS} is damaged: its sha256 is not the one in {DESCRIPTION}")
     try:
         return description, load_safetensors(files[TENSORS])
@@ -136,6 +145,9 @@ def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "
             f"but these weights have {str(model.info.sha256)[:12]}; give the backbone it was trained on"
         )
     model.load_trainable(state)
+    if whole_model:  # it still stems from the backbone that it was trained from
+        kept = {key: getattr(info, key) for key in ("checkpoint", "pretrained", "own_classes", "sha256")}
+        model.info = dataclasses.replace(model.info, **kept)
     return model
 
 

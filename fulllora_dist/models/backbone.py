@@ -84,8 +84,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
         reason = str(error).split("\n")[0]
         raise UserError(f"model.checkpoint: {path} does not load with weights_only=True ({reason})") from None
     for key in ("model", "state_dict"):
-        state = state.get(key, state)
-    if not all(isinstance(value, Tensor) for value in state.values()):
+        state = state.get(key, state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.checkpoint: {path} holds more than tensors; save the state dict alone")
     return state
 
@@ -99,7 +99,8 @@ def _download(name: str) -> dict[str, Tensor]:
         raise UserError(f"model.backbone: {name} has no weights on the hub; set model.checkpoint to a file")
     location = config.hf_hub_id if "/" in config.hf_hub_id else f"timm/{config.hf_hub_id}"
     try:
-        return load_state_dict_from_hf(location, config.hf_hub_filename or "", weights_only=True)
+        filename = {"filename": config.hf_hub_filename} if config.hf_hub_filename else {}
+        return load_state_dict_from_hf(location, **filename, weights_only=True)
     except Exception as error:  # hub, proxy and disk errors have no common class
         reason = str(error).split("\n")[0][:200]
         raise UserError(
@@ -141,7 +142,7 @@ def _fit_head(
     """
     own = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
     if classes is not None:
-        if own is None or max(classes) >= own or min(classes) < 0:
+        if own is None or not classes or max(classes) >= own or min(classes) < 0:
             raise UserError(f"model.classes: the checkpoint's head has {own or 'no'} classes; give indices below that")
         rows = torch.tensor(classes)
         weights = {k: v[rows] if k.rpartition(".")[0] in heads else v for k, v in weights.items()}
@@ -150,6 +151,24 @@ def _fit_head(
         weights = {k: v for k, v in weights.items() if k.rpartition(".")[0] not in heads}
         own = None
     return weights, own
+
+
+def _check_agreement(
+    checkpoint: str | None,
+    pretrained: bool,
+    num_classes: int | None,
+    classes: Sequence[int] | None,
+    architecture: Mapping[str, object],
+) -> None:
+    if checkpoint is not None and not pretrained:
+        raise UserError(
+            f"model.checkpoint: {checkpoint} would not be read, as model.pretrained is false; leave out one"
+        )
+    if classes is not None and num_classes not in (None, len(classes)):
+        raise UserError(f"model.num_classes: {num_classes} contradicts the {len(classes)} model.classes; leave out one")
+    for argument, setting in (("img_size", "model.image_size"), ("num_classes", "model.num_classes")):
+        if argument in architecture:
+            raise UserError(f"model.architecture: {argument} is the setting {setting}; set that instead")
 
 
 def build_backbone(
@@ -181,6 +200,7 @@ def build_backbone(
         UserError: unknown name, weights that cannot be had or do not fit, classes out of range.
     """
     check_name(name, needs_tag=pretrained)
+    _check_agreement(checkpoint, pretrained, num_classes, classes, architecture or {})
     on_meta = torch.empty(0).device.type == "meta"
     weights: dict[str, Tensor] | None = None
     if pretrained and not on_meta:
@@ -228,8 +248,9 @@ def _create(
         arguments = {**arguments, "num_classes": outputs}
     try:
         return timm.create_model(name, pretrained=False, **arguments)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(f"model: timm cannot build {name} with {arguments}: {error}") from None
+    except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"model: timm cannot build {name} with {arguments}: {reason}") from None
 
 
 def _load(
@@ -241,12 +262,17 @@ def _load(
 ) -> bool:
     """Fill the backbone; True where the head is the checkpoint's own."""
     heads = _head_names(backbone)
-    fitted, own = _fit_head(weights, heads, classes, num_classes)
     # timm's own filter of the family: it resamples the position embedding to the model's grid
     convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        fitted = convert(fitted, backbone)
-    result = backbone.load_state_dict(fitted, strict=False)
+    try:
+        converted = convert(weights, backbone) if convert is not None else weights
+        fitted, own = _fit_head(converted, heads, classes, num_classes)
+        result = backbone.load_state_dict(fitted, strict=False)
+    except RuntimeError as error:  # names are right and shapes are not
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"model.checkpoint: {source} does not fit the backbone ({reason}); give the weights of this very model"
+        ) from None
     missing = [key for key in result.missing_keys if own is not None or key.rpartition(".")[0] not in heads]
     if missing or result.unexpected_keys:
         wrong = missing[:1] or result.unexpected_keys[:1]

@@ -208,11 +208,15 @@ def create_model(
     unknown = set(placement) - set(COMPONENTS)
     if unknown:
         raise UserError(f"adapter.placement: unknown {', '.join(sorted(unknown))}; known: {', '.join(COMPONENTS)}")
+    if qkv == "shared" and len(set(QKV) & set(placement)) not in (0, len(QKV)):
+        raise UserError("adapter.qkv: a shared branch adapts q, k and v at once; place all three, or take separate")
     sites = find_sites(backbone, name)
     resolved_head = _resolve_head(head, finetune, info.own_classes)
     total = sum(p.numel() for p in backbone.parameters())
     trained = _own_trained(backbone, finetune, resolved_head, sites)
     own = {n: p.numel() for n, p in backbone.named_parameters() if n in trained}
+    if finetune not in WITH_BRANCHES and not own:
+        raise UserError(f"finetune: {finetune} finds nothing to train in {name}; choose fulllora, lora or full")
 
     plan: list[tuple[Site, dict[str, tuple[int, int]]]] = []
     if finetune in WITH_BRANCHES:
@@ -240,7 +244,8 @@ def create_model(
 
 
 def _adapt(backbone: nn.Module, site: Site, sizes: dict[str, tuple[int, int]], spec: AdapterSpec) -> Adapted:
-    assert spec.rank is not None and spec.alpha is not None
+    assert spec.rank is not None
+    assert spec.alpha is not None
     layer = backbone.get_submodule(site.path)
     device = layer.weight.device  # type: ignore[union-attr]
     eps = spec.patch_norm_eps if site.component == "patch_embed" else TOKEN_NORM_EPS

@@ -95,7 +95,10 @@ class LNLoRASplit(nn.Module):
             x = standardise(x, first.eps)
         parts = y.split(y.shape[-1] // len(QKV), dim=-1)
         return torch.cat(
-            [branches[n](x, part, standardised=True) if n in branches else part for n, part in zip(QKV, parts)],
+            [
+                branches[n](x, part, standardised=True) if n in branches else part
+                for n, part in zip(QKV, parts, strict=True)
+            ],
             dim=-1,
         )
 
@@ -118,7 +121,8 @@ class LNLoRAConv2d(nn.Conv2d):
         y = super().forward(x)
         patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
         tokens = self.lnlora(patches.transpose(1, 2), y.flatten(2).transpose(1, 2))
-        return tokens.transpose(1, 2).reshape(y.shape)
+        # in the layout of y: sums over channels behind it then round as the bare model's do
+        return tokens.transpose(1, 2).contiguous().view_as(y)
 
 
 def _keep_when_absent(branch: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:

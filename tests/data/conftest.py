@@ -34,7 +34,8 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(count):
             pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
             image = Image.fromarray(pixels if i % 3 else pixels[:, :, 0])
-            image.save(root / name / (f"{i:03d}.png" if i % 4 == 0 else f"{i:03d}.JPEG"))
+            stem = f"{i:03d}" if i != 1 else "1.v2 é " + "n" * 120  # dots, not ASCII, too long for a plain tar header
+            image.save(root / name / (stem + (".png" if i % 4 == 0 else ".JPEG")))
     return root
 
 

@@ -29,7 +29,8 @@ def noise(width: int, height: int) -> Image.Image:
     ("width", "height", "size", "crop_pct", "mode"),
     [
         (500, 375, 224, 0.875, "center"),
-        (333, 501, 96, 0.9, "center"),
+        (301, 200, 64, 0.9, "center"),
+        (200, 301, 64, 0.9, "center"),
         (224, 224, 96, 1.0, "center"),
         (61, 47, 224, 0.95, "center"),
         (301, 200, 64, 0.9, "squash"),

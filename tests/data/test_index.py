@@ -73,6 +73,15 @@ def test_a_missing_index_or_another_format_is_refused(shards: Path, tmp_path: Pa
         Index.load(tmp_path)
 
 
+def test_rows_that_the_hash_does_not_fit_are_refused(shards: Path, tmp_path: Path) -> None:
+    with np.load(shards / "index.npz") as arrays:
+        fields = dict(arrays)
+    fields["label"] = fields["label"][::-1]
+    np.savez(tmp_path / "index.npz", **fields)
+    with pytest.raises(UserError, match="hash does not fit its rows"):
+        Index.load(tmp_path)
+
+
 def test_an_index_that_points_outside_its_shards_is_refused(shards: Path, tmp_path: Path) -> None:
     index = Index.load(shards)
     offset = index.columns["offset"].copy()

@@ -94,8 +94,6 @@ def test_a_destination_with_something_else_is_refused(image_folder, shards, tmp_
     shutil.copy(shards / "train-000000.tar", tmp_path / "e" / "train-000001.tar")
     with pytest.raises(UserError, match=r"train-000001\.tar: its keys are not those of the source"):
         make(image_folder, tmp_path / "e")
-    assert_same_files_but = filecmp.cmp(tmp_path / "e" / "index.npz", shards / "index.npz", shallow=False)
-    assert assert_same_files_but
 
 
 def test_holdout_takes_its_share_of_each_class_and_nothing_twice(image_folder, tmp_path) -> None:
@@ -144,7 +142,6 @@ def _add(name: str):
             _add("bee/004.jpeg"), r"bee/004\.(png|jpeg) and bee/004\..* would both be sample bee/004", id="key"
         ),
         pytest.param(_add("bee/more/9.jpg"), "class folders side by side; found ., bee", id="nested"),
-        pytest.param(_add("bee/" + "n" * 120 + ".jpg"), "n: name is too long", id="long name"),
     ],
 )
 def test_a_bad_source_is_refused_by_name_and_leaves_no_index(image_folder, tmp_path, spoil, message: str) -> None:
@@ -159,6 +156,7 @@ def test_a_bad_source_is_refused_by_name_and_leaves_no_index(image_folder, tmp_p
 def test_a_cut_source_tar_is_refused(image_folder, tmp_path) -> None:
     with tarfile.open(tmp_path / "source.tar", "w") as tar:
         tar.add(image_folder, "train")
+    with tarfile.open(tmp_path / "source.tar") as tar:
         last = tar.getmembers()[20].offset
     os.truncate(tmp_path / "source.tar", last)
     with pytest.raises(UserError, match=f"no end marker at offset {last}"):

@@ -1,11 +1,14 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -196,36 +199,56 @@ def test_the_global_generators_are_left_alone(shards) -> None:
     assert (np.random.get_state()[1] == numpys).all()
 
 
-SIGNALLED = """
-import os, signal, sys
+JOB = """
+import signal, sys
 from itertools import islice
 from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.loader import TrainStream
 
-caught = []
-kinds = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+caught = set()
 if __name__ == "__main__":
-    for kind in kinds:
-        signal.signal(kind, lambda number, frame: caught.append(number))
+    for kind in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: caught.add(number))
     stream = TrainStream(sys.argv[1], batch_size=4, seed=0, transform=TrainTransform(8), workers=2, prefetch=1)
+    print("up", flush=True)
     batches = iter(stream)
-    early = next(batches) if sys.argv[2] == "running" else None
-    if early is None:
-        import threading
-        threading.Timer(0.3, lambda: [os.killpg(0, kind) for kind in kinds]).start()
-    else:
-        [os.killpg(0, kind) for kind in kinds]
-    print(len(list(islice(batches, 40))), sorted(caught) == sorted(kinds))
+    next(batches)
+    print("running", flush=True)
+    while len(caught) < 4:
+        next(batches)
+    print(len(list(islice(batches, 40))), flush=True)
 """
 
 
-@pytest.mark.parametrize("moment", ["starting", "running"])
-def test_a_signal_to_the_whole_job_reaches_the_main_process_only(shards, tmp_path, moment: str) -> None:
+@pytest.fixture
+def job(shards, tmp_path) -> Iterator[subprocess.Popen]:
+    """A process group of its own that streams with two workers until it has had four signals, and then 40 batches."""
     script = tmp_path / "main.py"
-    script.write_text(SIGNALLED)
-    command = [sys.executable, str(script), str(shards), moment]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
-    assert (done.returncode, done.stdout.split()) == (0, ["40", "True"]), done.stderr
+    script.write_text(JOB)
+    command = [sys.executable, str(script), str(shards)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        yield process
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("moment", ["up", "running"])
+def test_a_signal_to_the_whole_job_reaches_the_main_process_only(job, moment: str) -> None:
+    while job.stdout.readline().strip() != moment:
+        pass
+    time.sleep(0.2)  # "up": in the midst of starting the workers
+    for kind in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        os.killpg(job.pid, kind)
+    assert job.stdout.read().split()[-1] == "40"
+    assert job.wait(30) == 0
+
+
+def test_workers_end_with_a_killed_main_process(job) -> None:
+    while job.stdout.readline().strip() != "running":
+        pass
+    job.kill()
+    job.stdout.read()  # ends when the last process that holds the pipe has ended
+    assert job.wait(30) == -signal.SIGKILL
 
 
 def test_real_pictures(real_data, tmp_path) -> None:

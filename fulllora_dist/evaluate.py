@@ -1,0 +1,97 @@
+"""Robust accuracy: `deepspeed --num_gpus N fulllora_dist/evaluate.py --config FILE --adapter FOLDER [key=value ...]`.
+
+One process: `python fulllora_dist/evaluate.py --config FILE --adapter FOLDER`. Without --adapter: the bare backbone.
+The model and data.validation come from the config; prints a table, and writes the counts with --output.
+"""
+
+import sys
+from pathlib import Path
+
+# run as a script, this folder heads sys.path, where this file would shadow the package `evaluate`
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import os
+
+from fulllora_dist.build import build_eval_stream, build_model
+from fulllora_dist.config import AdapterSettings, Config
+from fulllora_dist.config_file import load_config, parser
+from fulllora_dist.data.index import INDEX_NAME
+from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
+from fulllora_dist.errors import UserError, run_entry
+from fulllora_dist.evaluation import EvalAttack, Evaluator, table, write_evaluation
+from fulllora_dist.models.adapter_file import DESCRIPTION, load
+from fulllora_dist.models.finetune import AdaptedModel
+
+
+def check_inputs(config: Config, adapter: str | None) -> str:
+    """What can be refused before the ranks meet; returns the folder of shards.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for name in config.evaluation.attacks:
+        EvalAttack.parse(name)
+    folder = config.data.validation
+    if folder is None:
+        raise UserError("data.validation is not set; give the folder of shards to evaluate on")
+    if not os.path.exists(os.path.join(folder, INDEX_NAME)):
+        raise UserError(f"data.validation: {folder} holds no {INDEX_NAME}; make shards with tools/make_shards.py")
+    if adapter is not None and adapter.startswith("models:"):
+        raise UserError(f"--adapter: {adapter} names a registry; give the adapter's folder")
+    if adapter is not None and "://" not in adapter and not os.path.exists(os.path.join(adapter, DESCRIPTION)):
+        raise UserError(f"--adapter: {adapter} holds no {DESCRIPTION}; give the folder adapter/ of a run")
+    return folder
+
+
+def build_evaluated(config: Config, adapter: str | None) -> AdaptedModel:
+    """The adapted model in fp32, or the bare backbone where no adapter is given.
+
+    Raises:
+        UserError: the adapter cannot be read, or does not belong to the config's backbone.
+    """
+    if adapter is not None:
+        return load(adapter, checkpoint=config.model.checkpoint)
+    in_fp32 = config.model.model_copy(update={"precision": "fp32"})
+    # finetune: head adds nothing to the backbone
+    bare = config.model_copy(update={"finetune": "head", "adapter": AdapterSettings(), "model": in_fp32})
+    return build_model(bare)
+
+
+def main() -> None:
+    """Evaluate as the command line says."""
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--adapter", metavar="FOLDER", help="what save_adapter wrote; left out: the bare backbone")
+    arguments.add_argument(
+        "--attacks", metavar="A,B", help="evaluation.attacks: clean, pgdK, cwK, pgdKxR with R restarts"
+    )
+    arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
+    arguments.add_argument("--eps", metavar="K/255", help="threat.eps")
+    arguments.add_argument("--output", metavar="FILE", help="where evaluation.json goes; left out: the table alone")
+    args = arguments.parse_intermixed_args()
+    short = {"evaluation.attacks": args.attacks and f"[{args.attacks}]", "evaluation.n": args.n, "threat.eps": args.eps}
+    overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
+    config = load_config(args.config, [*args.overrides, *overrides])
+    folder = check_inputs(config, args.adapter)
+
+    ranks = start_ranks()
+    model = build_evaluated(config, args.adapter).to(ranks.device)
+    stream = build_eval_stream(config, folder, model.info, ranks)
+    evaluator = Evaluator(
+        config.evaluation.attacks,
+        config.threat.eps,
+        ranks,
+        seed=config.run.seed,
+        backbone=model.info.name,
+        adapter=args.adapter,
+    )
+    results = evaluator.run(model, stream)
+    if ranks.is_main:
+        if args.output:
+            write_evaluation(results, args.output)
+        print(table(results), flush=True)
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    run_entry(main)

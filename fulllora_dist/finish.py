@@ -1,0 +1,61 @@
+"""What a trained run leaves behind: the adapter, its evaluation, and both in the tracker."""
+
+import os
+import sys
+from typing import Any
+
+from fulllora_dist.build import build_eval_stream
+from fulllora_dist.config import Config
+from fulllora_dist.evaluation import Evaluator, table, write_evaluation
+from fulllora_dist.models.adapter_file import load, save_adapter
+from fulllora_dist.run import Run
+from fulllora_dist.run_state import RunState
+
+
+def finish(run: Run, state: RunState) -> None:
+    """Save the adapter, evaluate it as it was saved, log both. Safe to repeat. A collective."""
+    output = run.config.run.output
+    adapter = os.path.join(output, "adapter")
+    tensors = state.engine.adapter()
+    if run.ranks.is_main:
+        save_adapter(state.engine.model, adapter, state=tensors, training=_provenance(run.config, state))
+        run.tracker.artifact(adapter, "adapter")
+        run.tracker.artifact(os.path.join(output, "config.yaml"))
+    run.ranks.barrier()
+    run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
+    if run.config.data.validation is not None:
+        _evaluate(run, adapter, run.config.data.validation, state.step)
+
+
+def _provenance(config: Config, state: RunState) -> dict[str, Any]:
+    return {
+        "threat": config.threat.model_dump(mode="json"),
+        "method": config.method.model_dump(mode="json"),
+        "optim": config.optim.model_dump(mode="json"),
+        "seed": config.run.seed,
+        "batches": state.step,
+        "updates": state.engine.updates,
+        "data": {"index": state.stream.index.hash, "classes": list(state.stream.index.classes)},
+    }
+
+
+def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
+    """On all ranks, each with a full fp32 replica made from the saved file: what is reported is what is shipped."""
+    config = run.config
+    model = load(adapter, checkpoint=config.model.checkpoint).to(run.ranks.device)
+    evaluator = Evaluator(
+        config.evaluation.attacks,
+        config.threat.eps,
+        run.ranks,
+        seed=config.run.seed,
+        backbone=model.info.name,
+        adapter=adapter,
+    )
+    results = evaluator.run(model, build_eval_stream(config, validation, model.info, run.ranks))
+    if run.ranks.is_main:
+        path = os.path.join(config.run.output, "evaluation.json")
+        write_evaluation(results, path)
+        run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in results["attacks"].items()}, step)
+        run.tracker.commit(step)
+        run.tracker.artifact(path)
+        print(table(results), file=sys.stdout, flush=True)

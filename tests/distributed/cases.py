@@ -1,0 +1,117 @@
+"""A tiny model, its batches, and one training run of the engine: what the tests of this folder vary."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.config import DistributedSettings, OptimSettings
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.distributed.engine import Engine, TrainableState
+from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.models.finetune import AdaptedModel, create_model
+
+ARCHITECTURE = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+CLASSES = 4
+EPS = 8 / 255
+SEED = 7
+UPDATES = 6
+BATCH = 8
+# the gradient's norm is above `clip` in some updates and below it in others: test_parity checks that
+OPTIM = OptimSettings(
+    lr=3e-3, min_lr=3e-4, warmup=0.34, weight_decay=0.1, clip=2.3, ema=0.8, batch_size=BATCH, epochs=1
+)
+METHOD_SETTINGS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "pgd": {"steps": 2},
+    "free": {"replays": 2},
+    "fgsm_rs": {},
+    "n_fgsm": {},
+}
+STAGES = (0, 1, 2, 3)
+CHECKPOINTING: tuple[Literal["off", "weight_step", "all"], ...] = ("off", "weight_step", "all")
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    method: str
+    stage: int
+    checkpointing: Literal["off", "weight_step", "all"] = "off"
+    accumulation: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.method}-zero{self.stage}-{self.checkpointing}-accumulate{self.accumulation}"
+
+
+def build_model(depth: int = 2, random_b: bool = True, **settings: Any) -> AdaptedModel:
+    """The same weights at every call. With a random B every adapter tensor has a gradient from the first update on."""
+    arguments = {"rank": 2, "head": "trained", "num_classes": CLASSES, "seed": 0} | settings
+    model = create_model(
+        "vit_tiny_patch16_224",
+        pretrained=False,
+        image_size=16,
+        architecture=ARCHITECTURE | {"depth": depth},
+        **arguments,
+    )
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.trainable().items():
+        if random_b and name.endswith(".B"):
+            with torch.no_grad():
+                parameter.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def build_method(name: str) -> Method:
+    method = METHODS[name]
+    return method(method.Settings(name=name, **METHOD_SETTINGS[name]), Linf(EPS), SEED)  # type: ignore[call-arg]
+
+
+def batches(count: int) -> list[Batch]:
+    """Global batches."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        Batch(
+            torch.randint(0, 256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=generator),
+            torch.randint(0, CLASSES, (BATCH,), generator=generator),
+            torch.arange(i * BATCH, (i + 1) * BATCH),
+            torch.ones(BATCH, dtype=torch.bool),
+        )
+        for i in range(count)
+    ]
+
+
+def build_engine(
+    ranks: Ranks,
+    case: Case,
+    model: AdaptedModel | None = None,
+    optim: OptimSettings = OPTIM,
+    state: TrainableState | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Engine:
+    """At ZeRO-3 every tensor is partitioned: below 1e5 elements DeepSpeed would keep them whole."""
+    zero = {"stage3_param_persistence_threshold": 0} if case.stage == 3 else {}
+    settings = DistributedSettings(
+        zero_stage=case.stage,  # type: ignore[arg-type]
+        grad_accumulation=case.accumulation,
+        activation_checkpointing=case.checkpointing,
+    )
+    block = {"zero_optimization": zero} | (extra or {})
+    return Engine(model or build_model(), optim, settings, block, ranks, UPDATES, state)
+
+
+def train(ranks: Ranks, engine: Engine, method: Method, data: Sequence[Batch]) -> list[float]:
+    """Losses, averaged over the ranks."""
+    losses = []
+    for step, batch in enumerate(data):
+        loss = method.step(engine, batch.split(ranks.world)[ranks.rank], step)["loss"]
+        losses.append(ranks.sum(loss.double()).item() / ranks.world)
+    return losses
+
+
+def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a)

@@ -1,0 +1,153 @@
+"""Real ranks for tests.
+
+Importing torch, timm and deepspeed takes longer than most tests run. A server process does it once and forks the ranks
+of every call; it computes nothing itself, so that its forks are safe, and what a test does to a rank ends with it.
+"""
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+GRACE = 30  # seconds that the server gets beyond the ranks' own limit
+
+
+class RankError(AssertionError):
+    """A rank raised, died or took too long; the message holds its traceback."""
+
+
+class RankServer:
+    """Forks ranks on demand: `run(world, work, *args)`."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), name="rank-server")
+        self._process.start()
+        theirs.close()
+
+    def run(
+        self,
+        world: int,
+        work: Callable[..., Any],
+        *args: Any,
+        timeout: float = 120,
+        prepare: Callable[..., Any] | None = None,
+    ) -> list[Any]:
+        """`work(ranks, *args)` on `world` ranks; what they return, in rank order.
+
+        Args:
+            work, prepare: importable by name.
+            timeout: seconds until the ranks are killed; each prints where it hangs.
+            prepare: called as prepare(*args) in the server; then it is work(ranks, made, *args), and the ranks share
+                the memory of what was made.
+
+        Raises:
+            RankError: a rank raised, died or took too long.
+        """
+        self._pipe.send((world, work, args, timeout, prepare))
+        if not self._pipe.poll(timeout + GRACE + (600 if prepare else 0)):
+            self.close()
+            raise RankError("the rank server does not answer")
+        outcome = self._pipe.recv()
+        if isinstance(outcome, str):
+            raise RankError(outcome)
+        return [pickle.loads(result) for result in outcome]
+
+    def close(self) -> None:
+        if self._process.is_alive():
+            self._process.kill()
+        self._process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is pytest's
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    import deepspeed.runtime.zero.stage3
+    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
+    import setuptools  # noqa: F401  # DeepSpeed asks for it later
+    import timm  # noqa: F401
+    import torch
+
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:  # pytest is gone
+            return
+        try:
+            outcome: list[bytes] | str = _fork(*request)
+        except BaseException:
+            outcome = traceback.format_exc()
+        pipe.send(outcome)
+
+
+def _fork(
+    world: int, work: Callable[..., Any], args: tuple, timeout: float, prepare: Callable[..., Any] | None
+) -> list[bytes] | str:
+    made = (prepare(*args),) if prepare else ()
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes, processes = [], []
+    for rank in range(world):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(rank, world, port, timeout, theirs, work, (*made, *args)))
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+    try:
+        return _collect(pipes, time.monotonic() + timeout + GRACE / 2)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _collect(pipes: list[Connection], deadline: float) -> list[bytes] | str:
+    """Every rank's result, or the traceback of the first that fails: the others may wait for it forever."""
+    results: dict[int, bytes] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return f"ranks {[pipes.index(p) for p in waiting]} took too long"  # type: ignore[arg-type]
+        for pipe in ready:
+            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                fine, results[rank] = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                return f"rank {rank} died, or took too long (its stderr says where)"
+            if not fine:
+                return f"rank {rank}:\n{pickle.loads(results[rank])}"
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(
+    rank: int, world: int, port: int, timeout: float, pipe: Connection, work: Callable[..., Any], args: tuple
+) -> None:
+    from fulllora_dist.distributed.ranks import start_ranks
+
+    faulthandler.dump_traceback_later(timeout, exit=True)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in names.items()}
+    try:
+        # plain pickle copies tensors; a pipe of torch's would pass handles that die with the rank
+        fine, result = True, pickle.dumps(work(start_ranks(), *args))
+    except BaseException:
+        fine, result = False, pickle.dumps(traceback.format_exc())
+    pipe.send((fine, result))
+    os._exit(0)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,136 @@
+"""Every branch acts, in every model that is accepted; every other model is refused by name."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulllora_dist.errors import UserError
+from fulllora_dist.models.finetune import AdaptedModel, create_model
+from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, branches, pictures, stir, tiny
+
+EXPECTED_BRANCHES = {"vit": 14, "deit_distilled": 15, "dinov2_swiglu": 14, "aimv2_swiglu": 16, "registers": 14}
+"""A patch embedding; q, k, v, proj, fc1 and fc2 in two blocks (AIMv2 has two fc1); one head, or DeiT's two."""
+
+
+def reference(model: AdaptedModel, family: str, pixels: Tensor) -> Tensor:
+    """The logits of the bare timm model in float64, each branch's formula added to its layer by a forward hook."""
+    name, more = FAMILIES[family]
+    bare = timm.create_model(name, num_classes=CLASSES, img_size=SIDE, **(ARCHITECTURE | more)).double().eval()
+    state = model.backbone.state_dict()
+    bare.load_state_dict({key: value for key, value in state.items() if ".lnlora." not in key})
+
+    def low_rank(branch: str, x: Tensor, eps: float) -> Tensor:
+        ln = nn.LayerNorm(x.shape[-1], eps=eps, dtype=torch.float64)
+        ln.load_state_dict({key: state[f"{branch}.norm.{key}"] for key in ("weight", "bias")})
+        a, b = state[f"{branch}.A"], state[f"{branch}.B"]
+        return model.spec.alpha / model.spec.rank * (ln(x) @ a.T @ b.T)
+
+    def hook(layer: str):
+        def add(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
+            (x,) = args
+            if layer == "patch_embed.proj":
+                tokens = x.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).flatten(3)
+                return y + low_rank(f"{layer}.lnlora", tokens, model.spec.patch_norm_eps).permute(0, 3, 1, 2)
+            if layer.endswith("qkv"):
+                return y + torch.cat([low_rank(f"{layer}.lnlora.{n}", x, 1e-6) for n in "qkv"], dim=-1)
+            return y + low_rank(f"{layer}.lnlora", x, 1e-6)
+
+        return add
+
+    for layer in {branch.partition(".lnlora")[0] for branch in branches(model)}:
+        bare.get_submodule(layer).register_forward_hook(hook(layer))
+    mean, std = (torch.tensor(bare.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return bare((pixels - mean) / std)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_branch_alone_changes_the_logits_learns_and_equals_the_formula(family: str) -> None:
+    model = stir(tiny(family, head="adapted", alpha=2.0).double())
+    x, labels = pictures(dtype=torch.float64), torch.arange(4)
+    own = model.trainable()
+    full = {name: own[f"{name}.B"].detach().clone() for name in branches(model)}
+    assert len(full) == EXPECTED_BRANCHES[family]
+    torch.testing.assert_close(model(x), reference(model, family, x), rtol=0, atol=1e-12)
+    with torch.no_grad():
+        for name in full:
+            own[f"{name}.B"].zero_()
+        still = model(x)
+    for name, b in full.items():
+        own[f"{name}.B"].data.copy_(b)
+        model.zero_grad()
+        logits = model(x)
+        F.cross_entropy(logits, labels).backward()
+        assert (logits - still).abs().max() > 1e-9, f"{name} changes nothing"
+        torch.testing.assert_close(logits, reference(model, family, x), rtol=0, atol=1e-12, msg=name)
+        for tensor in ("A", "B", "norm.weight", "norm.bias"):
+            if not name.endswith("lnlora.k") or tensor != "norm.bias":  # a constant in every key: softmax ignores it
+                assert own[f"{name}.{tensor}"].grad.norm() > 1e-10, f"{name}.{tensor} has no gradient"
+        own[f"{name}.B"].data.zero_()
+
+
+@pytest.mark.parametrize("component", ["patch_embed", "q", "k", "v", "proj", "fc1", "fc2"])
+def test_a_placement_puts_branches_there_and_nowhere_else(component: str) -> None:
+    model = tiny("aimv2_swiglu", placement=(component,), head="frozen")
+    where = {"proj": "attn.proj.lnlora", "fc1": "mlp.fc1_", "fc2": "mlp.fc2.lnlora"}
+    mark = where.get(component, f"qkv.lnlora.{component}" if component in "qkv" else "patch_embed.proj.lnlora")
+    count = {"patch_embed": 1, "fc1": 4}.get(component, 2)
+    assert len(branches(model)) == count
+    assert all(mark in name for name in branches(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"placement": ("q", "fc3")}, "fc3.*known.*patch_embed"),
+        ({"placement": ()}, "no component"),
+        ({"placement": ("q", "v"), "qkv": "shared"}, "adapter.qkv.*separate"),
+    ],
+)
+def test_a_placement_that_makes_no_sense_is_refused(settings: dict, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        tiny(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name"),
+    [
+        ("beit_base_patch16_224", "Beit"),
+        ("beitv2_base_patch16_224", "Beit"),
+        ("swinv2_tiny_window8_256", "SwinTransformerV2"),
+        ("swin_tiny_patch4_window7_224", "SwinTransformer"),
+        ("eva_giant_patch14_224", "Eva"),
+        ("eva02_tiny_patch14_224", "Eva"),
+        ("vit_small_patch16_18x2_224", "ParallelThingsBlock"),
+        ("vit_base_patch16_xp_224", "ParallelScalingBlock"),
+        ("vit_base_patch16_rpn_224", "ResPostBlock"),
+        ("vit_dpwee_patch16_reg1_gap_256", "DiffParallelScalingBlock"),
+        ("vit_dwee_patch16_reg1_gap_256", "DiffAttention"),
+        ("vit_tiny_r_s16_p8_224", "HybridEmbed"),
+        ("samvit_base_patch16", "VisionTransformerSAM"),
+        ("vit_relpos_small_patch16_224", "VisionTransformerRelPos"),
+        ("convit_tiny", "ConVit"),
+        ("cait_xxs24_224", "Cait"),
+        ("xcit_nano_12_p16_224", "Xcit"),
+        ("resnet18", "ResNet"),
+        ("convnext_atto", "ConvNeXt"),
+    ],
+)
+def test_another_family_is_refused_by_name(name: str, class_name: str) -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=rf"{name} has the .* {class_name}, .*supported: "):
+        create_model(name, pretrained=False)
+
+
+def test_the_report_counts_what_is_there() -> None:
+    model = tiny(head="trained")
+    report, own = model.report, model.trainable()
+    assert report.trainable == sum(p.numel() for p in own.values())
+    assert report.total == sum(p.numel() for n, p in model.backbone.named_parameters() if ".lnlora." not in n)
+    by_layer = {a.site.path: a.parameters for a in report.adapted}
+    for path, count in by_layer.items():
+        assert count == sum(p.numel() for n, p in own.items() if n.startswith(f"{path}.lnlora."))
+    assert dict(report.trained) == {"head.weight": 32 * CLASSES, "head.bias": CLASSES}
+    frozen = {n.rpartition(".")[0] for n, p in model.backbone.named_parameters() if not p.requires_grad}
+    assert {path for path, _ in report.left} == frozen - set(by_layer)
+    assert f"{report.trainable:,} of {report.total:,} = {report.share:.2%}" in str(report)

@@ -1,0 +1,132 @@
+"""Pixels, patch embedding, head and masters in fp32; the blocks in bf16; the normaliser inside."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulllora_dist.models.finetune import AdaptedModel
+from tests.tiny import CLASSES, FAMILIES, pictures, stir, tiny
+
+BF16, FP32 = torch.bfloat16, torch.float32
+FROZEN_BLOCKS = ("fulllora", "lora", "head")
+
+
+def seen_dtypes(model: AdaptedModel) -> dict[str, tuple[torch.dtype, torch.dtype]]:
+    """{module: (dtype of its input, of its output)} of one forward pass."""
+    seen: dict[str, tuple[torch.dtype, torch.dtype]] = {}
+    for name, module in model.backbone.named_modules():
+        if ".lnlora" not in name:
+            module.register_forward_hook(
+                lambda _, args, out, name=name: seen.__setitem__(name, (args[0].dtype, out.dtype))
+            )
+    assert model(pictures()).dtype == FP32
+    return seen
+
+
+@pytest.mark.parametrize("family", ["vit", "deit_distilled", "dinov2_swiglu", "aimv2_swiglu"])
+@pytest.mark.parametrize("finetune", ["fulllora", "lora", "head", "layernorm", "full"])
+def test_where_bf16_begins_and_ends(finetune: str, family: str) -> None:
+    if family == "aimv2_swiglu" and finetune == "layernorm":
+        pytest.skip("it has RMS norms")
+    model = stir(tiny(family, finetune=finetune, precision="bf16"))
+    for name, parameter in model.backbone.named_parameters():
+        frozen_block = name.startswith("blocks.") and ".lnlora." not in name and finetune in FROZEN_BLOCKS
+        assert parameter.dtype == (BF16 if frozen_block else FP32), name
+    seen = seen_dtypes(model)
+    assert seen["patch_embed.proj"] == (FP32, FP32)
+    assert seen["blocks.0"][1] == BF16 or family == "dinov2_swiglu", "layer scale in fp32 widens the residual"
+    assert seen["blocks.1"][1] == FP32
+    for i in range(2):
+        for layer, (_, after) in seen.items():
+            if layer.startswith(f"blocks.{i}.") and isinstance(model.backbone.get_submodule(layer), nn.Linear):
+                assert after == BF16, layer
+    for layer in ("norm", "head"):
+        assert seen[layer] == (FP32, FP32), layer
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("finetune", ["fulllora", "layernorm", "full"])
+def test_bf16_is_near_fp32_and_gradients_are_fp32(finetune: str) -> None:
+    exact, rounded = (stir(tiny(finetune=finetune, precision=p)) for p in ("fp32", "bf16"))
+    results = []
+    for model in (exact, rounded):
+        x = pictures(16).requires_grad_()
+        logits = model(x)
+        F.cross_entropy(logits, torch.arange(16) % CLASSES).backward()
+        gradients = {name: p.grad for name, p in model.trainable().items()}
+        assert x.grad is not None
+        assert {g.dtype for g in (x.grad, *gradients.values())} == {FP32}
+        results.append((logits.detach(), x.grad, gradients))
+    (logits, grad, gradients), (logits_16, grad_16, gradients_16) = results
+    assert 0 < (logits_16 - logits).norm() < 0.02 * logits.norm()
+    assert F.cosine_similarity(grad_16.flatten(), grad.flatten(), dim=0) > 0.99
+    together = [torch.cat([g.flatten() for g in one.values()]) for one in (gradients, gradients_16)]
+    assert F.cosine_similarity(*together, dim=0) > 0.99
+
+
+@pytest.mark.parametrize("finetune", ["fulllora", "full"])
+def test_checkpointed_blocks_in_bf16_give_the_same_gradients(finetune: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = stir(tiny(finetune=finetune, precision="bf16"))
+        model.backbone.set_grad_checkpointing(checkpointing)
+        x = pictures().requires_grad_()
+        F.cross_entropy(model(x), torch.arange(4)).backward()
+        gradients.append([x.grad, *(p.grad for p in model.trainable().values())])
+        assert not torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+class Burst(RuntimeError):
+    pass
+
+
+def burst(*_: object) -> None:
+    raise Burst
+
+
+@pytest.mark.parametrize("where", ["blocks.0.attn.qkv", "blocks.1.mlp.fc2", "blocks.1"])
+@pytest.mark.parametrize("before", [True, False], ids=["before it", "after it"])
+def test_an_exception_in_a_block_leaves_no_autocast_behind(where: str, before: bool) -> None:
+    model = tiny(finetune="full", precision="bf16")
+    expected = model(pictures())
+    module = model.backbone.get_submodule(where)
+    handle = module.register_forward_pre_hook(burst) if before else module.register_forward_hook(burst)
+    for _ in range(2):
+        with pytest.raises(Burst):
+            model(pictures())
+        assert not torch.is_autocast_enabled("cpu")
+    handle.remove()
+    assert torch.equal(model(pictures()), expected)
+    assert torch.randn(2, 2).matmul(torch.randn(2, 2)).dtype == FP32
+
+
+@pytest.mark.parametrize("finetune", ["fulllora", "full"])
+def test_a_deep_copy_is_equal_and_apart(finetune: str) -> None:
+    model = stir(tiny(finetune=finetune, precision="bf16"))
+    expected = model(pictures())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(pictures()), expected)
+    assert set(twin.trainable()) == set(model.trainable())
+    timm_state = {n: torch.zeros_like(v) for n, v in twin.backbone.state_dict().items() if ".lnlora." not in n}
+    twin.load_state_dict(timm_state, strict=True)
+    assert not torch.equal(twin(pictures()), expected)
+    assert torch.equal(model(pictures()), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("given", [None, ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))], ids=["of the tag", "given"])
+def test_the_backbone_sees_normalised_pixels(family: str, given: tuple | None) -> None:
+    model = tiny(family, **({} if given is None else {"mean": given[0], "std": given[1]}))
+    cfg = model.backbone.pretrained_cfg
+    mean, std = given or (cfg["mean"], cfg["std"])
+    seen: list[Tensor] = []
+    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = pictures()
+    model(x)
+    for channel in range(3):
+        torch.testing.assert_close(seen[0][:, channel], (x[:, channel] - mean[channel]) / std[channel])
+    assert not any(name in model.state_dict() for name in ("mean", "std"))
