@@ -1,5 +1,6 @@
 """From the config to the parts of a run."""
 
+import math
 import os
 
 from fulllora_dist.attacks.threat import Linf
@@ -61,10 +62,12 @@ def build_model(config: Config) -> AdaptedModel:
     )
 
 
-def build_method(config: Config) -> Method:
-    """The training method, with its threat model."""
-    method = METHODS[config.method.name]
-    return method(config.method, Linf(config.threat.eps), config.run.seed)  # type: ignore[call-arg]
+def build_method(config: Config, steps_per_epoch: int) -> tuple[Method, int]:
+    """The training method, with its threat model, and how many batches the run takes."""
+    method = METHODS[config.method.name](config.method, Linf(config.threat.eps), config.run.seed)
+    steps = math.ceil(config.optim.epochs * steps_per_epoch / method.updates_per_batch)
+    method.warmup_steps = round(config.threat.warmup * steps)
+    return method, steps
 
 
 def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:

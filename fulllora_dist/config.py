@@ -74,6 +74,8 @@ class ThreatSettings(Settings):
     """Norm of the perturbation."""
     eps: Pixels
     """Its size in pixels of [0, 1]: 4/255 or a number."""
+    warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the batches over which the eps of training rises linearly from 0 to its full size."""
 
 
 class DataSettings(Settings):

@@ -13,7 +13,7 @@ from yaml import YAMLError
 
 from fulllora_dist.config import Config
 from fulllora_dist.errors import UserError
-from fulllora_dist.methods import METHODS
+from fulllora_dist.methods import METHODS, MethodSettings
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -116,6 +116,8 @@ def describe_settings() -> str:
 
     def describe(model: type[BaseModel], prefix: str) -> None:
         for key, field in model.model_fields.items():
+            if key == "name" and issubclass(model, MethodSettings):
+                continue  # the heading says it
             annotation = field.annotation
             if isinstance(annotation, type) and issubclass(annotation, BaseModel) and key != "method":
                 describe(annotation, f"{prefix}{key}.")

@@ -1,6 +1,5 @@
 """What a run will cost, before a GPU is touched: counted on the meta device, where nothing is allocated."""
 
-import math
 import os
 
 import torch
@@ -78,7 +77,7 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         pictures = IMAGENET
     with torch.device("meta"):
         model = build_model(config)
-    method = build_method(config)
+    method, batches = build_method(config, pictures // config.optim.batch_size)
     micro = config.optim.batch_size // world // config.distributed.grad_accumulation
     forward, backward = method.passes()
     checkpointing = config.distributed.activation_checkpointing
@@ -91,8 +90,6 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         parameter.requires_grad_(False)
     attack_flops, attack_bytes = _count(model)
 
-    updates = config.optim.epochs * (pictures // config.optim.batch_size)
-    batches = math.ceil(updates / method.updates_per_batch)
     attacks = backward - method.updates_per_batch
     flops_picture = attacks * attack_flops + method.updates_per_batch * step_flops
     total_flops = flops_picture * batches * config.optim.batch_size

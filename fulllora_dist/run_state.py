@@ -29,11 +29,10 @@ class RunState:
         stream: the training batches.
     """
 
-    def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, method: Method):
+    def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, method: Method, total_steps: int):
         config = run.config
         self._run, self.stream, self._method = run, stream, method
-        updates = config.optim.epochs * stream.steps_per_epoch
-        self.total_steps = math.ceil(updates / method.updates_per_batch)
+        self.total_steps = total_steps
         self.step = 0
         self.shown: dict[str, str] = {}
         self.stopped = False

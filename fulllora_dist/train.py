@@ -37,8 +37,8 @@ def main() -> int:
         model = build_model(config)
         run.say(str(model.report))
         stream = build_stream(config, model.info, run.ranks)
-        method = build_method(config)
-        state = RunState(run, model, stream, method)  # resumes where there is something to resume
+        method, steps = build_method(config, stream.steps_per_epoch)
+        state = RunState(run, model, stream, method, steps)  # resumes where there is something to resume
         for batch in run.progress(stream, state):
             metrics = method.step(state.engine, batch, state.step)
             state.advance(metrics)

@@ -15,13 +15,11 @@ class StopRequest:
 
     A second signal of the same kind leaves without anything. Used as a context manager around the run; the handlers
     from before come back at its end.
-
-    Attributes:
-        signal: number of the first signal that came, or None.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self._received: int | None = None
+        self._elsewhere: int | None = None
         self._deferred = False
         self._before: dict[int, Any] = {}
 
@@ -32,6 +30,15 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @property
+    def signal(self) -> int | None:
+        """Number of the first signal that came here, else of one that came to another rank, else None."""
+        return self._received or self._elsewhere
+
+    def hear(self, number: int) -> None:
+        """Another rank got this signal. The same one coming here is then still the first."""
+        self._elsewhere = number
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -44,8 +51,8 @@ class StopRequest:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         # a terminal's Ctrl-C and the launcher's own answer to it come as two signals of different kinds
-        if self.signal == number:
+        if self._received == number:
             os._exit(128 + number)
-        self.signal = self.signal or number
+        self._received = self._received or number
         if not self._deferred:
             raise SystemExit(128 + number)

@@ -2,13 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.data.batch import Batch
 
 
@@ -41,6 +42,12 @@ class MethodSettings(BaseModel):
 class Method(ABC):
     """One way to train. Made once a run; `step` is called once a batch.
 
+    Args:
+        settings: an instance of `Settings`.
+        threat: the threat model at full strength.
+        seed: of everything random.
+        warmup_steps: batches over which eps rises linearly to its full size.
+
     Attributes:
         Settings: its settings.
         updates_per_batch: optimizer updates that one batch is used for.
@@ -48,6 +55,18 @@ class Method(ABC):
 
     Settings: ClassVar[type[MethodSettings]]
     updates_per_batch: int = 1
+
+    def __init__(self, settings: Any, threat: Linf, seed: int, warmup_steps: int = 0):
+        self.settings = settings
+        self.threat = threat
+        self.seed = seed
+        self.warmup_steps = warmup_steps
+
+    def threat_at(self, step: int) -> Linf:
+        """The threat model of batch `step`: the full one, but for the warm-up."""
+        if step >= self.warmup_steps:
+            return self.threat
+        return Linf(self.threat.eps * (step + 1) / (self.warmup_steps + 1))
 
     @abstractmethod
     def passes(self) -> tuple[int, int]:
@@ -95,13 +114,14 @@ class PerturbedStep(Method):
     """Perturb, then one weight step on the perturbed pictures."""
 
     @abstractmethod
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, step: int, ids: Tensor) -> Tensor:
-        """Training examples [B, 3, H, W] in [0, 1] made from `x`."""
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Linf, step: int, ids: Tensor) -> Tensor:
+        """Training examples [B, 3, H, W] in [0, 1] made from `x`; `step` and `ids` key what is random."""
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
         means = Means()
         for micro in engine.accumulate(batch):
-            x = self.perturb(engine.attack_view, micro.pixels(), micro.labels, step, micro.ids)
+            threat = self.threat_at(step)
+            x = self.perturb(engine.attack_view, micro.pixels(), micro.labels, threat, step, micro.ids)
             logits = engine(x)
             loss = F.cross_entropy(logits, micro.labels)
             engine.backward(loss)

@@ -19,24 +19,19 @@ class FGSMRSSettings(MethodSettings):
 class FGSMRS(PerturbedStep):
     Settings = FGSMRSSettings
 
-    def __init__(self, settings: FGSMRSSettings, threat: Linf, seed: int):
-        self._eps = threat.eps
-        self._step_size = settings.step * threat.eps
-        self._seed = seed
-
     def passes(self) -> tuple[int, int]:
         return 2, 2
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, step: int, ids: Tensor) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Linf, step: int, ids: Tensor) -> Tensor:
         return single_step(
             model,
             x,
             y,
-            eps=self._eps,
-            noise=self._eps,
-            step_size=self._step_size,
+            eps=threat.eps,
+            noise=threat.eps,
+            step_size=self.settings.step * threat.eps,
             project=True,
-            seed=self._seed,
+            seed=self.seed,
             step=step,
             ids=ids,
             purpose="train/fgsm_rs",

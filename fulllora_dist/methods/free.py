@@ -30,9 +30,8 @@ class FreeSettings(MethodSettings):
 class Free(Method):
     Settings = FreeSettings
 
-    def __init__(self, settings: FreeSettings, threat: Linf, seed: int):
-        self._threat = threat
-        self._step_size = threat.eps if settings.step_size is None else settings.step_size
+    def __init__(self, settings: FreeSettings, threat: Linf, seed: int, warmup_steps: int = 0):
+        super().__init__(settings, threat, seed, warmup_steps)
         self.updates_per_batch = settings.replays
         self._delta: Tensor | None = None
 
@@ -41,6 +40,8 @@ class Free(Method):
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
         delta = self._delta_for(batch)
+        threat = self.threat_at(step)
+        step_size = threat.eps if self.settings.step_size is None else self.settings.step_size
         for _ in range(self.updates_per_batch):
             means = Means()
             for micro in engine.accumulate(batch):
@@ -51,7 +52,7 @@ class Free(Method):
                 loss = F.cross_entropy(logits, micro.labels)
                 engine.backward(loss)
                 assert x.grad is not None
-                part.copy_(self._threat.project(part + self._step_size * self._threat.steepest(x.grad)))
+                part.copy_(threat.project(part + step_size * threat.steepest(x.grad)))
                 means.add(loss, logits, micro.labels)
         return means.result()
 
@@ -66,15 +67,15 @@ class Free(Method):
     def slot_state(self) -> dict[str, Tensor]:
         if self._delta is None:
             return {}
-        if self._step_size == self._threat.eps:
+        if self.settings.step_size is None and self.warmup_steps == 0:
             # every value is then -eps, 0 or eps, so that one byte a pixel is exact
             signs = self._delta.sign()
-            assert torch.equal(signs * self._threat.eps, self._delta)
+            assert torch.equal(signs * self.threat.eps, self._delta)
             return {"delta_sign": signs.to(torch.int8)}
         return {"delta": self._delta}
 
     def load_slot_state(self, state: Mapping[str, Tensor]) -> None:
         if "delta_sign" in state:
-            self._delta = state["delta_sign"].float() * self._threat.eps
+            self._delta = state["delta_sign"].float() * self.threat.eps
         elif "delta" in state:
             self._delta = state["delta"].clone()

@@ -24,25 +24,19 @@ class NFGSMSettings(MethodSettings):
 class NFGSM(PerturbedStep):
     Settings = NFGSMSettings
 
-    def __init__(self, settings: NFGSMSettings, threat: Linf, seed: int):
-        self._eps = threat.eps
-        self._noise = settings.noise * threat.eps
-        self._step_size = settings.step * threat.eps
-        self._seed = seed
-
     def passes(self) -> tuple[int, int]:
         return 2, 2
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, step: int, ids: Tensor) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Linf, step: int, ids: Tensor) -> Tensor:
         return single_step(
             model,
             x,
             y,
-            eps=self._eps,
-            noise=self._noise,
-            step_size=self._step_size,
+            eps=threat.eps,
+            noise=self.settings.noise * threat.eps,
+            step_size=self.settings.step * threat.eps,
             project=False,
-            seed=self._seed,
+            seed=self.seed,
             step=step,
             ids=ids,
             purpose="train/n_fgsm",

@@ -24,27 +24,22 @@ class PGDSettings(MethodSettings):
 class PGD(PerturbedStep):
     Settings = PGDSettings
 
-    def __init__(self, settings: PGDSettings, threat: Linf, seed: int):
-        self._settings = settings
-        self._eps = threat.eps
-        self._step_size = settings.step_size
-        if self._step_size is None:
-            self._step_size = min(2.5 * threat.eps / settings.steps, threat.eps)
-        self._seed = seed
-
     def passes(self) -> tuple[int, int]:
-        return self._settings.steps + 1, self._settings.steps + 1
+        return self.settings.steps + 1, self.settings.steps + 1
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, step: int, ids: Tensor) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Linf, step: int, ids: Tensor) -> Tensor:
+        step_size = self.settings.step_size
+        if step_size is None:
+            step_size = min(2.5 * threat.eps / self.settings.steps, threat.eps)
         return pgd(
             model,
             x,
             y,
-            eps=self._eps,
-            steps=self._settings.steps,
-            step_size=self._step_size,
-            random_start=self._settings.random_start,
-            seed=self._seed,
+            eps=threat.eps,
+            steps=self.settings.steps,
+            step_size=step_size,
+            random_start=self.settings.random_start,
+            seed=self.seed,
             step=step,
             ids=ids,
             purpose="train/pgd",

@@ -15,11 +15,8 @@ class StandardSettings(MethodSettings):
 class Standard(PerturbedStep):
     Settings = StandardSettings
 
-    def __init__(self, settings: StandardSettings, threat: Linf, seed: int):
-        pass
-
     def passes(self) -> tuple[int, int]:
         return 1, 1
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, step: int, ids: Tensor) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Linf, step: int, ids: Tensor) -> Tensor:
         return x

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -227,15 +228,21 @@ def job(shards, tmp_path) -> Iterator[subprocess.Popen]:
     script.write_text(JOB)
     command = [sys.executable, str(script), str(shards)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        out_of_patience = threading.Timer(90, os.killpg, (process.pid, signal.SIGKILL))
+        out_of_patience.start()
         yield process
+        out_of_patience.cancel()
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def wait_for(job: subprocess.Popen, line: str) -> None:
+    assert any(said.strip() == line for said in job.stdout)
+
+
 @pytest.mark.parametrize("moment", ["up", "running"])
 def test_a_signal_to_the_whole_job_reaches_the_main_process_only(job, moment: str) -> None:
-    while job.stdout.readline().strip() != moment:
-        pass
+    wait_for(job, moment)
     time.sleep(0.2)  # "up": in the midst of starting the workers
     for kind in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         os.killpg(job.pid, kind)
@@ -244,11 +251,11 @@ def test_a_signal_to_the_whole_job_reaches_the_main_process_only(job, moment: st
 
 
 def test_workers_end_with_a_killed_main_process(job) -> None:
-    while job.stdout.readline().strip() != "running":
-        pass
+    wait_for(job, "running")
     job.kill()
+    killed = time.monotonic()
     job.stdout.read()  # ends when the last process that holds the pipe has ended
-    assert job.wait(30) == -signal.SIGKILL
+    assert time.monotonic() - killed < 30
 
 
 def test_real_pictures(real_data, tmp_path) -> None:

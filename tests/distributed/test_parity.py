@@ -164,8 +164,8 @@ def test_parity_table(references: dict, full_runs: dict) -> None:
         "",
         f"Largest differences of parameters and their EMA after {UPDATES} updates in fp32 from a plain PyTorch loop",
         "(`tests/distributed/plain_loop.py`), over checkpointing off / weight step / all and accumulation 1 / 2.",
-        "*Split* is the loop's own difference when its batch is split into 2, 4 or 8 micro-batches; the parameters moved",
-        f"by 1e-2. CPU, gloo, torch {torch.__version__}, deepspeed {deepspeed.__version__}. Written by",
+        "*Split* is the loop's own difference when its batch is split into 2, 4 or 8 micro-batches; the parameters",
+        f"moved by 1e-2. CPU, gloo, torch {torch.__version__}, deepspeed {deepspeed.__version__}. Written by",
         "`PARITY_TABLE=docs/parity.md pytest -m long tests/distributed/test_parity.py`.",
         "",
         "| method | split | " + " | ".join(f"ZeRO-{s}, {w} rank{'s' * (w > 1)}" for w in (1, 2) for s in STAGES) + " |",
@@ -189,8 +189,8 @@ def test_parity_table(references: dict, full_runs: dict) -> None:
     lines += [
         "",
         f"Left out: `{NO_GRADIENT}`. It adds the same vector to every key, which softmax does not see, so its gradient",
-        "is zero but for rounding. Adam steps along that rounding all the same, with no effect on the model; the largest",
-        f"difference there was {max(unseen):.1e}.",
+        "is zero but for rounding. Adam steps along that rounding all the same, with no effect on the model; the",
+        f"largest difference there was {max(unseen):.1e}.",
         "",
     ]
     assert len(lines) > 15

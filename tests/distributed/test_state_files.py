@@ -1,0 +1,173 @@
+"""States on disk: whole or not there, whatever happens while they are written and whatever befalls them later."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fulllora_dist.distributed.checkpoint import (
+    DESCRIPTION,
+    TENSORS,
+    DamagedState,
+    list_states,
+    read_newest_state,
+    read_state,
+    write_state,
+)
+from fulllora_dist.errors import UserError
+
+
+def _content(step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    generator = torch.Generator().manual_seed(step)
+    tensors = {
+        "master/a": torch.randn(3, 5, generator=generator),
+        "slots/delta": torch.randint(-1, 2, (4, 3), generator=generator, dtype=torch.int8),
+        "master/transposed": torch.randn(3, 5, generator=generator).t(),
+    }
+    return tensors, {"updates": 2 * step, "stream": {"step": step, "seed": 0}, "lr": 0.1 + step, "note": "\u00e4"}
+
+
+def _write(folder: Path, step: int, keep: int = 2) -> str:
+    return write_state(str(folder), step, *_content(step), keep=keep)
+
+
+def _is_state(found: tuple[dict[str, Tensor], dict[str, Any]] | None, step: int) -> bool:
+    assert found is not None
+    tensors, facts = _content(step)
+    same = found[0].keys() == tensors.keys() and all(torch.equal(found[0][n], t) for n, t in tensors.items())
+    return same and facts.items() <= found[1].items() and found[1]["step"] == step
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    assert read_newest_state(str(tmp_path / "none")) == (None, [])
+    for step in (5, 90, 100):  # 90 sorts after 100 as text
+        _write(tmp_path, step)
+    assert [int(Path(path).name) for path in list_states(str(tmp_path))] == [100, 90]
+    found, damaged = read_newest_state(str(tmp_path))
+    assert _is_state(found, 100)
+    assert damaged == []
+    assert sorted(os.listdir(tmp_path)) == ["00000090", "00000100"]
+
+
+def _die_at(event: int, folder: Path) -> None:
+    """Write step 3 and die of SIGKILL just before its n-th call to the disk."""
+    count = 0
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("fsync", "rename", "rmdir", "unlink", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    _write(folder, 3)
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    """At every moment the newest state is the one before or the new one, and whole; the next write cleans up."""
+    outcomes = []
+    for event in range(1, 100):
+        folder = tmp_path / str(event)
+        for step in (1, 2):
+            _write(folder, step)
+        child = os.fork()
+        if child == 0:
+            try:
+                _die_at(event, folder)
+            finally:
+                os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        found, _ = read_newest_state(str(folder))
+        outcomes.append(3 if _is_state(found, 3) else 2)
+        assert outcomes[-1] == 3 or _is_state(found, 2)
+        _write(folder, 4)
+        assert sorted(os.listdir(folder)) == ["00000003" if outcomes[-1] == 3 else "00000002", "00000004"]
+        if os.WIFEXITED(status):
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert outcomes == sorted(outcomes)
+    assert outcomes.count(2) >= 4  # it did die before the rename
+    assert outcomes.count(3) >= 3  # and while deleting the oldest
+
+
+def _cut(size: int) -> Callable[[bytes], bytes]:
+    return lambda content: content[:size]
+
+
+def _flip(position: int) -> Callable[[bytes], bytes]:
+    return lambda content: content[:position] + bytes([content[position] ^ 1]) + content[position:][1:]
+
+
+DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
+    "tensors cut": (TENSORS, _cut(-1)),
+    "tensors empty": (TENSORS, _cut(0)),
+    "tensors gone": (TENSORS, None),
+    "one bit of a tensor": (TENSORS, _flip(-3)),
+    "one bit of the header": (TENSORS, _flip(20)),
+    "description cut": (DESCRIPTION, _cut(30)),
+    "description empty": (DESCRIPTION, _cut(0)),
+    "description gone": (DESCRIPTION, None),
+    "description no object": (DESCRIPTION, lambda _: b"[1]"),
+    "description in no encoding": (DESCRIPTION, lambda _: b'{"a": "\xff"}'),
+    "one digit of a fact": (DESCRIPTION, lambda content: content.replace(b'"updates": 4', b'"updates": 5')),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
+    _write(tmp_path, 1)
+    newest = _write(tmp_path, 2)
+    name, change = DAMAGES[damage]
+    path = Path(newest) / name
+    before = path.read_bytes()
+    path.unlink()
+    if change:
+        path.write_bytes(change(before))
+        assert path.read_bytes() != before
+    with pytest.raises(DamagedState):
+        read_state(newest)
+    found, damaged = read_newest_state(str(tmp_path))
+    assert _is_state(found, 1)
+    (line,) = damaged
+    assert newest in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_states_push_no_whole_one_out(tmp_path: Path, keep: int) -> None:
+    """A run whose states are all damaged begins anew: what it then writes has a lower step, and must stay."""
+    for step in (20, 30):
+        (Path(_write(tmp_path, step, keep)) / TENSORS).write_bytes(b"")
+    for step in (10, 15, 20, 25):
+        _write(tmp_path, step, keep)
+        assert _is_state(read_newest_state(str(tmp_path))[0], step)
+    _write(tmp_path, 30, keep)
+    assert [int(Path(path).name) for path in list_states(str(tmp_path))] == [30, 25][:keep]
+
+
+def test_every_state_damaged(tmp_path: Path) -> None:
+    for step in (1, 2):
+        os.truncate(Path(_write(tmp_path, step)) / TENSORS, 7)
+    found, damaged = read_newest_state(str(tmp_path))
+    assert found is None
+    assert len(damaged) == 2
+
+
+def test_unknown_version_is_refused(tmp_path: Path) -> None:
+    """Not passed over: an older state would silently throw away what a newer program trained."""
+    _write(tmp_path, 1)
+    path = Path(_write(tmp_path, 2)) / DESCRIPTION
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
+    with pytest.raises(UserError, match="format version 99"):
+        read_newest_state(str(tmp_path))

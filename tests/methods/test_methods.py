@@ -1,0 +1,293 @@
+"""Each method against a loop written from its paper, and the passes it costs."""
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.rng import sample_rng
+from tests.tiny import batches, stir, tiny
+
+EPS, SEED, LR = 0.05, 11, 3e-3
+
+SETTINGS: dict[str, dict] = {
+    "standard": {},
+    "pgd": {"steps": 3},
+    "pgd, no random start": {"name": "pgd", "steps": 2, "step_size": 0.03, "random_start": False},
+    "free": {"replays": 3},
+    "free, small steps": {"name": "free", "replays": 2, "step_size": 0.02},
+    "fgsm_rs": {"step": 1.1},
+    "n_fgsm": {"noise": 1.5, "step": 0.8},
+    "n_fgsm, eps warm-up": {"name": "n_fgsm", "noise": 1.5, "step": 0.8},
+    "pgd, eps warm-up": {"name": "pgd", "steps": 3},
+    "free, eps warm-up": {"name": "free", "replays": 2},
+}
+PASSES = {
+    "standard": 1,
+    "pgd": 4,
+    "pgd, no random start": 3,
+    "free": 3,
+    "free, small steps": 2,
+    "fgsm_rs": 2,
+    "n_fgsm": 2,
+}
+PASSES |= {"n_fgsm, eps warm-up": 2, "pgd, eps warm-up": 4, "free, eps warm-up": 2}
+WARMUP = 4
+
+
+def eps_at(case: str, step: int) -> float:
+    """Linear from 0, which no batch sees, to the full size at batch WARMUP."""
+    return EPS * min(1.0, (step + 1) / (WARMUP + 1)) if "warm-up" in case else EPS
+
+
+def build(case: str) -> Method:
+    chosen = SETTINGS[case]
+    method = METHODS[chosen.get("name", case)]
+    return method(method.Settings(**chosen), Linf(EPS), SEED, warmup_steps=WARMUP if "warm-up" in case else 0)
+
+
+class Moody(nn.Module):
+    """A tiny adapted ViT in float64 that answers otherwise in training, so that a wrong mode shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = stir(tiny(head="trained")).double()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits = self.inner(pixels)
+        return logits + 3 * torch.sin(pixels.mean(dim=(1, 2, 3)))[:, None] * logits if self.training else logits
+
+
+def start() -> Moody:
+    return Moody().train()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.01)
+
+
+class PlainEngine:
+    """The two doors over plain PyTorch."""
+
+    def __init__(self, model: nn.Module, accumulation: int = 1):
+        self.attack_view = model
+        self._parts = accumulation
+        self._optimizer = optimizer_of(model)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return self.attack_view(pixels)
+
+    def backward(self, loss: Tensor) -> None:
+        (loss / self._parts).backward()
+
+    def accumulate(self, batch: Batch) -> Iterator[Batch]:
+        self._optimizer.zero_grad()
+        yield from batch.split(self._parts)
+        self._optimizer.step()
+
+
+def train(method: Method, model: nn.Module, data: list[Batch], accumulation: int = 1, first: int = 0) -> None:
+    engine = PlainEngine(model, accumulation)
+    for step, batch in enumerate(data, start=first):
+        method.step(engine, batch, step)
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def difference(one: nn.Module, other: nn.Module) -> float:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+# -- the papers, in plain PyTorch ----------------------------------------------------------------------------------
+
+
+def noise(purpose: str, step: int, batch: Batch, radius: float) -> Tensor:
+    """U(-radius, radius): the numbers must be the same to compare, so they come from the same place."""
+    u = sample_rng(SEED, f"{purpose}/start/0", step, batch.ids).uniform(batch.images.shape[1:])
+    return ((u * 2 - 1) * radius).double()
+
+
+def box(x: Tensor, delta: Tensor) -> Tensor:
+    """delta such that x + delta is a picture."""
+    return torch.max(torch.min(delta, 1 - x), -x)
+
+
+def attack_gradient(model: nn.Module, x: Tensor, delta: Tensor, y: Tensor) -> Tensor:
+    delta = delta.clone().requires_grad_()
+    model.eval()
+    F.cross_entropy(model(x + delta), y).backward()
+    model.train()
+    model.zero_grad()
+    return delta.grad
+
+
+def madry(steps: int, step_size: float | None, random_start: bool) -> Callable[..., Tensor]:
+    def perturb(model: nn.Module, batch: Batch, step: int, eps: float) -> Tensor:
+        x = batch.images
+        delta = noise("train/pgd", step, batch, eps) if random_start else torch.zeros_like(x)
+        delta = box(x, delta)
+        for _ in range(steps):
+            size = 2.5 * eps / steps if step_size is None else step_size
+            delta = delta + size * attack_gradient(model, x, delta, batch.labels).sign()
+            delta = box(x, torch.where(delta.abs() > eps, delta.sign() * eps, delta))
+        return delta
+
+    return perturb
+
+
+def wong(model: nn.Module, batch: Batch, step: int, eps: float) -> Tensor:
+    x = batch.images
+    delta = box(x, noise("train/fgsm_rs", step, batch, eps))
+    delta = delta + 1.1 * eps * attack_gradient(model, x, delta, batch.labels).sign()
+    return box(x, delta.clip(-eps, eps))
+
+
+def de_jorge(model: nn.Module, batch: Batch, step: int, eps: float) -> Tensor:
+    x = batch.images
+    eta = box(x, noise("train/n_fgsm", step, batch, 1.5 * eps))
+    return box(x, eta + 0.8 * eps * attack_gradient(model, x, eta, batch.labels).sign())
+
+
+def clean(model: nn.Module, batch: Batch, step: int, eps: float) -> Tensor:
+    return torch.zeros_like(batch.images)
+
+
+PERTURB: dict[str, Callable[..., Tensor]] = {
+    "standard": clean,
+    "pgd": madry(3, None, True),
+    "pgd, no random start": madry(2, 0.03, False),
+    "fgsm_rs": wong,
+    "n_fgsm": de_jorge,
+    "n_fgsm, eps warm-up": de_jorge,
+    "pgd, eps warm-up": madry(3, None, True),
+}
+
+
+def train_as_written(case: str, model: nn.Module, data: list[Batch]) -> None:
+    optimizer = optimizer_of(model)
+    for step, batch in enumerate(data):
+        delta = PERTURB[case](model, batch, step, eps_at(case, step))
+        optimizer.zero_grad()
+        F.cross_entropy(model(batch.images + delta), batch.labels).backward()
+        optimizer.step()
+
+
+def train_for_free(case: str, model: nn.Module, data: list[Batch]) -> Tensor:
+    """Shafahi et al., algorithm 1: delta is set to zero once, before the first minibatch of the run."""
+    optimizer = optimizer_of(model)
+    delta = torch.zeros_like(data[0].images)
+    for step, batch in enumerate(data):
+        eps = eps_at(case, step)
+        for _ in range(SETTINGS[case]["replays"]):
+            seen = (batch.images + delta).clip(0, 1).requires_grad_()
+            optimizer.zero_grad()
+            F.cross_entropy(model(seen), batch.labels).backward()
+            delta = (delta + SETTINGS[case].get("step_size", eps) * seen.grad.sign()).clip(-eps, eps)
+            optimizer.step()
+    return delta
+
+
+# -- the tests -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("case", SETTINGS)
+def test_equals_the_paper_over_many_updates(case: str, accumulation: int) -> None:
+    model, reference = start(), start()
+    data = list(batches(6, size=6, slot=12))
+    before = weights(model)
+    method = build(case)
+    train(method, model, data, accumulation)
+    if case.startswith("free"):
+        delta = train_for_free(case, reference, data)
+        state = method.slot_state()
+        found = state["delta"] if "delta" in state else state["delta_sign"].double() * EPS
+        torch.testing.assert_close(found, delta, rtol=0, atol=1e-12)
+    else:
+        train_as_written(case, reference, data)
+    assert difference(model, reference) < 1e-10
+    trained = {f"inner.backbone.{name}" for name in model.inner.trainable()}
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == trained
+    assert max(float((model.state_dict()[name] - before[name]).abs().max()) for name in trained) > 3 * LR
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_passes_are_what_theory_says(case: str) -> None:
+    """Counted at the first block: every forward and every backward through the whole model goes by it."""
+    model, method = start(), build(case)
+    block = model.inner.backbone.get_submodule("blocks.0")
+    count = {"forward": 0, "backward": 0}
+    block.register_forward_hook(lambda *_: count.update(forward=count["forward"] + 1))
+    block.register_full_backward_hook(lambda *_: count.update(backward=count["backward"] + 1))
+    train(method, model, list(batches(2, size=4)))
+    assert count == {"forward": 2 * PASSES[case], "backward": 2 * PASSES[case]}
+    assert method.passes() == (PASSES[case], PASSES[case])
+    assert method.updates_per_batch == (PASSES[case] if case.startswith("free") else 1)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("case", SETTINGS)
+def test_metrics_are_means_over_the_batch_that_the_weight_step_saw(case: str, accumulation: int) -> None:
+    model = start()
+    seen: list[tuple[float, float]] = []
+
+    def record(module: nn.Module, args: tuple[Tensor], logits: Tensor) -> None:
+        if module.training:  # attacks run in evaluation mode
+            labels = batch.labels.split(len(logits))[len(seen) % accumulation]
+            correct = (logits.argmax(1) == labels).double().mean()
+            seen.append((F.cross_entropy(logits, labels).item(), correct.item()))
+
+    model.register_forward_hook(record)
+    (batch,) = batches(1, size=6)
+    metrics = build(case).step(PlainEngine(model, accumulation), batch, 0)
+    last = seen[-accumulation:]
+    for key, values in zip(("loss", "accuracy"), zip(*last, strict=True), strict=True):
+        assert metrics[key].item() == pytest.approx(sum(values) / accumulation, abs=1e-6)
+        assert metrics[key].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("case", "kept"), [("free", "delta_sign"), ("free, small steps", "delta"), ("free, eps warm-up", "delta")]
+)
+def test_free_goes_on_from_its_state_as_if_never_stopped(case: str, kept: str) -> None:
+    """In fp32, as in a run, and exactly: with a step of eps one byte a pixel says all."""
+    data = list(batches(5, size=4, dtype=torch.float32))
+    model, method = start().float(), build(case)
+    train(method, model, data[:3])
+    state = method.slot_state()
+    assert {name: value.dtype for name, value in state.items()} == {
+        kept: torch.int8 if kept == "delta_sign" else torch.float32
+    }
+    assert state[kept].shape == data[0].images.shape
+    assert 0.2 < float((state[kept] > 0).float().mean()) < 0.8
+    assert 0.2 < float((state[kept] < 0).float().mean()) < 0.8
+    resumed, twin = build(case), copy.deepcopy(model)
+    resumed.load_slot_state({name: value.clone() for name, value in state.items()})
+    train(method, model, data[3:], first=3)
+    train(resumed, twin, data[3:], first=3)
+    assert difference(model, twin) == 0
+    assert all(torch.equal(value, resumed.slot_state()[name]) for name, value in method.slot_state().items())
+
+
+def test_free_keeps_no_alias_of_the_state_it_was_given() -> None:
+    method = build("free, small steps")
+    given = {"delta": torch.full((4, 3, 16, 16), 0.01)}
+    method.load_slot_state(given)
+    train(method, start().float(), list(batches(1, size=4, dtype=torch.float32)))
+    assert torch.equal(given["delta"], torch.full((4, 3, 16, 16), 0.01))
+    assert build("free").slot_state() == {}
+
+
+@pytest.mark.parametrize("case", [case for case in SETTINGS if not case.startswith("free")])
+def test_other_methods_have_no_state(case: str) -> None:
+    assert build(case).slot_state() == {}

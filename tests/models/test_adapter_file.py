@@ -1,0 +1,189 @@
+"""The adapter on disk comes back bit for bit, or is refused with one line."""
+
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save, save_file
+
+import fulllora_dist as fd
+from fulllora_dist.errors import UserError
+from fulllora_dist.models.adapter_file import merge
+from fulllora_dist.models.finetune import AdaptedModel, create_model
+from tests.tiny import ARCHITECTURE, pictures, stir, tiny
+
+TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+FILES = ("adapter.json", "adapter.safetensors")
+MODES = [
+    {"finetune": "fulllora"},
+    {"finetune": "fulllora", "head": "adapted", "qkv": "shared", "alpha": 7.0, "patch_norm_eps": 0.5},
+    {"finetune": "lora", "placement": ("q", "v", "fc2"), "head": "frozen"},
+    {"finetune": "full"},
+    {"finetune": "head"},
+    {"finetune": "layernorm"},
+    {"family": "deit_distilled"},
+    {"mean": (0.1, 0.2, 0.3), "std": (0.9, 0.8, 0.7)},
+]
+
+
+def weights(path: Path, seed: int) -> str:
+    torch.manual_seed(seed)
+    model = timm.create_model(TAG, **ARCHITECTURE, img_size=16, num_classes=6)
+    save_file({n: torch.randn_like(v) * 0.3 for n, v in model.state_dict().items()}, path)
+    return str(path)
+
+
+def from_weights(checkpoint: str, **settings: Any) -> AdaptedModel:
+    return create_model(TAG, **{"checkpoint": checkpoint, "image_size": 16, "architecture": ARCHITECTURE} | settings)
+
+
+def bits(model: AdaptedModel) -> dict[str, bytes]:
+    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
+
+
+def no_pickle(*_: object, **__: object) -> None:
+    raise AssertionError("something was unpickled")
+
+
+@pytest.fixture
+def without_pickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(module, name, no_pickle)
+
+
+@pytest.mark.usefixtures("without_pickle")
+@pytest.mark.parametrize("settings", MODES, ids=lambda s: "-".join(str(v) for v in s.values()))
+def test_round_trip_is_bit_equal(settings: dict[str, Any], tmp_path: Path) -> None:
+    model = stir(tiny(**settings))
+    fd.save_adapter(model, str(tmp_path / "a"), training={"eps": 4 / 255})
+    back = fd.load(str(tmp_path / "a"))
+    assert bits(back) == bits(model)
+    assert torch.equal(back(pictures()), model(pictures()))
+    assert back.spec == model.spec
+    assert back.report == model.report
+    assert back.info.sha256 == model.info.sha256
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == list(FILES)
+    assert set(load_file(tmp_path / "a" / "adapter.safetensors")) == set(model.trainable())
+    # what was loaded is saved as the same adapter
+    fd.save_adapter(back, str(tmp_path / "b"), training={"eps": 4 / 255})
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in FILES)
+
+
+@pytest.mark.parametrize("finetune", ["fulllora", "full"])
+def test_round_trip_over_a_checkpoint_with_chosen_classes(finetune: str, tmp_path: Path) -> None:
+    checkpoint = weights(tmp_path / "w.safetensors", seed=1)
+    model = stir(
+        from_weights(checkpoint, classes=[4, 1, 2], finetune=finetune, **({"rank": 2} if finetune != "full" else {}))
+    )
+    fd.save_adapter(model, f"memory://adapter-{finetune}")
+    back = fd.load(f"memory://adapter-{finetune}")
+    assert bits(back) == bits(model)
+    for field in ("name", "checkpoint", "pretrained", "own_classes", "sha256", "num_classes"):
+        assert getattr(back.info, field) == getattr(model.info, field), field
+
+
+def test_a_fully_finetuned_model_is_itself_a_checkpoint(tmp_path: Path) -> None:
+    model = stir(tiny(finetune="full"))
+    fd.save_adapter(model, str(tmp_path))
+    again = from_weights(str(tmp_path / "adapter.safetensors"), rank=1)
+    assert torch.equal(again(pictures()), model(pictures()))
+
+
+def test_an_average_is_saved_in_place_of_the_tensors(tmp_path: Path) -> None:
+    model = stir(tiny())
+    average = {name: p.detach() / 2 for name, p in model.trainable().items()}
+    fd.save_adapter(model, str(tmp_path), state=average)
+    assert all(torch.equal(p, average[name]) for name, p in fd.load(str(tmp_path)).trainable().items())
+
+
+def test_the_backbone_must_be_the_one_it_was_trained_on(tmp_path: Path) -> None:
+    first, second = (weights(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
+    model = stir(from_weights(first, rank=2))
+    fd.save_adapter(model, str(tmp_path / "a"))
+    moved = tmp_path / "moved.safetensors"
+    Path(first).rename(moved)
+    with pytest.raises(UserError, match=r"model.checkpoint: .*1\.safetensors does not exist"):
+        fd.load(str(tmp_path / "a"))
+    with pytest.raises(UserError, match=f"belongs to {TAG} with fingerprint {model.info.sha256[:12]}, but"):
+        fd.load(str(tmp_path / "a"), checkpoint=second)
+    assert bits(fd.load(str(tmp_path / "a"), checkpoint=str(moved))) == bits(model)
+
+
+def forge(folder: Path, description: Callable[[dict], object] = id, tensors: Callable[[dict], object] = id) -> None:
+    """Change an adapter and make its checksums fit again, as a careful hand would."""
+    facts = json.loads((folder / "adapter.json").read_text())
+    state = load_file(folder / "adapter.safetensors")
+    description(facts)
+    tensors(state)
+    content = save(state)
+    facts["sha256"] = hashlib.sha256(content).hexdigest()
+    del facts["checksum"]
+    facts["checksum"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    (folder / "adapter.safetensors").write_bytes(content)
+    (folder / "adapter.json").write_text(json.dumps(facts))
+
+
+def edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def flip_last(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+B = "blocks.0.mlp.fc1.lnlora.B"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no json": (lambda f: (f / "adapter.json").unlink(), "has no adapter.json"),
+    "no tensors": (lambda f: (f / "adapter.safetensors").unlink(), "has no adapter.safetensors"),
+    "no folder": (lambda f: f.rename(f.with_name("elsewhere")), "has no adapter.json"),
+    "tensors flipped": (edit("adapter.safetensors", flip_last), "adapter.safetensors is damaged"),
+    "tensors cut": (edit("adapter.safetensors", lambda c: c[:-9]), "adapter.safetensors is damaged"),
+    "json cut": (edit("adapter.json", lambda c: c[:-9]), "adapter.json is damaged"),
+    "json empty": (edit("adapter.json", lambda c: b""), "adapter.json is damaged"),
+    "json a list": (edit("adapter.json", lambda c: b"[1]"), "adapter.json is damaged"),
+    "json binary": (edit("adapter.json", lambda c: b"\xff\x00" + c), "adapter.json is damaged"),
+    "json another alpha": (
+        edit("adapter.json", lambda c: c.replace(b'"alpha": 3.0', b'"alpha": 7.0')),
+        "adapter.json is damaged",
+    ),
+    "another version": (
+        edit("adapter.json", lambda c: c.replace(b'"format_version": 1', b'"format_version": 99')),
+        "has format version 99; this program reads 1",
+    ),
+    "field unknown": (lambda f: forge(f, lambda d: d["adapter"].update(depth=3)), "adapter.json .*depth"),
+    "field lost": (lambda f: forge(f, lambda d: d["backbone"].pop("sha256")), "adapter.json .*sha256"),
+    "another rank": (
+        lambda f: forge(f, lambda d: d["adapter"].update(rank=4)),
+        r"lnlora.A is \(3, \d+\), the model's \(4",
+    ),
+    "another depth": (lambda f: forge(f, lambda d: d["backbone"]["architecture"].update(depth=1)), "fingerprint"),
+    "another seed": (lambda f: forge(f, lambda d: d["adapter"].update(seed=5)), "fingerprint"),
+    "tensor lost": (lambda f: forge(f, tensors=lambda t: t.pop(B)), f"adapter: {B} is missing"),
+    "tensor too many": (
+        lambda f: forge(f, tensors=lambda t: t.update(extra=t[B].clone())),
+        "adapter: extra is not in this model",
+    ),
+    "tensor reshaped": (lambda f: forge(f, tensors=lambda t: t.update({B: t[B][:-1]})), f"adapter: {B} is "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_what_is_not_that_adapter_is_refused(damage: str, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    fd.save_adapter(stir(tiny()), str(folder))
+    change, words = DAMAGE[damage]
+    change(folder)
+    with pytest.raises(UserError, match=f"adapter: .*{words}|^{words}") as caught:
+        fd.load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_merging_is_refused_with_the_reason() -> None:
+    with pytest.raises(UserError, match=r"cannot be merged into W: .*not linear in x"):
+        merge(tiny())

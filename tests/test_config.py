@@ -1,0 +1,192 @@
+"""Bad settings are refused before anything heavy starts, with one line that says what would be right."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.build import build_method, check_inputs
+from fulllora_dist.config import Config
+from fulllora_dist.config_file import describe_settings, load_config
+from fulllora_dist.errors import UserError
+from fulllora_dist.methods import METHODS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+BASES = {yaml.safe_load(path.read_text()).get("base") for path in CONFIGS.glob("*.yaml")}
+SMALLEST = """
+model: {backbone: vit_tiny_patch16_224.augreg_in21k_ft_in1k}
+threat: {eps: 4/255}
+method: {name: pgd, steps: 2}
+data: {train: shards}
+run: {output: out}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(SMALLEST)
+    return tmp_path / "run.yaml"
+
+
+@pytest.mark.parametrize(
+    "file", [p for p in sorted(CONFIGS.glob("*.yaml")) if p.name not in BASES], ids=lambda p: p.stem
+)
+def test_ready_configs_load_and_build_their_method(file: Path) -> None:
+    config = load_config(str(file))
+    method = METHODS[config.method.name](config.method, Linf(config.threat.eps), config.run.seed)
+    assert min(method.passes()) >= 1
+    assert f"--config configs/{file.name}" in file.read_text()
+
+
+def test_values_come_from_file_base_and_command_line(path: Path) -> None:
+    (path.parent / "sub").mkdir()
+    child = path.parent / "sub" / "child.yaml"
+    child.write_text("base: ../run.yaml\noptim: {lr: 2e-3, clip: 0.5}\n")
+    grandchild = path.parent / "grandchild.yaml"
+    grandchild.write_text("base: sub/child.yaml\noptim: {clip: 0.25}\nthreat: {eps: 0.5}\n")
+    config = load_config(str(grandchild), ["optim.epochs=1e1", "threat.eps=8/255", "optim.betas=[0.8,0.9]"])
+    assert (config.optim.lr, config.optim.clip, config.optim.epochs, config.optim.betas) == (2e-3, 0.25, 10, (0.8, 0.9))
+    assert config.threat.eps == 8 / 255
+    assert config.run.output == "out"
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+    assert config.model_dump()["method"] == {"name": "pgd", "steps": 2, "step_size": None, "random_start": True}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method.steps=5"], {"name": "pgd", "steps": 5}),
+        (["method=pgd", "method.steps=5"], {"name": "pgd", "steps": 5}),
+        (["method=free"], {"name": "free", "replays": 4}),
+        (["method.name=free", "method.replays=2"], {"name": "free", "replays": 2}),
+        (["method.name=n_fgsm"], {"name": "n_fgsm", "noise": 2.0, "step": 1.0}),
+    ],
+)
+def test_another_method_drops_the_settings_of_the_first(path: Path, overrides: list[str], expected: dict) -> None:
+    method = load_config(str(path), overrides).method.model_dump()
+    assert {key: method[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("written", ["method: pgd", "method: {name: pgd}"])
+def test_a_method_by_name_alone_takes_settings_from_above(path: Path, written: str) -> None:
+    path.write_text(SMALLEST.replace("method: {name: pgd, steps: 2}", written))
+    child = path.with_name("child.yaml")
+    child.write_text("base: run.yaml\nmethod: {steps: 7}\n")
+    assert load_config(str(child)).method.model_dump()["steps"] == 7
+    assert load_config(str(path), ["method.steps=8"]).method.model_dump()["steps"] == 8
+
+
+REFUSED = {
+    "optim.lrr=1": "unknown setting optim.lrr; did you mean lr?",
+    "optmi.lr=1": "unknown setting optmi; did you mean optim?",
+    "run.ouptut=x": "unknown setting run.ouptut; did you mean output?",
+    "method.stepz=1": "unknown setting method.stepz; did you mean steps?",
+    "threat.eps=4": r"threat.eps: 4 is outside \[0, 1\].* write 4/255",
+    "threat.eps=0..5": "threat.eps: '0..5' is no size in pixels",
+    "threat.eps=-0.1": "threat.eps: -0.1 is outside",
+    "threat.eps=nan": "threat.eps: nan is outside",
+    "method.step_size=2": r"method.step_size: 2 is outside \[0, 1\].* write 2/255",
+    "method=pdg": "method: name: 'pdg' is no method; known: standard, pgd, free",
+    "method=[pgd]": "a list stands for a section",
+    "finetune=lroa": "finetune: .*'lora'.*'lroa'",
+    "distributed.grad_accumulation=3": "optim.batch_size: 256 does not divide by distributed.grad_accumulation 3",
+    "deepspeed.train_batch_size=8": "deepspeed.train_batch_size follows from optim.batch_size",
+    "deepspeed.bf16.enabled=true": "deepspeed.bf16 follows from model.precision",
+    "deepspeed.fp16.enabled=true": "deepspeed.fp16 follows from model.precision",
+    "deepspeed.gradient_clipping=1": "deepspeed.gradient_clipping follows from optim.clip",
+    "deepspeed.optimizer.type=Adam": "deepspeed.optimizer follows from optim",
+    "deepspeed.zero_optimization.stage=3": "stage follows from distributed.zero_stage",
+    "deepspeed.zero_optimization=3": "deepspeed.zero_optimization: 3 is no section",
+    "deepspeed.zero_optimization=null": "deepspeed.zero_optimization: None is no section",
+    "optim.lr=fast": "optim.lr: .*valid number.*fast",
+    "optim.lr=inf": "optim.lr: .*finite",
+    "optim.betas=[0.9,1.1]": "optim.betas.1: .*less than 1",
+    "model.std=[0,1,1]": "model.std.0: .*greater than 0",
+    "model.classes=[]": "model.classes: .*at least 2",
+    "model.classes=[-1,2]": "model.classes.0: .*greater than or equal to 0",
+    "model=": "model: .*valid dictionary",
+    "optim=3": "optim: .*valid dictionary",
+    "run.output=": "run.output: .*valid string",
+    "run.output=${nowhere}": "nowhere",
+    "optim.lr=[": "parsing",
+    "optim.lr": "'optim.lr' is no setting; write key=value",
+    "=3": "'=3' is no setting; write key=value",
+    "finetune=full adapter.start_from=a": "adapter.start_from: finetune: full has no adapter",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_bad_override_is_refused(path: Path, override: str) -> None:
+    with pytest.raises(UserError, match=REFUSED[override]) as caught:
+        load_config(str(path), override.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (SMALLEST.replace("model:", "modle:"), "unknown setting modle; did you mean model?"),
+        (SMALLEST.replace("eps: 4/255", ""), "threat.eps is missing"),
+        (SMALLEST.replace("out}", "'???'}"), "mandatory value: output"),
+        ("", "model is missing"),
+        ("- 1\n", "is empty or a list"),
+        ("3\n", "is no valid YAML"),
+        ("model: [\n", "is no valid YAML"),
+        (SMALLEST + "run: {}\n", "duplicate key run"),
+        ("base: gone.yaml\n", "gone.yaml does not exist"),
+        ("base: bad.yaml\n", "leads back to itself"),
+        ("base: [a, b]\n", "does not exist"),
+        (None, "does not exist; ready ones are in configs/"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "world", "words"),
+    [
+        ("optim.batch_size=6", 4, "optim.batch_size: 6 does not divide by 4 ranks"),
+        ("optim.batch_size=12 distributed.grad_accumulation=2", 4, "take a multiple of 8"),
+        ("model.checkpoint=gone.pth", 1, "model.checkpoint: gone.pth does not exist"),
+        ("adapter.start_from=gone", 1, "adapter.start_from: gone does not exist"),
+        ("run.resume_from=gone", 1, "run.resume_from: gone does not exist"),
+        ("data.train=gone", 1, "data.train: gone holds no index.npz"),
+        ("data.validation=gone", 1, "data.validation: gone holds no index.npz"),
+    ],
+)
+def test_what_is_missing_or_indivisible_is_refused(path: Path, override: str, world: int, words: str) -> None:
+    shards = path.parent / "shards"
+    shards.mkdir()
+    (shards / "index.npz").touch()
+    check_inputs(load_config(str(path), [f"data.train={shards}"]), world=1)
+    with pytest.raises(UserError, match=words):
+        check_inputs(load_config(str(path), [f"data.train={shards}", *override.split()]), world=world)
+
+
+def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:
+    overrides = ["method.name=free", "method.replays=4", "optim.epochs=3", "threat.warmup=0.25"]
+    method, steps = build_method(load_config(str(path), overrides), steps_per_epoch=21)
+    assert (steps, method.warmup_steps) == (16, 4)  # 63 updates, four on each batch
+    assert [method.threat_at(step).eps * 255 for step in (0, 3, 4, 9)] == pytest.approx([4 / 5, 16 / 5, 4, 4])
+
+
+def test_the_help_lists_every_setting_with_its_meaning(path: Path) -> None:
+    lines = describe_settings().splitlines()
+    described = {line.split()[0]: lines[i + 1].strip() for i, line in enumerate(lines) if re.match(r" +\S+ \(", line)}
+
+    def leaves(values: dict, prefix: str) -> list[str]:
+        nested = [leaves(v, f"{prefix}{k}.") if isinstance(v, dict) and v else [prefix + k] for k, v in values.items()]
+        return [name for names in nested for name in names]
+
+    names = leaves(load_config(str(path)).model_dump(), "")
+    assert len(names) > 50
+    assert not [name for name in names if name != "method.name" and not described.get(name)]
+    assert all(f"method: {name}" in lines for name in METHODS)

@@ -1,0 +1,177 @@
+"""train.py as users start it: under the deepspeed launcher, killed, interrupted, resumed, and as one plain process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+TRAIN = str(ROOT / "fulllora_dist" / "train.py")
+LIMIT = 240
+
+CONFIG = """
+model:
+  backbone: vit_tiny_patch16_224
+  pretrained: false
+  num_classes: 3
+  image_size: 16
+  architecture: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
+adapter: {{rank: 2}}
+threat: {{eps: 8/255, warmup: 0.1}}
+method: {{name: free, replays: 2}}
+data: {{train: {data}, validation: {data}, augment: flip, workers: 1}}
+optim: {{lr: 1.0e-3, batch_size: 8, epochs: 60, ema: 0.9}}
+run: {{output: unset, save_every: 20, log_every: 5}}
+evaluation: {{attacks: [clean, pgd3], n: 12}}
+tracking: {{uri: "sqlite:///{folder}/mlflow.db"}}
+"""
+STEPS = 60 * 6 // 2  # 48 pictures in batches of 8, two updates a batch
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    """A config file over shards of 48 coloured noise pictures."""
+    folder = tmp_path_factory.mktemp("train")
+    rng = np.random.default_rng(0)
+    for label in range(3):
+        (folder / "pictures" / f"class{label}").mkdir(parents=True)
+        for i in range(16):
+            pixels = rng.integers(0, 128, (16, 16, 3), dtype=np.uint8)
+            pixels[..., label] += 100
+            Image.fromarray(pixels).save(folder / "pictures" / f"class{label}" / f"{i}.png")
+    make = [sys.executable, ROOT / "tools" / "make_shards.py", folder / "pictures", folder / "shards", "--workers", "1"]
+    subprocess.run(make, check=True, capture_output=True)
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.format(data=folder / "shards", folder=folder))
+    return path
+
+
+def start(config: Path, *settings: str, ranks: int = 2) -> subprocess.Popen:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(port)]
+    command = [sys.executable] if ranks == 1 else launcher
+    return subprocess.Popen(
+        [*command, TRAIN, "--config", str(config), *settings],
+        cwd=config.parent,  # the repository is not the working directory
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen, code: int | None = 0) -> str:
+    output, _ = process.communicate(timeout=LIMIT)
+    if code is not None:
+        assert process.returncode == code, output[-3000:]
+    return output
+
+
+def wait_for_state(output: Path, step: int) -> None:
+    deadline = time.monotonic() + LIMIT
+    while time.monotonic() < deadline:
+        if any(int(p.name) >= step for p in (output / "states").glob("[0-9]*")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no state of batch {step} in {output}")
+
+
+def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return next(c for c in children if f"--local_rank={rank}" in c.cmdline() and TRAIN in c.cmdline())
+
+
+def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Path) -> None:
+    folder = config.parent
+    whole = end(start(config, f"run.output={folder}/whole"))
+    assert "Traceback" not in whole
+    assert "clean" in whole, "the table of the final evaluation"
+
+    output = folder / "broken"
+    launched = start(config, f"run.output={output}")
+    wait_for_state(output, 40)
+    rank_process(launched, 1).send_signal(signal.SIGKILL)
+    end(launched, code=None)
+    assert launched.returncode != 0
+    assert not (output / "adapter").exists()
+
+    launched = start(config, f"run.output={output}")
+    wait_for_state(output, 100)
+    os.killpg(launched.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
+    interrupted = end(launched, code=None)
+    assert launched.returncode != 0
+    assert "Traceback" not in interrupted
+    assert "the same command goes on from here" in interrupted
+    stopped_at = max(int(p.name) for p in (output / "states").iterdir())
+    assert 100 <= stopped_at < STEPS
+
+    resumed = end(start(config, f"run.output={output}"))
+    assert f"resuming at batch {stopped_at} of {STEPS}" in resumed
+    ours, theirs = (load_file(folder / name / "adapter" / "adapter.safetensors") for name in ("broken", "whole"))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours), "bit for bit"
+    assert json.loads((output / "evaluation.json").read_text())["n"] == 12
+
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == list(range(5, STEPS + 1, 5)), "no point doubled, none missing"
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+    experiment = client.get_experiment_by_name("fulllora").experiment_id
+    runs = [r for r in client.search_runs([experiment]) if r.data.tags["output"] == str(output)]
+    assert len(runs) == 1, "one MLflow run over all restarts"
+    assert runs[0].info.status == "FINISHED"
+    history = client.get_metric_history(runs[0].info.run_id, "train/loss")
+    assert [point.step for point in history] == steps
+    assert {file.path for file in client.list_artifacts(runs[0].info.run_id)} >= {"adapter", "config.yaml"}
+
+
+def test_one_plain_process_trains_what_two_ranks_train(config: Path) -> None:
+    folder = config.parent
+    short = ["optim.epochs=4", "method=pgd", "tracking.enabled=false"]
+    end(start(config, f"run.output={folder}/two", *short))
+    end(start(config, f"run.output={folder}/one", *short, ranks=1))
+    one, two = (load_file(folder / name / "adapter" / "adapter.safetensors") for name in ("one", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+    again = end(start(config, f"run.output={folder}/one", *short, ranks=1))
+    assert "resuming at batch 24 of 24" in again, "a finished run is not trained again"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bad_input_is_one_line_and_exit_code_2(config: Path, ranks: int) -> None:
+    output = end(start(config, "run.output=x", "optim.batch_size=7", "data.train=/nowhere", ranks=ranks), code=2)
+    errors = [line for line in output.splitlines() if line.startswith("error")]
+    if ranks == 1:
+        assert errors == ["error: data.train: /nowhere holds no index.npz; make shards with tools/make_shards.py"]
+    else:
+        assert len(errors) == 1, "rank 0 speaks for all"
+        assert "optim.batch_size: 7 does not divide by 2 ranks" in errors[0]
+    assert "Traceback" not in output
+
+
+def test_another_run_in_the_output_folder_is_not_overwritten(config: Path) -> None:
+    settings = [f"run.output={config.parent}/mine", "optim.epochs=1", "method=standard", "tracking.enabled=false"]
+    end(start(config, *settings, ranks=1))
+    output = end(start(config, *settings, "optim.lr=0.5", ranks=1), code=2)
+    assert "holds a run with optim.lr=0.001, now it is 0.5" in output
+
+
+def test_check_estimates_without_training(config: Path) -> None:
+    output = end(start(config, "run.output=unused", "--check", ranks=1))
+    assert "passes a batch: 2 forward, 2 backward; 180 batches, 360 optimizer updates on 48 pictures" in output
+    assert not (config.parent / "unused").exists()
