@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 
 from fulllora_dist.methods import METHODS, MethodSettings
 from fulllora_dist.models.finetune import Finetune, Head, Precision
-from fulllora_dist.models.placement import COMPONENTS
+from fulllora_dist.models.placement import COMPONENTS, Component
 from fulllora_dist.pixels import Pixels
 
 
@@ -57,7 +57,7 @@ class AdapterSettings(Settings):
     """Rank of every branch, instead of the budget."""
     alpha: float | None = Field(None, gt=0)
     """Branches are scaled by alpha / rank; null takes alpha = rank."""
-    placement: tuple[Literal["patch_embed", "q", "k", "v", "proj", "fc1", "fc2"], ...] = COMPONENTS
+    placement: tuple[Component, ...] = COMPONENTS
     """Components with a branch."""
     qkv: Literal["separate", "shared"] = "separate"
     """A branch each for q, k and v, or one for the fused projection."""

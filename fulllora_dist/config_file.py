@@ -59,7 +59,7 @@ def _read(path: str, named_by: Sequence[str] = ()) -> Any:
     if not os.path.isfile(path):
         raise UserError(f"--config: {path} does not exist; ready ones are in configs/")
     try:
-        values = OmegaConf.load(path)
+        values: Any = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no valid YAML: {_first_line(error)}") from None
     if not OmegaConf.is_dict(values):

@@ -132,5 +132,6 @@ def _start_from(model: AdaptedModel, folder: str) -> None:
     description, tensors = read_adapter(folder)
     theirs = description["backbone"]["sha256"]
     if theirs != model.info.sha256:
-        raise UserError(f"adapter.start_from: {folder} belongs to weights {theirs[:12]}, not {model.info.sha256[:12]}")
+        ours = str(model.info.sha256)
+        raise UserError(f"adapter.start_from: {folder} belongs to weights {theirs[:12]}, not {ours[:12]}")
     model.load_trainable(tensors)

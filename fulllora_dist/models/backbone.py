@@ -5,6 +5,7 @@ import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import fsspec
 import timm
@@ -61,7 +62,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -128,7 +129,7 @@ def check_name(name: str, needs_tag: bool) -> None:
         )
 
 
-def _head_names(backbone: nn.Module) -> list[str]:
+def _head_names(backbone: Any) -> list[str]:
     classifier = backbone.pretrained_cfg["classifier"]
     return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
 
@@ -206,7 +207,7 @@ def build_backbone(
     if pretrained and not on_meta:
         weights = read_weights(checkpoint) if checkpoint else _download(name)
     outputs = len(classes) if classes is not None and num_classes is None else num_classes
-    arguments: dict[str, object] = dict(architecture or {})
+    arguments: dict[str, Any] = dict(architecture or {})
     if image_size is not None:
         arguments["img_size"] = image_size
     with torch.random.fork_rng(devices=[]):
@@ -238,9 +239,7 @@ def build_backbone(
     return backbone, info
 
 
-def _create(
-    name: str, arguments: dict[str, object], outputs: int | None, weights: Mapping[str, Tensor] | None
-) -> nn.Module:
+def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: Mapping[str, Tensor] | None) -> Any:
     """The bare timm model. Without a number of outputs it takes the checkpoint's."""
     if outputs is None and weights is not None and "head.weight" in weights:
         outputs = len(weights["head.weight"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,9 @@ class AdaptedModel(nn.Module):
         spec: what of it trains.
         report: where the branches are, and what the trainable share is.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, backbone: nn.Module, info: BackboneInfo, spec: AdapterSpec, report: PlacementReport):
         super().__init__()
@@ -246,8 +249,8 @@ def create_model(
 def _adapt(backbone: nn.Module, site: Site, sizes: dict[str, tuple[int, int]], spec: AdapterSpec) -> Adapted:
     assert spec.rank is not None
     assert spec.alpha is not None
-    layer = backbone.get_submodule(site.path)
-    device = layer.weight.device  # type: ignore[union-attr]
+    layer: Any = backbone.get_submodule(site.path)
+    device = layer.weight.device
     eps = spec.patch_norm_eps if site.component == "patch_embed" else TOKEN_NORM_EPS
     branches: dict[str, LNLoRABranch] = {}
     for name, (d_in, d_out) in sizes.items():
@@ -256,7 +259,7 @@ def _adapt(backbone: nn.Module, site: Site, sizes: dict[str, tuple[int, int]], s
             generator = torch.Generator().manual_seed(base_key(spec.seed, f"{site.path}.{name}", 0) >> 1)
             branch.reset_parameters(generator)
         branches[name] = branch.to(device)
-    attach(layer, branches[""] if "" in branches else LNLoRASplit(branches))  # type: ignore[arg-type]
+    attach(layer, branches[""] if "" in branches else LNLoRASplit(branches))
     count = sum(p.numel() for branch in branches.values() for p in branch.parameters())
     return Adapted(site, tuple(branches), count)
 

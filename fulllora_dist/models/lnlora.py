@@ -89,7 +89,7 @@ class LNLoRASplit(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x [..., d], y [..., 3 * d_out] -> [..., 3 * d_out]."""
-        branches = dict(self.named_children())
+        branches: dict[str, LNLoRABranch] = dict(self.named_children())  # type: ignore[arg-type]
         first = next(iter(branches.values()))
         if first.norm is not None:
             x = standardise(x, first.eps)

@@ -5,13 +5,14 @@ timm models read `self.qkv.weight` directly, so that a branch beside `qkv` would
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import nn
 
 from fulllora_dist.errors import UserError
-from fulllora_dist.models.lnlora import QKV
 
-COMPONENTS = ("patch_embed", *QKV, "proj", "fc1", "fc2")
+Component = Literal["patch_embed", "q", "k", "v", "proj", "fc1", "fc2"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 """Names a placement is written in. q, k and v are thirds of a fused `qkv`."""
 
 

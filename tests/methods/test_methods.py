@@ -25,7 +25,7 @@ SETTINGS: dict[str, dict] = {
     "fgsm_rs": {"step": 1.1},
     "n_fgsm": {"noise": 1.5, "step": 0.8},
     "n_fgsm, eps warm-up": {"name": "n_fgsm", "noise": 1.5, "step": 0.8},
-    "pgd, eps warm-up": {"name": "pgd", "steps": 3},
+    "pgd, eps warm-up": {"name": "pgd", "steps": 2},
     "free, eps warm-up": {"name": "free", "replays": 2},
 }
 PASSES = {
@@ -37,7 +37,7 @@ PASSES = {
     "fgsm_rs": 2,
     "n_fgsm": 2,
 }
-PASSES |= {"n_fgsm, eps warm-up": 2, "pgd, eps warm-up": 4, "free, eps warm-up": 2}
+PASSES |= {"n_fgsm, eps warm-up": 2, "pgd, eps warm-up": 3, "free, eps warm-up": 2}
 WARMUP = 4
 
 
@@ -136,7 +136,7 @@ def madry(steps: int, step_size: float | None, random_start: bool) -> Callable[.
         delta = noise("train/pgd", step, batch, eps) if random_start else torch.zeros_like(x)
         delta = box(x, delta)
         for _ in range(steps):
-            size = 2.5 * eps / steps if step_size is None else step_size
+            size = min(2.5 * eps / steps, eps) if step_size is None else step_size
             delta = delta + size * attack_gradient(model, x, delta, batch.labels).sign()
             delta = box(x, torch.where(delta.abs() > eps, delta.sign() * eps, delta))
         return delta
@@ -168,7 +168,7 @@ PERTURB: dict[str, Callable[..., Tensor]] = {
     "fgsm_rs": wong,
     "n_fgsm": de_jorge,
     "n_fgsm, eps warm-up": de_jorge,
-    "pgd, eps warm-up": madry(3, None, True),
+    "pgd, eps warm-up": madry(2, None, True),
 }
 
 

@@ -45,7 +45,10 @@ def test_exactly_these_train(settings: dict, expected: set[str]) -> None:
     F.cross_entropy(model(pictures()), torch.arange(CLASSES)).backward()
     optimizer.step()
     changed = {name for name, value in model.backbone.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == expected
+    idle = {
+        name for name in expected if name.endswith("lnlora.k.norm.bias")
+    }  # a constant in every key: softmax is blind
+    assert changed | idle == expected
     assert model.report.share == sum(p.numel() for p in model.trainable().values()) / sum(
         before[name].numel() for name in BACKBONE
     )

@@ -1,0 +1,190 @@
+"""Pictures for people: what an attack does to a model before and after training, and how strong it has to be.
+
+The colours are of Okabe and Ito's eight, which colour-blind readers can tell apart; right and wrong have
+marks, too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from torch import Tensor
+
+RIGHT, WRONG = "#0072B2", "#D55E00"
+_GREY = "#555555"
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One model under attack.
+
+    Attributes:
+        name: for the picture, e.g. "backbone".
+        adversarial: [N, 3, H, W] in [0, 1], made against this model.
+        before, after: int64 [N], its predictions on the clean and on the adversarial pictures.
+    """
+
+    name: str
+    adversarial: Tensor
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Robust accuracy of one model.
+
+    Attributes:
+        name: for the picture.
+        scores: {eps in pixels of [0, 1]: "accuracy", "low" and "high" as in evaluation.json}.
+    """
+
+    name: str
+    scores: Mapping[float, Mapping[str, float]]
+
+
+def in_255ths(eps: float) -> str:
+    """0.0157 -> "4/255"."""
+    return f"{eps * 255:.3g}/255"
+
+
+def _show(axes: Axes, picture: Tensor) -> None:
+    axes.imshow(picture.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _verdict(axes: Axes, lines: Sequence[tuple[str, str, bool]]) -> None:
+    """Under a picture, one line for each (model, predicted class, right)."""
+    for i, (model, predicted, right) in enumerate(lines):
+        axes.text(
+            0.5,
+            -0.05 - 0.17 * i,
+            f"{model}: {predicted} {'✓' if right else '✗'}",
+            transform=axes.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color=RIGHT if right else WRONG,
+            fontweight="normal" if right else "bold",
+        )
+    if len(lines) == 1:
+        for spine in axes.spines.values():
+            spine.set(color=RIGHT if lines[0][2] else WRONG, linewidth=2.5)
+
+
+def _draw_examples(
+    figure: Figure | SubFigure,
+    clean: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    models: Sequence[Attacked],
+    eps: float,
+) -> None:
+    """A row for each picture; the perturbation is shown on grey, stretched so that eps spans half the range."""
+    rows, magnified = len(clean), 0.5 / eps
+    grid = figure.subplots(rows, 1 + 2 * len(models), squeeze=False, gridspec_kw={"wspace": 0.12, "hspace": 0.5})
+    titles = ["clean"]
+    for model in models:
+        titles += [f"perturbation\nagainst {model.name}\n(x {magnified:.0f})", f"{model.name}\nunder attack"]
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=10)
+    for i, row in enumerate(grid):
+        label = int(labels[i])
+        _show(row[0], clean[i])
+        row[0].set_ylabel(f"true class: {classes[label]}", fontsize=10)
+        _verdict(row[0], [(m.name, classes[int(m.before[i])], int(m.before[i]) == label) for m in models])
+        for j, model in enumerate(models):
+            _show(row[1 + 2 * j], 0.5 + magnified * (model.adversarial[i] - clean[i]))
+            _show(row[2 + 2 * j], model.adversarial[i])
+            after = int(model.after[i])
+            _verdict(row[2 + 2 * j], [(model.name, classes[after], after == label)])
+
+
+def _draw_curves(axes: Axes, curves: Sequence[Curve], trained_eps: float | None, attack: str) -> None:
+    styles = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (_GREY, "^", ":")]
+    for curve, (color, marker, line) in zip(curves, styles, strict=False):
+        eps = sorted(curve.scores)
+        levels = [255 * e for e in eps]
+        accuracy, low, high = (
+            np.array([100 * curve.scores[e][key] for e in eps]) for key in ("accuracy", "low", "high")
+        )
+        axes.fill_between(levels, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=curve.name)
+    if trained_eps is not None:
+        axes.axvline(255 * trained_eps, color=_GREY, linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"trained at {in_255ths(trained_eps)}",
+            (255 * trained_eps, 103),
+            textcoords="offset points",
+            xytext=(4, 0),
+            fontsize=9,
+            color=_GREY,
+            va="center",
+        )
+    axes.set_ylim(-3, 107)
+    axes.set_xlim(left=0)
+    axes.set_xticks(sorted({round(255 * e, 2) for curve in curves for e in curve.scores}))
+    axes.set_xlabel("eps: largest change of a pixel, in 1/255 of its range")
+    axes.set_ylabel(f"accuracy under {attack} (%), band: 95 % interval")
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    # above the axes, where no line can be
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(curves), frameon=False, fontsize=10)
+
+
+def adversarial_examples(
+    clean: Tensor, labels: Tensor, classes: Sequence[str], models: Sequence[Attacked], eps: float
+) -> Figure:
+    """A few pictures clean, their perturbations magnified, and under attack, with each model's predictions.
+
+    Args:
+        clean: [N, 3, H, W] in [0, 1]; four or five are readable.
+        labels: int64 [N], the true classes.
+        classes: class names.
+        models: e.g. the backbone and the adapted model.
+        eps: size of the perturbation in pixels of [0, 1].
+
+    Returns:
+        A figure; `figure.savefig(path)` writes it.
+    """
+    figure = Figure(figsize=(2.0 * (1 + 2 * len(models)), 0.9 + 2.2 * len(clean)), dpi=120)
+    _draw_examples(figure, clean, labels, classes, models, eps)
+    return figure
+
+
+def robustness_curve(curves: Sequence[Curve], *, trained_eps: float | None = None, attack: str = "PGD-20") -> Figure:
+    """Robust accuracy against eps, with 95 % intervals, for up to three models (the backbone first).
+
+    Args:
+        trained_eps: marked where given, in pixels of [0, 1].
+        attack: its name for the axis.
+    """
+    figure = Figure(figsize=(6.5, 4.5), dpi=120, layout="constrained")
+    _draw_curves(figure.subplots(), curves, trained_eps, attack)
+    return figure
+
+
+def demo_picture(
+    clean: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    models: Sequence[Attacked],
+    curves: Sequence[Curve],
+    *,
+    eps: float,
+    title: str,
+    attack: str = "PGD-20",
+) -> Figure:
+    """Examples on the left, curves on the right, one headline."""
+    figure = Figure(figsize=(15, 0.9 + 2.0 * len(clean)), dpi=110)
+    figure.suptitle(title, fontsize=14, y=0.985)
+    left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1), squeeze=False)[0]
+    _draw_examples(left, clean, labels, classes, models, eps)
+    left.subplots_adjust(left=0.05, right=0.99, top=0.83, bottom=0.07)
+    _draw_curves(right.subplots(), curves, eps, attack)
+    right.subplots_adjust(left=0.13, right=0.97, top=0.83, bottom=0.12)
+    return figure

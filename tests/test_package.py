@@ -1,0 +1,67 @@
+"""What a newcomer meets: the wheel, the README's lines, a light import."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+import fulllora_dist as fd
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_builds_and_installs(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    packaged = {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("fulllora_dist/")}
+    tracked = subprocess.run(
+        ["git", "ls-files", "fulllora_dist"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert packaged == set(tracked)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel]
+    subprocess.run(install, check=True, capture_output=True)
+    code = "import fulllora_dist; print(fulllora_dist.__file__); fulllora_dist.create_model"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == str(tmp_path / "site" / "fulllora_dist" / "__init__.py")
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, fulllora_dist; print([m for m in ('torch', 'timm', 'deepspeed', 'mlflow') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[]"
+
+
+def test_the_readme_s_python_lines_run(tmp_path: Path, monkeypatch) -> None:
+    """As printed, but for random weights of a smaller model and our own shards."""
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for label in range(2):
+        (tmp_path / "pictures" / str(label)).mkdir(parents=True)
+        for i in range(3):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / str(label) / f"{i}.png")
+    make = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "pictures", "shards/val", "--workers", "1"]
+    subprocess.run(make, cwd=tmp_path, check=True, capture_output=True)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for printed, here in (
+        ('"vit_base_patch16_224.augreg2_in21k_ft_in1k"', '"vit_tiny_patch16_224", pretrained=False, num_classes=2'),
+        ("n=200", "n=4"),
+        ("budget=0.05", "budget=0.05, image_size=32"),
+    ):
+        assert printed in block
+        block = block.replace(printed, here)
+    monkeypatch.chdir(tmp_path)
+    names = {"x": torch.rand(2, 3, 32, 32), "y": torch.tensor([0, 1])}
+    exec(block, names)
+    assert (names["x_adv"] - names["x"]).abs().max() <= 4 / 255 + 1e-7
+    assert isinstance(names["model"], fd.AdaptedModel)

@@ -1,0 +1,178 @@
+"""The whole path on handwritten digits, offline, on two CPU ranks: `make demo`, about three minutes.
+
+    python tools/demo.py [--output runs/demo]
+
+Digits of scikit-learn -> shards -> a small ViT trained on them -> FullLoRA with N-FGSM -> accuracy under attack before
+and after -> a picture. The two trainings are configs/demo_backbone.yaml and configs/demo.yaml under DeepSpeed. The last
+line of stdout is one JSON object; progress goes to stderr.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from fulllora_dist.config import Config
+from fulllora_dist.config_file import load_config
+from fulllora_dist.data.decode import EvalTransform
+from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.errors import UserError, run_entry
+from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.models.adapter_file import load
+from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.tracking.figures import Attacked, Curve, demo_picture, in_255ths
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = 2
+SIDE = 16  # pixels; the digits are 8 x 8
+HELD_OUT = 40  # of each class
+ATTACK = "pgd20"
+PICTURES = (3, 4, 8, 9)  # classes of which the first held-out digit is shown
+CURVE = tuple(level / 255 for level in (0, 4, 8, 12, 16, 24))
+CURVE_N = 200
+MARKER = "made_by_demo"
+
+
+def clear(output: Path) -> None:
+    """An empty folder; only what a demo wrote is removed."""
+    if output.exists():
+        if not (output / MARKER).is_file() and any(output.iterdir()):
+            raise UserError(f"--output: {output} holds something else than a demo; choose another folder")
+        shutil.rmtree(output)
+    output.mkdir(parents=True)
+    (output / MARKER).touch()
+
+
+def write_pictures(folder: Path) -> None:
+    """train/ and val/ with a folder of PNGs for each digit; the same split every time."""
+    digits = load_digits()
+    names = [f"{digit}" for digit in digits.target_names]
+    for split in ("train", "val"):
+        for name in names:
+            (folder / split / name).mkdir(parents=True)
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    held_out = {i for label in digits.target_names for i in order[digits.target[order] == label][:HELD_OUT]}
+    for i, (grey, label) in enumerate(zip(digits.images, digits.target, strict=True)):
+        small = Image.fromarray((grey * 255 / 16).round().astype(np.uint8))
+        picture = small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+        picture.save(folder / ("val" if i in held_out else "train") / names[label] / f"{i:04d}.png")
+
+
+def call(what: str, *command: str) -> None:
+    """Run one step; its stdout goes to stderr, where progress belongs."""
+    print(f"\n== {what}\n$ {' '.join(command)}", file=sys.stderr, flush=True)
+    threads = str(max(1, (os.cpu_count() or RANKS) // RANKS))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sys.stderr.fileno()).returncode
+    if code:
+        raise UserError(f"the demo's step {what!r} ended with exit code {code}; see its messages above")
+
+
+def train(what: str, config: Path, overrides: list[str]) -> None:
+    """train.py on two ranks, on a port that is free."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS), "--master_port", port]
+    call(what, *launcher, "fulllora_dist/train.py", "--config", str(config.relative_to(ROOT)), *overrides)
+
+
+def attack(
+    name: str, model: AdaptedModel, config: Config, x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor
+) -> Attacked:
+    """The very examples that the evaluation counted."""
+    made = EvalAttack.parse(ATTACK)(model, x, y, eps=config.threat.eps, seed=config.run.seed, ids=ids)
+    with torch.no_grad():
+        return Attacked(name, made, before=model(x).argmax(dim=1), after=model(made).argmax(dim=1))
+
+
+def draw(config: Config, models: dict[str, AdaptedModel], title: str) -> Figure:
+    """Examples of each model under attack, and its robust accuracy against eps."""
+    assert config.data.validation is not None
+    transform = EvalTransform(size=SIDE, crop_pct=1.0)
+    (first,) = EvalStream(config.data.validation, batch_size=10, transform=transform, n=10)  # one of each class
+    chosen = [int((first.labels == label).nonzero()) for label in PICTURES]
+    x, y, ids = first.pixels()[chosen], first.labels[chosen], first.ids[chosen]
+    stream = EvalStream(config.data.validation, batch_size=50, transform=transform, n=CURVE_N)
+    curves = [
+        Curve(name, {eps: evaluate(model, stream, attacks=(ATTACK,), eps=eps)["attacks"][ATTACK] for eps in CURVE})
+        for name, model in models.items()
+    ]
+    attacked = [attack(name, model, config, x, y, ids) for name, model in models.items()]
+    return demo_picture(x, y, stream.index.classes, attacked, curves, eps=config.threat.eps, title=title)
+
+
+def summary(rows: dict[str, dict[str, Any]], eps: float) -> str:
+    """Accuracies with their 95 % intervals."""
+
+    def cell(score: dict[str, float]) -> str:
+        return f"{100 * score['accuracy']:5.1f} ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
+
+    width = max(len(name) for name in rows)
+    lines = [f"{'':<{width}}  {'clean %':<21}  PGD-20 % at {in_255ths(eps)}"]
+    for name, scores in rows.items():
+        lines.append(f"{name:<{width}}  {cell(scores['clean']):<21}  {cell(scores[ATTACK])}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, made anew (default: runs/demo)")
+    output = parser.parse_args().output.absolute()
+    started = time.monotonic()
+    clear(output)
+
+    write_pictures(output / "pictures")
+    for split in ("train", "val"):
+        source, shards = str(output / "pictures" / split), str(output / "shards" / split)
+        tool = [sys.executable, "tools/make_shards.py", source, shards, "--samples-per-shard", "250", "--workers", "1"]
+        call(f"shards of {split}", *tool)
+
+    data = [f"data.train={output}/shards/train", f"data.validation={output}/shards/val"]
+    before, after = output / "backbone", output / "fulllora"
+    train("a backbone, trained on clean digits", ROOT / "configs/demo_backbone.yaml", [*data, f"run.output={before}"])
+    overrides = [*data, f"run.output={after}", f"model.checkpoint={before}/adapter/adapter.safetensors"]
+    train("FullLoRA with N-FGSM", ROOT / "configs/demo.yaml", overrides)
+
+    config = load_config(str(ROOT / "configs/demo.yaml"), overrides)
+    results = {run: json.loads((run / "evaluation.json").read_text()) for run in (before, after)}
+    models = {"backbone": load(str(before / "adapter")), "FullLoRA": load(str(after / "adapter"))}
+    share = models["FullLoRA"].report.share
+    scores = {name: results[run]["attacks"] for name, run in zip(models, (before, after), strict=True)}
+    robust = [scores[name][ATTACK]["accuracy"] for name in models]
+    print("\n== the picture", file=sys.stderr, flush=True)
+    title = f"Training {share:.1%} of the weights: accuracy under attack from {robust[0]:.0%} to {robust[1]:.0%}"
+    figure = output / "demo.png"
+    draw(config, models, title).savefig(figure)
+    print(summary(scores, config.threat.eps))
+    print(f"picture: {figure}")
+    outcome = {
+        "clean_before": scores["backbone"]["clean"]["accuracy"],
+        "robust_before": robust[0],
+        "clean_after": scores["FullLoRA"]["clean"]["accuracy"],
+        "robust_after": robust[1],
+        "trainable_share": share,
+        "n": results[after]["n"],
+        "adapter": str(after / "adapter"),
+        "figure": str(figure),
+        "mlflow_uri": config.tracking_uri(),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    print(json.dumps(outcome), flush=True)
+
+
+if __name__ == "__main__":
+    run_entry(main)
