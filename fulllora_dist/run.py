@@ -21,8 +21,19 @@ from fulllora_dist.tracking.run import Tracker
 if TYPE_CHECKING:
     from fulllora_dist.run_state import RunState
 
-# what may change between the attempts of one run: the adapter it makes does not depend on it
-_MAY_CHANGE = {"distributed", "deepspeed", "run", "evaluation", "tracking", "data.workers", "data.validation"}
+# what may change between the attempts of one run: the adapter it makes does not depend on it, or (paths) its content is
+# checked by fingerprint
+_MAY_CHANGE = {
+    "distributed",
+    "deepspeed",
+    "run",
+    "evaluation",
+    "tracking",
+    "data.workers",
+    "data.train",
+    "data.validation",
+    "model.checkpoint",
+}
 
 
 class Run:

@@ -15,6 +15,7 @@ import signal
 
 from fulllora_dist.build import build_method, build_model, build_stream, check_inputs
 from fulllora_dist.config_file import load_config, parser
+from fulllora_dist.distributed.ranks import is_main_process
 from fulllora_dist.errors import run_entry
 from fulllora_dist.finish import finish
 from fulllora_dist.planning import estimate
@@ -29,7 +30,8 @@ def main() -> int:
     args = arguments.parse_args()
     config = load_config(args.config, args.overrides)
     if args.check:
-        print(estimate(config))
+        if is_main_process():
+            print(estimate(config))
         return 0
     check_inputs(config, world=int(os.environ.get("WORLD_SIZE", "1")))
 

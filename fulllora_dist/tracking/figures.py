@@ -127,13 +127,13 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], trained_eps: float | None,
     axes.set_ylim(-3, 107)
     axes.set_xlim(left=0)
     axes.set_xticks(sorted({round(255 * e, 2) for curve in curves for e in curve.scores}))
-    axes.set_xlabel("eps: largest change of a pixel, in 1/255 of its range")
-    axes.set_ylabel(f"accuracy under {attack} (%), band: 95 % interval")
+    axes.set_xlabel("eps: largest change of a pixel, in 1/255 of its range", fontsize=11)
+    axes.set_ylabel(f"accuracy under {attack}, % (band: 95 % interval)", fontsize=11)
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     # above the axes, where no line can be
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(curves), frameon=False, fontsize=10)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(curves), frameon=False, fontsize=12)
 
 
 def adversarial_examples(
@@ -177,14 +177,16 @@ def demo_picture(
     *,
     eps: float,
     title: str,
+    subtitle: str,
     attack: str = "PGD-20",
 ) -> Figure:
-    """Examples on the left, curves on the right, one headline."""
-    figure = Figure(figsize=(15, 0.9 + 2.0 * len(clean)), dpi=110)
-    figure.suptitle(title, fontsize=14, y=0.985)
+    """Examples on the left, curves on the right, one headline and a line of facts below it."""
+    figure = Figure(figsize=(15, 1.2 + 1.9 * len(clean)), dpi=110)
+    figure.suptitle(title, fontsize=17, y=0.985)
+    figure.text(0.5, 0.935, subtitle, fontsize=11, color=_GREY, ha="center", va="top")
     left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1), squeeze=False)[0]
     _draw_examples(left, clean, labels, classes, models, eps)
-    left.subplots_adjust(left=0.05, right=0.99, top=0.83, bottom=0.07)
+    left.subplots_adjust(left=0.05, right=0.99, top=0.82, bottom=0.06)
     _draw_curves(right.subplots(), curves, eps, attack)
-    right.subplots_adjust(left=0.13, right=0.97, top=0.83, bottom=0.12)
+    right.subplots_adjust(left=0.13, right=0.97, top=0.82, bottom=0.1)
     return figure

@@ -146,7 +146,7 @@ def test_a_single_step_reaches_noise_plus_step_or_is_projected(
     furthest = (x_adv - x).abs().max()
     assert furthest <= (eps if project else (noise + step) * eps) + ROUNDING
     if not project and noise + step > 1.6:
-        assert furthest > eps
+        assert furthest > 1.05 * eps
 
 
 @any_attack

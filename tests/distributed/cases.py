@@ -13,7 +13,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.methods import METHODS, Method
-from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.models.finetune import AdaptedModel, Finetune, create_model
 
 ARCHITECTURE = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CLASSES = 4
@@ -42,9 +42,10 @@ class Case:
     stage: int
     checkpointing: Literal["off", "weight_step", "all"] = "off"
     accumulation: int = 1
+    finetune: Finetune = "fulllora"
 
     def __str__(self) -> str:
-        return f"{self.method}-zero{self.stage}-{self.checkpointing}-accumulate{self.accumulation}"
+        return f"{self.finetune}-{self.method}-zero{self.stage}-{self.checkpointing}-accumulate{self.accumulation}"
 
 
 def build_model(depth: int = 2, random_b: bool = True, **settings: Any) -> AdaptedModel:

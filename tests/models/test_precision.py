@@ -110,8 +110,12 @@ def test_a_deep_copy_is_equal_and_apart(finetune: str) -> None:
     twin = copy.deepcopy(model)
     assert torch.equal(twin(pictures()), expected)
     assert set(twin.trainable()) == set(model.trainable())
+    branches = {name: p for name, p in twin.trainable().items() if ".lnlora." in name}
+    for parameter in branches.values():
+        nn.init.constant_(parameter, 2)
     timm_state = {n: torch.zeros_like(v) for n, v in twin.backbone.state_dict().items() if ".lnlora." not in n}
     twin.load_state_dict(timm_state, strict=True)
+    assert all(bool((parameter == 2).all()) for parameter in branches.values())
     assert not torch.equal(twin(pictures()), expected)
     assert torch.equal(model(pictures()), expected)
 
