@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fulllora_dist.rng import base_key
 Finetune = Literal["fulllora", "lora", "full", "head", "layernorm"]
 Head = Literal["auto", "frozen", "trained", "adapted"]
 Precision = Literal["fp32", "bf16"]
+Qkv = Literal["separate", "shared"]
 
 WITH_BRANCHES = ("fulllora", "lora")
 TOKEN_NORM_EPS = 1e-6
@@ -41,7 +42,7 @@ class AdapterSpec:
     rank: int | None
     alpha: float | None
     placement: tuple[str, ...]
-    qkv: Literal["separate", "shared"]
+    qkv: Qkv
     patch_norm_eps: float
     head: Literal["frozen", "trained", "adapted"]
     seed: int
@@ -172,7 +173,7 @@ def create_model(
     rank: int | None = None,
     alpha: float | None = None,
     placement: Sequence[str] = COMPONENTS,
-    qkv: Literal["separate", "shared"] = "separate",
+    qkv: Qkv = "separate",
     patch_norm_eps: float = 1e-2,
     head: Head = "auto",
     precision: Precision = "fp32",
@@ -196,6 +197,16 @@ def create_model(
     Raises:
         UserError: a model of no known family, weights that do not fit, a budget that is too small.
     """
+    for setting, value, known in (
+        ("finetune", finetune, Finetune),
+        ("adapter.head", head, Head),
+        ("adapter.qkv", qkv, Qkv),
+        ("model.precision", precision, Precision),
+    ):
+        if value not in get_args(known):
+            raise UserError(f"{setting}: {value!r} is unknown; known: {', '.join(get_args(known))}")
+    if rank is not None and rank < 1:
+        raise UserError(f"adapter.rank: {rank} is too small; take 1 or more, or leave it to the budget")
     backbone, info = build_backbone(
         name,
         checkpoint=checkpoint,

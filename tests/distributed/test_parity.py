@@ -161,7 +161,8 @@ def test_reference_can_tell(references: dict[tuple[str, str], dict[int, Result]]
         moved = _differences(reference[1].parameters, start)
         assert min(d for n, d in moved.items() if not n.endswith(NO_GRADIENT)) > 3e-3, method
         tolerances = _tolerances(reference, "parameters")
-        assert max(t for n, t in tolerances.items() if not n.endswith(NO_GRADIENT)) < 1e-5, method
+        largest = max(t for n, t in tolerances.items() if not n.endswith(NO_GRADIENT))
+        assert largest < (3e-5 if finetune == "full" else 1e-5), (finetune, method)
         if finetune == "fulllora":
             clipped = [norm > OPTIM.clip for norm in reference[1].norms]
             assert any(clipped), method
@@ -212,9 +213,9 @@ def test_parity_table(references: dict, full_runs: dict) -> None:
         lines.append(f"| {method} | " + " | ".join(f"{cell:.1e}" for cell in cells) + " |")
     lines += [
         "",
-        f"Left out: `{NO_GRADIENT[0]}`. It adds the same vector to every key, which softmax does not see, so its gradient",
-        "is zero but for rounding. Adam steps along that rounding all the same, with no effect on the model; the",
-        f"largest difference there was {max(unseen):.1e}.",
+        f"Left out: `{NO_GRADIENT[0]}`. It adds the same vector to every key, which softmax does not see, so its",
+        "gradient is zero but for rounding. Adam steps along that rounding all the same, with no effect on the model;",
+        f"the largest difference there was {max(unseen):.1e}.",
         "",
     ]
     assert len(lines) > 15

@@ -92,6 +92,11 @@ def test_the_head_counts_towards_the_budget() -> None:
     ("settings", "words"),
     [
         ({"rank": None, "budget": 0.01}, r"adapter.budget: 0.01 is too small.* takes \d+\.\d+%"),
+        ({"rank": 0}, "adapter.rank: 0 is too small"),
+        ({"finetune": "lroa"}, "finetune: 'lroa' is unknown; known: fulllora, lora"),
+        ({"head": "forzen"}, "adapter.head: 'forzen' is unknown"),
+        ({"qkv": "seperate"}, "adapter.qkv: 'seperate' is unknown"),
+        ({"precision": "bfloat16"}, "model.precision: 'bfloat16' is unknown; known: fp32, bf16"),
         ({"finetune": "full", "head": "frozen"}, "adapter.head: frozen contradicts finetune: full"),
         ({"finetune": "head", "head": "adapted"}, "adapter.head: adapted contradicts finetune: head"),
         ({"finetune": "layernorm", "head": "adapted"}, "adapter.head: adapted needs branches"),
