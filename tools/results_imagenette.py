@@ -103,9 +103,7 @@ def row(name: str) -> str:
 def write_table() -> None:
     done = [name for name in ROWS if (RUNS / name / "evaluation.json").exists()]
     commands = "\n".join(" ".join(["deepspeed --num_gpus 2", *command(name)]) for name in done)
-    notes = ROOT / "docs" / "results_notes.md"
-    tail = notes.read_text() if notes.exists() else ""
-    text = HEAD + "\n".join(row(name) for name in done) + f"\n\n```bash\n{commands}\n```\n{tail}"
+    text = HEAD + "\n".join(row(name) for name in done) + f"\n\n```bash\n{commands}\n```\n"
     (ROOT / "docs" / "results.md").write_text(text)
 
 
