@@ -11,6 +11,7 @@ from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.distributed.engine import check_batch
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel, create_model
@@ -23,6 +24,8 @@ def check_inputs(config: Config, world: int) -> None:
         UserError: naming the setting.
     """
     check_batch(config.optim, config.distributed.grad_accumulation, world)
+    for name in config.evaluation.attacks:
+        EvalAttack.parse(name)
     local = {
         "model.checkpoint": config.model.checkpoint,
         "adapter.start_from": config.adapter.start_from,

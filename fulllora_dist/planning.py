@@ -120,7 +120,7 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         f"at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s",
         f"memory a rank at micro-batch {micro}: "
         + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
-        + f"; together {sum(memory.values()) / 2**30:.1f} GiB",
+        + f"; together {sum(memory.values()) / 2**30:.1f} GiB, transients not counted",
         f"communication a rank and update: {reduced / 2**20:.1f} MiB of gradients"
         + (f", {gathered / 2**30:.1f} GiB of weights gathered" if gathered else ", attack passes none"),
     ]

@@ -5,14 +5,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fulllora_dist.errors import UserError
 from fulllora_dist.rng import SampleRng
 
 
 @dataclass(frozen=True)
 class Linf:
-    """|delta| <= eps in every pixel and channel."""
+    """|delta| <= eps in every pixel and channel.
+
+    Raises:
+        UserError: eps is not in [0, 1].
+    """
 
     eps: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps <= 1:
+            raise UserError(f"eps: {self.eps:g} is outside [0, 1], the range of a pixel; write grey levels as k/255")
 
     def project(self, delta: Tensor) -> Tensor:
         """The nearest perturbation in the ball."""
