@@ -6,12 +6,12 @@ import os
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.config import Config
 from fulllora_dist.data.decode import EvalTransform, TrainTransform
-from fulllora_dist.data.index import Index
+from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.distributed.engine import check_batch
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation import EvalAttack
+from fulllora_dist.evaluation import Evaluator
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel, create_model
@@ -24,8 +24,7 @@ def check_inputs(config: Config, world: int) -> None:
         UserError: naming the setting.
     """
     check_batch(config.optim, config.distributed.grad_accumulation, world)
-    for name in config.evaluation.attacks:
-        EvalAttack.parse(name)
+    Evaluator.parse(config.evaluation.attacks)
     local = {
         "model.checkpoint": config.model.checkpoint,
         "adapter.start_from": config.adapter.start_from,
@@ -34,9 +33,28 @@ def check_inputs(config: Config, world: int) -> None:
     for name, path in local.items():
         if path is not None and "://" not in path and not os.path.exists(path):
             raise UserError(f"{name}: {path} does not exist")
-    for name, folder in (("data.train", config.data.train), ("data.validation", config.data.validation)):
-        if folder is not None and not os.path.exists(os.path.join(folder, "index.npz")):
-            raise UserError(f"{name}: {folder} holds no index.npz; make shards with tools/make_shards.py")
+    train = load_index(config.data.train, "data.train")
+    if config.data.validation is None:
+        return
+    validation = load_index(config.data.validation, "data.validation")
+    if list(validation.classes) != list(train.classes):
+        raise UserError(
+            f"data.validation: its {len(validation.classes)} classes are not data.train's {len(train.classes)}; "
+            "make both with the same class folders"
+        )
+    if (config.evaluation.n or 0) > len(validation):
+        raise UserError(f"evaluation.n: {config.evaluation.n} is more than the {len(validation)} pictures there are")
+
+
+def load_index(folder: str, setting: str) -> Index:
+    """The index of a folder of shards.
+
+    Raises:
+        UserError: naming the setting, where there is none.
+    """
+    if not os.path.exists(os.path.join(folder, INDEX_NAME)):
+        raise UserError(f"{setting}: {folder} holds no {INDEX_NAME}; make shards with tools/make_shards.py")
+    return Index.load(folder)
 
 
 def build_model(config: Config) -> AdaptedModel:

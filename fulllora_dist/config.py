@@ -45,7 +45,7 @@ class ModelSettings(Settings):
     """Normalisation, in [0, 1] pixels; null takes the tag's."""
     architecture: dict[str, Any] = {}
     """Further arguments of timm.create_model, for models of one's own. Dropout and drop_path draw from torch's own
-    generator: they are the one randomness that depends on the number of ranks."""
+    generator: they are the one randomness that depends on the number of ranks and is not resumed exactly."""
     precision: Precision = "fp32"
     """bf16 computes the blocks in bf16; pixels, patch embedding, adapters, optimizer and head stay in fp32."""
 
@@ -183,6 +183,9 @@ _DERIVED_FROM_OURS = {
     "scheduler": "optim",
     "fp16": "model.precision",
     "bf16": "model.precision",
+    "torch_autocast": "model.precision",
+    "amp": "model.precision",
+    "data_types": "model.precision",
     "activation_checkpointing": "distributed.activation_checkpointing",
 }
 

@@ -13,13 +13,12 @@ if __name__ == "__main__":
 
 import os
 
-from fulllora_dist.build import build_eval_stream, build_model
+from fulllora_dist.build import build_eval_stream, build_model, load_index
 from fulllora_dist.config import AdapterSettings, Config
 from fulllora_dist.config_file import load_config, parser
-from fulllora_dist.data.index import INDEX_NAME
 from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
 from fulllora_dist.errors import UserError, run_entry
-from fulllora_dist.evaluation import EvalAttack, Evaluator, table, write_evaluation
+from fulllora_dist.evaluation import Evaluator, table, write_evaluation
 from fulllora_dist.models.adapter_file import DESCRIPTION, load
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -30,13 +29,11 @@ def check_inputs(config: Config, adapter: str | None) -> str:
     Raises:
         UserError: naming the setting.
     """
-    for name in config.evaluation.attacks:
-        EvalAttack.parse(name)
+    Evaluator.parse(config.evaluation.attacks)
     folder = config.data.validation
     if folder is None:
         raise UserError("data.validation is not set; give the folder of shards to evaluate on")
-    if not os.path.exists(os.path.join(folder, INDEX_NAME)):
-        raise UserError(f"data.validation: {folder} holds no {INDEX_NAME}; make shards with tools/make_shards.py")
+    load_index(folder, "data.validation")
     if adapter is not None and adapter.startswith("models:"):
         raise UserError(f"--adapter: {adapter} names a registry; give the adapter's folder")
     if adapter is not None and "://" not in adapter and not os.path.exists(os.path.join(adapter, DESCRIPTION)):

@@ -123,15 +123,21 @@ class Evaluator:
         adapter: str | None = None,
         precision: str = "fp32",
     ):
-        self._attacks = [EvalAttack.parse(name) for name in attacks]
-        if not attacks or len(set(attacks)) < len(attacks):
-            raise UserError(
-                f"evaluation.attacks: {','.join(attacks) or 'nothing'}; name each attack once, e.g. clean,pgd20"
-            )
+        self._attacks = self.parse(attacks)
         self._eps = eps
         self._ranks = ranks
         self._seed = seed
         self._facts = {"precision": precision, "backbone": backbone, "adapter": adapter}
+
+    @staticmethod
+    def parse(attacks: Sequence[str]) -> list[EvalAttack]:
+        """The attacks by their names. Raises UserError for unknown, repeated or no attacks."""
+        parsed = [EvalAttack.parse(name) for name in attacks]
+        if not attacks or len(set(attacks)) < len(attacks):
+            raise UserError(
+                f"evaluation.attacks: {','.join(attacks) or 'nothing'}; name each attack once, e.g. clean,pgd20"
+            )
+        return parsed
 
     def run(self, predict: nn.Module, stream: EvalBatches) -> dict[str, Any]:
         """Evaluate on this rank's batches and sum over all ranks.

@@ -60,12 +60,14 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     """Parameters, passes, FLOPs, memory and communication of a run, as a table for people.
 
     Args:
-        ranks: to plan for; the launcher's WORLD_SIZE, else 8, unless given.
+        ranks: to plan for; the launcher's WORLD_SIZE, else the most up to 8 that divide the batch, unless given.
 
     Raises:
         UserError: settings that do not fit together.
     """
-    world = ranks or int(os.environ.get("WORLD_SIZE", "8"))
+    parts = config.optim.batch_size // config.distributed.grad_accumulation
+    likely = next(n for n in range(8, 0, -1) if parts % n == 0)
+    world = ranks or int(os.environ.get("WORLD_SIZE", likely))
     notes = []
     try:
         check_inputs(config, world)
@@ -103,11 +105,13 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         "frozen weights": weights / (world if stage == 3 else 1),
         "adapter": adapter / (world if stage == 3 else 1),
         "gradients": adapter / (world if stage >= 2 else 1),
-        "optimizer": 2 * adapter / (world if stage >= 1 else 1),
+        "optimizer": (2 + (stage > 0)) * adapter / (world if stage >= 1 else 1),
+        "average": adapter if config.optim.ema else 0,
         "activations": max(step_bytes, attack_bytes if attacks else 0) * micro,
     }
     reduced = 2 * adapter * (world - 1) / world
-    gathered = 2 * backward * config.distributed.grad_accumulation * (weights + adapter) if stage == 3 else 0
+    passes = backward / method.updates_per_batch * config.distributed.grad_accumulation
+    gathered = 2 * passes * (weights + adapter) if stage == 3 else 0
     lines = [
         f"{model.info.name} at {model.info.image_size} pixels, {config.finetune}, {config.method.name}, "
         f"{config.model.precision}, ZeRO-{stage}, {world} ranks",

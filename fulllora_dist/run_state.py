@@ -51,6 +51,7 @@ class RunState:
             self.total_steps * method.updates_per_batch,
             trainable,
         )
+        run.saved = None  # not needed again; with every slot of Free it is large
 
     def _resume(self, model: AdaptedModel, tensors: dict[str, Tensor], facts: dict) -> TrainableState:
         if facts["backbone_sha256"] != model.info.sha256:
@@ -91,8 +92,7 @@ class RunState:
         means = dict(zip(names, (total / self._run.ranks.world).tolist(), strict=True))
         if not math.isfinite(means["loss"]):
             raise UserError(
-                f"the loss is {means['loss']} at batch {self.step}; lower optim.lr and go on from the last state "
-                f"(batch {self._saved_step or 0}) in another output folder"
+                f"the loss is {means['loss']} at batch {self.step}; start with a lower optim.lr in another folder"
             )
         self.shown = {name: f"{value:.3f}" for name, value in means.items()}
         means["learning_rate"] = self.engine.learning_rate
@@ -108,8 +108,7 @@ class RunState:
         trainable = self.engine.state()
         if not all(t.isfinite().all() for t in trainable.tensors["master"].values()):
             raise UserError(
-                f"the adapter is not finite at batch {self.step}; lower optim.lr and go on from the last state "
-                f"(batch {self._saved_step or 0}) in another output folder"
+                f"the adapter is not finite at batch {self.step}; start with a lower optim.lr in another output folder"
             )
         slots = {name: run.ranks.gather(tensor) for name, tensor in self._method.slot_state().items()}
         if run.ranks.is_main:
@@ -134,4 +133,9 @@ def _start_from(model: AdaptedModel, folder: str) -> None:
     if theirs != model.info.sha256:
         ours = str(model.info.sha256)
         raise UserError(f"adapter.start_from: {folder} belongs to weights {theirs[:12]}, not {ours[:12]}")
+    for section, mine in (("adapter", model.spec), ("backbone", model.info)):
+        for key in ("alpha", "qkv", "patch_norm_eps", "classes", "image_size", "mean", "std"):
+            now, then = getattr(mine, key, None), description[section].get(key)
+            if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
+                raise UserError(f"adapter.start_from: {folder} was trained with {key} {then}, this run has {now}")
     model.load_trainable(tensors)

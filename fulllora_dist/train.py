@@ -27,7 +27,7 @@ def main() -> int:
     """Train as the command line says; the exit code is 128 + the signal's number where one ended the run."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--check", action="store_true", help="check the settings, estimate the cost, train nothing")
-    args = arguments.parse_args()
+    args = arguments.parse_intermixed_args()
     config = load_config(args.config, args.overrides)
     if args.check:
         if is_main_process():

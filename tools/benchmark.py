@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import input_gradient
+from fulllora_dist.attacks.pgd import cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.config import DistributedSettings, OptimSettings
 from fulllora_dist.data.batch import Batch
@@ -35,10 +35,6 @@ from fulllora_dist.models.finetune import AdaptedModel, create_model
 from fulllora_dist.models.precision import compute_in_bf16
 
 EPS = 4 / 255
-
-
-def summed(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 class Normalised(nn.Module):
@@ -69,7 +65,7 @@ def bound(model: nn.Module, args: argparse.Namespace, batch: Batch) -> Callable[
     def passes() -> None:
         pixels = batch.pixels()
         for _ in range(args.steps + 1):
-            input_gradient(model, pixels, batch.labels, summed)
+            input_gradient(model, pixels, batch.labels, cross_entropy)
 
     return passes
 

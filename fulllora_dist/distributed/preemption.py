@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """SIGINT (Ctrl-C) and SIGTERM end the run: at once, by SystemExit, or after the step while `deferred`.
 
-    A second signal of the same kind leaves without anything. Used as a context manager around the run; the handlers
+    A second SIGINT leaves without anything. Used as a context manager around the run; the handlers
     from before come back at its end.
     """
 
@@ -50,9 +50,9 @@ class StopRequest:
             self._deferred = False
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        # a terminal's Ctrl-C and the launcher's own answer to it come as two signals of different kinds
-        if self._received == number:
+        # only a person asks twice: a scheduler signals the ranks, and the launcher, signalled too, signals them again
+        if self._received == number == signal.SIGINT:
             os._exit(128 + number)
-        self._received = self._received or number
-        if not self._deferred:
+        again, self._received = self._received is not None, self._received or number
+        if not self._deferred and not again:
             raise SystemExit(128 + number)

@@ -2,7 +2,8 @@
 
 `metrics.jsonl` gets every point at once and is cut back to the state's step on resume. MLflow cannot delete points, so
 it gets them when a durable state covers them (`commit`): a resumed run then has no doubled or future points. A
-tracking store that fails costs a warning and never the run; what it missed is sent with the next commit.
+tracking store that fails costs a warning and never the run. What it missed is sent with the next commit of the same
+attempt; an attempt that found no store, or was killed before it came back, leaves a gap there, but none in the file.
 """
 
 import contextlib
@@ -85,7 +86,8 @@ class Tracker:
         if not os.path.exists(self._path):
             return
         with open(self._path) as file:
-            lines = [line for line in file if _step_of(line) <= step]
+            # the final evaluation comes after the last state and is made again
+            lines = [line for line in file if _step_of(line) <= step and '"eval/' not in line]
         with open(self._path + ".tmp", "w") as file:
             file.writelines(lines)
         os.replace(self._path + ".tmp", self._path)
