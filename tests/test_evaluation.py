@@ -273,16 +273,14 @@ def experiment(shards: Path, model: fd.AdaptedModel, tmp_path_factory: pytest.Te
     return folder
 
 
-def start(*arguments: str, rank: int = 0, world: int = 1, port: int = 0, **more: str) -> subprocess.Popen[str]:
+def start(*arguments: str, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen[str]:
     """evaluate.py from the sources, in another folder than theirs, as a launcher starts a rank."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     launched = {key: str(value) for key, value in names.items()} if world > 1 else {}
-    environment = {**os.environ, **launched, **more, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **launched, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, str(ROOT / "fulllora_dist" / "evaluate.py"), *arguments]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT / "tests"
-    )
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT / "tests")
 
 
 def test_two_ranks_equal_one(experiment: Path, shards: Path) -> None:
@@ -301,15 +299,21 @@ def test_two_ranks_equal_one(experiment: Path, shards: Path) -> None:
 
 def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, model: fd.AdaptedModel) -> None:
     output = experiment / "bare.json"
-    arguments = ["--attacks", "cw3", "--n", "13", "--eps", "12/255", "--output", str(output), "evaluation.batch_size=5"]
-    process = start("--config", str(experiment / "config.yaml"), *arguments, PYTHONINSPECT="1")
-    out, errors = process.communicate(
-        "import importlib.util; print('found', importlib.util.find_spec('evaluate'))", timeout=180
-    )
-    assert output.exists(), errors
-    assert "found None" in out  # the script does not stand in for the package `evaluate`, which others import
-    here = evaluate(model, stream(shards, 13), attacks=("cw3",), eps=12 / 255, seed=7)
+    arguments = ["--attacks", "cw3", "--n", "13", "--eps", "2/255", "--output", str(output), "evaluation.batch_size=5"]
+    process = start("--config", str(experiment / "config.yaml"), *arguments)
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    here = evaluate(model, stream(shards, 13), attacks=("cw3",), eps=2 / 255, seed=7)
     assert json.loads(output.read_text()) == {**here, "backbone": "vit_tiny_patch16_224.augreg_in21k"}
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> None:
+    """Others import a package of that name; a script's own folder comes first on sys.path."""
+    command = [sys.executable, "-i", str(ROOT / "fulllora_dist" / script), "--help"]
+    ask = "import importlib.util; print('found', importlib.util.find_spec('evaluate'))"
+    done = subprocess.run(command, input=ask, capture_output=True, text=True, cwd=ROOT / "tests", timeout=180)
+    assert "found None" in done.stdout, done.stderr[-500:]
 
 
 @pytest.fixture(scope="module")

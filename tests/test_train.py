@@ -108,15 +108,16 @@ def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Pa
     assert launched.returncode != 0
     assert not (output / "adapter").exists()
 
-    launched = start(config, f"run.output={output}")
-    wait_for_state(output, 100)
-    os.killpg(launched.pid, signal.SIGINT)  # as a terminal does on Ctrl-C
-    interrupted = end(launched, code=None)
-    assert launched.returncode != 0
-    assert "run_entry" not in interrupted, "no traceback of ours (the launcher, interrupted too, prints its own)"
-    assert "the same command goes on from here" in interrupted
-    stopped_at = max(int(p.name) for p in (output / "states").iterdir())
-    assert 100 <= stopped_at < STEPS
+    for number, after in ((signal.SIGINT, 80), (signal.SIGTERM, 120)):
+        launched = start(config, f"run.output={output}")
+        wait_for_state(output, after)
+        os.killpg(launched.pid, number)  # Ctrl-C, or a scheduler: the launcher and the ranks get it, workers too
+        interrupted = end(launched, code=None)
+        assert launched.returncode != 0
+        assert "run_entry" not in interrupted, "no traceback of ours (the launcher, interrupted too, prints its own)"
+        assert "the same command goes on from here" in interrupted
+        stopped_at = max(int(p.name) for p in (output / "states").iterdir())
+        assert after <= stopped_at < STEPS
 
     resumed = end(start(config, f"run.output={output}"))
     assert f"resuming at batch {stopped_at} of {STEPS}" in resumed

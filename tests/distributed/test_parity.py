@@ -155,14 +155,15 @@ def _check(references: dict[tuple[str, str], dict[int, Result]], case: Case, run
 
 
 def test_reference_can_tell(references: dict[tuple[str, str], dict[int, Result]]) -> None:
-    """The comparison is sharp: parameters move 3,000 times the tolerance, and clipping acts in some updates only."""
+    """The comparison is sharp: parameters move over 100 times the tolerance; clipping acts in some updates only."""
     for (finetune, method), reference in references.items():
         start = {name: p.detach() for name, p in build_model(finetune=finetune).trainable().items()}
         moved = _differences(reference[1].parameters, start)
         assert min(d for n, d in moved.items() if not n.endswith(NO_GRADIENT)) > 3e-3, method
         tolerances = _tolerances(reference, "parameters")
         largest = max(t for n, t in tolerances.items() if not n.endswith(NO_GRADIENT))
-        assert largest < (3e-5 if finetune == "full" else 1e-5), (finetune, method)
+        # full finetuning and plain LoRA round their own split batches up to three times as far apart
+        assert largest < (1e-5 if finetune == "fulllora" else 3e-5), (finetune, method)
         if finetune == "fulllora":
             clipped = [norm > OPTIM.clip for norm in reference[1].norms]
             assert any(clipped), method
