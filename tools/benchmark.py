@@ -129,7 +129,9 @@ def main() -> None:
     ids = torch.arange(args.batch)
     batch = Batch(images, ids % 1000, ids, torch.ones(args.batch, dtype=torch.bool)).to(device)
     with torch.device("meta"):
-        planned: AdaptedModel = create_model(args.backbone, num_classes=1000, image_size=size)
+        planned: AdaptedModel = create_model(
+            args.backbone, pretrained=False, num_classes=1000, image_size=size, head="frozen"
+        )
     assert planned.spec.rank is not None
     arms = {
         "bound": bound(bare(args, device), args, batch),

@@ -87,7 +87,8 @@ def start_ranks() -> Ranks:
     if world > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError("MASTER_ADDR and MASTER_PORT are not set, but WORLD_SIZE is over 1; start with `deepspeed`")
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        torch.backends.cudnn.allow_tf32 = False  # else the patch embedding's fp32 convolution keeps 10 bits
         visible = torch.cuda.device_count()
         local = local if visible > 1 or local == 0 else 0  # a scheduler may show each task only its own GPU
         if local >= visible:
