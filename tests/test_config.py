@@ -1,6 +1,8 @@
 """Bad settings are refused before anything heavy starts, with one line that says what would be right."""
 
+import io
 import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.build import build_method, check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import describe_settings, load_config
+from fulllora_dist.data.index import Index
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS
 
@@ -165,7 +168,12 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str | None, words: str) -> 
 def test_what_is_missing_or_indivisible_is_refused(path: Path, override: str, world: int, words: str) -> None:
     shards = path.parent / "shards"
     shards.mkdir()
-    (shards / "index.npz").touch()
+    with tarfile.open(shards / "train-000000.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a.jpg", "a.cls"):
+            member = tarfile.TarInfo(name)
+            member.size = 1
+            tar.addfile(member, io.BytesIO(b"0"))
+    Index.build(shards).save()
     check_inputs(load_config(str(path), [f"data.train={shards}"]), world=1)
     with pytest.raises(UserError, match=words):
         check_inputs(load_config(str(path), [f"data.train={shards}", *override.split()]), world=world)
