@@ -1,9 +1,7 @@
 """From the config to the parts of a run."""
 
-import math
 import os
 
-from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.config import Config
 from fulllora_dist.data.decode import EvalTransform, TrainTransform
 from fulllora_dist.data.index import INDEX_NAME, Index
@@ -12,7 +10,6 @@ from fulllora_dist.distributed.engine import check_batch
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import Evaluator
-from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 
@@ -23,7 +20,12 @@ def check_inputs(config: Config, world: int) -> None:
     Raises:
         UserError: naming the setting.
     """
-    check_batch(config.optim, config.distributed.grad_accumulation, world)
+    micro = check_batch(config.optim, config.distributed.grad_accumulation, world)
+    if config.targets.mixes and micro % 2:
+        raise UserError(
+            f"targets: pictures are mixed in pairs, but {micro} a rank and micro-batch are an odd number; "
+            "take another optim.batch_size or distributed.grad_accumulation"
+        )
     Evaluator.parse(config.evaluation.attacks)
     local = {
         "model.checkpoint": config.model.checkpoint,
@@ -70,6 +72,7 @@ def build_model(config: Config) -> AdaptedModel:
         mean=model.mean,
         std=model.std,
         architecture=model.architecture,
+        input_sizes=sorted({phase.image_size for phase in config.phases if phase.image_size}),
         finetune=config.finetune,
         budget=adapter.budget,
         rank=adapter.rank,
@@ -81,14 +84,6 @@ def build_model(config: Config) -> AdaptedModel:
         precision=model.precision,
         seed=config.run.seed,
     )
-
-
-def build_method(config: Config, steps_per_epoch: int) -> tuple[Method, int]:
-    """The training method, with its threat model, and how many batches the run takes."""
-    method = METHODS[config.method.name](config.method, Linf(config.threat.eps), config.run.seed)
-    steps = math.ceil(config.optim.epochs * steps_per_epoch / method.updates_per_batch)
-    method.warmup_steps = round(config.threat.warmup * steps)
-    return method, steps
 
 
 def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:

@@ -7,12 +7,23 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from fulllora_dist.attacks.threat import Norm
 from fulllora_dist.methods import METHODS, MethodSettings
+from fulllora_dist.methods.targets import TargetSettings
 from fulllora_dist.models.finetune import Finetune, Head, Precision
 from fulllora_dist.models.placement import COMPONENTS, Component
-from fulllora_dist.pixels import Pixels
+from fulllora_dist.pixels import Size, check_pixel_range
 
 
 class Settings(BaseModel):
@@ -70,12 +81,19 @@ class AdapterSettings(Settings):
 
 
 class ThreatSettings(Settings):
-    norm: Literal["linf"] = "linf"
-    """Norm of the perturbation."""
-    eps: Pixels
+    norm: Norm = "linf"
+    """Norm of the perturbation: linf (of each pixel and channel) or l2 (of the whole picture)."""
+    eps: Size
     """Its size in pixels of [0, 1]: 4/255 or a number."""
     warmup: float = Field(0.0, ge=0, lt=1)
     """Share of the batches over which the eps of training rises linearly from 0 to its full size."""
+    step_warmup: float = Field(0.0, ge=0, lt=1)
+    """Share of the batches over which the attack's step size rises linearly from 0 to its full size."""
+
+    @field_validator("eps")
+    @classmethod
+    def _in_range(cls, eps: float, info: ValidationInfo) -> float:
+        return check_pixel_range(eps) if info.data.get("norm") == "linf" else eps
 
 
 class DataSettings(Settings):
@@ -174,6 +192,22 @@ def _method(value: object) -> object:
     return value
 
 
+MethodChoice = Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_method)]
+
+
+class PhaseSettings(Settings):
+    """A part of the run with settings of its own; what is left out is the run's."""
+
+    share: float = Field(gt=0, le=1)
+    """Of the run's optimizer updates; the shares of all phases add up to 1."""
+    image_size: int | None = Field(None, ge=1)
+    """Side of the pictures in pixels, a multiple of the patch size; null takes the model's."""
+    method: MethodChoice | None = None
+    """How it trains; null takes the run's method."""
+    eps: Size | None = None
+    """Size of the perturbation in pixels of [0, 1]; null takes threat.eps."""
+
+
 _DERIVED_FROM_OURS = {
     "train_batch_size": "optim.batch_size",
     "train_micro_batch_size_per_gpu": "optim.batch_size and distributed.grad_accumulation",
@@ -198,8 +232,13 @@ class Config(Settings):
     model: ModelSettings
     adapter: AdapterSettings = AdapterSettings()
     threat: ThreatSettings
-    method: Annotated[SerializeAsAny[MethodSettings], BeforeValidator(_method)]
-    """How it trains: a name, or name and settings of one of standard, pgd, free, fgsm_rs, n_fgsm."""
+    method: MethodChoice
+    """How it trains: a name, or name and settings (below)."""
+    phases: tuple[PhaseSettings, ...] = ()
+    """The run in parts, e.g. most of it with small pictures and a single-step method, the end with PGD at full size."""
+    targets: TargetSettings = TargetSettings()
+    plugins: tuple[str, ...] = ()
+    """Modules (or .py files) that are imported first: methods and families of one's own (docs/extending.md)."""
     data: DataSettings
     optim: OptimSettings = OptimSettings()
     distributed: DistributedSettings = DistributedSettings()
@@ -226,9 +265,28 @@ class Config(Settings):
                 f"optim.batch_size: {self.optim.batch_size} does not divide by distributed.grad_accumulation "
                 f"{self.distributed.grad_accumulation}"
             )
+        self._check_phases()
         if self.finetune == "full" and self.adapter.start_from:
             raise ValueError("adapter.start_from: finetune: full has no adapter; set model.checkpoint")
         return self
+
+    def _check_phases(self) -> None:
+        total = sum(phase.share for phase in self.phases)
+        if self.phases and abs(total - 1) > 1e-6:
+            raise ValueError(f"phases: their shares add up to {total:g}; 1 is right")
+        chosen = {"method": self.method}
+        chosen |= {f"phases.{i}.method": phase.method for i, phase in enumerate(self.phases) if phase.method}
+        for name, method in chosen.items():
+            if METHODS[method.name].needs_labels and self.targets.mixes:
+                raise ValueError(f"{name}: {method.name} needs one label a picture; leave out targets.mixup and cutmix")
+        if self.threat.norm == "linf":
+            sizes = {f"{name}.step_size": getattr(method, "step_size", None) for name, method in chosen.items()}
+            sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
+            for name, size in sizes.items():
+                try:
+                    check_pixel_range(size or 0)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
 
     def tracking_uri(self) -> str:
         """Where MLflow writes: our setting, else MLFLOW_TRACKING_URI, else sqlite beside the output folder."""

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -14,6 +14,7 @@ from yaml import YAMLError
 from fulllora_dist.config import Config
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS, MethodSettings
+from fulllora_dist.plugins import import_plugins
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -31,9 +32,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{override!r} is no setting; write key=value, e.g. optim.lr=1e-3")
     try:
         merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
-        values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
+    import_plugins(values.get("plugins") or ())
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -82,12 +84,20 @@ def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
     """The keys that the section at `location` takes."""
     model: type[BaseModel] | None = Config
     for part in location:
-        if part == "method" and model is Config:
-            return list(METHODS[values["method"]["name"]].Settings.model_fields)
-        field = model.model_fields.get(str(part)) if model else None
-        annotation = field.annotation if field else None
-        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        values = values[part]
+        if part == "method":
+            return list(METHODS[values["name"]].Settings.model_fields)
+        if isinstance(part, str):  # a number is a place in a list of sections
+            field = model.model_fields.get(part) if model else None
+            model = _section(field.annotation) if field else None
     return list(model.model_fields) if model else []
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The settings behind a field: of a section, or of each section in a tuple of them."""
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _explain(error: ValidationError, values: Any) -> str:
@@ -118,13 +128,16 @@ def describe_settings() -> str:
         for key, field in model.model_fields.items():
             if key == "name" and issubclass(model, MethodSettings):
                 continue  # the heading says it
-            annotation = field.annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel) and key != "method":
-                describe(annotation, f"{prefix}{key}.")
+            section = _section(field.annotation)
+            one = section is field.annotation
+            if section is not None and not issubclass(section, MethodSettings) and one:
+                describe(section, f"{prefix}{key}.")
                 continue
             default = "required" if field.is_required() else f"default {field.default!r}"
             meaning = " ".join((field.description or "").split())
             lines.append(f"  {prefix}{key} ({default})\n      {meaning}")
+            if section is not None and not one:
+                describe(section, f"{prefix}{key}[].")
 
     describe(Config, "")
     for name, method in METHODS.items():

@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import os
 
+from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.build import build_eval_stream, build_model, load_index
 from fulllora_dist.config import AdapterSettings, Config
 from fulllora_dist.config_file import load_config, parser
@@ -64,9 +65,15 @@ def main() -> None:
     )
     arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
     arguments.add_argument("--eps", metavar="K/255", help="threat.eps")
+    arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf or l2")
     arguments.add_argument("--output", metavar="FILE", help="where evaluation.json goes; left out: the table alone")
     args = arguments.parse_intermixed_args()
-    short = {"evaluation.attacks": args.attacks and f"[{args.attacks}]", "evaluation.n": args.n, "threat.eps": args.eps}
+    short = {
+        "evaluation.attacks": args.attacks and f"[{args.attacks}]",
+        "evaluation.n": args.n,
+        "threat.eps": args.eps,
+        "threat.norm": args.norm,
+    }
     overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
     config = load_config(args.config, [*args.overrides, *overrides])
     folder = check_inputs(config, args.adapter)
@@ -76,7 +83,7 @@ def main() -> None:
     stream = build_eval_stream(config, folder, model.info, ranks)
     evaluator = Evaluator(
         config.evaluation.attacks,
-        config.threat.eps,
+        threat_model(config.threat.norm, config.threat.eps),
         ranks,
         seed=config.run.seed,
         backbone=model.info.name,

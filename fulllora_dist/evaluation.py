@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fulllora_dist.attacks.pgd import attacked, pgd
+from fulllora_dist.attacks.threat import Norm, Threat, threat_model
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index, published
@@ -21,7 +22,7 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.finetune import AdaptedModel
-from fulllora_dist.pixels import parse_pixels
+from fulllora_dist.pixels import parse_size
 
 _NAME = re.compile(r"(pgd|cw)([1-9]\d*)(?:x([1-9]\d*))?")
 _LOSSES: dict[str, Literal["ce", "margin"]] = {"pgd": "ce", "cw": "margin"}
@@ -61,18 +62,19 @@ class EvalAttack:
         """Forward passes a picture, the prediction included; the measure of progress."""
         return 1 + self.restarts * self.steps + (self.restarts if self.restarts > 1 else 0)
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, eps: float, seed: int, ids: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
         """Adversarial examples for `x` (`pgd` says the shapes), with steps of 2.5 eps / K as Madry et al. take, at
         most eps. The random start is keyed by (seed, attack, id)."""
-        if self.steps == 0 or eps == 0:
+        if self.steps == 0 or threat.eps == 0:
             return x
         return pgd(
             model,
             x,
             y,
-            eps=eps,
+            eps=threat.eps,
+            norm=threat.norm,
             steps=self.steps,
-            step_size=min(2.5 * eps / self.steps, eps),
+            step_size=min(2.5 * threat.eps / self.steps, threat.eps),
             restarts=self.restarts,
             loss=self.loss,
             seed=seed,
@@ -102,7 +104,7 @@ class Evaluator:
 
     Args:
         attacks: names, see `EvalAttack`.
-        eps: Linf radius in pixels of [0, 1].
+        threat: the ball of perturbations.
         ranks: the batches of all of them are counted; each has a full replica of the model on its device.
         seed: of the random starts.
         backbone, adapter: names for the report.
@@ -115,7 +117,7 @@ class Evaluator:
     def __init__(
         self,
         attacks: Sequence[str],
-        eps: float,
+        threat: Threat,
         ranks: Ranks,
         *,
         seed: int = 0,
@@ -124,7 +126,7 @@ class Evaluator:
         precision: str = "fp32",
     ):
         self._attacks = self.parse(attacks)
-        self._eps = eps
+        self._threat = threat
         self._ranks = ranks
         self._seed = seed
         self._facts = {"precision": precision, "backbone": backbone, "adapter": adapter}
@@ -178,8 +180,8 @@ class Evaluator:
         labels = stream.index.labels[stream.ids]
         return {
             "n": len(stream.ids),
-            "eps": self._eps,
-            "norm": "linf",
+            "eps": self._threat.eps,
+            "norm": self._threat.norm,
             **self._facts,
             "ids": stream.ids.tolist(),
             "attacks": {
@@ -201,7 +203,7 @@ class Evaluator:
 
     def _hits(self, predict: nn.Module, attack: EvalAttack, batch: Batch, classes: int) -> Tensor:
         """bool [B]. Padding is attacked like the rest, so that all ranks do the same passes."""
-        x = attack(predict, batch.pixels(), batch.labels, eps=self._eps, seed=self._seed, ids=batch.ids)
+        x = attack(predict, batch.pixels(), batch.labels, threat=self._threat, seed=self._seed, ids=batch.ids)
         with torch.no_grad():
             logits = predict(x)
         if logits.shape[1] != classes:
@@ -233,6 +235,7 @@ def evaluate(
     *,
     attacks: Sequence[str] = ("clean", "pgd20"),
     eps: float | str = "4/255",
+    norm: Norm = "linf",
     n: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
@@ -244,7 +247,8 @@ def evaluate(
         model: an adapted model, or any module from pixels in [0, 1] to logits.
         data: folder of shards, cropped as the adapted model's backbone asks for; a module of one's own needs a stream.
         attacks: `clean`, `pgdK`, `cwK`, `pgdKxR`: see `EvalAttack`.
-        eps: Linf radius in pixels of [0, 1], e.g. 4/255.
+        eps: radius in pixels of [0, 1], e.g. 4/255.
+        norm: "linf" or "l2".
         n: how many pictures, drawn evenly over the classes; None takes all.
         workers: decoding processes.
 
@@ -263,7 +267,7 @@ def evaluate(
         transform = EvalTransform(size=info.image_size, crop_pct=info.crop_pct, interpolation=info.interpolation)
         data = EvalStream(data, batch_size=batch_size, transform=transform, n=n, workers=workers)
     try:
-        radius = parse_pixels(eps)
+        radius = parse_size(eps)
     except ValueError as error:
         raise UserError(f"eps: {error}") from None
     assert isinstance(radius, float)
@@ -271,7 +275,8 @@ def evaluate(
     ranks = Ranks(0, 1, parameter.device, control=None)
     name = info.name if info else type(model).__name__
     in_bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
-    evaluator = Evaluator(attacks, radius, ranks, seed=seed, backbone=name, precision="bf16" if in_bf16 else "fp32")
+    threat = threat_model(norm, radius)
+    evaluator = Evaluator(attacks, threat, ranks, seed=seed, backbone=name, precision="bf16" if in_bf16 else "fp32")
     return evaluator.run(model, data)
 
 
@@ -283,11 +288,16 @@ def write_evaluation(results: Mapping[str, Any], path: str | Path) -> None:
         file.write((json.dumps(results) + "\n").encode())
 
 
+def size_in(norm: str, eps: float) -> str:
+    """A radius as the field writes it: Linf in grey levels, L2 as a length."""
+    return f"{norm} eps = {eps * 255:.4g}/255" if norm == "linf" else f"{norm} eps = {eps:.4g}"
+
+
 def table(results: Mapping[str, Any]) -> str:
     """The results for people: each attack with its interval, then the classes."""
     attacks: Mapping[str, Any] = results["attacks"]
     width = max(len("attack"), *(len(name) for name in attacks))
-    lines = [f"n = {results['n']}, {results['norm']} eps = {results['eps'] * 255:.4g}/255, {results['precision']}", ""]
+    lines = [f"n = {results['n']}, {size_in(results['norm'], results['eps'])}, {results['precision']}", ""]
     lines.append(f"{'attack':<{width}}  accuracy %  95 % interval")
     for name, score in attacks.items():
         low, high = 100 * score["low"], 100 * score["high"]

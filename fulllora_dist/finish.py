@@ -4,6 +4,7 @@ import os
 import sys
 from typing import Any
 
+from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.build import build_eval_stream
 from fulllora_dist.config import Config
 from fulllora_dist.evaluation import Evaluator, table, write_evaluation
@@ -45,7 +46,7 @@ def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
     model = load(adapter, checkpoint=config.model.checkpoint).to(run.ranks.device)
     evaluator = Evaluator(
         config.evaluation.attacks,
-        config.threat.eps,
+        threat_model(config.threat.norm, config.threat.eps),
         run.ranks,
         seed=config.run.seed,
         backbone=model.info.name,

@@ -5,11 +5,11 @@ from typing import Annotated
 from pydantic import BeforeValidator
 
 
-def parse_pixels(value: object) -> object:
-    """ "4/255" or a number -> a float in [0, 1].
+def parse_size(value: object) -> object:
+    """ "4/255" or a number -> a float, 0 or more.
 
     Raises:
-        ValueError: not a number, negative, or over 1, which means units of 0..255.
+        ValueError: not a number, or negative.
     """
     if value is None:
         return None
@@ -20,10 +20,22 @@ def parse_pixels(value: object) -> object:
         raise ValueError(
             f"{value!r} is no size in pixels; write a number in [0, 1] or a fraction such as 4/255"
         ) from None
-    if not 0 <= size <= 1:
-        hint = f"; for {value} of 255 grey levels write {value}/255" if size > 1 and not denominator else ""
-        raise ValueError(f"{value} is outside [0, 1], the range of a pixel{hint}")
+    if not 0 <= size < float("inf"):
+        raise ValueError(f"{value} is outside [0, 1], the range of a pixel")
     return size
 
 
-Pixels = Annotated[float, BeforeValidator(parse_pixels)]
+def check_pixel_range(size: float) -> float:
+    """A change of single pixels (Linf) cannot be over 1; lengths over whole pictures (L2) can.
+
+    Raises:
+        ValueError: over 1, which means units of 0..255.
+    """
+    if size > 1:
+        raise ValueError(
+            f"{size:g} is outside [0, 1], the range of a pixel; for {size:g} of 255 grey levels write {size:g}/255"
+        )
+    return size
+
+
+Size = Annotated[float, BeforeValidator(parse_size)]

@@ -7,11 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fulllora_dist.build import build_method, build_model, check_inputs
+from fulllora_dist.build import build_model, check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.data.index import Index
 from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.phases import build_phases
 
 IMAGENET = 1_281_167
 ASSUMED_FLOPS = 3e14
@@ -43,9 +45,8 @@ def id_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _count(model: AdaptedModel) -> tuple[int, int]:
+def _count(model: AdaptedModel, size: int) -> tuple[int, int]:
     """(FLOPs, saved bytes) of one forward and backward pass for one picture, to what requires a gradient."""
-    size = model.info.image_size
     pixels = torch.empty(1, 3, size, size, device="meta", requires_grad=True)
     saved = _SavedBytes(model)
     with FlopCounterMode(display=False) as flops:
@@ -79,22 +80,33 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         pictures = IMAGENET
     with torch.device("meta"):
         model = build_model(config)
-    method, batches = build_method(config, pictures // config.optim.batch_size)
+    phases = build_phases(config, pictures // config.optim.batch_size)
     micro = config.optim.batch_size // world // config.distributed.grad_accumulation
-    forward, backward = method.passes()
     checkpointing = config.distributed.activation_checkpointing
 
-    trainable = list(model.trainable().values())
+    sizes = [phase.image_size or model.info.image_size for phase in phases.phases]
     model.backbone.set_grad_checkpointing(checkpointing != "off")  # type: ignore[operator]
-    step_flops, step_bytes = _count(model)
+    weight_step = {size: _count(model, size) for size in sizes}
     model.backbone.set_grad_checkpointing(checkpointing == "all")  # type: ignore[operator]
-    for parameter in trainable:
+    for parameter in model.trainable().values():
         parameter.requires_grad_(False)
-    attack_flops, attack_bytes = _count(model)
+    attack_pass = {size: _count(model, size) for size in sizes}
 
-    attacks = backward - method.updates_per_batch
-    flops_picture = attacks * attack_flops + method.updates_per_batch * step_flops
-    total_flops = flops_picture * batches * config.optim.batch_size
+    total_flops, activations, update_passes, phase_lines = 0, 0, 0.0, []
+    for phase, size in zip(phases.phases, sizes, strict=True):
+        method, batches = phase.method, phase.end - phase.first
+        forward, backward = method.passes()
+        attacks = backward - method.updates_per_batch
+        (step_flops, step_bytes), (attack_flops, attack_bytes) = weight_step[size], attack_pass[size]
+        total_flops += (attacks * attack_flops + method.updates_per_batch * step_flops) * batches
+        activations = max(activations, step_bytes, attack_bytes if attacks else 0)
+        update_passes = max(update_passes, backward / method.updates_per_batch)
+        phase_lines.append(
+            f"{method.settings.name} at {size} pixels, {size_in(method.threat.norm, method.threat.eps)}: "
+            f"{forward} forward, {backward} backward passes a batch; {batches:,} batches, {phase.updates:,} updates; "
+            f"attack pass {attack_flops / 1e9:.1f} GFLOP, weight step {step_flops / 1e9:.1f} GFLOP a picture"
+        )
+    total_flops *= config.optim.batch_size
 
     stage = config.distributed.zero_stage
     weights = sum(
@@ -107,19 +119,18 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         "gradients": adapter / (world if stage >= 2 else 1),
         "optimizer": (2 + (stage > 0)) * adapter / (world if stage >= 1 else 1),
         "average": adapter if config.optim.ema else 0,
-        "activations": max(step_bytes, attack_bytes if attacks else 0) * micro,
+        "activations": activations * micro,
     }
     reduced = 2 * adapter * (world - 1) / world
-    passes = backward / method.updates_per_batch * config.distributed.grad_accumulation
+    passes = update_passes * config.distributed.grad_accumulation
     gathered = 2 * passes * (weights + adapter) if stage == 3 else 0
     lines = [
-        f"{model.info.name} at {model.info.image_size} pixels, {config.finetune}, {config.method.name}, "
+        f"{model.info.name} at {model.info.image_size} pixels, {config.finetune}, "
         f"{config.model.precision}, ZeRO-{stage}, {world} ranks",
         str(model.report),
         f"  rank of the branches: {model.spec.rank}" if model.spec.rank else "  no branches",
-        f"passes a batch: {forward} forward, {backward} backward; {batches:,} batches, "
-        f"{batches * method.updates_per_batch:,} optimizer updates on {pictures:,} pictures",
-        f"FLOPs a picture: attack pass {attack_flops / 1e9:.1f} G, weight step {step_flops / 1e9:.1f} G; "
+        *phase_lines,
+        f"{phases.total_steps:,} batches, {phases.total_updates:,} optimizer updates on {pictures:,} pictures; "
         f"whole run {total_flops / 1e18:.2f} EFLOP, {total_flops / ASSUMED_FLOPS / 3600:.1f} GPU-hours "
         f"at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s",
         f"memory a rank at micro-batch {micro}: "

@@ -7,6 +7,7 @@ output i of key k is mix64(k + (i + 1) * GOLDEN).
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,6 +55,11 @@ class SampleRng:
         self._drawn += count
         bits = _mix64(self._keys[:, None] + counter * _signed(_GOLDEN))
         return (_shift_right(bits, 40).to(torch.float32) * 2.0**-24).view(-1, *shape)
+
+    def normal(self, shape: Sequence[int]) -> torch.Tensor:
+        """fp32 [B, *shape] of the standard normal distribution, by Box and Muller's transform of two uniforms each."""
+        radius = (-2 * torch.log1p(-self.uniform(shape))).sqrt()  # 1 - u is never 0
+        return radius * torch.cos(2 * math.pi * self.uniform(shape))
 
 
 def sample_rng(seed: int, purpose: str, step: int, ids: torch.Tensor) -> SampleRng:

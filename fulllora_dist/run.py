@@ -29,6 +29,7 @@ _MAY_CHANGE = {
     "run",
     "evaluation",
     "tracking",
+    "plugins",
     "data.workers",
     "data.train",
     "data.validation",
@@ -87,11 +88,9 @@ class Run:
             _check_same_run(self.config, found[1]["config"], self.config.run.output)
         return found
 
-    def progress(self, stream: Iterator[Batch] | Any, state: "RunState") -> Iterator[Batch]:
+    def progress(self, state: "RunState") -> Iterator[Batch]:
         """The batches that are left, on the device; rank 0 shows loss, accuracy, pictures a second and time left."""
         size = self.config.optim.batch_size
-        if state.step >= state.total_steps:
-            return
         bar = tqdm(
             total=state.total_steps * size,
             initial=state.step * size,
@@ -103,12 +102,16 @@ class Run:
             mininterval=1.0,
         )
         with bar, self.stop.deferred():
-            for batch in stream:
-                yield batch.to(self.ranks.device)
-                bar.set_postfix(state.shown, refresh=False)
-                bar.update(size)
-                if state.step >= state.total_steps or state.stopped:
-                    return
+            for phase in state.phases.left(state.step):
+                state.stream.resize(phase.image_size or state.engine.model.info.image_size)
+                for batch in state.stream:
+                    yield batch.to(self.ranks.device)
+                    bar.set_postfix(state.shown, refresh=False)
+                    bar.update(size)
+                    if state.stopped:
+                        return
+                    if state.step >= phase.end:
+                        break
 
 
 def _check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:

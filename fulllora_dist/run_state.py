@@ -9,9 +9,9 @@ from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.distributed.checkpoint import write_state
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.errors import UserError
-from fulllora_dist.methods import Method
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.phases import Phases
 from fulllora_dist.run import Run
 
 
@@ -27,12 +27,13 @@ class RunState:
         shown: last loss and accuracy, for the progress bar.
         stopped: a stop was asked for and the state is saved.
         stream: the training batches.
+        phases: how it trains when.
     """
 
-    def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, method: Method, total_steps: int):
+    def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, phases: Phases):
         config = run.config
-        self._run, self.stream, self._method = run, stream, method
-        self.total_steps = total_steps
+        self._run, self.stream, self.phases = run, stream, phases
+        self.total_steps = phases.total_steps
         self.step = 0
         self.shown: dict[str, str] = {}
         self.stopped = False
@@ -48,7 +49,7 @@ class RunState:
             config.distributed,
             config.deepspeed,
             run.ranks,
-            self.total_steps * method.updates_per_batch,
+            phases.total_updates,
             trainable,
         )
         run.saved = None  # not needed again; with every slot of Free it is large
@@ -69,7 +70,7 @@ class RunState:
         if slots:
             size = len(next(iter(slots.values()))) // self._run.ranks.world
             first = size * self._run.ranks.rank
-            self._method.load_slot_state({name: t[first : first + size] for name, t in slots.items()})
+            self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
         self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
         return TrainableState(facts["updates"], parts)
 
@@ -110,7 +111,7 @@ class RunState:
             raise UserError(
                 f"the adapter is not finite at batch {self.step}; start with a lower optim.lr in another output folder"
             )
-        slots = {name: run.ranks.gather(tensor) for name, tensor in self._method.slot_state().items()}
+        slots = {name: run.ranks.gather(tensor) for name, tensor in self.phases.slot_state(self.step).items()}
         if run.ranks.is_main:
             tensors = {f"{kind}/{name}": t for kind, named in trainable.tensors.items() for name, t in named.items()}
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}

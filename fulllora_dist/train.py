@@ -13,11 +13,12 @@ if __name__ == "__main__":
 import os
 import signal
 
-from fulllora_dist.build import build_method, build_model, build_stream, check_inputs
+from fulllora_dist.build import build_model, build_stream, check_inputs
 from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import is_main_process
 from fulllora_dist.errors import run_entry
 from fulllora_dist.finish import finish
+from fulllora_dist.phases import build_phases
 from fulllora_dist.planning import estimate
 from fulllora_dist.run import start_run
 from fulllora_dist.run_state import RunState
@@ -39,10 +40,10 @@ def main() -> int:
         model = build_model(config)
         run.say(str(model.report))
         stream = build_stream(config, model.info, run.ranks)
-        method, steps = build_method(config, stream.steps_per_epoch)
-        state = RunState(run, model, stream, method, steps)  # resumes where there is something to resume
-        for batch in run.progress(stream, state):
-            metrics = method.step(state.engine, batch, state.step)
+        phases = build_phases(config, stream.steps_per_epoch)
+        state = RunState(run, model, stream, phases)  # resumes where there is something to resume
+        for batch in run.progress(state):
+            metrics = phases.step(state.engine, batch, state.step)
             state.advance(metrics)
         if not state.stopped:
             finish(run, state)

@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.build import build_method, check_inputs
+from fulllora_dist.build import check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import describe_settings, load_config
 from fulllora_dist.data.index import Index
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS
+from fulllora_dist.phases import build_phases
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = {yaml.safe_load(path.read_text()).get("base") for path in CONFIGS.glob("*.yaml")}
@@ -54,7 +55,10 @@ def test_values_come_from_file_base_and_command_line(path: Path) -> None:
     assert config.threat.eps == 8 / 255
     assert config.run.output == "out"
     assert Config.model_validate(config.model_dump(mode="json")) == config
-    assert config.model_dump()["method"] == {"name": "pgd", "steps": 2, "step_size": None, "random_start": True}
+    assert config.model_dump()["method"] == {
+        **{"name": "pgd", "steps": 2, "step_size": None, "random_start": True},
+        **{"attention_drop": 0, "perturbation_mask": 0, "mask_patch": 16},
+    }
 
 
 @pytest.mark.parametrize(
@@ -90,8 +94,14 @@ REFUSED = {
     "threat.eps=0..5": "threat.eps: '0..5' is no size in pixels",
     "threat.eps=-0.1": "threat.eps: -0.1 is outside",
     "threat.eps=nan": "threat.eps: nan is outside",
+    "threat.norm=l3": "threat.norm: .*'linf' or 'l2'.*'l3'",
+    "threat.norm=l2 threat.eps=-3": "threat.eps: -3 is outside",
+    "targets.mix_probability=0.5": "targets: mix_probability has no effect",
+    "targets.mixup=0.2 method=mart": "method: mart needs one label a picture; leave out targets.mixup",
+    "plugins=[no_such_module]": "plugins: no_such_module cannot be imported .ModuleNotFoundError",
+    "plugins=[no/such/file.py]": "plugins: no/such/file.py cannot be imported .FileNotFoundError",
     "method.step_size=2": r"method.step_size: 2 is outside \[0, 1\].* write 2/255",
-    "method=pdg": "method: name: 'pdg' is no method; known: standard, pgd, free",
+    "method=pdg": "method: name: 'pdg' is no method; known: fgsm_rs, free, mart",
     "method=[pgd]": "a list stands for a section",
     "finetune=lroa": "finetune: .*'lora'.*'lroa'",
     "distributed.grad_accumulation=3": "optim.batch_size: 256 does not divide by distributed.grad_accumulation 3",
@@ -124,6 +134,24 @@ REFUSED = {
 def test_a_bad_override_is_refused(path: Path, override: str) -> None:
     with pytest.raises(UserError, match=REFUSED[override]) as caught:
         load_config(str(path), override.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("phases", "words"),
+    [
+        ("[{share: 0.5}, {share: 0.4}]", "phases: their shares add up to 0.9; 1 is right"),
+        ("[{shar: 1}]", "unknown setting phases.0.shar; did you mean share?"),
+        ("[{share: 0.5, method: mart}, {share: 0.5}]", "phases.0.method: mart needs one label"),
+        ("[{share: 0.5}, {share: 0.5, method: pdg}]", "phases.1.method: name: 'pdg' is no method"),
+        ("[{share: 1, method: {name: pgd, stepz: 1}}]", "unknown setting phases.0.method.stepz; did you mean steps?"),
+        ("[{share: 1, eps: 4}]", r"phases.0.eps: 4 is outside \[0, 1\].* write 4/255"),
+        ("[{share: 1, method: {name: free, step_size: 2}}]", "phases.0.method.step_size: 2 is outside.* write 2/255"),
+    ],
+)
+def test_bad_phases_are_refused(path: Path, phases: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        load_config(str(path), ["targets.cutmix=1", f"phases={phases}"])
     assert "\n" not in str(caught.value)
 
 
@@ -181,8 +209,9 @@ def test_what_is_missing_or_indivisible_is_refused(path: Path, override: str, wo
 
 def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:
     overrides = ["method.name=free", "method.replays=4", "optim.epochs=3", "threat.warmup=0.25"]
-    method, steps = build_method(load_config(str(path), overrides), steps_per_epoch=21)
-    assert (steps, method.warmup_steps) == (16, 4)  # 63 updates, four on each batch
+    phases = build_phases(load_config(str(path), overrides), steps_per_epoch=21)
+    method = phases.at(0).method
+    assert (phases.total_steps, phases.total_updates, method.ramps.eps) == (16, 64, 4)  # 63 updates, four on each batch
     assert [method.threat_at(step).eps * 255 for step in (0, 3, 4, 9)] == pytest.approx([4 / 5, 16 / 5, 4, 4])
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fulllora_dist as fd
+from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
@@ -132,7 +133,7 @@ def test_equals_a_plain_loop(
         expected = plain_loop(predict, x, y, ids, name, steps, restarts)
     assert 0 < sum(expected) < len(expected), "this radius shows nothing"
     batches = EvalStream(shards, batch_size=7, transform=EvalTransform(size=SIDE, crop_pct=1.0))
-    result = Evaluator([name], EPS, ONE, seed=7).run(predict, batches)
+    result = Evaluator([name], Linf(EPS), ONE, seed=7).run(predict, batches)
     assert result["ids"] == ids.tolist()
     score = result["attacks"][name]
     assert score["correct"] == [int(right) for right in expected]
@@ -165,7 +166,7 @@ def test_cw_moves_along_the_margin() -> None:
     x, y = torch.full((6, 3, 2, 2), 0.5), torch.tensor([0, 1, 2, 3, 4, 0])
     flat = nn.Sequential(nn.Flatten(), layer)
     ids = torch.arange(6)
-    moved = EvalAttack.parse("cw1")(flat, x, y, eps=0.1, seed=0, ids=ids) - x
+    moved = EvalAttack.parse("cw1")(flat, x, y, threat=Linf(0.1), seed=0, ids=ids) - x
     start = (2 * sample_rng(0, "eval/cw1/start/0", 0, ids).uniform((3, 2, 2)) - 1) * 0.1
     for i in range(6):
         logits = flat(x[i : i + 1] + start[i])[0].detach()
@@ -299,11 +300,14 @@ def test_two_ranks_equal_one(experiment: Path, shards: Path) -> None:
 
 def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, model: fd.AdaptedModel) -> None:
     output = experiment / "bare.json"
-    arguments = ["--attacks", "cw3", "--n", "13", "--eps", "2/255", "--output", str(output), "evaluation.batch_size=5"]
+    arguments = ["--attacks", "cw3", "--n", "13", "--norm", "l2", "--eps", "0.5", "--output", str(output)]
+    arguments.append("evaluation.batch_size=5")
     process = start("--config", str(experiment / "config.yaml"), *arguments)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-    here = evaluate(model, stream(shards, 13), attacks=("cw3",), eps=2 / 255, seed=7)
+    here = evaluate(model, stream(shards, 13), attacks=("cw3",), eps=0.5, norm="l2", seed=7)
+    assert (here["norm"], here["eps"]) == ("l2", 0.5)
+    assert here != {**evaluate(model, stream(shards, 13), attacks=("cw3",), eps=0.5, seed=7), "norm": "l2"}
     assert json.loads(output.read_text()) == {**here, "backbone": "vit_tiny_patch16_224.augreg_in21k"}
 
 

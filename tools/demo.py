@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config
 from fulllora_dist.data.decode import EvalTransform
@@ -94,7 +95,8 @@ def attack(
     name: str, model: AdaptedModel, config: Config, x: torch.Tensor, y: torch.Tensor, ids: torch.Tensor
 ) -> Attacked:
     """The very examples that the evaluation counted."""
-    made = EvalAttack.parse(ATTACK)(model, x, y, eps=config.threat.eps, seed=config.run.seed, ids=ids)
+    threat = threat_model(config.threat.norm, config.threat.eps)
+    made = EvalAttack.parse(ATTACK)(model, x, y, threat=threat, seed=config.run.seed, ids=ids)
     with torch.no_grad():
         return Attacked(name, made, before=model(x).argmax(dim=1), after=model(made).argmax(dim=1))
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import attacked, cross_entropy, input_gradient
-from fulllora_dist.attacks.threat import Linf, in_box
+from fulllora_dist.attacks.threat import Norm, in_box, threat_model
 from fulllora_dist.rng import sample_rng
 
 
@@ -17,26 +17,27 @@ def single_step(
     noise: float,
     step_size: float,
     project: bool,
+    norm: Norm = "linf",
     seed: int = 0,
     step: int = 0,
     ids: Tensor | None = None,
     purpose: str = "single_step",
 ) -> Tensor:
-    """A step of `step_size` along the gradient's sign, from uniform noise around `x`.
+    """A step of `step_size` along the steepest direction of the norm, from uniform noise around `x`.
 
     FGSM-RS (Wong et al., arXiv 2001.03994): noise = eps, step_size = 1.25 eps, projected to the ball.
     N-FGSM (de Jorge et al., arXiv 2202.01181): noise = 2 eps, step_size = eps, not projected: |delta| may reach 3 eps.
     FGSM (Goodfellow et al., arXiv 1412.6572): noise = 0, step_size = eps.
 
     Args:
-        model, x, y, seed, step, ids, purpose: as for `pgd`.
+        model, x, y, norm, seed, step, ids, purpose: as for `pgd`; y may be probabilities [B, classes].
         eps, noise, step_size: in pixel units of [0, 1].
         project: whether the result is brought back to within eps of x.
 
     Returns:
         [B, 3, H, W] of x's dtype, in [0, 1], no part of a graph.
     """
-    threat = Linf(eps)
+    threat = threat_model(norm, eps)
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
     x = x.detach()
     start = in_box(x + threat.random_start(sample_rng(seed, f"{purpose}/start/0", step, ids), x, noise))

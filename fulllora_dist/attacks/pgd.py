@@ -5,17 +5,18 @@ gradient alone, so that no parameter gradient is filled and, under DeepSpeed's m
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Literal
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.threat import Linf, in_box
+from fulllora_dist.attacks.threat import Norm, Threat, in_box, threat_model
 from fulllora_dist.rng import sample_rng
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits [B, classes], what is attacked: labels [B] or probabilities [B, classes]) -> the sum over samples."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -28,6 +29,11 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     own = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], float("-inf"))
     return (others.amax(dim=1) - own).sum()
+
+
+def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(logits)), summed: what TRADES' attack raises."""
+    return F.kl_div(F.log_softmax(logits, dim=1), F.log_softmax(clean, dim=1), reduction="sum", log_target=True)
 
 
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
@@ -50,12 +56,46 @@ def attacked(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def input_gradient(model: nn.Module, pixels: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+def input_gradient(model: nn.Module, pixels: Tensor, target: Tensor, loss: Loss) -> Tensor:
     """The gradient of the loss by the pixels; inside `attacked`. One forward and one backward pass."""
     leaf = pixels.detach().requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(loss(model(leaf), labels), leaf)
+        (gradient,) = torch.autograd.grad(loss(model(leaf), target), leaf)
     return gradient
+
+
+class StepHook(Protocol):
+    """What a training method may change in the steps of an attack."""
+
+    def perturbation(self, delta: Tensor, k: int) -> Tensor:
+        """The perturbation [B, C, H, W] with which attack step k begins."""
+
+    def passing(self, model: nn.Module, k: int) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of attack step k."""
+
+
+def ascend(
+    model: nn.Module,
+    x: Tensor,
+    x_adv: Tensor,
+    target: Tensor,
+    *,
+    threat: Threat,
+    steps: int,
+    step_size: float,
+    loss: Loss,
+    hook: StepHook | None = None,
+) -> Tensor:
+    """`steps` projected steps up the loss, from `x_adv` in the ball around `x`; inside `attacked`."""
+    for k in range(steps):
+        if hook is None:
+            gradient = input_gradient(model, x_adv, target, loss)
+        else:
+            x_adv = x + hook.perturbation(x_adv - x, k)
+            with hook.passing(model, k):
+                gradient = input_gradient(model, x_adv, target, loss)
+        x_adv = in_box(x + threat.project(x_adv + step_size * threat.steepest(gradient) - x))
+    return x_adv
 
 
 def pgd(
@@ -66,6 +106,7 @@ def pgd(
     eps: float,
     steps: int,
     step_size: float,
+    norm: Norm = "linf",
     restarts: int = 1,
     loss: Literal["ce", "margin"] = "ce",
     random_start: bool = True,
@@ -74,13 +115,14 @@ def pgd(
     ids: Tensor | None = None,
     purpose: str = "pgd",
 ) -> Tensor:
-    """Adversarial examples in the Linf ball around `x`.
+    """Adversarial examples in the ball around `x`.
 
     Args:
         model: pixels in [0, 1] -> logits. Attacked in evaluation mode; modes and `requires_grad` are restored.
         x: [B, 3, H, W] in [0, 1], fp32 or fp64.
-        y: int64 [B].
-        eps, step_size: in pixel units of [0, 1], e.g. 4 / 255.
+        y: int64 [B], or with loss "ce" probabilities [B, classes].
+        eps, step_size: in pixel units of [0, 1], e.g. 4 / 255; lengths in the norm of the ball.
+        norm: "linf" or "l2" (over all pixels and channels of a picture).
         steps: forward and backward passes a restart.
         restarts: random starts; a sample keeps the first example that fools the model, else the last.
             More than one costs one more forward pass each.
@@ -91,7 +133,7 @@ def pgd(
     Returns:
         [B, 3, H, W] of x's dtype, in [0, 1] and within eps of x, no part of a graph.
     """
-    threat = Linf(eps)
+    threat = threat_model(norm, eps)
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
     x = x.detach()
     found: Tensor | None = None
@@ -102,9 +144,7 @@ def pgd(
             if random_start:
                 rng = sample_rng(seed, f"{purpose}/start/{restart}", step, ids)
                 x_adv = in_box(x + threat.random_start(rng, x))
-            for _ in range(steps):
-                gradient = input_gradient(model, x_adv, y, LOSSES[loss])
-                x_adv = in_box(x + threat.project(x_adv + step_size * threat.steepest(gradient) - x))
+            x_adv = ascend(model, x, x_adv, y, threat=threat, steps=steps, step_size=step_size, loss=LOSSES[loss])
             found = x_adv if found is None else torch.where(fooled.view(-1, 1, 1, 1), found, x_adv)
             if restarts > 1:
                 with torch.no_grad():

@@ -1,6 +1,8 @@
 """Threat models: what a perturbation may be, in pixel units of [0, 1]."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -8,35 +10,107 @@ from torch import Tensor
 from fulllora_dist.errors import UserError
 from fulllora_dist.rng import SampleRng
 
+Norm = Literal["linf", "l2"]
+
 
 @dataclass(frozen=True)
-class Linf:
+class Threat(ABC):
+    """A ball of perturbations around each picture. All tensors are [B, C, H, W]; samples do not see each other.
+
+    Attributes:
+        norm: its name in the settings.
+        eps: its radius, in pixels of [0, 1].
+    """
+
+    norm: ClassVar[Norm]
+    eps: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps < float("inf"):
+            raise UserError(f"eps: {self.eps:g} is no radius; 0 or more is right")
+
+    def scaled(self, factor: float) -> Self:
+        """The ball of `factor` times the radius."""
+        return replace(self, eps=self.eps * factor)
+
+    @abstractmethod
+    def project(self, delta: Tensor) -> Tensor:
+        """The nearest perturbation in the ball. Pulling it on into the box of pictures does not leave the ball."""
+
+    @abstractmethod
+    def steepest(self, gradient: Tensor) -> Tensor:
+        """The direction of unit norm in which the loss rises fastest; zero where the gradient is."""
+
+    @abstractmethod
+    def random_start(self, rng: SampleRng, like: Tensor, radius: float | None = None) -> Tensor:
+        """Uniform in the ball of `radius` (eps unless given), of the shape and dtype of `like`."""
+
+
+class Linf(Threat):
     """|delta| <= eps in every pixel and channel.
 
     Raises:
         UserError: eps is not in [0, 1].
     """
 
-    eps: float
+    norm = "linf"
 
     def __post_init__(self) -> None:
         if not 0 <= self.eps <= 1:
             raise UserError(f"eps: {self.eps:g} is outside [0, 1], the range of a pixel; write grey levels as k/255")
 
     def project(self, delta: Tensor) -> Tensor:
-        """The nearest perturbation in the ball."""
         return delta.clamp(-self.eps, self.eps)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The direction of unit size in which the loss rises fastest."""
         return gradient.sign()
 
     def random_start(self, rng: SampleRng, like: Tensor, radius: float | None = None) -> Tensor:
-        """Uniform in the ball of `radius` (eps unless given), of the shape and dtype of `like`."""
         radius = self.eps if radius is None else radius
         return ((2 * rng.uniform(like.shape[1:]) - 1) * radius).to(like.dtype)
+
+
+class L2(Threat):
+    """sqrt(sum of delta^2 over all pixels and channels of a picture) <= eps."""
+
+    norm = "l2"
+
+    def project(self, delta: Tensor) -> Tensor:
+        # never above 1, and exactly 1 inside: a projected perturbation stays what it is
+        return delta * (self.eps / _norms(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
+
+    def steepest(self, gradient: Tensor) -> Tensor:
+        # by its largest entry first: squares of a fp32 gradient of 1e-25 would vanish, and with them the direction
+        tiny = torch.finfo(gradient.dtype).tiny
+        gradient = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
+        return gradient / _norms(gradient).clamp_min(tiny)
+
+    def random_start(self, rng: SampleRng, like: Tensor, radius: float | None = None) -> Tensor:
+        """A Gaussian direction, and a radius of density ~ r^(d - 1): r = eps u^(1 / d) in d dimensions."""
+        radius = self.eps if radius is None else radius
+        direction = self.steepest(rng.normal(like.shape[1:]).to(like.dtype))
+        return direction * (radius * rng.uniform((1, 1, 1)).to(like.dtype) ** (1 / like[0].numel()))
+
+
+THREATS: dict[str, type[Threat]] = {"linf": Linf, "l2": L2}
+
+
+def threat_model(norm: str, eps: float) -> Threat:
+    """The ball of that norm and radius.
+
+    Raises:
+        UserError: an unknown norm, a radius that cannot be.
+    """
+    if norm not in THREATS:
+        raise UserError(f"norm: {norm!r} is unknown; known: {', '.join(THREATS)}")
+    return THREATS[norm](eps)
 
 
 def in_box(pixels: Tensor) -> Tensor:
     """The nearest picture: pixels in [0, 1]. Used outside of graphs, where a clamp would zero gradients."""
     return torch.clamp(pixels, 0, 1)
+
+
+def _norms(pixels: Tensor) -> Tensor:
+    """Euclidean length of each sample, [B, 1, 1, 1]."""
+    return pixels.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

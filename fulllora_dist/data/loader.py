@@ -5,6 +5,7 @@ iteration starts there, and a saved state holds nothing else that changes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +23,8 @@ from fulllora_dist.rng import numpy_rng
 
 
 class Transform(Protocol):
-    """Bytes of a picture to uint8 [3, size, size]; everything random comes from `rng`. Must be picklable."""
+    """Bytes of a picture to uint8 [3, size, size]; everything random comes from `rng`. Must be picklable,
+    and for `TrainStream.resize` a dataclass."""
 
     @property
     def size(self) -> int: ...
@@ -158,8 +160,13 @@ class TrainStream:
         self.dropped = plan.dropped(len(self.index), batch_size)
         self._batch_size, self._world, self._rank, self._seed = batch_size, world, rank, seed
         self._read_ahead = (workers, prefetch, pin_memory)
+        self._transform = transform
         self._batches = _Batches(self.index, transform, seed)
         self._step = 0
+
+    def resize(self, size: int) -> None:
+        """Iterations that begin from now on give pictures of `size` pixels a side."""
+        self._batches = _Batches(self.index, replace(self._transform, size=size), self._seed)  # type: ignore[type-var]
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches from the committed position on; `slot` is this rank's first slot in the global batch."""

@@ -134,6 +134,11 @@ class Engine:
         """The model for attacks: no hook of the engine, no gradient of a parameter, no collective below ZeRO-3."""
         return self.model
 
+    @property
+    def classes(self) -> int:
+        """Outputs of the model."""
+        return self.model.info.num_classes
+
     def __call__(self, pixels: Tensor) -> Tensor:
         """Logits of a weight step."""
         if self._checkpointing != "weight_step":

@@ -1,18 +1,13 @@
-"""Training methods by name. A method is one file; this table is the only place that lists them."""
+"""Training methods by name. A method is one file here, or in a module that `plugins` names (docs/extending.md)."""
 
-from fulllora_dist.methods.base import Method, MethodSettings
-from fulllora_dist.methods.fgsm_rs import FGSMRS
-from fulllora_dist.methods.free import Free
-from fulllora_dist.methods.n_fgsm import NFGSM
-from fulllora_dist.methods.pgd import PGD
-from fulllora_dist.methods.standard import Standard
+import importlib
+import pkgutil
 
-METHODS: dict[str, type[Method]] = {
-    "standard": Standard,
-    "pgd": PGD,
-    "free": Free,
-    "fgsm_rs": FGSMRS,
-    "n_fgsm": NFGSM,
-}
+from fulllora_dist.methods.base import METHODS, Method, MethodSettings, register_method
 
-__all__ = ["METHODS", "Method", "MethodSettings"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+for _name in sorted(METHODS):
+    METHODS[_name] = METHODS.pop(_name)
+
+__all__ = ["METHODS", "Method", "MethodSettings", "register_method"]

@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.methods.ramps import Ramps, ramp
+from fulllora_dist.methods.targets import Mixer, TargetSettings
 
 
 class WeightStep(Protocol):
@@ -20,8 +22,12 @@ class WeightStep(Protocol):
     def attack_view(self) -> nn.Module:
         """The model for attacks: nothing of the engine is touched through it."""
 
+    @property
+    def classes(self) -> int:
+        """Outputs of the model."""
+
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Logits, through the engine: only these may be given to `backward`."""
+        """Logits, through the engine: only these may be given to `backward`. Once a micro-batch."""
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the adapter, and of a leaf that the pixels came from."""
@@ -33,44 +39,61 @@ class WeightStep(Protocol):
 class MethodSettings(BaseModel):
     """Settings every method has. Subclasses narrow `name` to one value."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     name: str
     """Which method."""
 
 
 class Method(ABC):
-    """One way to train. Made once a run; `step` is called once a batch.
+    """One way to train. Made once a run or phase; `step` is called once a batch.
 
     Args:
         settings: an instance of `Settings`.
         threat: the threat model at full strength.
         seed: of everything random.
-        warmup_steps: batches over which eps rises linearly to its full size.
+        ramps: what grows over the first batches.
+        targets: how pictures and labels are mixed.
 
     Attributes:
         Settings: its settings.
         updates_per_batch: optimizer updates that one batch is used for.
+        needs_labels: whether it needs each picture's one label, so that pictures cannot be mixed.
     """
 
     Settings: ClassVar[type[MethodSettings]]
     updates_per_batch: int = 1
+    needs_labels: ClassVar[bool] = False
 
-    def __init__(self, settings: Any, threat: Linf, seed: int, warmup_steps: int = 0):
+    def __init__(
+        self,
+        settings: Any,
+        threat: Threat,
+        seed: int,
+        ramps: Ramps | None = None,
+        targets: TargetSettings | None = None,
+    ):
         self.settings = settings
         self.threat = threat
         self.seed = seed
-        self.warmup_steps = warmup_steps
+        self.ramps = ramps or Ramps()
+        self.mix = Mixer(targets or TargetSettings(), seed)
 
-    def threat_at(self, step: int) -> Linf:
+    def threat_at(self, step: int) -> Threat:
         """The threat model of batch `step`: the full one, but for the warm-up."""
-        if step >= self.warmup_steps:
-            return self.threat
-        return Linf(self.threat.eps * (step + 1) / (self.warmup_steps + 1))
+        return self.threat.scaled(ramp(step, self.ramps.eps))
+
+    def step_size(self, size: float, step: int) -> float:
+        """The attack's step size at batch `step`, which is `size` after the warm-up."""
+        return size * ramp(step, self.ramps.step_size)
+
+    def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Mean over the samples, label smoothing included; y: labels [B] or probabilities [B, classes]."""
+        return F.cross_entropy(logits, y, label_smoothing=self.mix.settings.label_smoothing)
 
     @abstractmethod
     def passes(self) -> tuple[int, int]:
-        """(forward, backward) passes over the model that one batch costs."""
+        """(forward, backward) passes of a batch over the model that one batch costs."""
 
     @abstractmethod
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -93,6 +116,26 @@ class Method(ABC):
         assert not state, f"{type(self).__name__} has no state, but was given {sorted(state)}"
 
 
+METHODS: dict[str, type[Method]] = {}
+"""All methods by the `name` of their settings."""
+
+
+def register_method(method: type[Method]) -> type[Method]:
+    """Class decorator: make a method known under the default of its settings' `name`.
+
+    Raises:
+        ValueError: the name is another method's.
+    """
+    name = method.Settings.model_fields["name"].default
+    if not isinstance(name, str):
+        raise ValueError(f'{method.__name__}.Settings has no default name; write name: Literal["x"] = "x"')
+    known = METHODS.setdefault(name, method)
+    if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+        raise ValueError(f"method {name!r} of {method.__module__} is {known.__module__}'s already; choose another name")
+    METHODS[name] = method
+    return method
+
+
 class Means:
     """Loss and accuracy of one update, averaged over its micro-batches without leaving the device."""
 
@@ -100,8 +143,9 @@ class Means:
         self._losses: list[Tensor] = []
         self._correct: list[Tensor] = []
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """One micro-batch; all are of one size."""
+    def add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
+        """One micro-batch; all are of one size. Of probabilities, the largest is the label."""
+        labels = y if y.ndim == 1 else y.argmax(dim=1)
         self._losses.append(loss.detach())
         self._correct.append((logits.detach().argmax(dim=1) == labels).float().mean())
 
@@ -111,19 +155,23 @@ class Means:
 
 
 class PerturbedStep(Method):
-    """Perturb, then one weight step on the perturbed pictures."""
+    """Perturb, then one weight step; on the perturbed pictures alone, unless `loss` says otherwise."""
 
     @abstractmethod
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Linf, step: int, ids: Tensor) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
         """Training examples [B, 3, H, W] in [0, 1] made from `x`; `step` and `ids` key what is random."""
+
+    def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(the mean loss of a weight step, logits [B, classes] of the perturbed pictures); one call of the engine."""
+        logits = engine(x_adv)
+        return self.cross_entropy(logits, y), logits
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
         means = Means()
         for micro in engine.accumulate(batch):
-            threat = self.threat_at(step)
-            x = self.perturb(engine.attack_view, micro.pixels(), micro.labels, threat, step, micro.ids)
-            logits = engine(x)
-            loss = F.cross_entropy(logits, micro.labels)
+            x, y = self.mix(micro, step, engine.classes)
+            x_adv = self.perturb(engine.attack_view, x, y, self.threat_at(step), step, micro.ids)
+            loss, logits = self.loss(engine, x, x_adv, y)
             engine.backward(loss)
-            means.add(loss, logits, micro.labels)
+            means.add(loss, logits, y)
         return means.result()

@@ -6,8 +6,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.fgsm import single_step
-from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.methods.base import MethodSettings, PerturbedStep, register_method
 
 
 class FGSMRSSettings(MethodSettings):
@@ -16,20 +16,22 @@ class FGSMRSSettings(MethodSettings):
     """Step size in units of eps. The paper's 1.25 was tuned on CIFAR-10; larger ones collapse more easily."""
 
 
+@register_method
 class FGSMRS(PerturbedStep):
     Settings = FGSMRSSettings
 
     def passes(self) -> tuple[int, int]:
         return 2, 2
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Linf, step: int, ids: Tensor) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
         return single_step(
             model,
             x,
             y,
             eps=threat.eps,
+            norm=threat.norm,
             noise=threat.eps,
-            step_size=self.settings.step * threat.eps,
+            step_size=self.step_size(self.settings.step * threat.eps, step),
             project=True,
             seed=self.seed,
             step=step,

@@ -9,29 +9,38 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from fulllora_dist.attacks.threat import Linf, in_box
+from fulllora_dist.attacks.threat import Linf, Threat, in_box
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods.base import Means, Method, MethodSettings, WeightStep
-from fulllora_dist.pixels import Pixels
+from fulllora_dist.methods.base import Means, Method, MethodSettings, WeightStep, register_method
+from fulllora_dist.methods.ramps import Ramps
+from fulllora_dist.methods.targets import TargetSettings
+from fulllora_dist.pixels import Size
 
 
 class FreeSettings(MethodSettings):
     name: Literal["free"] = "free"
     replays: int = Field(4, ge=1)
     """m: optimizer updates on each batch."""
-    step_size: Pixels | None = None
+    step_size: Size | None = None
     """Of the perturbation, in pixels; null takes eps, as the paper does."""
 
 
+@register_method
 class Free(Method):
     Settings = FreeSettings
 
-    def __init__(self, settings: FreeSettings, threat: Linf, seed: int, warmup_steps: int = 0):
-        super().__init__(settings, threat, seed, warmup_steps)
+    def __init__(
+        self,
+        settings: FreeSettings,
+        threat: Threat,
+        seed: int,
+        ramps: Ramps | None = None,
+        targets: TargetSettings | None = None,
+    ):
+        super().__init__(settings, threat, seed, ramps, targets)
         self.updates_per_batch = settings.replays
         self._delta: Tensor | None = None
 
@@ -41,19 +50,21 @@ class Free(Method):
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
         delta = self._delta_for(batch)
         threat = self.threat_at(step)
-        step_size = threat.eps if self.settings.step_size is None else self.settings.step_size
+        full_size = threat.eps if self.settings.step_size is None else self.settings.step_size
+        step_size = self.step_size(full_size, step)
         for _ in range(self.updates_per_batch):
             means = Means()
             for micro in engine.accumulate(batch):
                 part = delta[micro.slot - batch.slot :][: len(micro)]
+                x, y = self.mix(micro, step, engine.classes)
                 # the leaf is the picture itself: a clamp behind the leaf would zero the gradient of saturated pixels
-                x = in_box(micro.pixels() + part).requires_grad_()
+                x = in_box(x + part).requires_grad_()
                 logits = engine(x)
-                loss = F.cross_entropy(logits, micro.labels)
+                loss = self.cross_entropy(logits, y)
                 engine.backward(loss)
                 assert x.grad is not None
                 part.copy_(threat.project(part + step_size * threat.steepest(x.grad)))
-                means.add(loss, logits, micro.labels)
+                means.add(loss, logits, y)
         return means.result()
 
     def _delta_for(self, batch: Batch) -> Tensor:
@@ -67,7 +78,11 @@ class Free(Method):
     def slot_state(self) -> dict[str, Tensor]:
         if self._delta is None:
             return {}
-        if self.settings.step_size is None and self.warmup_steps == 0:
+        if (
+            self.settings.step_size is None
+            and self.ramps.eps == self.ramps.step_size == 0
+            and isinstance(self.threat, Linf)
+        ):
             # every value is then -eps, 0 or eps, so that one byte a pixel is exact
             signs = self._delta.sign()
             assert torch.equal(signs * self.threat.eps, self._delta)

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.fgsm import single_step
-from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.methods.base import MethodSettings, PerturbedStep, register_method
 
 
 class NFGSMSettings(MethodSettings):
@@ -21,20 +21,22 @@ class NFGSMSettings(MethodSettings):
     """Step size in units of eps."""
 
 
+@register_method
 class NFGSM(PerturbedStep):
     Settings = NFGSMSettings
 
     def passes(self) -> tuple[int, int]:
         return 2, 2
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Linf, step: int, ids: Tensor) -> Tensor:
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
         return single_step(
             model,
             x,
             y,
             eps=threat.eps,
+            norm=threat.norm,
             noise=self.settings.noise * threat.eps,
-            step_size=self.settings.step * threat.eps,
+            step_size=self.step_size(self.settings.step * threat.eps, step),
             project=False,
             seed=self.seed,
             step=step,

@@ -184,6 +184,7 @@ def build_backbone(
     std: Sequence[float] | None = None,
     seed: int = 0,
     architecture: Mapping[str, object] | None = None,
+    input_sizes: Sequence[int] = (),
 ) -> tuple[nn.Module, BackboneInfo]:
     """A timm model with its weights, and what it is.
 
@@ -196,6 +197,8 @@ def build_backbone(
         image_size: side in pixels; another than the pretrained one resamples the position embedding.
         mean, std: normalisation where it is not the tag's.
         architecture: further arguments of `timm.create_model` (depth, embed_dim, ...), for models of one's own.
+        input_sizes: sides in pixels that the model must also take as they come; the position embedding is resampled
+            in each forward pass then, and is what it was at `image_size`.
 
     Raises:
         UserError: unknown name, weights that cannot be had or do not fit, classes out of range.
@@ -210,9 +213,12 @@ def build_backbone(
     arguments: dict[str, Any] = dict(architecture or {})
     if image_size is not None:
         arguments["img_size"] = image_size
+    if input_sizes:
+        arguments["dynamic_img_size"] = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = _create(name, arguments, outputs, weights)
+    _check_input_sizes(backbone, name, input_sizes)
     if weights is None:
         sha256 = None if on_meta else fingerprint(backbone.state_dict())
         own_classes = pretrained and num_classes in (None, backbone.pretrained_cfg.get("num_classes"))
@@ -249,7 +255,16 @@ def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: 
         return timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = str(error).split("\n")[0]
+        if "dynamic_img_size" in reason:
+            raise UserError(f"phases.image_size: {name} takes pictures of one size only; leave it out") from None
         raise UserError(f"model: timm cannot build {name} with {arguments}: {reason}") from None
+
+
+def _check_input_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
+    patch = backbone.patch_embed.patch_size if sizes else (1, 1)
+    for size in sizes:
+        if size % patch[0] or size % patch[1]:
+            raise UserError(f"phases.image_size: {size} is no multiple of {name}'s patches of {patch[0]} pixels")
 
 
 def _load(

@@ -168,6 +168,7 @@ def create_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     architecture: dict[str, object] | None = None,
+    input_sizes: Sequence[int] = (),
     finetune: Finetune = "fulllora",
     budget: float = 0.05,
     rank: int | None = None,
@@ -182,7 +183,8 @@ def create_model(
     """A timm ViT with its weights, frozen, and an adapter that does nothing yet.
 
     Args:
-        name, checkpoint, pretrained, num_classes, classes, image_size, mean, std, architecture: see `build_backbone`.
+        name, checkpoint, pretrained, num_classes, classes, image_size, mean, std, architecture, input_sizes: see
+            `build_backbone`.
         finetune: what trains: "fulllora" (LNLoRA branches), "lora" (the same without LN), "full", "head", "layernorm".
         budget: share of backbone + head that may train, head counted; the rank follows from it.
         rank: rank of every branch, instead of the budget.
@@ -218,6 +220,7 @@ def create_model(
         std=std,
         seed=seed,
         architecture=architecture,
+        input_sizes=input_sizes,
     )
     unknown = set(placement) - set(COMPONENTS)
     if unknown:

@@ -1,22 +1,25 @@
 """A tiny model, its batches, and one training run of the engine: what the tests of this folder vary."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.config import DistributedSettings, OptimSettings
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.methods import Method
 from fulllora_dist.models.finetune import AdaptedModel, Finetune, create_model
+from fulllora_dist.phases import Phases
+from tests import recipes
+from tests.recipes import SOFT, WEAKENED, Recipe
 
 ARCHITECTURE = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CLASSES = 4
+SIDE = 16
 EPS = 8 / 255
 SEED = 7
 UPDATES = 6
@@ -25,12 +28,25 @@ BATCH = 8
 OPTIM = OptimSettings(
     lr=3e-3, min_lr=3e-4, warmup=0.34, weight_decay=0.1, clip=2.3, ema=0.8, batch_size=BATCH, epochs=1
 )
-METHOD_SETTINGS: dict[str, dict[str, Any]] = {
-    "standard": {},
-    "pgd": {"steps": 2},
-    "free": {"replays": 2},
-    "fgsm_rs": {},
-    "n_fgsm": {},
+# ways to train; in the plain loop the first five are written out, the others are `tests.recipes.plain_loss`
+RECIPES: dict[str, Recipe] = {
+    "standard": {"method": {"name": "standard"}},
+    "pgd": {"method": {"name": "pgd", "steps": 2}},
+    "free": {"method": {"name": "free", "replays": 2}},
+    "fgsm_rs": {"method": {"name": "fgsm_rs"}},
+    "n_fgsm": {"method": {"name": "n_fgsm"}},
+    "trades": {"method": {"name": "trades", "steps": 2}},
+    "mart": {"method": {"name": "mart", "steps": 2}},
+    "pgd_l2": {"method": {"name": "pgd", "steps": 2}, "threat": {"norm": "l2", "eps": 0.5}},
+    "pgd_mixed": {"method": {"name": "pgd", "steps": 2}, "targets": SOFT},
+    "pgd_weakened": {"method": {"name": "pgd", "steps": 2, **WEAKENED}, "threat": {"warmup": 0.5, "step_warmup": 0.3}},
+    "phases": {
+        "method": {"name": "pgd", "steps": 2},
+        "phases": [
+            {"share": 0.5, "image_size": 8, "eps": 0.02, "method": {"name": "pgd", "steps": 1}},
+            {"share": 0.5},
+        ],
+    },
 }
 STAGES = (0, 1, 2, 3)
 CHECKPOINTING: tuple[Literal["off", "weight_step", "all"], ...] = ("off", "weight_step", "all")
@@ -54,7 +70,8 @@ def build_model(depth: int = 2, random_b: bool = True, **settings: Any) -> Adapt
     model = create_model(
         "vit_tiny_patch16_224",
         pretrained=False,
-        image_size=16,
+        image_size=SIDE,
+        input_sizes=[8],
         architecture=ARCHITECTURE | {"depth": depth},
         **arguments,
     )
@@ -66,9 +83,25 @@ def build_model(depth: int = 2, random_b: bool = True, **settings: Any) -> Adapt
     return model
 
 
+def build_phases(name: str) -> Phases:
+    """The recipe over a run of six updates."""
+    return recipes.build(RECIPES[name], eps=EPS, seed=SEED, updates=UPDATES)
+
+
 def build_method(name: str) -> Method:
-    method = METHODS[name]
-    return method(method.Settings(name=name, **METHOD_SETTINGS[name]), Linf(EPS), SEED)  # type: ignore[call-arg]
+    """The recipe's method where it has no phases."""
+    (phase,) = build_phases(name).phases
+    return phase.method
+
+
+def build_data(name: str) -> list[Batch]:
+    """Global batches of the recipe, of the size that each phase asks for."""
+    phases = build_phases(name)
+    small = [phases.at(step).image_size for step in range(phases.total_steps)]
+    return [
+        replace(batch, images=batch.images[..., : size or SIDE, : size or SIDE])
+        for batch, size in zip(batches(phases.total_steps), small, strict=True)
+    ]
 
 
 def batches(count: int) -> list[Batch]:
@@ -76,7 +109,7 @@ def batches(count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(2)
     return [
         Batch(
-            torch.randint(0, 256, (BATCH, 3, 16, 16), dtype=torch.uint8, generator=generator),
+            torch.randint(0, 256, (BATCH, 3, SIDE, SIDE), dtype=torch.uint8, generator=generator),
             torch.randint(0, CLASSES, (BATCH,), generator=generator),
             torch.arange(i * BATCH, (i + 1) * BATCH),
             torch.ones(BATCH, dtype=torch.bool),
@@ -104,7 +137,7 @@ def build_engine(
     return Engine(model or build_model(), optim, settings, block, ranks, UPDATES, state)
 
 
-def train(ranks: Ranks, engine: Engine, method: Method, data: Sequence[Batch]) -> list[float]:
+def train(ranks: Ranks, engine: Engine, method: Method | Phases, data: Sequence[Batch]) -> list[float]:
     """Losses, averaged over the ranks."""
     losses = []
     for step, batch in enumerate(data):

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from cases import EPS, OPTIM, SEED, UPDATES
+from cases import EPS, OPTIM, RECIPES, SEED, UPDATES
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.rng import sample_rng
+from tests.recipes import Recipe, plain_loss
+
+WRITTEN_OUT = ("standard", "pgd", "free", "fgsm_rs", "n_fgsm")
 
 
 @dataclass
@@ -35,7 +38,7 @@ def _sign(model: AdaptedModel, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _perturbed(model: AdaptedModel, method: str, x: Tensor, y: Tensor, ids: Tensor, step: int) -> Tensor:
-    if method == "standard":
+    if method in ("standard", "free"):
         return x
     if method == "pgd":  # two steps of 2.5 eps / 2, but at most eps
         adversarial = (x + _noise(x, ids, method, step, EPS)).clamp(0, 1)
@@ -50,6 +53,13 @@ def _perturbed(model: AdaptedModel, method: str, x: Tensor, y: Tensor, ids: Tens
     assert method == "n_fgsm"
     start = (x + _noise(x, ids, method, step, 2 * EPS)).clamp(0, 1)
     return (start + EPS * _sign(model, start, y)).clamp(0, 1)
+
+
+def _recipe_at(name: str, step: int) -> tuple[Recipe, float]:
+    """The recipe and eps of one update: two phases have half of the updates each."""
+    recipe = RECIPES[name]
+    phase = recipe["phases"][step >= UPDATES / 2] if "phases" in recipe else {}
+    return {**recipe, "method": phase.get("method", recipe["method"])}, phase.get("eps", EPS)
 
 
 def plain_training(model: AdaptedModel, method: str, data: Sequence[Batch], parts: int) -> Result:
@@ -84,9 +94,13 @@ def plain_training(model: AdaptedModel, method: str, data: Sequence[Batch], part
                 x, y = images[part], batch.labels[part]
                 if method == "free":
                     x = (x + delta[part]).clamp(0, 1).requires_grad_()
-                else:
+                if method in WRITTEN_OUT:
                     x = _perturbed(model, method, x, y, batch.ids[part], step)
-                loss = F.cross_entropy(model(x), y) / parts
+                    loss = F.cross_entropy(model(x), y) / parts
+                else:
+                    recipe, eps = _recipe_at(method, step)
+                    ids = batch.ids[part]
+                    loss = plain_loss(recipe, model, x, y, ids, step, eps=eps, seed=SEED, run=UPDATES) / parts
                 loss.backward()
                 loss_sum += loss.item()
                 if method == "free":

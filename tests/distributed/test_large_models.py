@@ -9,7 +9,7 @@ import torch
 from harness import RankServer
 from torch import Tensor
 
-from fulllora_dist.build import build_method, build_model
+from fulllora_dist.build import build_model
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config
 from fulllora_dist.data.batch import Batch
@@ -17,6 +17,7 @@ from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.models.adapter_file import load, read_adapter, save_adapter
 from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.phases import Phase, build_phases
 
 pytestmark = pytest.mark.long
 
@@ -40,19 +41,24 @@ def _config(name: str, stage: int) -> Config:
     return load_config(path, overrides + SHORTEST.get(method, []))
 
 
+def _phase(config: Config) -> Phase:
+    """The only phase, or the first of several: small pictures, for which the position embedding is resampled."""
+    return build_phases(config, steps_per_epoch=1).phases[0]
+
+
 @functools.lru_cache(maxsize=1)
-def _built(backbone: str, name: str) -> AdaptedModel:
+def _built(backbone: str, several_sizes: bool, name: str) -> AdaptedModel:
     return build_model(_config(name, 1))
 
 
 def _prepare(name: str, stage: int, folder: str) -> AdaptedModel:
     """Built once for all configs of a backbone, which differ in how they train alone."""
     first = next(other for other in CONFIGS if _same_model(_config(other, 1), _config(name, stage)))
-    return _built(_config(name, stage).model.backbone, first)
+    return _built(_config(name, stage).model.backbone, bool(_config(name, stage).phases), first)
 
 
 def _same_model(a: Config, b: Config) -> bool:
-    return (a.finetune, a.model, a.adapter) == (b.finetune, b.model, b.adapter)
+    return (a.finetune, a.model, a.adapter, bool(a.phases)) == (b.finetune, b.model, b.adapter, bool(b.phases))
 
 
 def _picture(index: int) -> Tensor:
@@ -61,13 +67,20 @@ def _picture(index: int) -> Tensor:
 
 def _step(ranks: Ranks, model: AdaptedModel, name: str, stage: int, folder: str) -> dict[str, Any]:
     config = _config(name, stage)
-    method, _ = build_method(config, steps_per_epoch=1)
+    phase = _phase(config)
+    method, size = phase.method, phase.image_size or 224
     start = {n: p.detach().clone() for n, p in model.trainable().items()}
     engine = Engine(model, config.optim, config.distributed, config.deepspeed, ranks, UPDATES)
     losses = []
     for step in range(UPDATES // method.updates_per_batch):
         index = step * ranks.world + ranks.rank
-        one = Batch(_picture(index), torch.tensor([index]), torch.tensor([index]), torch.tensor([True]), ranks.rank)
+        one = Batch(
+            _picture(index)[..., :size, :size],
+            torch.tensor([index]),
+            torch.tensor([index]),
+            torch.tensor([True]),
+            ranks.rank,
+        )
         losses.append(method.step(engine, one, step)["loss"].item())
     assert engine.updates == UPDATES
     master, adapter = engine.state().tensors["master"], engine.adapter()
@@ -89,7 +102,7 @@ def _step(ranks: Ranks, model: AdaptedModel, name: str, stage: int, folder: str)
 
 
 def test_there_are_configs() -> None:
-    assert len(CONFIGS) == 8
+    assert len(CONFIGS) == 9
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -12,15 +12,15 @@ import pytest
 import torch
 from cases import (
     CHECKPOINTING,
-    METHOD_SETTINGS,
     OPTIM,
+    RECIPES,
     STAGES,
     UPDATES,
     Case,
-    batches,
+    build_data,
     build_engine,
-    build_method,
     build_model,
+    build_phases,
     train,
 )
 from harness import RankServer
@@ -30,17 +30,20 @@ from torch import Tensor
 from fulllora_dist.distributed.ranks import Ranks
 
 SPLITS = (2, 4, 8)
+IN_PAIRS = (2, 4)  # where pictures are mixed
 # A bias of k adds the same vector to every key, which softmax does not see: its gradient is zero but for rounding, and
 # Adam makes steps of a visible size out of that. It is held to ten times the largest of its own kind.
 NO_GRADIENT = ("qkv.lnlora.k.norm.bias", "qkv.bias[k]")
 
 
 def _short() -> list[tuple[int, Case]]:
-    """Each method at each stage on two ranks and each method on one, the rest varied pairwise."""
+    """Each way to train at each stage on two ranks (those after the first five at two of the stages) and each on one,
+    the rest varied pairwise."""
     found = []
-    for (i, method), stage in itertools.product(enumerate(METHOD_SETTINGS), STAGES):
-        found.append((2, Case(method, stage, CHECKPOINTING[(i + stage) % 3], 1 + (i + stage // 2) % 2)))
-    for i, method in enumerate(METHOD_SETTINGS):
+    for (i, method), stage in itertools.product(enumerate(RECIPES), STAGES):
+        if i < 5 or stage in (i % 2, 2 + i % 2):
+            found.append((2, Case(method, stage, CHECKPOINTING[(i + stage) % 3], 1 + (i + stage // 2) % 2)))
+    for i, method in enumerate(RECIPES):
         found.append((1, Case(method, i % 4, CHECKPOINTING[(i + 1) % 3], 2 - i % 2)))
     return found
 
@@ -58,22 +61,21 @@ SHORT = _short() + [
     ]
 ]
 FULL = [
-    (world, Case(*values))
-    for world in (1, 2)
-    for values in itertools.product(METHOD_SETTINGS, STAGES, CHECKPOINTING, (1, 2))
+    (world, Case(*values)) for world in (1, 2) for values in itertools.product(RECIPES, STAGES, CHECKPOINTING, (1, 2))
 ]
 
 
-def _data(method: str) -> list:
-    return batches(UPDATES // build_method(method).updates_per_batch)
+def splits(recipe: str) -> tuple[int, ...]:
+    """How the plain loop's batch is split to see its own rounding."""
+    return IN_PAIRS if "targets" in RECIPES[recipe] else SPLITS
 
 
 def _references(_: Ranks) -> dict[tuple[str, str], dict[int, Result]]:
     """{(finetune, method): {micro-batches: result}}"""
     return {
         (finetune, method): {
-            parts: plain_training(build_model(finetune=finetune), method, _data(method), parts)
-            for parts in (1, *SPLITS)
+            parts: plain_training(build_model(finetune=finetune), method, build_data(method), parts)
+            for parts in (1, *splits(method))
         }
         for finetune, method in sorted({(case.finetune, case.method) for _, case in SHORT})
     }
@@ -84,7 +86,7 @@ def _engine_runs(ranks: Ranks, cases: Iterable[Case]) -> dict[Case, tuple[Result
     found = {}
     for case in cases:
         engine = build_engine(ranks, case, build_model(finetune=case.finetune))
-        losses = train(ranks, engine, build_method(case.method), _data(case.method))
+        losses = train(ranks, engine, build_phases(case.method), build_data(case.method))
         state = engine.state()
         assert state.updates == UPDATES
         found[case] = Result(state.tensors["master"], state.tensors["ema"], losses, []), engine.gradient_norm()
@@ -136,7 +138,7 @@ def _differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, float]
 def _tolerances(reference: dict[int, Result], kind: str) -> dict[str, float]:
     """For each tensor 1e-6, or ten times what splitting the batch changes in the reference itself."""
     whole = getattr(reference[1], kind)
-    splits = [_differences(getattr(reference[parts], kind), whole) for parts in SPLITS]
+    splits = [_differences(getattr(reference[parts], kind), whole) for parts in reference.keys() - {1}]
     own = {name: max(split[name] for split in splits) for name in splits[0]}
     of_its_kind = max((d for name, d in own.items() if name.endswith(NO_GRADIENT)), default=0)
     return {n: max(1e-6, 10 * (of_its_kind if n.endswith(NO_GRADIENT) else d)) for n, d in own.items()}
@@ -150,7 +152,8 @@ def _check(references: dict[tuple[str, str], dict[int, Result]], case: Case, run
         differences = _differences(getattr(result, kind), getattr(reference[1], kind))
         wrong = {n: (d, tolerances[n]) for n, d in differences.items() if not d <= tolerances[n]}
         assert not wrong, (kind, wrong)
-    assert result.losses == pytest.approx(reference[1].losses, rel=1e-5)
+    own = max(abs(a / b - 1) for r in reference.values() for a, b in zip(r.losses, reference[1].losses, strict=True))
+    assert result.losses == pytest.approx(reference[1].losses, rel=max(1e-5, 10 * own))
     assert norm is None if case.stage == 0 else norm == pytest.approx(reference[1].norms[-1], rel=1e-4)
 
 
@@ -167,7 +170,7 @@ def test_reference_can_tell(references: dict[tuple[str, str], dict[int, Result]]
         if finetune == "fulllora":
             clipped = [norm > OPTIM.clip for norm in reference[1].norms]
             assert any(clipped), method
-            assert not all(clipped), method
+            assert not all(clipped) or method == "mart", method  # whose loss of two terms is steeper throughout
 
 
 @pytest.mark.parametrize(("world", "case"), SHORT, ids=lambda v: str(v) if isinstance(v, Case) else f"ranks{v}")
@@ -205,9 +208,9 @@ def test_parity_table(references: dict, full_runs: dict) -> None:
                 (unseen if name.endswith(NO_GRADIENT) else found).append(difference)
         return max(found)
 
-    for method in METHOD_SETTINGS:
+    for method in RECIPES:
         reference = references["fulllora", method]
-        cells = [max(largest(reference[parts], reference[1]) for parts in SPLITS)]
+        cells = [max(largest(reference[parts], reference[1]) for parts in splits(method))]
         for world, stage in itertools.product((1, 2), STAGES):
             same = [r for (w, c), (r, _) in full_runs.items() if (w, c.method, c.stage) == (world, method, stage)]
             cells.append(max(largest(result, reference[1]) for result in same))

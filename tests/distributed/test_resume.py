@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ARCHITECTURE, BATCH, EPS, METHOD_SETTINGS, STAGES, largest_difference
+from cases import ARCHITECTURE, BATCH, EPS, RECIPES, STAGES, largest_difference
 from harness import RankServer
 from torch import Tensor
 
-from fulllora_dist.build import build_method, build_model, build_stream
+from fulllora_dist.build import build_model, build_stream
 from fulllora_dist.config import Config
 from fulllora_dist.distributed.checkpoint import list_states, read_state
 from fulllora_dist.distributed.preemption import StopRequest
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
+from fulllora_dist.phases import build_phases
 from fulllora_dist.run import Run
 from fulllora_dist.run_state import RunState
 
@@ -36,8 +37,8 @@ def _config(output: Path, shards: str, method: str, stage: int, settings: Sequen
             "architecture": ARCHITECTURE,
         },
         "adapter": {"rank": 2, "head": "trained"},
-        "threat": {"eps": EPS},
-        "method": {"name": method, **METHOD_SETTINGS[method]},
+        **RECIPES[method],
+        "threat": {"eps": EPS, **RECIPES[method].get("threat", {})},
         "data": {"train": shards, "augment": "crop", "workers": 0},
         # 24 pictures make three batches an epoch; Free replays each twice
         "optim": {
@@ -59,21 +60,21 @@ def _config(output: Path, shards: str, method: str, stage: int, settings: Sequen
     return config
 
 
-def _start(ranks: Ranks, settings: dict) -> tuple[Run, RunState, Any, Any]:
+def _start(ranks: Ranks, settings: dict) -> tuple[Run, RunState]:
     config = Config.model_validate(settings)
     run = Run(config, ranks, StopRequest())
     model = build_model(config)
     stream = build_stream(config, model.info, ranks)
-    method, steps = build_method(config, stream.steps_per_epoch)
-    return run, RunState(run, model, stream, method, steps), stream, method
+    phases = build_phases(config, stream.steps_per_epoch)
+    return run, RunState(run, model, stream, phases)
 
 
 def _train(ranks: Ranks, settings: dict, until: int) -> tuple[int, int]:
     """As train.py does, but falling over after batch `until`. The batches it began at and ended at."""
-    run, state, stream, method = _start(ranks, settings)
+    run, state = _start(ranks, settings)
     began = state.step
-    for batch in run.progress(stream, state):
-        state.advance(method.step(state.engine, batch, state.step))
+    for batch in run.progress(state):
+        state.advance(state.phases.step(state.engine, batch, state.step))
         if state.step == until:
             break
     return began, state.step
@@ -93,8 +94,8 @@ def _expected_tensors(method: str) -> set[str]:
     return {"master", "exp_avg", "exp_avg_sq", "ema"} | ({"slots"} if method == "free" else set())
 
 
-ALL = [(method, stage) for method in METHOD_SETTINGS for stage in STAGES]
-SHORT = [("free", 0), ("pgd", 1), ("free", 2), ("n_fgsm", 3)]
+ALL = [(method, stage) for method in RECIPES for stage in STAGES]
+SHORT = [("free", 0), ("pgd", 1), ("free", 2), ("n_fgsm", 3), ("pgd_mixed", 1), ("pgd_weakened", 0), ("phases", 2)]
 
 
 def _check_same_topology(server: RankServer, shards: str, folder: Path, cases: list, world: int) -> None:
@@ -169,10 +170,10 @@ def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path)
 def _signalled(ranks: Ranks, settings: dict) -> tuple[int, bool, int | None]:
     """Rank 1 alone gets SIGTERM in the second batch."""
     with StopRequest() as stop:
-        run, state, stream, method = _start(ranks, settings)
+        run, state = _start(ranks, settings)
         run.stop = stop
-        for batch in run.progress(stream, state):
-            metrics = method.step(state.engine, batch, state.step)
+        for batch in run.progress(state):
+            metrics = state.phases.step(state.engine, batch, state.step)
             if ranks.rank == 1 and state.step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             state.advance(metrics)

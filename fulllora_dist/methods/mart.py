@@ -1,0 +1,48 @@
+"""MART (Wang et al., ICLR 2020, "Improving adversarial robustness requires revisiting misclassified examples").
+
+    BCE(f(x'), y) + lambda KL(f(x) || f(x')) (1 - p_y(x)),    BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
+
+Pictures that the model gets wrong even unperturbed weigh more. Clean and perturbed ones share one pass of the engine.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.methods.base import WeightStep, register_method
+from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
+from fulllora_dist.methods.trades import gaussian_start
+from fulllora_dist.rng import SampleRng
+
+
+class MARTSettings(MultiStepSettings):
+    name: Literal["mart"] = "mart"
+    weight: float = Field(5.0, ge=0)
+    """lambda, of the divergence."""
+
+
+@register_method
+class MART(MultiStep):
+    Settings = MARTSettings
+    needs_labels = True
+
+    def passes(self) -> tuple[int, int]:
+        return self.settings.steps + 2, self.settings.steps + 2
+
+    def start(self, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
+        return gaussian_start(threat, rng, x)
+
+    def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)
+        log_clean, log_perturbed = F.log_softmax(clean, dim=1), F.log_softmax(perturbed, dim=1)
+        runner_up = perturbed.scatter(1, y[:, None], float("-inf")).argmax(dim=1, keepdim=True)
+        # log(1 - p_k) as the log of all other probabilities together: exact also where p_k rounds to 1
+        all_others = log_perturbed.scatter(1, runner_up, float("-inf")).logsumexp(dim=1)
+        boosted = self.cross_entropy(perturbed, y) - all_others.mean()
+        divergence = F.kl_div(log_perturbed, log_clean, reduction="none", log_target=True).sum(dim=1)
+        doubt = 1 - log_clean.gather(1, y[:, None]).squeeze(1).exp()
+        return boosted + self.settings.weight * (divergence * doubt).mean(), perturbed

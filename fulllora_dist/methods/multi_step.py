@@ -1,0 +1,144 @@
+"""Attacks of several steps during training, with what Mo et al. (arXiv 2210.07540) change in them.
+
+While a ViT's training begins, they weaken the attack: *attention random dropping* cuts, block by block, the gradient
+that flows through attention, and *perturbation random masking* takes the perturbation from some patches. The share
+that is kept grows linearly from 0 to 1 over the first batches, so that afterwards the attack is the plain one.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.pgd import Loss, ascend, attacked, cross_entropy
+from fulllora_dist.attacks.threat import Threat, in_box
+from fulllora_dist.errors import UserError
+from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+from fulllora_dist.methods.ramps import ramp
+from fulllora_dist.pixels import Size
+from fulllora_dist.rng import sample_rng
+
+
+class MultiStepSettings(MethodSettings):
+    steps: int = Field(3, ge=1)
+    """Attack steps: each is one forward and one backward pass."""
+    step_size: Size | None = None
+    """In pixels; null takes 2.5 eps / steps, as Madry et al. do, but at most eps."""
+    attention_drop: float = Field(0.0, ge=0, le=1)
+    """Share of the run's batches over which attention's gradient is dropped at random, ever less; 0 drops none."""
+    perturbation_mask: float = Field(0.0, ge=0, le=1)
+    """Share of the run's batches over which patches lose their perturbation at random, ever fewer; 0 masks none."""
+    mask_patch: int = Field(16, ge=1)
+    """Side of those patches in pixels."""
+
+
+class MultiStep(PerturbedStep):
+    """What the methods with an attack of several steps share."""
+
+    def attack(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        start: Tensor,
+        target: Tensor,
+        *,
+        threat: Threat,
+        step: int,
+        ids: Tensor,
+        loss: Loss = cross_entropy,
+    ) -> Tensor:
+        """`steps` steps up the loss from `start`, both [B, 3, H, W] in [0, 1]; inside `attacked`."""
+        settings = self.settings
+        size = min(2.5 * threat.eps / settings.steps, threat.eps) if settings.step_size is None else settings.step_size
+        weakened = settings.attention_drop > 0 or settings.perturbation_mask > 0
+        return ascend(
+            model,
+            x,
+            start,
+            target,
+            threat=threat,
+            steps=settings.steps,
+            step_size=self.step_size(size, step),
+            loss=loss,
+            hook=Weakened(settings, self.ramps.run, self.seed, step, ids) if weakened else None,
+        )
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
+        rng = sample_rng(self.seed, f"train/{self.settings.name}/start/0", step, ids)
+        with attacked(model):
+            start = in_box(x + self.start(threat, rng, x))
+            return self.attack(model, x, start, y, threat=threat, step=step, ids=ids)
+
+    def start(self, threat: Threat, rng: Any, x: Tensor) -> Tensor:
+        """The perturbation [B, 3, H, W] that the attack starts from: uniform in the ball."""
+        return threat.random_start(rng, x)
+
+
+class Weakened:
+    """Attention random dropping and perturbation random masking of one batch (a `StepHook`).
+
+    Each sample has its own draws, keyed by (seed, step, attack step, block, id): Mo et al. draw once for the whole
+    batch of a GPU, which would depend on how the batch is spread over ranks.
+
+    Args:
+        run: batches of the whole run.
+        step: number of this batch.
+        ids: int64 [B].
+
+    Raises:
+        UserError: the model has no attention, or the pictures do not divide into patches.
+    """
+
+    def __init__(self, settings: MultiStepSettings, run: int, seed: int, step: int, ids: Tensor):
+        self._patch = settings.mask_patch
+        self._seed, self._step, self._ids = seed, step, ids
+        self._attention_kept = ramp(step, round(settings.attention_drop * run))
+        self._patches_kept = ramp(step, round(settings.perturbation_mask * run))
+
+    def _draw(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
+        return sample_rng(self._seed, f"train/{purpose}", self._step, self._ids).uniform(shape)
+
+    def perturbation(self, delta: Tensor, k: int) -> Tensor:
+        """`delta` [B, C, H, W] without the perturbation of a random share of its patches, the same number in each."""
+        if self._patches_kept == 1:
+            return delta
+        rows, columns = delta.shape[-2] / self._patch, delta.shape[-1] / self._patch
+        if not (rows.is_integer() and columns.is_integer()):
+            raise UserError(
+                f"method.mask_patch: {self._patch} does not divide pictures of {tuple(delta.shape[-2:])} pixels; "
+                "take the backbone's patch size"
+            )
+        count = int(rows * columns)
+        taken = int(count * (1 - self._patches_kept))
+        order = self._draw(f"perturbation_mask/{k}", (count,)).argsort(dim=1).argsort(dim=1)
+        kept = (order >= taken).to(delta.dtype).view(-1, 1, int(rows), int(columns))
+        return delta * F.interpolate(kept, scale_factor=self._patch, mode="nearest")
+
+    @contextmanager
+    def passing(self, model: nn.Module, k: int) -> Iterator[None]:
+        """Within, each block's attention has its value and, in a random share of the samples, no gradient."""
+        if self._attention_kept == 1:
+            yield
+            return
+        blocks = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "attn"]
+        if not blocks:
+            raise UserError("method.attention_drop: this backbone has no modules named attn; set it to 0")
+        handles = [block.register_forward_hook(self._without_gradient(i, k)) for i, block in enumerate(blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _without_gradient(self, block: int, k: int) -> Any:
+        kept = self._draw(f"attention_drop/{k}/{block}", (1,)) < self._attention_kept
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            # not a hook of the gradient: under checkpointing this runs again in backward and must give the same
+            return torch.where(kept.view(-1, *[1] * (output.ndim - 1)), output, output.detach())
+
+        return hook

@@ -1,0 +1,124 @@
+"""What a picture and its label become before they are attacked: mixup, CutMix and label smoothing.
+
+A picture is mixed with its neighbour in the global batch: slots 2i and 2i + 1 are partners. The order of an epoch is
+random, so the neighbour is a random other picture; and as ranks and micro-batches hold even numbers of slots, both are
+on one rank whatever the number of ranks. How much, and where, is drawn for each picture from (seed, step, id).
+"""
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from scipy.stats import beta
+from torch import Tensor
+
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.rng import sample_rng
+
+_QUANTILES = 4097
+
+
+class TargetSettings(BaseModel):
+    """Mixed pictures and softened labels; the attack sees the mixed ones too, the smoothing only the weight step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the label that is spread over all classes."""
+    mixup: float = Field(0.0, ge=0)
+    """alpha of Beta(alpha, alpha), by which two pictures are averaged; 0 mixes none."""
+    cutmix: float = Field(0.0, ge=0)
+    """alpha of Beta(alpha, alpha), by which a rectangle of one picture is put into another; 0 cuts none."""
+    mix_probability: float = Field(1.0, ge=0, le=1)
+    """Share of the pictures that are mixed; with both mixup and cutmix, half of those each."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels become probabilities."""
+        return bool(self.mixup or self.cutmix) and self.mix_probability > 0
+
+    @model_validator(mode="after")
+    def _agree(self) -> "TargetSettings":
+        if self.mix_probability != 1 and not (self.mixup or self.cutmix):
+            raise ValueError("mix_probability has no effect without targets.mixup or targets.cutmix; set one of them")
+        return self
+
+
+def _quantiles(alpha: float) -> Tensor:
+    """Beta(alpha, alpha)'s quantile function on an even grid of [0, 1], float64 [_QUANTILES]."""
+    return torch.from_numpy(beta(alpha, alpha).ppf(np.linspace(0, 1, _QUANTILES)))
+
+
+def _look_up(quantiles: Tensor, u: Tensor) -> Tensor:
+    """The quantile function at u in [0, 1), linear between the grid's points."""
+    quantiles = quantiles.to(u.device)
+    place = u.double() * (_QUANTILES - 1)
+    below = place.long()
+    return torch.lerp(quantiles[below], quantiles[below + 1], place - below)
+
+
+def partners(count: int, device: torch.device) -> Tensor:
+    """int64 [count]: position of each sample's partner in an even number of samples that begins at an even slot."""
+    assert count % 2 == 0, f"{count} samples have no partners; the configuration should have been refused"
+    return torch.arange(count, device=device) ^ 1
+
+
+class Mixer:
+    """Makes the pictures and targets of a training step.
+
+    Args:
+        settings: which mixing, how strong.
+        seed: of the run.
+    """
+
+    def __init__(self, settings: TargetSettings, seed: int):
+        self.settings = settings
+        self._seed = seed
+        self._quantiles = {
+            name: _quantiles(alpha) for name, alpha in (("mixup", settings.mixup), ("cutmix", settings.cutmix)) if alpha
+        }
+
+    def __call__(self, batch: Batch, step: int, classes: int) -> tuple[Tensor, Tensor]:
+        """Pixels [B, 3, H, W] in [0, 1], and labels int64 [B] or, where pictures are mixed, probabilities [B, classes].
+
+        Args:
+            batch: B even and the first slot even, where pictures are mixed.
+            step: number of the batch in the run.
+        """
+        x, y = batch.pixels(), batch.labels
+        if not self.settings.mixes:
+            return x, y
+        other = partners(len(batch), x.device)
+        u = sample_rng(self._seed, "train/mix", step, batch.ids).uniform((5,)).unbind(1)
+        mixed = u[0] < self.settings.mix_probability
+        both = len(self._quantiles) == 2
+        cut = u[1] < 0.5 if both else torch.full_like(mixed, "cutmix" in self._quantiles)
+        own = torch.ones_like(u[2], dtype=torch.float64)  # share of the picture's own label
+        result = x
+        if "mixup" in self._quantiles:
+            share = torch.where(mixed & ~cut, _look_up(self._quantiles["mixup"], u[2]), own)
+            weight = share.to(x.dtype).view(-1, 1, 1, 1)
+            result = torch.where(weight == 1, x, weight * x + (1 - weight) * x[other])
+            own = share
+        if "cutmix" in self._quantiles:
+            area = 1 - _look_up(self._quantiles["cutmix"], u[2])
+            inside = _rectangle(area, u[3], u[4], x.shape[-2], x.shape[-1]) & (mixed & cut).view(-1, 1, 1)
+            result = torch.where(inside[:, None], x[other], result)
+            own = own - inside.double().mean(dim=(1, 2))  # what the picture's edge cut off does not count
+        labels = torch.nn.functional.one_hot(y, classes).double()
+        soft = own[:, None] * labels + (1 - own[:, None]) * labels[other]
+        return result, soft.to(x.dtype)
+
+
+def _rectangle(area: Tensor, u: Tensor, v: Tensor, height: int, width: int) -> Tensor:
+    """bool [B, height, width]: a rectangle of that share of the picture around a uniform centre, cut at the edges.
+
+    Yun et al., arXiv 1905.04899, section 3.1: sides are sqrt(area) of the picture's.
+    """
+
+    def span(centre: Tensor, side: int) -> Tensor:
+        length = (area.sqrt() * side).round().long()
+        first = (centre.double() * side).long() - length // 2
+        place = torch.arange(side, device=area.device)
+        return (place >= first[:, None]) & (place < (first + length)[:, None])
+
+    return span(u, height)[:, :, None] & span(v, width)[:, None, :]

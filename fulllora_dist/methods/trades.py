@@ -1,0 +1,52 @@
+"""TRADES (Zhang et al., arXiv 1901.08573).
+
+    CE(f(x), y) + beta KL(f(x) || f(x')),    x' = argmax KL(f(x) || f(x')) in the ball
+
+The weight step sees clean and perturbed pictures in one pass of twice the batch, so that the engine is called once.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.pgd import attacked, kl_divergence
+from fulllora_dist.attacks.threat import Threat, in_box
+from fulllora_dist.methods.base import WeightStep, register_method
+from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
+from fulllora_dist.rng import SampleRng, sample_rng
+
+START = 1e-3
+"""Standard deviation of the Gaussian start, in pixels. At the picture itself the divergence has no gradient."""
+
+
+def gaussian_start(threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
+    """A perturbation of `START` in each pixel, in the ball."""
+    return threat.project((START * rng.normal(x.shape[1:])).to(x.dtype))
+
+
+class TRADESSettings(MultiStepSettings):
+    name: Literal["trades"] = "trades"
+    beta: float = Field(6.0, ge=0)
+    """Weight of the divergence (1 / lambda in the paper): more robust, less accurate on clean pictures."""
+
+
+@register_method
+class TRADES(MultiStep):
+    Settings = TRADESSettings
+
+    def passes(self) -> tuple[int, int]:
+        return self.settings.steps + 3, self.settings.steps + 2  # clean logits for the attack, then twice the batch
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
+        start = in_box(x + gaussian_start(threat, sample_rng(self.seed, "train/trades/start/0", step, ids), x))
+        with attacked(model):
+            with torch.no_grad():
+                clean = model(x)
+            return self.attack(model, x, start, clean, threat=threat, step=step, ids=ids, loss=kl_divergence)
+
+    def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)
+        divergence = kl_divergence(perturbed, clean) / len(x)
+        return self.cross_entropy(clean, y) + self.settings.beta * divergence, perturbed

@@ -1,0 +1,90 @@
+"""A run in phases, each with its own method, threat model and image size.
+
+Phases take shares of the optimizer updates. Optimizer, learning rate and stream know nothing of them: updates and
+batches are counted through, so that a run with phases resumes as any other.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fulllora_dist.attacks.threat import threat_model
+from fulllora_dist.config import Config, PhaseSettings
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.methods.base import WeightStep
+from fulllora_dist.methods.ramps import Ramps
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Batches `first` to `end` - 1 of the run.
+
+    Attributes:
+        image_size: side in pixels, None for the model's own.
+    """
+
+    first: int
+    end: int
+    image_size: int | None
+    method: Method
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the phase."""
+        return (self.end - self.first) * self.method.updates_per_batch
+
+
+class Phases:
+    """The phases of a run; to the training loop they are one method."""
+
+    def __init__(self, phases: Sequence[Phase]):
+        self.phases = tuple(phases)
+        self.total_steps = self.phases[-1].end
+        self.total_updates = sum(phase.updates for phase in self.phases)
+
+    def at(self, step: int) -> Phase:
+        """The phase of batch `step`; at the run's end the last one."""
+        return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
+
+    def left(self, step: int) -> Iterator[Phase]:
+        """The phases from batch `step` on."""
+        return (phase for phase in self.phases if step < phase.end)
+
+    def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
+        """`Method.step` of the batch's phase."""
+        return self.at(step).method.step(engine, batch, step)
+
+    def slot_state(self, step: int) -> dict[str, Tensor]:
+        """`Method.slot_state` of the phase that goes on with batch `step`: what an ended phase kept is not needed."""
+        return self.at(step).method.slot_state()
+
+    def load_slot_state(self, state: Mapping[str, Tensor], step: int) -> None:
+        """`Method.load_slot_state` of the phase that goes on with batch `step`."""
+        self.at(step).method.load_slot_state(state)
+
+
+def build_phases(config: Config, steps_per_epoch: int) -> Phases:
+    """The phases of a config, or the whole run as one.
+
+    The run has epochs x steps_per_epoch optimizer updates; a phase ends with the first whole batch at which its and all
+    earlier shares are reached.
+    """
+    updates = config.optim.epochs * steps_per_epoch
+    phases: list[Phase] = []
+    share, made, first = 0.0, 0, 0
+    for wanted in config.phases or (PhaseSettings(share=1),):
+        choice = wanted.method or config.method
+        threat = threat_model(config.threat.norm, config.threat.eps if wanted.eps is None else wanted.eps)
+        method = METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)
+        share += wanted.share
+        # less than a billionth of an update is rounding of the shares, and no reason for another batch
+        batches = math.ceil((share * updates - made) / method.updates_per_batch - 1e-9)
+        phases.append(Phase(first, first + max(0, batches), wanted.image_size, method))
+        first, made = phases[-1].end, made + phases[-1].updates
+    ramps = Ramps(round(config.threat.warmup * first), round(config.threat.step_warmup * first), first)
+    for phase in phases:
+        phase.method.ramps = ramps
+    return Phases(phases)

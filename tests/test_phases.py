@@ -1,0 +1,130 @@
+"""A run in phases: how long each is, and that its method, radius and image size are what it says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from fulllora_dist.build import build_model, check_inputs
+from fulllora_dist.config import Config
+from fulllora_dist.config_file import load_config
+from fulllora_dist.errors import UserError
+from fulllora_dist.phases import build_phases
+from fulllora_dist.planning import estimate
+from tests.tiny import ARCHITECTURE, SIDE, pictures, stir, tiny
+
+
+def config(phases: list[dict[str, Any]], **sections: Any) -> Config:
+    values: dict[str, Any] = {
+        "model": {"backbone": "vit_tiny_patch16_224", "pretrained": False, "num_classes": 4, "image_size": SIDE},
+        "threat": {"eps": 0.04},
+        "method": {"name": "pgd", "steps": 2},
+        "adapter": {"rank": 2},
+        "data": {"train": "none"},
+        "run": {"output": "none"},
+        "phases": phases,
+    }
+    values["model"]["architecture"] = ARCHITECTURE
+    return Config.model_validate(values | sections)
+
+
+@pytest.mark.parametrize(
+    ("phases", "updates", "ends"),
+    [
+        ([], 100, [100]),
+        ([{"share": 0.8}, {"share": 0.2}], 100, [80, 100]),
+        ([{"share": 0.1}] * 10, 100, [10 * i for i in range(1, 11)]),  # 0.1 added up is not exact
+        (
+            [{"share": 0.5, "method": {"name": "free", "replays": 4}}, {"share": 0.5}],
+            100,
+            [13, 61],
+        ),  # 52 and 48 updates
+        ([{"share": 0.5}, {"share": 0.5, "method": {"name": "free", "replays": 4}}], 100, [50, 63]),
+        ([{"share": 0.001}, {"share": 0.999}], 10, [1, 10]),
+        ([{"share": 0.01}, {"share": 0.01}, {"share": 0.98}], 10, [1, 1, 10]),  # the second is over before it begins
+    ],
+)
+def test_phases_take_their_share_of_the_updates(phases: list[dict], updates: int, ends: list[int]) -> None:
+    built = build_phases(config(phases, optim={"epochs": 1}), steps_per_epoch=updates)
+    assert [phase.end for phase in built.phases] == ends
+    assert [phase.first for phase in built.phases] == [0, *ends[:-1]]
+    assert built.total_steps == ends[-1]
+    assert updates <= built.total_updates < updates + 4
+    assert [built.at(step) for step in range(ends[-1])] == [
+        next(p for p in built.phases if p.first <= step < p.end) for step in range(ends[-1])
+    ]
+    assert list(built.left(ends[-1])) == []
+    assert built.at(ends[-1]) is built.phases[-1]
+
+
+def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
+    phases = [
+        {"share": 0.75, "image_size": 8, "eps": "2/255", "method": "n_fgsm"},
+        {"share": 0.25, "method": {"name": "pgd", "steps": 3}},
+    ]
+    built = build_phases(
+        config(phases, threat={"eps": 0.04, "warmup": 0.5, "norm": "l2"}, optim={"epochs": 2}), steps_per_epoch=20
+    )
+    first, second = built.phases
+    assert (first.image_size, second.image_size) == (8, None)
+    assert [phase.method.settings.name for phase in built.phases] == ["n_fgsm", "pgd"]
+    assert [phase.method.threat.norm for phase in built.phases] == ["l2", "l2"]
+    assert first.method.threat.eps == pytest.approx(2 / 255)
+    assert second.method.threat.eps == 0.04
+    assert second.method.settings.steps == 3
+    assert first.method.threat_at(9).eps == pytest.approx(2 / 255 * 10 / 21)
+    assert second.method.threat_at(30).eps == 0.04
+
+
+def test_input_sizes_change_nothing_at_the_models_own() -> None:
+    """Bit for bit at 16 pixels; at 8 the model is timm's of that size, with the position embedding resampled."""
+    plain, both = stir(tiny(head="trained")), stir(tiny(head="trained", input_sizes=[8]))
+    x, small = pictures(3), pictures(3, side=8)
+    with torch.no_grad():
+        assert torch.equal(plain(x), both(x))
+        got = both(small)
+    with pytest.raises(AssertionError):
+        plain(small)
+    # an independent model of 8 pixels, its weights resampled by timm's own filter
+    weights = {n: p for n, p in plain.backbone.state_dict().items() if ".lnlora." not in n}
+    native = timm.create_model("vit_tiny_patch16_224", img_size=8, num_classes=4, **ARCHITECTURE)
+    resampled = timm.models.vision_transformer.checkpoint_filter_fn(weights, native)
+    other = tiny(head="trained", image_size=8)
+    other.backbone.load_state_dict(resampled)
+    other.load_trainable({n: p.detach() for n, p in plain.trainable().items()})
+    with torch.no_grad():
+        torch.testing.assert_close(got, other(small), rtol=0, atol=1e-5)
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UserError, match=r"phases.image_size: 10 is no multiple of .* patches of 4 pixels"):
+        build_model(config([{"share": 0.5, "image_size": 10}, {"share": 0.5}]))
+
+
+def test_mixing_needs_an_even_micro_batch(tmp_path: Path) -> None:
+    odd = config([], targets={"mixup": 0.2}, optim={"batch_size": 12}, distributed={"grad_accumulation": 2})
+    with pytest.raises(
+        UserError, match=r"targets: pictures are mixed in pairs, but 3 a rank and micro-batch are an odd"
+    ):
+        check_inputs(odd, world=2)
+
+
+def test_the_plan_counts_each_phase() -> None:
+    """FLOPs are the sum over phases: half of the run at half the side costs less than the whole at full size."""
+    text = estimate(config([{"share": 0.5, "image_size": 8, "method": "n_fgsm"}, {"share": 0.5}]), ranks=1)
+    lines = text.splitlines()
+    assert any(line.startswith("n_fgsm at 8 pixels, linf eps = 10.2/255: 2 forward, 2 backward") for line in lines)
+    assert any(line.startswith("pgd at 16 pixels, linf eps = 10.2/255: 3 forward, 3 backward") for line in lines)
+
+    def total(text: str) -> float:
+        return float(text.split("whole run ")[1].split(" EFLOP")[0])
+
+    whole = estimate(config([]), ranks=1)
+    assert 0 < total(text) < total(whole)
+
+
+def test_the_example_config_is_advxls_idea() -> None:
+    ready = load_config(str(Path(__file__).parents[1] / "configs" / "imagenet_vit_large_phases.yaml"))
+    assert [(p.share, p.image_size) for p in ready.phases] == [(0.8, 112), (0.2, None)]

@@ -1,0 +1,106 @@
+"""Methods from outside the package: the examples of docs/extending.md, as a reader would use them."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.nn.functional as F
+
+from fulllora_dist.config_file import load_config
+from fulllora_dist.errors import UserError
+from fulllora_dist.methods import METHODS, register_method
+from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+from fulllora_dist.phases import build_phases
+from tests.methods.test_methods import PlainEngine, start
+from tests.tiny import batches
+
+DOC = Path(__file__).parents[1] / "docs" / "extending.md"
+CONFIG = """
+model: {backbone: vit_tiny_patch16_224.augreg_in21k_ft_in1k}
+threat: {eps: 0.05}
+method: {name: noise, radius: 0.5}
+data: {train: shards}
+run: {output: out, seed: 3}
+"""
+
+
+def example(name: str) -> str:
+    """The code block of the docs that begins with a comment naming the file."""
+    found = re.search(rf"```python\n(# {re.escape(name)}\n.*?)```", DOC.read_text(), re.DOTALL)
+    assert found is not None, name
+    return found.group(1)
+
+
+@pytest.fixture(autouse=True)
+def clean_registry() -> Iterator[None]:
+    known, modules, path = dict(METHODS), set(sys.modules), list(sys.path)
+    yield
+    METHODS.clear()
+    METHODS.update(known)
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if "noise" in name:
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("plugin", ["noise_method", "noise_method.py"])
+def test_a_method_from_outside_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plugin: str) -> None:
+    """By module in the working directory and by file: the config names it, and one step is what its code says."""
+    (tmp_path / "noise_method.py").write_text(example("noise_method.py"))
+    (tmp_path / "run.yaml").write_text(CONFIG + f"plugins: [{plugin}]\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="'noise' is no method"):
+        load_config("run.yaml", ["plugins=[]"])
+    config = load_config("run.yaml")
+    assert load_config("run.yaml") == config  # a second time, as tests and notebooks do
+    method = build_phases(config, steps_per_epoch=4).at(0).method
+    (batch,) = batches(1, size=4)
+    model, seen = start(), []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    metrics = method.step(PlainEngine(model), batch, 2)
+    (x,) = seen
+    assert 0.02 < float((x - batch.images).abs().max()) <= 0.025
+    reference = start()
+    assert float(metrics["loss"]) == pytest.approx(float(F.cross_entropy(reference(x), batch.labels).detach()))
+    assert method.passes() == (1, 1)
+
+
+def test_a_plugin_that_breaks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_noise.py").write_text("raise RuntimeError('two\\nlines')\n")
+    (tmp_path / "run.yaml").write_text(CONFIG + "plugins: [broken_noise.py]\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"plugins: broken_noise.py cannot be imported \(RuntimeError: two lines"
+    ) as caught:
+        load_config("run.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_installed_package_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real distribution on the path, as pip would leave it."""
+    (tmp_path / "noise_method.py").write_text(example("noise_method.py"))
+    info = tmp_path / "noise_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noise-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fulllora_dist.plugins]\nnoise = noise_method\n")
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert load_config(str(tmp_path / "run.yaml")).method.model_dump() == {"name": "noise", "radius": 0.5}
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method 'pgd' of .* is fulllora_dist.methods.pgd's already"):
+
+        @register_method
+        class Other(PerturbedStep):
+            Settings = METHODS["pgd"].Settings
+
+    with pytest.raises(ValueError, match="has no default name"):
+
+        @register_method
+        class Nameless(PerturbedStep):
+            Settings = MethodSettings
+
+    assert METHODS["pgd"].__module__ == "fulllora_dist.methods.pgd"
