@@ -1,5 +1,6 @@
 """A run in phases: how long each is, and that its method, radius and image size are what it says."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config
 from fulllora_dist.errors import UserError
 from fulllora_dist.phases import build_phases
-from fulllora_dist.planning import estimate
+from fulllora_dist.planning import IMAGENET, estimate
 from tests.tiny import ARCHITECTURE, SIDE, pictures, stir, tiny
 
 
@@ -112,17 +113,24 @@ def test_mixing_needs_an_even_micro_batch(tmp_path: Path) -> None:
 
 
 def test_the_plan_counts_each_phase() -> None:
-    """FLOPs are the sum over phases: half of the run at half the side costs less than the whole at full size."""
-    text = estimate(config([{"share": 0.5, "image_size": 8, "method": "n_fgsm"}, {"share": 0.5}]), ranks=1)
-    lines = text.splitlines()
-    assert any(line.startswith("n_fgsm at 8 pixels, linf eps = 10.2/255: 2 forward, 2 backward") for line in lines)
-    assert any(line.startswith("pgd at 16 pixels, linf eps = 10.2/255: 3 forward, 3 backward") for line in lines)
-
-    def total(text: str) -> float:
-        return float(text.split("whole run ")[1].split(" EFLOP")[0])
-
-    whole = estimate(config([]), ranks=1)
-    assert 0 < total(text) < total(whole)
+    """The whole run's FLOPs are those of the phases' own lines."""
+    model = {"backbone": "vit_tiny_patch16_224", "pretrained": False}
+    phases = [{"share": 0.5, "image_size": 112, "method": "n_fgsm"}, {"share": 0.5}]
+    plan = estimate(config(phases, model=model, optim={"batch_size": 64, "epochs": 4}), ranks=1)
+    pattern = (
+        r"(\w+) at (\d+) pixels, linf eps = 10.2/255: (\d) forward, (\d) backward passes a batch; ([\d,]+) batches, "
+        r"([\d,]+) updates; attack pass ([\d.]+) GFLOP, weight step ([\d.]+) GFLOP"
+    )
+    found = re.findall(pattern, plan)
+    updates = str(4 * (IMAGENET // 64) // 2)
+    assert [(name, size, f, b) for name, size, f, b, *_ in found] == [
+        ("n_fgsm", "112", "2", "2"),
+        ("pgd", "224", "3", "3"),
+    ]
+    assert [one[5].replace(",", "") for one in found] == [updates, updates]
+    gflops = sum(float(n.replace(",", "")) * 64 * ((int(b) - 1) * float(a) + float(w)) for *_, b, n, _, a, w in found)
+    assert float(re.findall(r"whole run ([\d.]+) EFLOP", plan)[0]) == pytest.approx(gflops / 1e9, rel=0.05)
+    assert float(found[0][6]) < 0.3 * float(found[1][6])
 
 
 def test_the_example_config_is_advxls_idea() -> None:

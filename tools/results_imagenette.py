@@ -9,19 +9,37 @@ About 8 minutes a row on two CPU cores.
 import argparse
 import json
 import os
+import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from fulllora_dist.build import build_model
+from fulllora_dist.config_file import load_config
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.phases import build_phases
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/imagenette_vit_tiny.yaml"
 RUNS = Path("runs/imagenette")
+PAGE = Path("docs/results.md")
+RESULTS = Path("docs/results_imagenette.json")  # what was measured, a row each; the page is made from it
+TRAINING_PICTURES = 2000
 BEFORE = "before"
 # on the CPU the fused attention's backward is several times slower in bf16 than the plain one
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
 
 FULL = ("finetune=full", "adapter.head=auto", "optim.lr=2e-4")
+EXPERIMENTS = "plugins=[tools/cheaper_passes.py]"
+SMALL_FIRST = "phases=[{share: 0.8, image_size: 64, method: n_fgsm}, {share: 0.2}]"
 # name -> (what it is, overrides)
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     BEFORE: ("the backbone as it is", ()),
@@ -30,13 +48,26 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "full_pgd2": ("full finetuning, PGD-2", FULL),
     "fulllora_free4": ("FullLoRA, Free-4, as many passes as N-FGSM", ("method=free", "optim.epochs=16")),
     "fulllora_pgd2_r16": ("FullLoRA, PGD-2, rank 16", ("adapter.rank=16",)),
+    "fulllora_agat": ("FullLoRA, N-FGSM with token dropping (AGAT)", (EXPERIMENTS, "method=agat_n_fgsm")),
+    "fulllora_nfgsm_short": ("FullLoRA, N-FGSM, as much work as AGAT", ("method=n_fgsm", "optim.epochs=5.1")),
+    "fulllora_yopo": ("FullLoRA, YOPO-1-3 through the first block", (EXPERIMENTS, "method=yopo")),
+    "fulllora_phases": ("FullLoRA, 80 % N-FGSM at 64 pixels, then PGD-2", (SMALL_FIRST,)),
     "lora_pgd2": ("plain LoRA (no LN), PGD-2", ("finetune=lora",)),
     "lora_pgd2_lr5e-4": ("plain LoRA, PGD-2, lr 5e-4", ("finetune=lora", "optim.lr=5e-4")),
+    "fulllora_trades": ("FullLoRA, TRADES-2, beta 6", ("method=trades", "method.steps=2")),
+    "fulllora_mart": ("FullLoRA, MART-2, lambda 5", ("method=mart", "method.steps=2")),
+    "fulllora_mixed": (
+        "FullLoRA, PGD-2, mixup 0.8 and CutMix 1 on 30 %",
+        ("targets={mixup: 0.8, cutmix: 1.0, mix_probability: 0.3}",),
+    ),
+    "fulllora_weakened": (
+        "FullLoRA, PGD-2, attention drop and perturbation mask over 25 %",
+        ("method.attention_drop=0.25", "method.perturbation_mask=0.25"),
+    ),
     "fulllora_fgsm_rs": ("FullLoRA, FGSM-RS", ("method=fgsm_rs",)),
     "full_nfgsm": ("full finetuning, N-FGSM", (*FULL, "method=n_fgsm")),
     "fulllora_pgd2_nowarmup": ("FullLoRA, PGD-2, eps not warmed up", ("threat.warmup=0",)),
 }
-PASSES = {"n_fgsm": 2, "fgsm_rs": 2, "free": 1, "pgd": 3}  # backward passes an optimizer update, PGD with 2 steps
 
 HEAD = """# Imagenette: ViT-Ti/16 at 96 pixels, Linf 4/255
 
@@ -47,6 +78,9 @@ The backbone has seen most of these pictures in its own pretraining, so clean ac
 Nothing was chosen on the validation pictures but the recipe itself (learning rate, flip instead of crop, trained head,
 warm-up of eps), on the first 300 of them: read differences between rows, not last digits.
 
+*Work* is the floating-point operations of the whole training, attack and weight steps, counted on the real model and
+relative to the row of FullLoRA with PGD-2.
+
 Shards, once:
 
 ```bash
@@ -54,11 +88,14 @@ python tools/make_shards.py ../shared/data/imagenette224-train.tar data/imagenet
 python tools/make_shards.py ../shared/data/imagenette224-val1000.tar data/imagenette/val
 ```
 
-`python tools/results_imagenette.py` trains all rows and writes this page.
+`python tools/results_imagenette.py` trains the rows that `docs/results_imagenette.json` has not and writes this page.
 
-| row | trained share | backward passes an update x updates | clean % | PGD-10 % |
-|---|---|---|---|---|
+| row | trained share | updates | work | clean % | PGD-10 % |
+|---|---|---|---|---|---|
 """
+
+
+FINDINGS = ""  # what the rows say, for people
 
 
 def command(name: str) -> list[str]:
@@ -70,7 +107,7 @@ def command(name: str) -> list[str]:
 
 
 def make_shards(data: Path) -> None:
-    for archive, split, limit in (("train", "train", ["--limit", "2000"]), ("val1000", "val", [])):
+    for archive, split, limit in (("train", "train", ["--limit", str(TRAINING_PICTURES)]), ("val1000", "val", [])):
         source = data / f"imagenette224-{archive}.tar"
         make = [sys.executable, "tools/make_shards.py", str(source), f"data/imagenette/{split}", *limit]
         subprocess.run(make, check=True)
@@ -87,27 +124,85 @@ def run(name: str, checkpoint: Path) -> None:
     )
 
 
-def row(name: str) -> str:
-    what = ROWS[name][0]
-    results = json.loads((RUNS / name / "evaluation.json").read_text())["attacks"]
-    scores = [f"{100 * s['accuracy']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})" for s in results.values()]
+class _Counter(TorchDispatchMode):
+    """Sums the floating-point operations of everything that runs within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        return out
+
+
+class _Engine:
+    """The two doors of a method over the plain model, which takes no step."""
+
+    def __init__(self, model: AdaptedModel):
+        self.attack_view, self.classes = model, model.info.num_classes
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.attack_view(pixels)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def accumulate(self, batch: Batch) -> Iterator[Batch]:
+        yield batch
+
+
+def work(name: str) -> tuple[int, int]:
+    """(optimizer updates, floating-point operations a picture of the batch) of a row's whole training."""
+    config = load_config(CONFIG, [*ROWS[name][1], "model.pretrained=false", "model.checkpoint=null"])
+    model, total = build_model(config).train(), 0
+    phases = build_phases(config, steps_per_epoch=TRAINING_PICTURES // config.optim.batch_size)
+    for phase in phases.phases:
+        size = phase.image_size or model.info.image_size
+        pictures = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+        batch = Batch(pictures, torch.tensor([0, 1]), torch.arange(2), torch.ones(2, dtype=torch.bool))
+        with _Counter() as counter:
+            phase.method.step(_Engine(model), batch, phase.first)
+        total += counter.total // 2 * (phase.end - phase.first)
+    return phases.total_updates, total
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """What the table needs of a run that is done."""
+    evaluation = json.loads((RUNS / name / "evaluation.json").read_text())
+    scores = {a: {k: s[k] for k in ("accuracy", "low", "high")} for a, s in evaluation["attacks"].items()}
     if name == BEFORE:
-        return f"| {what} | 0 | 0 | {' | '.join(scores)} |"
+        return {"share": 0, "rank": None, "attacks": scores}
     adapter = json.loads((RUNS / name / "adapter" / "adapter.json").read_text())
-    passes = PASSES[adapter["training"]["method"]["name"]]
-    rank = f", rank {adapter['adapter']['rank']}" if adapter["adapter"]["rank"] else ""
-    return (
-        f"| {what} | {adapter['trainable_share']:.2%}{rank} | {passes} x {adapter['training']['updates']} "
-        f"| {' | '.join(scores)} |"
-    )
+    return {"share": adapter["trainable_share"], "rank": adapter["adapter"]["rank"], "attacks": scores}
+
+
+def row(name: str, result: dict[str, Any], reference: int) -> str:
+    scores = [
+        f"{100 * s['accuracy']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})" for s in result["attacks"].values()
+    ]
+    if name == BEFORE:
+        return f"| {ROWS[name][0]} | 0 | 0 | 0 | {' | '.join(scores)} |"
+    updates, operations = work(name)
+    rank = f", rank {result['rank']}" if result["rank"] else ""
+    share = f"{result['share']:.2%}{rank}"
+    return f"| {ROWS[name][0]} | {share} | {updates} | {operations / reference:.2f} | {' | '.join(scores)} |"
 
 
 def write_table() -> None:
-    done = [name for name in ROWS if (RUNS / name / "evaluation.json").exists()]
+    """Add the runs that are done to the results, and write the page from all of them."""
+    results = json.loads(RESULTS.read_text())
+    results |= {name: read_result(name) for name in ROWS if (RUNS / name / "evaluation.json").exists()}
+    done = [name for name in ROWS if name in results]
+    RESULTS.write_text(json.dumps({name: results[name] for name in done}, indent=1) + "\n")
+    reference = work("fulllora_pgd2")[1]
     settings = "export " + " ".join(f"{key}={value}" for key, value in ENVIRONMENT.items())
-    commands = "\n".join([settings, *(" ".join(["deepspeed --num_gpus 2", *command(name)]) for name in done)])
-    text = HEAD + "\n".join(row(name) for name in done) + f"\n\n```bash\n{commands}\n```\n"
-    (ROOT / "docs" / "results.md").write_text(text)
+    commands = "\n".join([settings, *(shlex.join(["deepspeed", "--num_gpus", "2", *command(name)]) for name in done)])
+    table = "\n".join(row(name, results[name], reference) for name in done)
+    PAGE.write_text(f"{HEAD}{table}\n\n{FINDINGS}\n```bash\n{commands}\n```\n")
 
 
 def main() -> None:
@@ -120,7 +215,7 @@ def main() -> None:
     if not args.table_only:
         make_shards(args.data)
         for name in args.rows.split(",") if args.rows else ROWS:
-            if not (RUNS / name / "evaluation.json").exists():
+            if name not in json.loads(RESULTS.read_text()):
                 run(name, args.data / "vit_tiny_patch16_224.safetensors")
             write_table()
     write_table()

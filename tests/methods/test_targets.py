@@ -70,7 +70,6 @@ def test_cutmix_puts_in_a_rectangle_and_labels_follow_its_area() -> None:
     assert torch.equal(sides, columns.sum(dim=1)[whole])
     # a side s covers s - s^2 / 4 on average over centres; the square of that over s^2 uniform is 1/2 - 1/5 + 1/48
     assert float((1 - own).mean()) == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.015)
-    assert own.min() == 0 or own.min() < 0.05
 
 
 def test_both_share_the_mixed_pictures() -> None:
