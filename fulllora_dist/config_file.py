@@ -26,12 +26,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         UserError: one line that names the setting or file.
     """
     merged = _read(path)
+    settings = []
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or not key.strip():
             raise UserError(f"{override!r} is no setting; write key=value, e.g. optim.lr=1e-3")
+        # a name alone would be lost when a setting of the method follows it
+        named = key == "method" and not value.lstrip().startswith(("{", "["))
+        settings.append(f"method.name={value}" if named else override)
     try:
-        merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        merged = _merge(merged, OmegaConf.from_dotlist(settings))
         values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None

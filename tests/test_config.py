@@ -67,6 +67,8 @@ def test_values_come_from_file_base_and_command_line(path: Path) -> None:
         (["method.steps=5"], {"name": "pgd", "steps": 5}),
         (["method=pgd", "method.steps=5"], {"name": "pgd", "steps": 5}),
         (["method=free"], {"name": "free", "replays": 4}),
+        (["method=free", "method.replays=3"], {"name": "free", "replays": 3}),
+        (["method={name: free, replays: 5}"], {"name": "free", "replays": 5}),
         (["method.name=free", "method.replays=2"], {"name": "free", "replays": 2}),
         (["method.name=n_fgsm"], {"name": "n_fgsm", "noise": 2.0, "step": 1.0}),
     ],

@@ -54,8 +54,8 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fulllora_phases": ("FullLoRA, 80 % N-FGSM at 64 pixels, then PGD-2", (SMALL_FIRST,)),
     "lora_pgd2": ("plain LoRA (no LN), PGD-2", ("finetune=lora",)),
     "lora_pgd2_lr5e-4": ("plain LoRA, PGD-2, lr 5e-4", ("finetune=lora", "optim.lr=5e-4")),
-    "fulllora_trades": ("FullLoRA, TRADES-2, beta 6", ("method=trades", "method.steps=2")),
-    "fulllora_mart": ("FullLoRA, MART-2, lambda 5", ("method=mart", "method.steps=2")),
+    "fulllora_trades": ("FullLoRA, TRADES-2, beta 6", ("method.name=trades", "method.steps=2")),
+    "fulllora_mart": ("FullLoRA, MART-2, lambda 5", ("method.name=mart", "method.steps=2")),
     "fulllora_mixed": (
         "FullLoRA, PGD-2, mixup 0.8 and CutMix 1 on 30 %",
         ("targets={mixup: 0.8, cutmix: 1.0, mix_probability: 0.3}",),
