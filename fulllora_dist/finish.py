@@ -32,6 +32,8 @@ def _provenance(config: Config, state: RunState) -> dict[str, Any]:
     return {
         "threat": config.threat.model_dump(mode="json"),
         "method": config.method.model_dump(mode="json"),
+        "phases": [phase.model_dump(mode="json") for phase in config.phases],
+        "targets": config.targets.model_dump(mode="json"),
         "optim": config.optim.model_dump(mode="json"),
         "seed": config.run.seed,
         "batches": state.step,

@@ -1,5 +1,6 @@
 """A run in phases: how long each is, and that its method, radius and image size are what it says."""
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,16 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import nn
 
 from fulllora_dist.build import build_model, check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config
 from fulllora_dist.errors import UserError
-from fulllora_dist.phases import build_phases
+from fulllora_dist.phases import Phases, build_phases
 from fulllora_dist.planning import IMAGENET, estimate
-from tests.tiny import ARCHITECTURE, SIDE, pictures, stir, tiny
+from tests.methods.test_methods import PlainEngine, start
+from tests.tiny import ARCHITECTURE, SIDE, batches, pictures, stir, tiny
 
 
 def config(phases: list[dict[str, Any]], **sections: Any) -> Config:
@@ -77,6 +80,33 @@ def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
     assert second.method.settings.steps == 3
     assert first.method.threat_at(9).eps == pytest.approx(2 / 255 * 10 / 21)
     assert second.method.threat_at(30).eps == 0.04
+
+
+def test_state_of_slots_is_that_of_the_phase_that_goes_on() -> None:
+    """Free's perturbation is kept within its phase, also over a restart, and not beyond: the next one starts anew."""
+    free = {"name": "free", "replays": 1, "step_size": 0.01}
+    wanted = [{"share": 0.5, "method": free}, {"share": 0.5, "method": free, "eps": 0.02}]
+    data = list(batches(4, size=4, dtype=torch.float32))
+
+    def run(phases: Phases, model: nn.Module, steps: range) -> nn.Module:
+        engine = PlainEngine(model)
+        for step in steps:
+            phases.step(engine, data[step], step)
+        return model
+
+    whole = build_phases(config(wanted, optim={"epochs": 1}), steps_per_epoch=4)
+    model = run(whole, start().float(), range(1))
+    (delta,) = whole.slot_state(1).values()
+    assert delta.abs().max() > 0.009
+    resumed = build_phases(config(wanted, optim={"epochs": 1}), steps_per_epoch=4)
+    resumed.load_slot_state({name: t.clone() for name, t in whole.slot_state(1).items()}, 1)
+    twin = run(resumed, copy.deepcopy(model), range(1, 4))
+    run(whole, model, range(1, 2))
+    assert whole.slot_state(2) == {}
+    run(whole, model, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
+    (last,) = whole.slot_state(4).values()
+    assert 0.009 < last.abs().max() <= 0.02
 
 
 def test_input_sizes_change_nothing_at_the_models_own() -> None:
