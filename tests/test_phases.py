@@ -100,10 +100,11 @@ def test_state_of_slots_is_that_of_the_phase_that_goes_on() -> None:
     assert delta.abs().max() > 0.009
     resumed = build_phases(config(wanted, optim={"epochs": 1}), steps_per_epoch=4)
     resumed.load_slot_state({name: t.clone() for name, t in whole.slot_state(1).items()}, 1)
-    twin = run(resumed, copy.deepcopy(model), range(1, 4))
-    run(whole, model, range(1, 2))
-    assert whole.slot_state(2) == {}
-    run(whole, model, range(2, 4))
+    twin = copy.deepcopy(model)
+    for phases, trained in ((whole, model), (resumed, twin)):
+        run(phases, trained, range(1, 2))
+        assert phases.slot_state(2) == {}
+        run(phases, trained, range(2, 4))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     (last,) = whole.slot_state(4).values()
     assert 0.009 < last.abs().max() <= 0.02
