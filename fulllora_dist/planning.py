@@ -85,9 +85,9 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     checkpointing = config.distributed.activation_checkpointing
 
     trainable = list(model.trainable().values())
-    model.backbone.set_grad_checkpointing(checkpointing != "off")  # type: ignore[operator]
+    model.set_activation_checkpointing(checkpointing != "off")
     step_flops, step_bytes = _count(model)
-    model.backbone.set_grad_checkpointing(checkpointing == "all")  # type: ignore[operator]
+    model.set_activation_checkpointing(checkpointing == "all")
     for parameter in trainable:
         parameter.requires_grad_(False)
     attack_flops, attack_bytes = _count(model)
