@@ -119,3 +119,13 @@ def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
 def branches(model: AdaptedModel) -> list[str]:
     """Names of the branches: "blocks.0.attn.qkv.lnlora.q" and so on."""
     return [name.removesuffix(".A") for name, _ in model.backbone.named_parameters() if name.endswith(".A")]
+
+
+SEES_K_BIAS = ("swinv2", "eva02", "eva_rope", "eva_post", "eva_pool", "xcit")
+
+
+def softmax_ignores(family: str, tensor: str) -> bool:
+    """Whether it is the bias of a k: it adds the same to every key, unless k is rotated or normalised behind it."""
+    of_k = tensor.endswith(("lnlora.k.norm.bias", "k_proj.lnlora.norm.bias", "attn.k.lnlora.norm.bias"))
+    pooling = "attn_pool." in tensor or "cls_attn_blocks." in tensor
+    return of_k and (pooling or not family.startswith(SEES_K_BIAS))

@@ -262,6 +262,16 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     return config.to_dict() if config is not None else {}
 
 
+def _converted(family: Family, weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """The weights under the model's own keys, position embeddings and bias tables resampled to its grid."""
+    try:
+        return family.converted(weights, backbone)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, ValueError, AssertionError) as error:  # a filter's, over another model's keys
+        raise RuntimeError(str(error)) from None
+
+
 def _load(
     backbone: nn.Module,
     family: Family,
@@ -273,8 +283,7 @@ def _load(
 ) -> bool:
     """Fill the backbone; True where the head is the checkpoint's own."""
     try:
-        # resamples the position embedding to the model's grid
-        converted = family.converted(weights, backbone)
+        converted = _converted(family, weights, backbone)
         fitted, own = _fit_head(converted, heads, classes, num_classes)
         result = backbone.load_state_dict(fitted, strict=False)
     except RuntimeError as error:  # names are right and shapes are not

@@ -8,7 +8,19 @@ from torch import Tensor, nn
 
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.finetune import AdaptedModel, create_model
-from tests.tiny import CLASSES, FAMILIES, SIDE, architecture, branches, patches, pictures, roughen, stir, tiny
+from tests.tiny import (
+    CLASSES,
+    FAMILIES,
+    SIDE,
+    architecture,
+    branches,
+    patches,
+    pictures,
+    roughen,
+    softmax_ignores,
+    stir,
+    tiny,
+)
 
 EXPECTED_BRANCHES = {
     "vit": 14,
@@ -37,15 +49,6 @@ EXPECTED_BRANCHES = {
 }
 """A patch embedding; q, k, v, proj, fc1 and fc2 in two blocks (a SwiGLU of separate layers has two fc1, a pool six
 branches more); one head, or DeiT's two. Swin: three blocks and one merging. XCiT: three convolutions."""
-SEES_K_BIAS = ("swinv2", "eva02", "eva_rope", "eva_post", "eva_pool", "xcit")
-"""A bias of k adds the same to every key, which softmax ignores, unless k is rotated or normalised behind it."""
-
-
-def ignored(family: str, tensor: str) -> bool:
-    """Whether a tensor is a bias of k that softmax ignores."""
-    of_k = tensor.endswith(("lnlora.k.norm.bias", "k_proj.lnlora.norm.bias", "attn.k.lnlora.norm.bias"))
-    pooling = "attn_pool." in tensor or "cls_attn_blocks." in tensor
-    return of_k and (pooling or not family.startswith(SEES_K_BIAS))
 
 
 def reference(model: AdaptedModel, family: str, pixels: Tensor) -> Tensor:
@@ -103,7 +106,7 @@ def test_each_branch_alone_changes_the_logits_learns_and_equals_the_formula(fami
         assert (logits - still).abs().max() > 1e-9, f"{name} changes nothing"
         torch.testing.assert_close(logits, reference(model, family, x), rtol=0, atol=1e-12, msg=name)
         for tensor in ("A", "B", "norm.weight", "norm.bias"):
-            if not ignored(family, f"{name}.{tensor}"):
+            if not softmax_ignores(family, f"{name}.{tensor}"):
                 assert own[f"{name}.{tensor}"].grad.norm() > 1e-10, f"{name}.{tensor} has no gradient"
         own[f"{name}.B"].data.zero_()
 
