@@ -1,4 +1,4 @@
-"""Which models of timm can be adapted, and what an adapter of the default budget is there: counted on the meta device."""
+"""Which models of timm can be adapted, and what an adapter of a given budget is there, counted on the meta device."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
