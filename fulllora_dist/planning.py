@@ -85,9 +85,9 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     checkpointing = config.distributed.activation_checkpointing
 
     sizes = [phase.image_size or model.info.image_size for phase in phases.phases]
-    model.backbone.set_grad_checkpointing(checkpointing != "off")  # type: ignore[operator]
+    model.set_activation_checkpointing(checkpointing != "off")
     weight_step = {size: _count(model, size) for size in sizes}
-    model.backbone.set_grad_checkpointing(checkpointing == "all")  # type: ignore[operator]
+    model.set_activation_checkpointing(checkpointing == "all")
     for parameter in model.trainable().values():
         parameter.requires_grad_(False)
     attack_pass = {size: _count(model, size) for size in sizes}

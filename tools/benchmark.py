@@ -31,6 +31,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
 from fulllora_dist.methods import METHODS
+from fulllora_dist.models.families import family_of
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 from fulllora_dist.models.precision import compute_in_bf16
 
@@ -97,7 +98,7 @@ def bare(args: argparse.Namespace, device: torch.device) -> nn.Module:
     backbone = timm.create_model(args.backbone, num_classes=1000, img_size=args.image_size).eval().to(device)
     if args.precision == "bf16":
         backbone.requires_grad_(False)
-        compute_in_bf16(backbone)
+        compute_in_bf16(family_of(backbone, args.backbone).modules(backbone))
     return Normalised(backbone)
 
 

@@ -108,6 +108,7 @@ class Engine:
         total_updates: int,
         state: TrainableState | None = None,
     ):
+        model.set_activation_checkpointing(settings.activation_checkpointing != "off")  # refused here, not in a step
         if state is not None:
             model.load_trainable(state.tensors["master"])
         self.model = model.to(ranks.device)
@@ -264,7 +265,7 @@ class Engine:
             self._ema[name].lerp_(master.float(), 1 - decay)
 
     def _set_checkpointing(self, enabled: bool) -> None:
-        self.model.backbone.set_grad_checkpointing(enabled)  # type: ignore[operator]
+        self.model.set_activation_checkpointing(enabled)
 
 
 def _start_deepspeed(

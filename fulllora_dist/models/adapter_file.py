@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.families import FAMILIES
 from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, Precision, create_model
 
 FORMAT_VERSION = 1
@@ -56,6 +57,7 @@ def save_adapter(
         "format_version": FORMAT_VERSION,
         "adapter": dataclasses.asdict(model.spec),
         "backbone": dataclasses.asdict(model.info),
+        "family": {"name": model.family.name, "plugin": model.family.plugin},
         "timm": timm.__version__,
         "trainable": model.report.trainable,
         "trainable_share": model.report.share,
@@ -101,6 +103,16 @@ def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"adapter: {folder}/{TENSORS} is damaged ({error})") from None
 
 
+def _check_family(folder: str, family: Mapping[str, Any] | None) -> None:
+    """Refuse an adapter of a family that is not registered. No module is imported because a file names it."""
+    if family is not None and family["name"] not in FAMILIES:
+        plugin = family["plugin"]
+        raise UserError(
+            f"adapter: {folder} is of the family {family['name']}, which is not registered; "
+            f"import {plugin or 'the module that registers it'} first, or name it under plugins:"
+        )
+
+
 def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "fp32") -> AdaptedModel:
     """The adapted model of an adapter: its backbone is built from timm or `checkpoint`, and checked.
 
@@ -113,6 +125,7 @@ def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "
         UserError: missing or damaged files, an unknown version, another backbone, other shapes.
     """
     description, state = read_adapter(folder)
+    _check_family(folder, description.get("family"))
     try:
         info = BackboneInfo(**description["backbone"])
         spec = AdapterSpec(**description["adapter"])

@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from fulllora_dist.errors import UserError
+from fulllora_dist.models.families import Family, family_of
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,6 @@ def check_name(name: str, needs_tag: bool) -> None:
         )
 
 
-def _head_names(backbone: Any) -> list[str]:
-    classifier = backbone.pretrained_cfg["classifier"]
-    return list(classifier) if isinstance(classifier, (tuple, list)) else [classifier]
-
-
 def _fit_head(
     weights: dict[str, Tensor], heads: list[str], classes: Sequence[int] | None, num_classes: int | None
 ) -> tuple[dict[str, Tensor], int | None]:
@@ -219,12 +214,14 @@ def build_backbone(
         torch.manual_seed(seed)
         backbone = _create(name, arguments, outputs, weights)
     _check_input_sizes(backbone, name, input_sizes)
+    family = family_of(backbone, name)
+    heads = [site.path for site in family.sites(backbone, name) if site.component == "head"]
     if weights is None:
         sha256 = None if on_meta else fingerprint(backbone.state_dict())
-        own_classes = pretrained and num_classes in (None, backbone.pretrained_cfg.get("num_classes"))
+        own_classes = pretrained and num_classes in (None, _pretrained_cfg(name).get("num_classes"))
     else:
         sha256 = fingerprint(weights)
-        own_classes = _load(backbone, weights, classes, outputs, checkpoint or name)
+        own_classes = _load(backbone, family, heads, weights, classes, outputs, checkpoint or name)
     data = timm.data.resolve_model_data_config(backbone)
     info = BackboneInfo(
         name=name,
@@ -247,17 +244,40 @@ def build_backbone(
 
 def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: Mapping[str, Tensor] | None) -> Any:
     """The bare timm model. Without a number of outputs it takes the checkpoint's."""
-    if outputs is None and weights is not None and "head.weight" in weights:
-        outputs = len(weights["head.weight"])
+    classifier = _pretrained_cfg(name).get("classifier", "head")
+    for head in [classifier] if isinstance(classifier, str) else classifier:
+        if outputs is None and weights is not None and f"{head}.weight" in weights:
+            outputs = len(weights[f"{head}.weight"])
     if outputs is not None:
         arguments = {**arguments, "num_classes": outputs}
     try:
-        return timm.create_model(name, pretrained=False, **arguments)
+        backbone = timm.create_model(name, pretrained=False, **arguments)
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = str(error).split("\n")[0]
         if "dynamic_img_size" in reason:
             raise UserError(f"phases.image_size: {name} takes pictures of one size only; leave it out") from None
         raise UserError(f"model: timm cannot build {name} with {arguments}: {reason}") from None
+    if "drop_path_rate" not in arguments:  # Swin's is 0.1 unless told: drawn from torch's generator, on each rank anew
+        for module in backbone.modules():
+            if isinstance(module, timm.layers.DropPath):
+                module.drop_prob = 0.0
+    return backbone
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    """timm's description of a tag, or of an architecture without one."""
+    config = timm.models.get_pretrained_cfg(name)
+    return config.to_dict() if config is not None else {}
+
+
+def _converted(family: Family, weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
+    """The weights under the model's own keys, position embeddings and bias tables resampled to its grid."""
+    try:
+        return family.converted(weights, backbone)
+    except UserError:
+        raise
+    except (AttributeError, KeyError, ValueError, AssertionError) as error:  # a filter's, over another model's keys
+        raise RuntimeError(str(error)) from None
 
 
 def _check_input_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
@@ -269,17 +289,16 @@ def _check_input_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
 
 def _load(
     backbone: nn.Module,
+    family: Family,
+    heads: list[str],
     weights: dict[str, Tensor],
     classes: Sequence[int] | None,
     num_classes: int | None,
     source: str,
 ) -> bool:
     """Fill the backbone; True where the head is the checkpoint's own."""
-    heads = _head_names(backbone)
-    # timm's own filter of the family: it resamples the position embedding to the model's grid
-    convert = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     try:
-        converted = convert(weights, backbone) if convert is not None else weights
+        converted = _converted(family, weights, backbone)
         fitted, own = _fit_head(converted, heads, classes, num_classes)
         result = backbone.load_state_dict(fitted, strict=False)
     except RuntimeError as error:  # names are right and shapes are not

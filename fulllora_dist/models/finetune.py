@@ -6,11 +6,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo, build_backbone
+from fulllora_dist.models.families import Family, family_of
+from fulllora_dist.models.families.family import check_branches_are_called
 from fulllora_dist.models.lnlora import QKV, LNLoRABranch, LNLoRASplit, attach
-from fulllora_dist.models.placement import COMPONENTS, Adapted, PlacementReport, Site, find_sites
+from fulllora_dist.models.placement import COMPONENTS, FUSED, Adapted, PlacementReport, Site
 from fulllora_dist.models.precision import compute_in_bf16
 from fulllora_dist.rng import base_key
 
@@ -53,6 +56,7 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         backbone: the timm model, branches in place, under timm's own keys.
+        family: what the backbone's family says about it.
         info: what the backbone is.
         spec: what of it trains.
         report: where the branches are, and what the trainable share is.
@@ -61,9 +65,12 @@ class AdaptedModel(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: nn.Module, info: BackboneInfo, spec: AdapterSpec, report: PlacementReport):
+    def __init__(
+        self, backbone: nn.Module, family: Family, info: BackboneInfo, spec: AdapterSpec, report: PlacementReport
+    ):
         super().__init__()
         self.backbone = backbone
+        self.family = family
         self.info = info
         self.spec = spec
         self.report = report
@@ -74,6 +81,31 @@ class AdaptedModel(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.backbone((pixels - self.mean) / self.std)
+
+    def train(self, mode: bool = True) -> "AdaptedModel":
+        """Training mode, except for BatchNorm: its statistics are the backbone's.
+
+        A batch's own would change the backbone, and make the result depend on how a batch is split over ranks.
+        """
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        """Recompute the blocks in backward instead of keeping what is inside them.
+
+        Raises:
+            UserError: the family's models cannot do that.
+        """
+        if self.family.checkpointing:
+            self.backbone.set_grad_checkpointing(enabled)  # type: ignore[operator]
+        elif enabled:
+            raise UserError(
+                f"distributed.activation_checkpointing: {self.info.name} of the family {self.family.name} has none; "
+                "set it to off"
+            )
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The tensors of the adapter by their names in the timm model, also while an attack has frozen them."""
@@ -110,12 +142,11 @@ def _branch_sizes(site: Site, layer: nn.Module, placement: Sequence[str], qkv: s
     """{branch name: (d_in, d_out)} of one layer; the name is "" for a single branch."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     d_in, d_out = weight[0].numel(), weight.shape[0]
-    if site.component != "qkv":
-        wanted = site.component == "head" or site.component in placement
+    parts = FUSED.get(site.component, (site.component,))
+    wanted = [part for part in parts if part == "head" or part in placement]
+    if len(parts) == 1 or qkv == "shared":
         return {"": (d_in, d_out)} if wanted else {}
-    if qkv == "shared":
-        return {"": (d_in, d_out)} if set(QKV) & set(placement) else {}
-    return {name: (d_in, d_out // len(QKV)) for name in QKV if name in placement}
+    return {part: (d_in, d_out // len(parts)) for part in wanted}
 
 
 def _resolve_head(head: Head, finetune: Finetune, own_classes: bool) -> Literal["frozen", "trained", "adapted"]:
@@ -189,8 +220,8 @@ def create_model(
         budget: share of backbone + head that may train, head counted; the rank follows from it.
         rank: rank of every branch, instead of the budget.
         alpha: branches are scaled by alpha / rank; None takes alpha = rank, so that the scale is 1 at any rank.
-        placement: components with a branch, of patch_embed, q, k, v, proj, fc1, fc2.
-        qkv: "separate" branches for q, k and v, or one "shared".
+        placement: components with a branch, of `COMPONENTS`.
+        qkv: "separate" branches for q, k and v of a fused projection, or one "shared".
         patch_norm_eps: eps of the LN over flattened patches (docs/how_it_works.md says why it is not 1e-6).
         head: "frozen", "trained" or "adapted"; "auto" freezes the backbone's own classes and trains new ones.
         precision: "bf16" computes the blocks in bf16, everything else stays in fp32.
@@ -227,7 +258,8 @@ def create_model(
         raise UserError(f"adapter.placement: unknown {', '.join(sorted(unknown))}; known: {', '.join(COMPONENTS)}")
     if qkv == "shared" and len(set(QKV) & set(placement)) not in (0, len(QKV)):
         raise UserError("adapter.qkv: a shared branch adapts q, k and v at once; place all three, or take separate")
-    sites = find_sites(backbone, name)
+    family = family_of(backbone, name)
+    sites = family.sites(backbone, name)
     resolved_head = _resolve_head(head, finetune, info.own_classes)
     total = sum(p.numel() for p in backbone.parameters())
     trained = _own_trained(backbone, finetune, resolved_head, sites)
@@ -242,7 +274,11 @@ def create_model(
                 sizes = _branch_sizes(site, backbone.get_submodule(site.path), placement, qkv)
                 plan += [(site, sizes)] if sizes else []
         if not plan:
-            raise UserError(f"adapter.placement: no component is chosen; choose among {', '.join(COMPONENTS)}")
+            present = {part for site in sites for part in FUSED.get(site.component, (site.component,))}
+            raise UserError(
+                f"adapter.placement: no component of {name} is chosen; choose among "
+                f"{', '.join(c for c in COMPONENTS if c in present)}"
+            )
         if rank is None:
             every = [size for _, sizes in plan for size in sizes.values()]
             rank = _rank_for_budget(every, sum(own.values()), total, finetune == "fulllora", budget)
@@ -253,14 +289,17 @@ def create_model(
     spec = AdapterSpec(finetune, rank, alpha, tuple(placement), qkv, patch_norm_eps, resolved_head, seed)
     for parameter_name, parameter in backbone.named_parameters():
         parameter.requires_grad_(parameter_name in trained)
-    adapted = [_adapt(backbone, site, sizes, spec) for site, sizes in plan]
+    adapted = [_adapt(backbone, family, site, sizes, spec) for site, sizes in plan]
+    check_branches_are_called(backbone, [site for site, _ in plan], name, info.image_size)
     report = _report(backbone, adapted, own, total)
     if precision == "bf16":
-        compute_in_bf16(backbone)
-    return AdaptedModel(backbone, info, spec, report).eval()
+        compute_in_bf16(family.modules(backbone))
+    return AdaptedModel(backbone, family, info, spec, report).eval()
 
 
-def _adapt(backbone: nn.Module, site: Site, sizes: dict[str, tuple[int, int]], spec: AdapterSpec) -> Adapted:
+def _adapt(
+    backbone: nn.Module, family: Family, site: Site, sizes: dict[str, tuple[int, int]], spec: AdapterSpec
+) -> Adapted:
     assert spec.rank is not None
     assert spec.alpha is not None
     layer: Any = backbone.get_submodule(site.path)
@@ -268,13 +307,19 @@ def _adapt(backbone: nn.Module, site: Site, sizes: dict[str, tuple[int, int]], s
     eps = spec.patch_norm_eps if site.component == "patch_embed" else TOKEN_NORM_EPS
     branches: dict[str, LNLoRABranch] = {}
     for name, (d_in, d_out) in sizes.items():
-        branch = LNLoRABranch(d_in, d_out, spec.rank, spec.alpha, norm=spec.finetune == "fulllora", eps=eps)
+        part = LNLoRABranch(d_in, d_out, spec.rank, spec.alpha, norm=spec.finetune == "fulllora", eps=eps)
         if device.type != "meta":
             generator = torch.Generator().manual_seed(base_key(spec.seed, f"{site.path}.{name}", 0) >> 1)
-            branch.reset_parameters(generator)
-        branches[name] = branch.to(device)
-    attach(layer, branches[""] if "" in branches else LNLoRASplit(branches))
-    count = sum(p.numel() for branch in branches.values() for p in branch.parameters())
+            part.reset_parameters(generator)
+        branches[name] = part.to(device)
+    branch: nn.Module = branches[""] if "" in branches else LNLoRASplit(branches, FUSED[site.component])
+    around: Any = backbone.get_submodule(site.path.rpartition(".")[0])
+    calling = family.calling.get(type(around)) if site.component == "qkv" else None
+    if calling is not None and around.q_bias is not None:
+        attach(layer, branch, around, calling)
+    else:
+        attach(layer, branch)
+    count = sum(p.numel() for p in branch.parameters())
     return Adapted(site, tuple(branches), count)
 
 

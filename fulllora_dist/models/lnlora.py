@@ -10,7 +10,7 @@ normalised input x_hat, and no normalised-and-scaled copy of the activations is 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -80,24 +80,30 @@ class LNLoRABranch(nn.Module):
 
 
 class LNLoRASplit(nn.Module):
-    """One branch for each of q, k and v beside a fused qkv projection; a name left out has none."""
+    """One branch for each of q, k and v beside a fused projection; a name left out has none.
 
-    def __init__(self, branches: Mapping[str, LNLoRABranch]):
+    Args:
+        branches: by name.
+        parts: names of the equal parts of the projection's outputs, in their order.
+    """
+
+    def __init__(self, branches: Mapping[str, LNLoRABranch], parts: Sequence[str] = QKV):
         super().__init__()
+        self.parts = tuple(parts)
         for name, branch in branches.items():
             self.add_module(name, branch)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [..., d], y [..., 3 * d_out] -> [..., 3 * d_out]."""
+        """x [..., d], y [..., parts * d_out] -> [..., parts * d_out]."""
         branches: dict[str, LNLoRABranch] = dict(self.named_children())  # type: ignore[arg-type]
         first = next(iter(branches.values()))
         if first.norm is not None:
             x = standardise(x, first.eps)
-        parts = y.split(y.shape[-1] // len(QKV), dim=-1)
+        parts = y.split(y.shape[-1] // len(self.parts), dim=-1)
         return torch.cat(
             [
                 branches[n](x, part, standardised=True) if n in branches else part
-                for n, part in zip(QKV, parts, strict=True)
+                for n, part in zip(self.parts, parts, strict=True)
             ],
             dim=-1,
         )
@@ -110,6 +116,22 @@ class LNLoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lnlora(x, F.linear(x, self.weight, self.bias))
+
+
+class LNLoRAOuterBiasLinear(LNLoRALinear):
+    """A fused qkv projection whose bias lies in the attention around it, as q_bias, k_bias and v_bias.
+
+    timm then computes `F.linear(x, self.qkv.weight, cat(biases))` itself and never calls `qkv`. Here the layer does
+    that sum, in the same one operation, so that not a bit changes while B is zero.
+    """
+
+    attention: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        # by the registries: as attributes these names are hidden, see `attach`
+        own, buffers = self.attention._parameters, self.attention._buffers
+        bias = torch.cat([own["q_bias"], buffers["k_bias"], own["v_bias"]])  # type: ignore[list-item]
+        return self.lnlora(x, F.linear(x, self.weight, bias))
 
 
 class LNLoRAConv2d(nn.Conv2d):
@@ -134,9 +156,22 @@ def _keep_when_absent(branch: nn.Module, state_dict: dict, prefix: str, *_: obje
         state_dict.update({prefix + key: value for key, value in branch.state_dict().items()})
 
 
-def attach(layer: nn.Linear | nn.Conv2d, branch: nn.Module) -> None:
-    """Put `branch` beside a linear layer or convolution, in place: parameters, keys and hooks stay what they are."""
+def attach(
+    layer: nn.Linear | nn.Conv2d, branch: nn.Module, attention: nn.Module | None = None, calling: type | None = None
+) -> None:
+    """Put `branch` beside a linear layer or convolution, in place: parameters, keys and hooks stay what they are.
+
+    Args:
+        attention, calling: a module that reads `layer.weight` with its own q_bias, k_bias and v_bias instead of calling
+            the layer, and its subclass that calls it (with the attribute `q_bias` None, which timm takes for "no bias
+            of mine").
+    """
     assert type(layer) in (nn.Linear, nn.Conv2d), f"{type(layer).__name__} may never call its own forward"
-    layer.__class__ = LNLoRALinear if isinstance(layer, nn.Linear) else LNLoRAConv2d
+    if attention is not None and calling is not None:
+        attention.__class__ = calling
+        layer.__class__ = LNLoRAOuterBiasLinear
+        layer.__dict__["attention"] = attention  # past nn.Module's registry: a parent is no child
+    else:
+        layer.__class__ = LNLoRALinear if isinstance(layer, nn.Linear) else LNLoRAConv2d
     branch.register_load_state_dict_pre_hook(_keep_when_absent)
     layer.lnlora = branch

@@ -1,19 +1,13 @@
-"""Which layers of a timm model get a branch.
-
-A family is a function that lists the model's key components. A model of no known family is refused by name: several
-timm models read `self.qkv.weight` directly, so that a branch beside `qkv` would silently never be called.
-"""
+"""Names of the layers that get a branch, and the report of what trains. `families/` says which layers they are."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from torch import nn
-
-from fulllora_dist.errors import UserError
-
-Component = Literal["patch_embed", "q", "k", "v", "proj", "fc1", "fc2"]
+Component = Literal["patch_embed", "reduction", "q", "k", "v", "proj", "fc1", "fc2"]
 COMPONENTS: tuple[Component, ...] = get_args(Component)
-"""Names a placement is written in. q, k and v are thirds of a fused `qkv`."""
+"""Names a placement is written in. `reduction` is Swin's patch merging."""
+FUSED: dict[str, tuple[Component, ...]] = {"qkv": ("q", "k", "v"), "qk": ("q", "k"), "kv": ("k", "v")}
+"""Projections that hold several components as equal parts of their outputs."""
 
 
 @dataclass(frozen=True)
@@ -22,55 +16,11 @@ class Site:
 
     Attributes:
         path: the layer's name in the timm model, e.g. "blocks.0.attn.qkv".
-        component: one of `COMPONENTS`, or "qkv" for a fused projection, or "head".
+        component: one of `COMPONENTS`, or of `FUSED`, or "head".
     """
 
     path: str
     component: str
-
-
-_BLOCK_LAYERS = {
-    "attn.qkv": "qkv",
-    "attn.proj": "proj",
-    "mlp.fc1": "fc1",
-    "mlp.fc1_g": "fc1",
-    "mlp.fc1_x": "fc1",
-    "mlp.fc2": "fc2",
-}
-
-
-def _class(module: nn.Module) -> str:
-    return type(module).__name__
-
-
-def find_sites(backbone: nn.Module, name: str) -> list[Site]:
-    """The key components of a ViT or DeiT in forward order, its heads last.
-
-    Raises:
-        UserError: the model, or a part of it, is of no known family.
-    """
-    parts: list[tuple[str, nn.Module, tuple[str, ...]]] = [
-        ("model", backbone, ("VisionTransformer", "VisionTransformerDistilled"))
-    ]
-    if _class(backbone) in parts[0][2]:
-        parts.append(("patch embedding", backbone.get_submodule("patch_embed"), ("PatchEmbed",)))
-        for block in backbone.get_submodule("blocks").children():
-            parts.append(("block", block, ("Block",)))
-            if _class(block) == "Block":
-                parts.append(("attention", block.get_submodule("attn"), ("Attention",)))
-                parts.append(("MLP", block.get_submodule("mlp"), ("Mlp", "GluMlp", "SwiGLU")))
-    for what, module, known in parts:
-        if _class(module) not in known:
-            raise UserError(
-                f"model.backbone: {name} has the {what} {_class(module)}, where no branch is known to act; "
-                f"supported: {', '.join(known)}"
-            )
-    names = dict(backbone.named_modules())
-    paths = [Site("patch_embed.proj", "patch_embed")]
-    for i in range(len(backbone.get_submodule("blocks"))):  # type: ignore[arg-type]
-        paths += [Site(f"blocks.{i}.{layer}", component) for layer, component in _BLOCK_LAYERS.items()]
-    paths += [Site("head", "head"), Site("head_dist", "head")]
-    return [s for s in paths if isinstance(names.get(s.path), (nn.Linear, nn.Conv2d))]
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,24 @@
 The patch embedding, the position embedding, the final norm and the head compute in fp32; the blocks compute in bf16.
 Pixels are 1/255 apart and so are bf16 numbers near 1: a perturbation does not survive bf16 before the patch embedding.
 
-- Frozen blocks are stored in bf16. Branches keep fp32 parameters, which are the optimizer's masters, and cast their
-  folded matrices to the activations' dtype (`lnlora.py`).
+- Frozen blocks are stored in bf16, but for BatchNorm and its statistics. Branches keep fp32 parameters, which are the
+  optimizer's masters, and cast their folded matrices to the activations' dtype (`lnlora.py`).
 - Where parameters of the blocks themselves train (`full`, `layernorm`), they stay in fp32 and the blocks run under
   autocast.
 
 DeepSpeed's `bf16.enabled` is not used: it casts every parameter, the patch embedding and the adapters included.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def _cast_input(dtype: torch.dtype):
     def hook(_: nn.Module, args: tuple) -> tuple:
-        return (args[0].to(dtype), *args[1:])
+        return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
 
     return hook
 
@@ -45,16 +48,26 @@ def _autocast_block(block: nn.Module) -> None:
     block.register_forward_hook(leave, always_call=True)
 
 
-def compute_in_bf16(backbone: nn.Module) -> None:
-    """Let the blocks of an adapted ViT compute in bf16; everything before and after them stays in fp32."""
-    blocks = backbone.get_submodule("blocks")
-    own = [p for n, p in blocks.named_parameters() if ".lnlora." not in n]
-    if any(p.requires_grad for p in own):
-        for block in blocks.children():
+def compute_in_bf16(blocks: Sequence[nn.Module]) -> None:
+    """Let the blocks of an adapted model compute in bf16; everything before and after them stays in fp32.
+
+    Args:
+        blocks: in forward order, see `Family.modules`.
+    """
+    within = [
+        module
+        for block in blocks
+        for name, module in block.named_modules()
+        if "lnlora" not in name.split(".") and not isinstance(module, _BatchNorm)
+    ]
+    if any(p.requires_grad for module in within for p in module.parameters(recurse=False)):
+        for block in blocks:
             _autocast_block(block)
     else:
-        for parameter in own:
-            parameter.data = parameter.data.to(torch.bfloat16)
-    children = list(blocks.children())
-    children[0].register_forward_pre_hook(_cast_input(torch.bfloat16))
-    children[-1].register_forward_hook(_cast_output(torch.float32))
+        for module in within:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(torch.bfloat16)
+    for block in blocks:  # each: some models add tokens in fp32 between two of them
+        block.register_forward_pre_hook(_cast_input(torch.bfloat16))
+    blocks[-1].register_forward_hook(_cast_output(torch.float32))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.models.lnlora import LNLoRABranch, LNLoRASplit, attach
-from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, pictures, stir, tiny
+from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, patches, pictures, roughen, stir, tiny
 
 RANK, ALPHA, EPS = 3, 5.0, 1e-3
 
@@ -27,16 +27,6 @@ def delta(made: LNLoRABranch, x: Tensor) -> Tensor:
         ln = nn.LayerNorm(x.shape[-1], eps=EPS, dtype=torch.float64)
         x = F.layer_norm(x, ln.normalized_shape, made.norm.weight, made.norm.bias, ln.eps)
     return ALPHA / RANK * (x @ made.A.T @ made.B.T)
-
-
-def patches(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """[B, out_h, out_w, C * kh * kw], cut out one by one."""
-    (kh, kw), (sh, sw), (ph, pw), (dh, dw) = conv.kernel_size, conv.stride, conv.padding, conv.dilation
-    x = F.pad(x, (pw, pw, ph, ph))
-    rows = range(0, x.shape[2] - dh * (kh - 1), sh)
-    columns = range(0, x.shape[3] - dw * (kw - 1), sw)
-    cut = [[x[:, :, i : i + dh * kh : dh, j : j + dw * kw : dw].flatten(1) for j in columns] for i in rows]
-    return torch.stack([torch.stack(row, dim=1) for row in cut], dim=1)
 
 
 def linear(norm: bool, names: tuple[str, ...]) -> tuple[nn.Module, Tensor, Tensor]:
@@ -91,18 +81,20 @@ def test_equals_the_formula_in_value_and_gradient(case: str, norm: bool) -> None
 @pytest.mark.parametrize("finetune", ["fulllora", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_starts_as_the_bare_timm_model_bit_for_bit(family: str, finetune: str, qkv: str) -> None:
-    model = tiny(family, finetune=finetune, qkv=qkv, head="adapted")
-    name, more = FAMILIES[family]
-    bare = timm.create_model(name, num_classes=CLASSES, img_size=SIDE, **(ARCHITECTURE | more)).eval()
+    model = roughen(tiny(family, finetune=finetune, qkv=qkv, head="adapted"))
+    bare = timm.create_model(FAMILIES[family][0], num_classes=CLASSES, img_size=SIDE, **architecture(family)).eval()
     bare.load_state_dict({k: v for k, v in model.backbone.state_dict().items() if ".lnlora." not in k})
     x = pictures()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (bare.pretrained_cfg["mean"], bare.pretrained_cfg["std"]))
-    assert torch.equal(model(x), bare((x - mean) / std))
+    with torch.no_grad():  # where a bias table asks for a gradient, torch takes another attention kernel
+        assert torch.equal(model(x), bare((x - mean) / std))
 
 
-def test_bf16_starts_as_the_backbone_without_branches() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_starts_as_the_backbone_without_branches(family: str) -> None:
     """In bf16, too, a branch whose B is zero changes no bit."""
-    assert torch.equal(tiny(precision="bf16")(pictures()), tiny(finetune="head", precision="bf16")(pictures()))
+    with_branches, without = (tiny(family, finetune=f, precision="bf16") for f in ("fulllora", "head"))
+    assert torch.equal(with_branches(pictures()), without(pictures()))
 
 
 @pytest.mark.parametrize("qkv", ["separate", "shared"])
@@ -123,11 +115,12 @@ def test_keys_are_timms_and_the_adapters(qkv: str) -> None:
 
 
 @pytest.mark.parametrize("into", ["model", "backbone"])
-def test_a_timm_checkpoint_loads_strictly_and_leaves_the_branches(into: str) -> None:
-    model = stir(tiny(head="adapted"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_timm_checkpoint_loads_strictly_and_leaves_the_branches(family: str, into: str) -> None:
+    model = stir(tiny(family, head="adapted"))
     before = {name: p.detach().clone() for name, p in model.trainable().items()}
     torch.manual_seed(7)
-    bare = timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, img_size=SIDE, **ARCHITECTURE)
+    bare = timm.create_model(FAMILIES[family][0], num_classes=CLASSES, img_size=SIDE, **architecture(family))
     (model if into == "model" else model.backbone).load_state_dict(bare.state_dict(), strict=True)
     after = model.backbone.state_dict()
     assert all(torch.equal(after[name], value) for name, value in bare.state_dict().items())

@@ -1,0 +1,27 @@
+"""BEiT and BEiT v2. The attention reads `qkv.weight` with biases of its own."""
+
+from timm.models.beit import Attention, Beit, Block
+
+from fulllora_dist.models.families.family import Family
+from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED
+
+
+class CallingAttention(Attention):
+    """BEiT's attention where it calls `qkv`."""
+
+    q_bias = None  # type: ignore[assignment]  # hides the parameter: timm then calls
+
+
+BEIT = Family(
+    name="BEiT",
+    models=(Beit,),
+    parts={
+        Beit: {"head": "head"},
+        **PATCH_EMBED,
+        Block: {},
+        Attention: {"qkv": "qkv", "proj": "proj"},
+        **MLPS,
+    },
+    blocks=("blocks.*",),
+    calling={Attention: CallingAttention},
+)

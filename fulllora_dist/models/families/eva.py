@@ -1,0 +1,36 @@
+"""EVA and EVA-02, and what timm computes by the same class: RoPE ViTs, DINOv3, the Perception Encoder.
+
+Its attention has a fused qkv, read by its weight with biases of its own, or q_proj, k_proj and v_proj, which it calls.
+"""
+
+from timm.layers import AttentionRope
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+
+from fulllora_dist.models.families.family import Family
+from fulllora_dist.models.families.timm_parts import ATTENTION_POOL, MLPS, PATCH_EMBED
+
+_PROJECTIONS = {"qkv": "qkv", "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "proj"}
+
+
+class CallingEvaAttention(EvaAttention):
+    """EVA's attention where it calls a fused `qkv`."""
+
+    q_bias = None  # type: ignore[assignment]  # hides the parameter: timm then calls
+
+
+EVA = Family(
+    name="EVA",
+    models=(Eva,),
+    parts={
+        Eva: {"head": "head"},
+        **PATCH_EMBED,
+        EvaBlock: {},
+        EvaBlockPostNorm: {},
+        EvaAttention: _PROJECTIONS,
+        AttentionRope: _PROJECTIONS,
+        **MLPS,
+        **ATTENTION_POOL,
+    },
+    blocks=("blocks.*",),
+    calling={EvaAttention: CallingEvaAttention},
+)

@@ -1,0 +1,156 @@
+"""What a family of models says about itself: which layers are key components, and which modules are its blocks.
+
+A model is walked as a whole: every module that holds linear layers or convolutions must be one that its family names,
+and every such layer must be named there too, with the component that it is or with None to leave it frozen. So a
+variant that nobody has looked at is refused by name, instead of having branches that are never called.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from fulllora_dist.errors import UserError
+from fulllora_dist.models.placement import COMPONENTS, FUSED, Site
+
+Parts = Mapping[type[nn.Module], Mapping[str, str | None]]
+Weights = dict[str, Tensor]
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_LAYERS = (nn.Linear, _ConvNd)
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Whether a dotted path is that of a pattern, in which `*` stands for one name."""
+    return re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), path) is not None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        name: of the family, for people and for adapter files.
+        models: its model classes. A subclass is another model.
+        parts: {class: {layer: component}} of every module that holds layers, the models included. A layer is named by
+            its path below the module, containers (nn.Sequential and the like) counted, `*` for any one name. The
+            component is one of `COMPONENTS`, or `FUSED`, or "head"; None leaves the layer frozen. A class without
+            layers of its own, such as a block, has {}.
+        blocks: paths of the modules between the patch embedding and the final norm, in the same notation. In bf16 they
+            compute in bf16: each must take its activations as positional arguments and return one tensor.
+        calling: {attention: subclass} where timm reads `self.qkv.weight` instead of calling `self.qkv`; see `attach`.
+        checkpointing: whether the models have `set_grad_checkpointing`.
+        convert: a checkpoint under other keys or of another image size -> what `load_state_dict` takes. None: the
+            `checkpoint_filter_fn` of the model's module, where it has one.
+        plugin: the module to import for a family from outside this package, `__name__` in that module.
+    """
+
+    name: str
+    models: tuple[type[nn.Module], ...]
+    parts: Parts
+    blocks: tuple[str, ...]
+    calling: Mapping[type[nn.Module], type[nn.Module]] = field(default_factory=dict)
+    checkpointing: bool = True
+    convert: Callable[[Weights, nn.Module], Weights] | None = None
+    plugin: str | None = None
+
+    def __post_init__(self) -> None:
+        known = {*COMPONENTS, *FUSED, "head", None}
+        for part, layers in self.parts.items():
+            for layer, component in layers.items():
+                if component not in known:
+                    raise UserError(
+                        f"family {self.name}: {part.__name__}.{layer} is said to be {component!r}; "
+                        f"known: {', '.join(filter(None, [*COMPONENTS, *FUSED, 'head']))}, None"
+                    )
+
+    def sites(self, backbone: nn.Module, name: str) -> list[Site]:
+        """The layers that may get a branch, in forward order, the heads last.
+
+        Raises:
+            UserError: a module or layer that this family does not know.
+        """
+        found: list[Site] = []
+        for path, module in backbone.named_modules():
+            if isinstance(module, _LAYERS):
+                found += self._site(backbone, name, path, module)
+            elif (
+                not isinstance(module, _CONTAINERS)
+                and type(module) not in self.parts
+                and any(isinstance(m, _LAYERS) for m in module.modules())
+            ):
+                raise UserError(
+                    f"model.backbone: {name} has the part {path} of class {type(module).__name__}, where no branch is "
+                    f"known to act; supported: {', '.join(dict.fromkeys(part.__name__ for part in self.parts))}"
+                )
+        return found
+
+    def _site(self, backbone: nn.Module, name: str, path: str, layer: nn.Module) -> list[Site]:
+        owner, below = path, ""
+        while not below or isinstance(backbone.get_submodule(owner), _CONTAINERS):
+            owner, _, last = owner.rpartition(".")
+            below = f"{last}.{below}".removesuffix(".")
+        layers = self.parts[type(backbone.get_submodule(owner))]
+        pattern = next((p for p in layers if _matches(p, below)), None)
+        if pattern is None:
+            raise UserError(
+                f"model.backbone: {name} has the layer {path}, which is not known to the family {self.name}; "
+                f"supported: {', '.join(layers)}"
+            )
+        component = layers[pattern]
+        if component is None:
+            return []
+        plain = type(layer) in (nn.Linear, nn.Conv2d)
+        if not plain or (
+            isinstance(layer, nn.Conv2d)
+            and (layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str))
+        ):
+            raise UserError(
+                f"model.backbone: {name} has the layer {path}, beside which no branch can be put: {layer}; "
+                "supported: nn.Linear, and nn.Conv2d with zero padding and without groups"
+            )
+        return [Site(path, component)]
+
+    def modules(self, backbone: nn.Module) -> list[nn.Module]:
+        """The blocks, in forward order."""
+        return [m for path, m in backbone.named_modules() if any(_matches(pattern, path) for pattern in self.blocks)]
+
+    def converted(self, weights: Weights, backbone: nn.Module) -> Weights:
+        """A checkpoint of this family as `load_state_dict` of `backbone` takes it."""
+        convert = self.convert or getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+        return weights if convert is None else convert(weights, backbone)
+
+
+def check_branches_are_called(backbone: nn.Module, sites: list[Site], name: str, image_size: int) -> None:
+    """One forward pass on a grey picture: a branch that it does not call would silently never act.
+
+    Raises:
+        UserError: naming such a layer.
+    """
+    called: set[str] = set()
+    handles = [
+        backbone.get_submodule(f"{site.path}.lnlora").register_forward_pre_hook(
+            lambda *_, path=site.path: called.add(path)
+        )
+        for site in sites
+    ]
+    training = [(module, module.training) for module in backbone.modules()]
+    weight = next(backbone.parameters())
+    try:
+        backbone.eval()
+        with torch.no_grad():
+            backbone(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training:
+            module.training = mode
+    if idle := [site.path for site in sites if site.path not in called]:
+        raise UserError(
+            f"model.backbone: {name} never calls {idle[0]} ({len(idle)} such layers), so that a branch beside it would "
+            "not act; its family must name a subclass that calls it (`calling`), or None"
+        )

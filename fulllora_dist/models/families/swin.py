@@ -1,0 +1,50 @@
+"""Swin and SwinV2. SwinV2's attention reads `qkv.weight` with biases of its own; its coordinates' MLP `cpb_mlp` does
+not see the picture and stays frozen."""
+
+from timm.models import swin_transformer as v1
+from timm.models import swin_transformer_v2 as v2
+
+from fulllora_dist.models.families.family import Family
+from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, POOLED_HEAD
+
+_BLOCKS = ("layers.*.downsample", "layers.*.blocks.*")
+
+
+class CallingWindowAttention(v2.WindowAttention):
+    """SwinV2's attention where it calls `qkv`."""
+
+    q_bias = None  # type: ignore[assignment]  # hides the parameter: timm then calls
+
+
+SWIN = Family(
+    name="Swin",
+    models=(v1.SwinTransformer,),
+    parts={
+        v1.SwinTransformer: {},
+        **PATCH_EMBED,
+        v1.SwinTransformerStage: {},
+        v1.PatchMerging: {"reduction": "reduction"},
+        v1.SwinTransformerBlock: {},
+        v1.WindowAttention: {"qkv": "qkv", "proj": "proj"},
+        **MLPS,
+        **POOLED_HEAD,
+    },
+    blocks=_BLOCKS,
+)
+
+SWIN_V2 = Family(
+    name="SwinV2",
+    models=(v2.SwinTransformerV2,),
+    parts={
+        v2.SwinTransformerV2: {},
+        **PATCH_EMBED,
+        v2.SwinTransformerV2Stage: {},
+        v2.PatchMerging: {"reduction": "reduction"},
+        v2.SwinTransformerV2Block: {},
+        v2.WindowAttention: {"qkv": "qkv", "proj": "proj", "cpb_mlp.*": None},
+        **MLPS,
+        **POOLED_HEAD,
+    },
+    blocks=_BLOCKS,
+    calling={v2.WindowAttention: CallingWindowAttention},
+)

@@ -1,0 +1,33 @@
+"""ViT of timm, and what is computed by the same class: DeiT, DeiT-III, DINO, DINOv2 (registers, layer scale, SwiGLU),
+CLIP, SigLIP and AIMv2 towers."""
+
+from typing import Any
+
+from timm.layers import Attention
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+
+from fulllora_dist.models.families.family import Family, Weights
+from fulllora_dist.models.families.timm_parts import ATTENTION_POOL, MLPS, PATCH_EMBED
+
+
+def _convert(weights: Weights, backbone: Any) -> Weights:
+    """timm's filter, told of DeiT-III's own checkpoints, whose layer scales are called gamma_1 and gamma_2."""
+    return checkpoint_filter_fn(weights, backbone, adapt_layer_scale=any(".gamma_1" in key for key in weights))
+
+
+VIT = Family(
+    name="ViT",
+    models=(VisionTransformer, VisionTransformerDistilled),
+    parts={
+        VisionTransformer: {"head": "head"},
+        VisionTransformerDistilled: {"head": "head", "head_dist": "head"},
+        **PATCH_EMBED,
+        Block: {},
+        Attention: {"qkv": "qkv", "proj": "proj"},
+        **MLPS,
+        **ATTENTION_POOL,
+    },
+    blocks=("blocks.*",),
+    convert=_convert,
+)
