@@ -14,6 +14,7 @@ from fulllora_dist.build import build_model, check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config
 from fulllora_dist.errors import UserError
+from fulllora_dist.models.finetune import create_model
 from fulllora_dist.phases import Phases, build_phases
 from fulllora_dist.planning import IMAGENET, estimate
 from tests.methods.test_methods import PlainEngine, start
@@ -133,6 +134,8 @@ def test_input_sizes_change_nothing_at_the_models_own() -> None:
 def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match=r"phases.image_size: 10 is no multiple of .* patches of 4 pixels"):
         build_model(config([{"share": 0.5, "image_size": 10}, {"share": 0.5}]))
+    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes pictures of one size only"):
+        create_model("cait_xxs24_224", pretrained=False, input_sizes=[112])
 
 
 def test_mixing_needs_an_even_micro_batch(tmp_path: Path) -> None:

@@ -138,7 +138,9 @@ class Weakened:
         kept = self._draw(f"attention_drop/{k}/{block}", (1,)) < self._attention_kept
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            # attention in windows has several rows a sample, side by side
+            rows = kept.repeat_interleave(len(output) // len(kept)).view(-1, *[1] * (output.ndim - 1))
             # not a hook of the gradient: under checkpointing this runs again in backward and must give the same
-            return torch.where(kept.view(-1, *[1] * (output.ndim - 1)), output, output.detach())
+            return torch.where(rows, output, output.detach())
 
         return hook

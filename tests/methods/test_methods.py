@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods import Method
+from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.methods.multi_step import Weakened
 from fulllora_dist.rng import sample_rng
 from tests import recipes
 from tests.recipes import SOFT, WEAKENED, Recipe, plain_loss
-from tests.tiny import CLASSES, batches, stir, tiny
+from tests.tiny import CLASSES, batches, pictures, stir, tiny
 
 EPS, SEED, LR = 0.05, 11, 3e-3
 
@@ -329,3 +331,27 @@ def test_free_keeps_no_alias_of_the_state_it_was_given() -> None:
 @pytest.mark.parametrize("case", [case for case in ALL if not case.startswith("free")])
 def test_other_methods_have_no_state(case: str) -> None:
     assert build(case).slot_state() == {}
+
+
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_attention_drop_belongs_to_the_sample_also_in_windows(family: str) -> None:
+    """A sample's gradient in a batch is its gradient alone, and dropping changes gradients but no logits."""
+    model = stir(tiny(family)).double().eval()
+    side = model.info.image_size
+    x, ids = pictures(4, dtype=torch.float64, side=side), torch.arange(4) + 10
+    settings = METHODS["pgd"].Settings(attention_drop=1.0)
+
+    def gradient(part: slice, drop: bool) -> tuple[Tensor, Tensor]:
+        weakened = Weakened(settings, run=9, seed=SEED, step=4, ids=ids[part])
+        leaf = x[part].clone().requires_grad_()
+        with weakened.passing(model, 0) if drop else nullcontext():
+            logits = model(leaf)
+            (found,) = torch.autograd.grad(F.cross_entropy(logits, ids[part] % CLASSES, reduction="sum"), leaf)
+        return logits.detach(), found
+
+    (bare_logits, bare), (logits, together) = gradient(slice(0, 4), False), gradient(slice(0, 4), True)
+    assert torch.equal(logits, bare_logits)
+    alone = torch.cat([gradient(slice(i, i + 1), True)[1] for i in range(4)])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=1e-15)
+    assert ((together - bare).abs().amax(dim=(1, 2, 3)) > 1e-3 * bare.abs().amax(dim=(1, 2, 3))).any()
+    assert torch.equal(gradient(slice(0, 4), False)[1], bare)  # nothing is left behind
