@@ -29,7 +29,7 @@ def decode(data: bytes) -> Image.Image:
         UserError: no complete JPEG or PNG.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
             if image.mode.startswith("I"):
                 grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 = 257 * 255
                 return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -157,3 +157,10 @@ class TrainTransform:
             box = evaluation_box(*image.size, self.size, self.crop_pct, "center")
         pixels = _resize(image, self.size, self.interpolation, box)
         return _to_tensor(pixels[:, ::-1] if flip else pixels)
+
+
+def picture_format(data: bytes) -> str:
+    """JPEG, PNG or WEBP, by content."""
+    if data.startswith(b"\xff\xd8"):
+        return "JPEG"
+    return "PNG" if data.startswith(b"\x89PNG") else "WEBP"
