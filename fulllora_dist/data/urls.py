@@ -1,4 +1,4 @@
-"""Where shards lie: a local path, or a URL that fsspec opens. The only place that knows schemes, clients and their errors.
+"""Where shards lie: a path, or a URL that fsspec opens. The only place that knows schemes, clients and their errors.
 
 Credentials are fsspec's own matter (environment, ~/.aws, ~/.config/fsspec); no message shows the parts of a URL that
 may hold one: user:password@ and whatever follows a question mark.
@@ -142,15 +142,16 @@ def explained(error: Exception, url: str) -> UserError | OSError:
         return error
     where, status = redacted(url), http_status(error)
     reason = " ".join(redacted(error).split()) or type(error).__name__
-    if isinstance(error, FileNotFoundError) and status in (None, 404):
+    # fsspec's http calls everything "not found" that goes wrong while it asks for the length
+    cause = error.__cause__
+    missing = isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError))
+    if status == 404 or (missing and status is None):
         return UserError(f"{where}: does not exist; check bucket, path and endpoint")
     denied = isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "TokenRetrievalError")
     if denied or status in (401, 403):
         return UserError(f"{where}: access denied ({reason}); check the credentials, their rights and the endpoint")
     if isinstance(error, ImportError):
         return UserError(f"{where}: {reason}")
-    if status == 404:
-        return UserError(f"{where}: does not exist; check bucket, path and endpoint")
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
         return TimeoutError(f"{where}: no answer in time")
     if status is not None and 400 <= status < 500 and status not in (408, 412, 416, 429):
