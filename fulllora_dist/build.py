@@ -8,6 +8,7 @@ from fulllora_dist.config import Config
 from fulllora_dist.data.decode import EvalTransform, TrainTransform
 from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
+from fulllora_dist.data.randaugment import RandAugment
 from fulllora_dist.distributed.engine import check_batch
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
@@ -115,7 +116,10 @@ def build_stream(config: Config, model: BackboneInfo, ranks: Ranks) -> TrainStre
             augment=data.augment,
             crop_scale=data.crop_scale,
             crop_pct=data.crop_pct or model.crop_pct,
+            crop_mode=model.crop_mode,
             interpolation=data.interpolation or model.interpolation,
+            randaugment=RandAugment(data.randaugment.operations, data.randaugment.magnitude),
+            backend=data.decode,
         ),
         seed=config.run.seed,
         world=ranks.world,
@@ -137,6 +141,7 @@ def build_eval_stream(config: Config, folder: str, model: BackboneInfo, ranks: R
             size=model.image_size,
             crop_pct=data.crop_pct or model.crop_pct,
             interpolation=data.interpolation or model.interpolation,
+            crop_mode=model.crop_mode,
         ),
         n=config.evaluation.n,
         world=ranks.world,

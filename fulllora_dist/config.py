@@ -78,15 +78,27 @@ class ThreatSettings(Settings):
     """Share of the batches over which the eps of training rises linearly from 0 to its full size."""
 
 
+class RandAugmentSettings(Settings):
+    operations: int = Field(2, ge=1)
+    """Operations on each picture, drawn from the 14 of the paper."""
+    magnitude: int = Field(9, ge=0, le=30)
+    """Strength of each, 0 to 30."""
+
+
 class DataSettings(Settings):
     train: str
     """Folder of training shards, as tools/make_shards.py writes it."""
     validation: str | None = None
     """Folder of shards for the final evaluation; null leaves it out."""
-    augment: Literal["none", "flip", "crop"] = "crop"
-    """none, horizontal flip, or random resized crop and flip; keyed by the sample, the same on any ranks."""
+    augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
+    """none, horizontal flip, random resized crop and flip, or these and RandAugment; keyed by the sample, the same on
+    any ranks."""
     crop_scale: tuple[Area, Area] = (0.25, 1.0)
     """Area of the random crop as a share of the picture."""
+    randaugment: RandAugmentSettings = RandAugmentSettings()
+    """How strong RandAugment is."""
+    decode: Literal["fast", "pil"] = "fast"
+    """Of training pictures: libjpeg-turbo and torch's antialiased resize, or Pillow. Evaluation always uses Pillow."""
     crop_pct: float | None = Field(None, gt=0, le=1)
     """Central share that the evaluation crop keeps; null takes the backbone's."""
     interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None

@@ -158,6 +158,7 @@ class Index:
         ):
             raise UserError(f"{where}: the index points outside its shards; make it anew")
         for shard in shards:
+            urls.scheme_of(shard.url)
             if ".." in shard.url.split("/") or (urls.is_remote(self.base) and not _stays_remote(shard.url)):
                 raise UserError(f"{where}: the index names a shard {shard.url!r} outside its folder")
         wrong = (labels < 0) | (labels >= len(self.classes))

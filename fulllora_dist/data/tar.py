@@ -90,7 +90,7 @@ def walk_tar(stream: Readable, name: str, length: int | None = None) -> Iterator
     try:
         with tarfile.open(fileobj=forward, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it keeps all it has seen: gigabytes on a large tar
+                tar.members = []  # it keeps all it has seen: gigabytes on a large tar
                 where = f"{name}: member {info.name!r} at offset {info.offset}"
                 padded = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.size < 0:

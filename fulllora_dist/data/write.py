@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 from webdataset import ShardWriter
 
 from fulllora_dist.data import store, urls
-from fulllora_dist.data.decode import decode, evaluation_box, picture_format
+from fulllora_dist.data.decode import centre_crop
 from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.data.index_file import published
 from fulllora_dist.data.indexing import ScanJob, recorded_scan, scan_and_record, version_of
 from fulllora_dist.data.labels import read_labels
+from fulllora_dist.data.pictures import decode, picture_format
 from fulllora_dist.data.plan import stratified_order
 from fulllora_dist.data.pool import run_jobs
 from fulllora_dist.data.scan import ShardScan, scan_file
@@ -296,8 +296,7 @@ def _encoded(picture: Picture, image_size: int | None) -> tuple[str, bytes]:
     if image_size is None:
         return _EXTENSIONS[kind], data
     kind = "PNG" if kind == "PNG" else "JPEG"
-    box = evaluation_box(*image.size, image_size, crop_pct=1.0, crop_mode="center")
-    small = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+    small = centre_crop(image, image_size, crop_pct=1.0, crop_mode="center", interpolation="bicubic")
     buffer = io.BytesIO()
     small.save(buffer, kind, quality=_JPEG_QUALITY)
     return _EXTENSIONS[kind], buffer.getvalue()
