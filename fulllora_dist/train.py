@@ -39,6 +39,7 @@ def main() -> int:
         model = build_model(config)
         run.say(str(model.report))
         stream = build_stream(config, model.info, run.ranks)
+        run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} pictures fill none, others each epoch")
         method, steps = build_method(config, stream.steps_per_epoch)
         state = RunState(run, model, stream, method, steps)  # resumes where there is something to resume
         for batch in run.progress(stream, state):

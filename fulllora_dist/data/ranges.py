@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import fsspec.asyn
 
@@ -86,6 +87,7 @@ class RangeFetcher:
     def __init__(self, policy: ReadPolicy):
         self._policy = policy
         self._cache = RangeCache(policy.cache, int(policy.cache_gb * 10**9)) if policy.cache else None
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._places = asyncio.Semaphore(policy.connections)
         self._etags: dict[str, str] = {}  # of stores whose etags are not in the index: as first seen
         self._random = random.Random()  # jitter of the waits, nothing that a run depends on
@@ -100,23 +102,28 @@ class RangeFetcher:
         return asyncio.run_coroutine_threadsafe(self._pieces(filesystem, wanted, pieces), fsspec.asyn.get_loop())
 
     async def _pieces(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> list[bytes | None]:
-        if self._cache is not None:
-            kept = await asyncio.to_thread(self._cache.get, wanted.identity())
-            if kept is not None and len(kept) == wanted.end - wanted.start:
-                found = _cut(kept, pieces)
-                if None not in found:
-                    return found
+        if self._cache is None:
+            return (await self._read(filesystem, wanted, pieces))[1]
+        name = wanted.identity()
+        async with self._turns.setdefault(name, asyncio.Lock()):  # who wants the same range meanwhile finds it kept
+            kept = await asyncio.to_thread(self._cache.get, name)
             if kept is not None:
-                await asyncio.to_thread(self._cache.drop, wanted.identity())
+                found = _cut(kept, pieces)
+                if len(kept) == wanted.end - wanted.start and None not in found:
+                    return found
+                _logger.warning("%s: the kept copy is damaged; reading it again", wanted)
+                await asyncio.to_thread(self._cache.drop, name)
+            data, found = await self._read(filesystem, wanted, pieces)
+            if None not in found:
+                await asyncio.to_thread(self._cache.put, name, data)
+            return found
+
+    async def _read(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> tuple[bytes, list[bytes | None]]:
         for reread in itertools.count():
             data = await self._fetch(filesystem, wanted)
             found = _cut(data, pieces)
-            if None not in found:
-                if self._cache is not None:
-                    await asyncio.to_thread(self._cache.put, wanted.identity(), data)
-                return found
-            if reread == _REREADS:
-                return found
+            if None not in found or reread == _REREADS:
+                return data, found
             _logger.warning("%s: other bytes came than were indexed; reading them again", wanted)
             await asyncio.sleep(_FIRST_WAIT * 2**reread)
         raise AssertionError
