@@ -88,7 +88,7 @@ def walk_tar(stream: Readable, name: str, length: int | None = None) -> Iterator
     forward = _Forward(stream, name)
     offset = 0
     try:
-        with tarfile.open(fileobj=forward, mode="r:") as tar:
+        with tarfile.open(fileobj=forward, mode="r:") as tar:  # type: ignore[call-overload]
             while (info := tar.next()) is not None:
                 tar.members = []  # it keeps all it has seen: gigabytes on a large tar
                 where = f"{name}: member {info.name!r} at offset {info.offset}"

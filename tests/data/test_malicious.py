@@ -84,9 +84,9 @@ SHARDS = {
     "pax size negative": (pax(tarfile.XHDTYPE, size="-512") + member("k.jpg"), "size of -512"),
     "pax size hides a member": (pax(tarfile.XGLTYPE, size="1536") + member("k.jpg") + SAMPLE, "two different sizes"),
     "pax name": (pax(tarfile.XHDTYPE, path="../k.jpg") + member("k.jpg"), "a name inside the shard"),
-    "pax header of 1 GB": (resized(member("pax", b"", tarfile.XHDTYPE), b"10000000000"), r"header of -?\d+ bytes"),
-    "long name of 1 GB": (resized(member("l", b"", tarfile.GNUTYPE_LONGNAME), b"10000000000"), r"header of -?\d+ bytes"),
-    "pax header of negative size": (resized(member("pax", b"", tarfile.XHDTYPE), base256(-512)), r"header of -?\d+ bytes"),
+    "pax header of 1 GB": (resized(member("pax", b"", tarfile.XHDTYPE), b"10000000000"), "header of"),
+    "long name of 1 GB": (resized(member("l", b"", tarfile.GNUTYPE_LONGNAME), b"10000000000"), "header of"),
+    "pax header of negative size": (resized(member("pax", b"", tarfile.XHDTYPE), base256(-512)), "header of"),
     "5,000 headers in a row": (pax(tarfile.XHDTYPE, comment="x") * 5000 + SAMPLE, "damaged"),
 }  # fmt: skip
 
