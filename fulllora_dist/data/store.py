@@ -9,10 +9,12 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, TypeVar
+
+from braceexpand import braceexpand
 
 from fulllora_dist.data import urls
 from fulllora_dist.data.index_file import published
@@ -23,9 +25,6 @@ PATIENCE_SECONDS = 300.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
 _RANGE = 8 << 20
 _AHEAD = 3
-
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_SEQUENCE = re.compile(r"(\d+)\.\.(\d+)")
 
 T = TypeVar("T")
 
@@ -113,28 +112,17 @@ def expand(patterns: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for pattern in patterns:
-        for name in _braces(pattern):
+        urls.scheme_of(pattern)
+        try:
+            names = list(braceexpand(pattern))
+        except ValueError as error:
+            raise UserError(f"{urls.redacted(pattern)}: {error}") from error
+        for name in names:
             found += _listed(name)
     for url, times in Counter(found).items():
         if times > 1:
             raise UserError(f"{urls.redacted(url)}: named {times} times")
     return found
-
-
-def _braces(pattern: str) -> Iterator[str]:
-    match = _BRACES.search(pattern)
-    if match is None:
-        yield pattern
-        return
-    if sequence := _SEQUENCE.fullmatch(match[1]):
-        first, last = sequence.groups()
-        if int(last) < int(first):
-            raise UserError(f"{urls.redacted(pattern)}: {{{match[1]}}} counts down; first..last is right")
-        choices = [f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1)]
-    else:
-        choices = match[1].split(",")
-    for choice in choices:
-        yield from _braces(pattern[: match.start()] + choice + pattern[match.end() :])
 
 
 def shards_in(folder: str) -> list[str]:
