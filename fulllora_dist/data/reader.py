@@ -119,6 +119,7 @@ class ShardReader:
         coming: deque[tuple[W, dict[int, tuple[Pieces, int]]]] = deque()
         asked: dict[int, tuple[Pieces, int]] = {}
         waiting, source = 0, iter(works)
+        depth = AHEAD if self._remote.any() else 0
 
         def take(sample_id: int, held: dict[int, tuple[Pieces, int]]) -> bytes:
             if sample_id not in held:
@@ -130,7 +131,7 @@ class ShardReader:
 
         try:
             while True:
-                while waiting < AHEAD and (work := next(source, None)) is not None:
+                while (waiting < depth or not coming) and (work := next(source, None)) is not None:
                     for block in self._blocks(work.begin):
                         pieces = self._fetch(block)
                         asked |= {sample: (pieces, place) for place, sample in enumerate(block.ids.tolist())}

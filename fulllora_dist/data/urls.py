@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
+import aiohttp
 import fsspec
 
 from fulllora_dist.errors import UserError
@@ -121,11 +122,13 @@ def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an exception of s3fs, gcsfs or fsspec's http, where there is one."""
     seen: BaseException | None = error
     while seen is not None:
-        response = getattr(seen, "response", None)  # botocore
-        if isinstance(response, dict):
+        status = None
+        if isinstance(seen, aiohttp.ClientResponseError):
+            status = seen.status
+        elif isinstance(response := getattr(seen, "response", None), dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        else:
-            status = getattr(seen, "status", None) or getattr(seen, "code", None)  # aiohttp, gcsfs
+        elif type(seen).__module__.startswith("gcsfs"):
+            status = getattr(seen, "code", None)
         if status is not None and str(status).isdigit():
             return int(status)
         seen = seen.__cause__ or seen.__context__

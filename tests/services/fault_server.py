@@ -104,9 +104,9 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             self, part: bytes, start: int, total: int, etag: str, partial: bool, body: bool, fault: str | None
         ) -> None:
             length = len(part)
-            if fault == "flip":
-                middle = length // 2
-                part = part[:middle] + bytes([part[middle] ^ 4]) + part[middle + 1 :]
+            if fault and fault.startswith("flip"):
+                place = int(fault[8:] or length // 2)  # "flip at 17"
+                part = part[:place] + bytes([part[place] ^ 4]) + part[place + 1 :]
             if fault in ("short", "no_length"):
                 part = part[: length - 1 - length // 3]
                 length = len(part)
