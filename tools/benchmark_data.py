@@ -12,8 +12,8 @@ same pictures to uint8:
 once from disk and, but for imagefolder, once over HTTP from a server of its own process that answers late (webdataset
 reads http through curl). Rounds are interleaved; a rate is the median of its rounds, a ratio that of the rates. With
 the default batch a worker has as many slots as in a batch of 4,096 on 64 ranks of 8 workers. What comes first is
-skipped: there ours fetches its windows, and webdataset fills its shuffle buffer. The CPU time of all processes of an arm
-is given too: on a machine with other work it is what can be compared.
+skipped: there ours fetches its windows, and webdataset fills its shuffle buffer. The CPU time of all processes of an
+arm is given too: on a machine with other work it is what can be compared.
 """
 
 import argparse
@@ -173,10 +173,8 @@ def medians(arms: dict[str, Callable[[], Iterable[Any]]], args: argparse.Namespa
         for name, arm in arms.items():
             found = measured(arm, skip=args.skip, count=args.count)
             rounds[name].append(found)
-            print(
-                f"{what}, round {i + 1} of {args.rounds}, {name}: {found.rate:.1f} pictures/s, {found.cpu_ms:.2f} ms CPU",
-                file=sys.stderr,
-            )
+            facts = f"{found.rate:.1f} pictures/s, {found.cpu_ms:.2f} ms CPU"
+            print(f"{what}, round {i + 1} of {args.rounds}, {name}: {facts}", file=sys.stderr)
     return {name: Measured(*map(statistics.median, zip(*values, strict=True))) for name, values in rounds.items()}
 
 
