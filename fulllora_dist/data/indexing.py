@@ -53,8 +53,8 @@ def index_shards(
         raise UserError(f"workers {workers}: 1 or more is right")
     names = None if classes is None else [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
     found = store.expand(shards)
-    base, file_name = split_index(output) if output is not None else (_common_folder(found), split_index("")[1])
-    store.refuse_read_only(base)
+    base, file_name = split_index(output if output is not None else _common_folder(found))
+    base = store.writable_folder(base)
     labels = Labels(label_field, None if names is None else len(names))
     with ThreadPoolExecutor(_ASKING) as pool:
         versions = list(pool.map(version_of, found))

@@ -106,8 +106,10 @@ def _in_tar(source: Path) -> Iterator[Picture]:
     with open(source, "rb") as file:
         length = os.fstat(file.fileno()).st_size
         for member in walk_tar(file, str(source), length):
-            if not member.is_file:
+            if member.is_folder:
                 continue
+            if not member.is_file:
+                raise UserError(f"{source}: member {member.name!r} is a link or a device; pack plain files")
             if member.name.endswith(".tar"):
                 yield from _in_inner_tar(source, member.name, member.offset_data, member.size)
             else:

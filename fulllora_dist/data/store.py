@@ -104,6 +104,23 @@ def refuse_read_only(url: str) -> None:
         raise UserError(f"{urls.redacted(url)}: nothing can be written there; a path, s3:// or gs:// is right")
 
 
+def writable_folder(url: str) -> str:
+    """A local path, made where it is missing, or the URL of a folder that can be written to.
+
+    Raises:
+        UserError: http, or a path that cannot be made.
+    """
+    refuse_read_only(url)
+    if urls.is_remote(url):
+        return url
+    path = urls.local_path(url)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror})") from error
+    return path
+
+
 def expand(patterns: Iterable[str]) -> list[str]:
     """Files and objects by name, in the order given: braces ({000..127}, {a,b}) multiply, *, ? and [] and folders list.
 

@@ -135,7 +135,10 @@ def make_shards(
     if holdout_destination is not None:
         kept, held_out = _hold_out(pictures, holdout)
         parts = [(split_name, destinations[0], kept), (f"{split_name}-holdout", destinations[1], held_out)]
-    splits = [_Split(name, folder, tuple(part), names, image_size, samples_per_shard) for name, folder, part in parts]
+    splits = [
+        _Split(name, store.writable_folder(folder), tuple(part), names, image_size, samples_per_shard)
+        for name, folder, part in parts
+    ]
     for split in splits:
         _claim(split)
     return {
@@ -196,11 +199,6 @@ def _claim(split: _Split) -> None:
         "sha256": hashlib.sha256(json.dumps([split.classes, rows]).encode()).hexdigest(),
     }
     url = urls.join(split.folder, _SOURCE_NAME)
-    if not urls.is_remote(split.folder):
-        try:
-            Path(split.folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{split.folder}: cannot be made ({error.strerror})") from error
     if store.exists(url):
         try:
             same = json.loads(store.read(url)) == note

@@ -213,6 +213,16 @@ def test_a_cut_inner_tar_is_refused(imagenet, tmp_path) -> None:
         make(tmp_path / "cut.tar", tmp_path / "d")
 
 
+def test_a_link_in_a_source_tar_is_no_lost_picture(image_folder, tmp_path) -> None:
+    with tarfile.open(tmp_path / "source.tar", "w") as tar:
+        tar.add(image_folder, "train")
+        link = tarfile.TarInfo("train/ant/linked.jpg")
+        link.type, link.linkname = tarfile.LNKTYPE, "train/ant/002.JPEG"
+        tar.addfile(link)
+    with pytest.raises(UserError, match=r"'train/ant/linked\.jpg' is a link"):
+        make(tmp_path / "source.tar", tmp_path / "d")
+
+
 def test_webps_are_pictures_too(image_folder, tmp_path) -> None:
     for name in ("ant", "bee"):
         (tmp_path / "webp" / name).mkdir(parents=True)
