@@ -2,10 +2,12 @@
 
 import os
 
-from fulllora_dist.config import Config
+from fulllora_dist.config import Config, DataSettings
 from fulllora_dist.data.decode import EvalTransform, TrainTransform
-from fulllora_dist.data.index import INDEX_NAME, Index
+from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
+from fulllora_dist.data.randaugment import RandAugment
+from fulllora_dist.data.ranges import ReadPolicy
 from fulllora_dist.distributed.engine import check_batch
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
@@ -48,15 +50,16 @@ def check_inputs(config: Config, world: int) -> None:
         raise UserError(f"evaluation.n: {config.evaluation.n} is more than the {len(validation)} pictures there are")
 
 
-def load_index(folder: str, setting: str) -> Index:
-    """The index of a folder of shards.
+def load_index(where: str, setting: str) -> Index:
+    """The index of shards in a folder or at a URL.
 
     Raises:
-        UserError: naming the setting, where there is none.
+        UserError: naming the setting, where there is none or it cannot be read.
     """
-    if not os.path.exists(os.path.join(folder, INDEX_NAME)):
-        raise UserError(f"{setting}: {folder} holds no {INDEX_NAME}; make shards with tools/make_shards.py")
-    return Index.load(folder)
+    try:
+        return Index.load(where)
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
 
 
 def build_model(config: Config) -> AdaptedModel:
@@ -99,6 +102,16 @@ def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:
         )
 
 
+def _policy(data: DataSettings) -> ReadPolicy:
+    return ReadPolicy(
+        connections=data.connections,
+        request_seconds=data.request_seconds,
+        retry_seconds=data.retry_seconds,
+        cache=data.cache,
+        cache_gb=data.cache_gb,
+    )
+
+
 def build_stream(config: Config, model: BackboneInfo, ranks: Ranks) -> TrainStream:
     """Training batches of this rank."""
     data = config.data
@@ -110,13 +123,18 @@ def build_stream(config: Config, model: BackboneInfo, ranks: Ranks) -> TrainStre
             augment=data.augment,
             crop_scale=data.crop_scale,
             crop_pct=data.crop_pct or model.crop_pct,
+            crop_mode=model.crop_mode,
             interpolation=data.interpolation or model.interpolation,
+            randaugment=RandAugment(data.randaugment.operations, data.randaugment.magnitude),
+            backend=data.decode,
         ),
         seed=config.run.seed,
         world=ranks.world,
         rank=ranks.rank,
         workers=data.workers,
         pin_memory=ranks.device.type == "cuda",
+        max_bad_samples=data.max_bad_samples,
+        policy=_policy(data),
     )
     check_classes(stream.index, model, "data.train")
     return stream
@@ -132,12 +150,14 @@ def build_eval_stream(config: Config, folder: str, model: BackboneInfo, ranks: R
             size=model.image_size,
             crop_pct=data.crop_pct or model.crop_pct,
             interpolation=data.interpolation or model.interpolation,
+            crop_mode=model.crop_mode,
         ),
         n=config.evaluation.n,
         world=ranks.world,
         rank=ranks.rank,
         workers=data.workers,
         pin_memory=ranks.device.type == "cuda",
+        policy=_policy(data),
     )
     check_classes(stream.index, model, "data.validation")
     return stream

@@ -2,11 +2,16 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 
 
 class UserError(ValueError):
     """Bad input. The message is one line that names the setting or file and says what would be right."""
+
+
+class SharedUserError(UserError):
+    """One that every rank finds at the same moment, after they have met."""
 
 
 def run_entry(main: Callable[[], int | None]) -> None:
@@ -20,7 +25,9 @@ def run_entry(main: Callable[[], int | None]) -> None:
     except UserError as error:
         rank = int(os.environ.get("RANK", "0"))
         met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
-        if rank == 0 or met:
+        if rank and isinstance(error, SharedUserError):
+            time.sleep(1)  # the launcher ends all ranks as soon as one has: rank 0 speaks for all, and first
+        elif rank == 0 or met:
             print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(2)  # no clean-up that could wait for ranks still in a collective

@@ -17,7 +17,8 @@ from fulllora_dist.attacks.pgd import attacked, pgd
 from fulllora_dist.attacks.threat import Norm, Threat, threat_model
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.decode import EvalTransform
-from fulllora_dist.data.index import Index, published
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.index_file import published
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError

@@ -33,6 +33,12 @@ _MAY_CHANGE = {
     "data.workers",
     "data.train",
     "data.validation",
+    "data.max_bad_samples",
+    "data.connections",
+    "data.request_seconds",
+    "data.retry_seconds",
+    "data.cache",
+    "data.cache_gb",
     "model.checkpoint",
 }
 

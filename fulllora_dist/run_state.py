@@ -78,6 +78,7 @@ class RunState:
         """Count the batch that was trained on; log, save and stop where it is time."""
         self.step += 1
         self.stream.commit(self.step)
+        self.stream.count_bad(self._run.ranks.union)
         last = self.step == self.total_steps
         if last or self.step % self._run.config.run.log_every == 0:
             self._log(metrics)

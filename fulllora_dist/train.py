@@ -40,6 +40,7 @@ def main() -> int:
         model = build_model(config)
         run.say(str(model.report))
         stream = build_stream(config, model.info, run.ranks)
+        run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} pictures fill none, others each epoch")
         phases = build_phases(config, stream.steps_per_epoch)
         state = RunState(run, model, stream, phases)  # resumes where there is something to resume
         for batch in run.progress(state):

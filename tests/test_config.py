@@ -12,7 +12,7 @@ from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.build import check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import describe_settings, load_config
-from fulllora_dist.data.index import Index
+from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS
 from fulllora_dist.phases import build_phases
@@ -191,8 +191,10 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str | None, words: str) -> 
         ("model.checkpoint=gone.pth", 1, "model.checkpoint: gone.pth does not exist"),
         ("adapter.start_from=gone", 1, "adapter.start_from: gone does not exist"),
         ("run.resume_from=gone", 1, "run.resume_from: gone does not exist"),
-        ("data.train=gone", 1, "data.train: gone holds no index.npz"),
-        ("data.validation=gone", 1, "data.validation: gone holds no index.npz"),
+        ("data.train=gone", 1, "data.train: gone/index.safetensors: no index there"),
+        ("data.train=pipe:cat", 1, "data.train: pipe:cat: a path or a URL of file://, s3://"),
+        ("data.train=ftp://host/x", 1, "data.train: ftp://host/x: a path or a URL of"),
+        ("data.validation=gone", 1, "data.validation: gone/index.safetensors: no index there"),
     ],
 )
 def test_what_is_missing_or_indivisible_is_refused(path: Path, override: str, world: int, words: str) -> None:
@@ -203,7 +205,7 @@ def test_what_is_missing_or_indivisible_is_refused(path: Path, override: str, wo
             member = tarfile.TarInfo(name)
             member.size = 1
             tar.addfile(member, io.BytesIO(b"0"))
-    Index.build(shards).save()
+    index_shards([str(shards)], progress=False)
     check_inputs(load_config(str(path), [f"data.train={shards}"]), world=1)
     with pytest.raises(UserError, match=words):
         check_inputs(load_config(str(path), [f"data.train={shards}", *override.split()]), world=world)

@@ -339,7 +339,7 @@ def entry() -> ModuleType:
         (["--n", "0"], r"evaluation.n: .*greater than or equal to 1"),
         (["--adapter", "models:/robust@champion"], r"--adapter: models:/robust@champion .*give the adapter's folder"),
         (["--adapter", "nowhere"], r"--adapter: nowhere holds no adapter.json"),
-        (["data.validation=nowhere"], r"data.validation: nowhere holds no index.npz"),
+        (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
         (["data.validation=null"], r"data.validation is not set"),
     ],
 )

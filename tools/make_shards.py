@@ -1,10 +1,15 @@
-"""Image folder, or an uncompressed tar of one -> WebDataset shards + index.
+"""Pictures -> WebDataset shards + index, on disk or in a bucket.
 
-    python tools/make_shards.py /data/imagenet/train shards/train --workers 16
-    python tools/make_shards.py imagenette.tar shards/train --holdout 0.1 --holdout-dst shards/holdout
+    python tools/make_shards.py ILSVRC2012_img_train.tar s3://bucket/imagenet/train --workers 16 \\
+        --holdout 10 --holdout-dst s3://bucket/imagenet/holdout
+    python tools/make_shards.py ILSVRC2012_img_val.tar s3://bucket/imagenet/val --split-name val \\
+        --labels ILSVRC2012_devkit_t12.tar.gz
+    python tools/make_shards.py pictures/train shards/train
 
-SRC holds one subfolder of JPEGs and PNGs for each class. Every picture is decoded once and every finished shard is
-re-read, so what is written is readable. After an interruption the same command goes on with what is missing.
+SRC is a folder with a subfolder of JPEGs, PNGs or WebPs for each class, an uncompressed tar of such a folder, or an
+uncompressed tar of one tar a class. With --labels the pictures may lie anywhere in SRC. Every picture is decoded once
+and every finished shard is re-read, so what is written is readable. The index comes last; after an interruption the
+same command goes on with what is missing.
 """
 
 import argparse
@@ -18,8 +23,13 @@ from fulllora_dist.errors import run_entry
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC", help="image folder, or a tar of one")
-    parser.add_argument("destination", metavar="DST", help="folder for shards and index.npz, created")
+    parser.add_argument("source", metavar="SRC", help="image folder, or a tar of one, or a tar of tars")
+    parser.add_argument("destination", metavar="DST", help="folder, s3:// or gs:// for shards and index")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="classes of pictures that no folder tells: ImageNet's development kit, or lines 'name class'",
+    )
     parser.add_argument("--split-name", default="train", help="shards are called NAME-000000.tar ... (default: train)")
     parser.add_argument(
         "--image-size",
@@ -39,8 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         "--holdout",
         type=float,
         default=0.0,
-        metavar="SHARE",
-        help="share of each class to hold out, to choose checkpoints on",
+        metavar="SHARE|N",
+        help="share of each class, or pictures of each class, to hold out, to choose checkpoints on",
     )
     parser.add_argument("--holdout-dst", metavar="DST2", help="folder for the held-out shards")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a summary")
@@ -53,6 +63,7 @@ def main() -> None:
     result = make_shards(
         args.source,
         args.destination,
+        labels=args.labels,
         split_name=args.split_name,
         image_size=args.image_size,
         samples_per_shard=args.samples_per_shard,
@@ -72,7 +83,7 @@ def main() -> None:
             f"shards, {split['bytes'] / 1e6:.1f} MB, index {split['index_hash'][:12]}"
         )
     if result["skipped_files"]:
-        print(f"skipped {result['skipped_files']} files that are no .jpg, .jpeg or .png")
+        print(f"skipped {result['skipped_files']} files that are no pictures")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ A real ImageNet ViT-Ti/16 (`augreg_in21k_ft_in1k`), its head cut to Imagenette's
 CPU cores, one seed. Evaluated on 1,000 validation pictures in fp32; intervals are Wilson's at 95 %. PGD-10: random
 start, steps of 1/255. The backbone has seen most of these pictures in its own pretraining, so clean accuracy is
 optimistic for all rows alike. Nothing was chosen on the validation pictures but the recipe itself (learning rate, flip
-instead of crop, trained head, warm-up of eps), on the first 300 of them: read differences between rows, not last digits.
+instead of crop, trained head, warm-up of eps), on the first 300 of them: read differences between rows, not digits.
 
 *Work* is the floating-point operations of the whole training, attack and weight steps, counted on the real model and
 relative to the row of FullLoRA with PGD-2.

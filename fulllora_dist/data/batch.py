@@ -1,5 +1,6 @@
 """What a stream yields."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,22 @@ class Batch:
             t.to(device, non_blocking=True) for t in (self.images, self.labels, self.ids, self.mask)
         )
         return Batch(images, labels, ids, mask, self.slot)
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Batch]") -> "Batch":
+        """Batches of neighbouring slots as one."""
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        names = ("images", "labels", "ids", "mask")
+        images, labels, ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+        return cls(images, labels, ids, mask, first.slot)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return Batch(
+            self.images.pin_memory(), self.labels.pin_memory(), self.ids.pin_memory(), self.mask.pin_memory(), self.slot
+        )
 
     def split(self, parts: int) -> list["Batch"]:
         """Equal micro-batches in slot order. `parts` divides the batch."""

@@ -1,63 +1,48 @@
-"""Bytes of a JPEG or PNG to a uint8 [3, S, S] tensor, with PIL as the reference.
+"""Bytes of a picture to a uint8 [3, S, S] tensor: crop, resize, augmentation.
 
-Crop and resize are one `Image.resize(box=...)`: the crop's edge sees the pixels beyond it, as in a resize of the whole
-picture followed by a crop, and nothing is computed that is cut away. EXIF orientation is ignored, as timm and
-torchvision do.
+Two backends. "pil" is the reference and what evaluation always uses, so that its numbers depend on Pillow alone. "fast"
+decodes by libjpeg-turbo and resizes by torch's antialiased uint8 kernels; docs/data.md has the measured difference.
 """
 
-import io
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from fulllora_dist.data.pictures import check_pixels, decode, decode_fast
+from fulllora_dist.data.randaugment import RandAugment
 from fulllora_dist.errors import UserError
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the source
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the source
+Backend = Literal["fast", "pil"]
+Augment = Literal["none", "flip", "crop", "randaugment"]
 
 _LOG_RATIO = math.log(4 / 3)
 _CROP_TRIES = 10
+_TORCH_MODES = ("bilinear", "bicubic")  # that torch resizes with antialiasing
 
 
-def decode(data: bytes) -> Image.Image:
-    """An RGB picture. Alpha is dropped, 16-bit greyscale is scaled to 8 bits (PIL alone would clip it).
-
-    Raises:
-        UserError: no complete JPEG or PNG.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:
-            if image.mode.startswith("I"):
-                grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 = 257 * 255
-                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-            image.info.pop("transparency", None)  # PIL would warn that it is lost
-            return image.convert("RGB")
-    except Exception as error:  # PIL's plugins raise nearly anything on bad bytes
-        raise UserError(f"no readable JPEG or PNG ({error})") from error
-
-
-def evaluation_box(width: int, height: int, size: int, crop_pct: float, crop_mode: str) -> Box:
-    """The part of a picture that timm's evaluation transform keeps.
-
-    It resizes the shorter side (squash: both) to floor(size / crop_pct) and cuts out the centre; roundings are those of
-    torchvision's Resize and CenterCrop.
-    """
+def _scaled(width: int, height: int, size: int, crop_pct: float, crop_mode: str) -> tuple[int, int]:
+    """(width, height) to which timm's evaluation transform resizes before it cuts out the centre: the shorter side
+    (squash: both) becomes floor(size / crop_pct). Roundings are those of torchvision's Resize."""
     scaled = math.floor(size / crop_pct)
+    if crop_mode == "squash":
+        return scaled, scaled
     short = min(width, height)
-    to_width, to_height = (
-        (scaled, scaled)
-        if crop_mode == "squash"
-        else (
-            int(scaled * width / short),
-            int(scaled * height / short),
-        )
-    )
-    left, top = round((to_width - size) / 2), round((to_height - size) / 2)
-    x, y = width / to_width, height / to_height
-    return left * x, top * y, min((left + size) * x, width), min((top + size) * y, height)
+    to_width, to_height = int(scaled * width / short), int(scaled * height / short)
+    check_pixels(to_width, to_height)  # a picture of 1 x 10,000 pixels is small, and large once it is resized
+    return to_width, to_height
+
+
+def centre_crop(image: Image.Image, size: int, crop_pct: float, crop_mode: str, interpolation: str) -> Image.Image:
+    """timm's evaluation picture of an RGB one, pixel for pixel."""
+    scaled = _scaled(*image.size, size, crop_pct, crop_mode)
+    left, top = (round((side - size) / 2) for side in scaled)
+    return image.resize(scaled, _resampling(interpolation)).crop((left, top, left + size, top + size))
 
 
 def random_box(width: int, height: int, crop_scale: tuple[float, float], rng: np.random.Generator) -> Box:
@@ -75,12 +60,20 @@ def random_box(width: int, height: int, crop_scale: tuple[float, float], rng: np
     return left, top, left + w, top + h
 
 
-def _resize(image: Image.Image, size: int, interpolation: str, box: Box) -> np.ndarray:
-    return np.asarray(image.resize((size, size), Image.Resampling[interpolation.upper()], box=box))
+def _resampling(interpolation: str) -> Image.Resampling:
+    return Image.Resampling[interpolation.upper()]
 
 
-def _to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+
+
+def _resized(pixels: np.ndarray, width: int, height: int, interpolation: str) -> torch.Tensor:
+    """uint8 [H, W, 3] to uint8 [3, height, width], antialiased."""
+    if interpolation not in _TORCH_MODES:
+        return _to_tensor(Image.fromarray(pixels).resize((width, height), _resampling(interpolation)))
+    channels_last = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    return F.interpolate(channels_last, (height, width), mode=interpolation, antialias=True)[0]
 
 
 def _check(size: int, crop_pct: float, interpolation: str) -> None:
@@ -93,9 +86,14 @@ def _check(size: int, crop_pct: float, interpolation: str) -> None:
         raise UserError(f"interpolation {interpolation!r}: one of {names} is right")
 
 
+def _check_crop_mode(crop_mode: str) -> None:
+    if crop_mode not in ("center", "squash"):
+        raise UserError(f"crop_mode {crop_mode!r}: center or squash is right")
+
+
 @dataclass(frozen=True)
 class EvalTransform:
-    """timm's evaluation crop.
+    """timm's evaluation crop, by Pillow.
 
     Attributes:
         size: side of the result in pixels.
@@ -111,14 +109,11 @@ class EvalTransform:
 
     def __post_init__(self) -> None:
         _check(self.size, self.crop_pct, self.interpolation)
-        if self.crop_mode not in ("center", "squash"):
-            raise UserError(f"crop_mode {self.crop_mode!r}: center or squash is right")
+        _check_crop_mode(self.crop_mode)
 
     def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> torch.Tensor:
         """uint8 [3, size, size]; nothing is random."""
-        image = decode(data)
-        box = evaluation_box(*image.size, self.size, self.crop_pct, self.crop_mode)
-        return _to_tensor(_resize(image, self.size, self.interpolation, box))
+        return _to_tensor(centre_crop(decode(data), self.size, self.crop_pct, self.crop_mode, self.interpolation))
 
 
 @dataclass(frozen=True)
@@ -128,32 +123,59 @@ class TrainTransform:
     Attributes:
         size: side of the result in pixels.
         augment: "none" is the evaluation crop, "flip" adds a horizontal flip with probability 1/2, "crop" is
-            RandomResizedCrop and the flip.
-        crop_scale: least and greatest share of the area for "crop".
-        crop_pct: of the evaluation crop under "none" and "flip".
+            RandomResizedCrop and the flip, "randaugment" is "crop" and RandAugment after it.
+        crop_scale: least and greatest share of the area for "crop" and "randaugment".
+        crop_pct, crop_mode: of the evaluation crop under "none" and "flip".
         interpolation: a PIL filter by name.
+        randaugment: its settings.
+        backend: "fast" or "pil"; random decisions are the same under both.
     """
 
     size: int
-    augment: Literal["none", "flip", "crop"] = "flip"
+    augment: Augment = "flip"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_pct: float = 1.0
+    crop_mode: str = "center"
     interpolation: str = "bicubic"
+    randaugment: RandAugment = field(default_factory=RandAugment)
+    backend: Backend = "fast"
 
     def __post_init__(self) -> None:
         _check(self.size, self.crop_pct, self.interpolation)
-        if self.augment not in ("none", "flip", "crop"):
-            raise UserError(f"augment {self.augment!r}: none, flip or crop is right")
+        _check_crop_mode(self.crop_mode)
+        if self.augment not in get_args(Augment):
+            raise UserError(f"augment {self.augment!r}: {', '.join(get_args(Augment))} are right")
+        if self.backend not in get_args(Backend):
+            raise UserError(f"decode {self.backend!r}: {' or '.join(get_args(Backend))} is right")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise UserError(f"crop_scale {self.crop_scale}: two shares 0 < least <= greatest <= 1 are right")
 
     def __call__(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         """uint8 [3, size, size]; everything random comes from `rng`."""
-        image = decode(data)
         flip = self.augment != "none" and rng.random() < 0.5
-        if self.augment == "crop":
-            box = random_box(*image.size, self.crop_scale, rng)
-        else:
-            box = evaluation_box(*image.size, self.size, self.crop_pct, "center")
-        pixels = _resize(image, self.size, self.interpolation, box)
-        return _to_tensor(pixels[:, ::-1] if flip else pixels)
+        picture = self._fast(data, rng) if self.backend == "fast" else self._reference(data, rng)
+        if flip:
+            picture = picture.flip(2)
+        if self.augment == "randaugment":
+            picture = self.randaugment(picture, rng)
+        return picture.contiguous()
+
+    def _random_box(self, width: int, height: int, rng: np.random.Generator) -> Box | None:
+        return random_box(width, height, self.crop_scale, rng) if self.augment in ("crop", "randaugment") else None
+
+    def _fast(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
+        pixels = decode_fast(data)
+        height, width = pixels.shape[:2]
+        if (box := self._random_box(width, height, rng)) is not None:
+            left, top, right, bottom = box
+            return _resized(pixels[top:bottom, left:right], self.size, self.size, self.interpolation)
+        to_width, to_height = _scaled(width, height, self.size, self.crop_pct, self.crop_mode)
+        whole = _resized(pixels, to_width, to_height, self.interpolation)
+        left, top = round((to_width - self.size) / 2), round((to_height - self.size) / 2)
+        return whole[:, top : top + self.size, left : left + self.size]
+
+    def _reference(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
+        image = decode(data)
+        if (box := self._random_box(*image.size, rng)) is None:
+            return _to_tensor(centre_crop(image, self.size, self.crop_pct, self.crop_mode, self.interpolation))
+        return _to_tensor(image.crop(box).resize((self.size, self.size), _resampling(self.interpolation)))

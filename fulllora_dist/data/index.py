@@ -1,169 +1,233 @@
-"""The index of a folder of WebDataset shards: one row a sample. A sample's id is its row."""
+"""The index of a set of WebDataset shards: one row a sample. A sample's id is its row."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from fulllora_dist.data.scan import COLUMNS, Shard, ShardScan, scan_shard
+from fulllora_dist.data import store, urls
+from fulllora_dist.data.index_cache import fetched
+from fulllora_dist.data.index_file import map_columns, pack_columns
+from fulllora_dist.data.scan import COLUMNS, IMAGE_EXTENSIONS, Shard, ShardScan
 from fulllora_dist.errors import UserError
 
-INDEX_NAME = "index.npz"
-FORMAT_VERSION = 1
+INDEX_NAME = "index.safetensors"
+FORMAT_VERSION = 2
+_OLD_NAME = "index.npz"
 
 
 class Sample(NamedTuple):
-    """Where the bytes of one picture lie. `offset` and `size` in bytes."""
+    """Where the bytes of one picture lie. `offset` and `size` in bytes, `shard` a position in `Index.shards`."""
 
-    shard: str
+    id: int
+    shard: int
+    url: str
     key: str
+    label: int
     offset: int
     size: int
     crc32: int
+    ext: str
 
     def __str__(self) -> str:
-        return f"{self.shard}: sample {self.key} at offset {self.offset}"
-
-
-@contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` only once it is whole and on disk (temporary name, fsync, rename)."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        return f"{urls.redacted(self.url)}: sample {self.key} at offset {self.offset}"
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """All samples of a folder of shards. A sample's id is its row, 0 <= id < len(index).
+    """All samples of a set of shards. A sample's id is its row, 0 <= id < len(index).
 
     Attributes:
-        folder: where the shards lie.
+        base: folder or URL that the shards' names are relative to; the index lies there.
         classes: class names; a label is a position in them.
         shards: the shards in id order.
-        columns: [N] arrays: shard (int32, position in `shards`), key (bytes), label (int32), offset and size (int64,
-            bytes), crc32 (uint32), ext (bytes).
+        columns: read-only [N] arrays: shard (int32, position in `shards`), label (int64), offset and size (int64,
+            bytes), crc32 (uint32), ext (uint8, position in `scan.IMAGE_EXTENSIONS`), key_end (int64); and keys (uint8
+            [key_end[-1]], all keys in a row, each ending before its key_end).
+        hash: sha256 (hex) over what the ids mean: classes, and key, label, size and crc32 of each row in order. Names,
+            etags and packing are left out: a bucket that has moved keeps the ids.
     """
 
-    folder: Path
+    base: str
     classes: tuple[str, ...]
     shards: tuple[Shard, ...]
-    columns: dict[str, np.ndarray]
+    columns: Mapping[str, np.ndarray]
+    hash: str
+    _mapped: tuple[Path, bytes] | None = field(default=None, repr=False)
 
     @classmethod
-    def build(cls, folder: str | Path, classes: Sequence[str] | None = None) -> Self:
-        """Index every `*.tar` of `folder`, in name order, by one strict pass (`scan.scan_shard` lists what it refuses).
+    def from_scans(cls, base: str | Path, scans: Iterable[ShardScan], classes: Sequence[str] | None = None) -> Self:
+        """Join the scans of all shards, in order. Refuses a key in two shards and a label without a class.
 
-        Without `classes` the names are the label numbers. The file is not written: `save` does that.
+        Without `classes` the names are the label numbers.
         """
-        folder = Path(folder)
-        paths = sorted(folder.glob("*.tar"))
-        if not paths:
-            raise UserError(f"{folder}: no *.tar shards there")
-        return cls.from_scans(folder, (scan_shard(path) for path in paths), classes)
-
-    @classmethod
-    def from_scans(cls, folder: Path, scans: Iterable[ShardScan], classes: Sequence[str] | None = None) -> Self:
-        """Join the scans of all shards, in order. Refuses a key in two shards and a label without a class."""
         shards, parts = zip(*scans, strict=True)
-        columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS if name != "key_end"}
+        before = np.cumsum([0, *(len(part["keys"]) for part in parts)])
+        columns["key_end"] = np.concatenate([part["key_end"] + n for part, n in zip(parts, before, strict=False)])
         columns["shard"] = np.repeat(np.arange(len(shards), dtype="<i4"), [shard.samples for shard in shards])
         if classes is None:
             classes = [str(label) for label in range(int(columns["label"].max(initial=-1)) + 1)]
-        index = cls(folder, tuple(classes), shards, columns)
-        _, first, counts = np.unique(columns["key"], return_index=True, return_counts=True)
-        if (counts > 1).any():
-            row = int(first[counts > 1][0])
-            same = columns["shard"][columns["key"] == columns["key"][row]]
-            where = " and ".join(shards[i].name for i in same[:2])
-            raise UserError(f"key {index.sample(row).key} occurs twice: in {where}")
-        index._check_ranges()
+        index = cls(str(base), tuple(classes), shards, columns, _content_hash(classes, columns))
+        index._check()
+        index._check_keys()
         return index
 
     @classmethod
-    def load(cls, folder: str | Path) -> Self:
-        """Read `folder/index.npz`. Raises UserError where it is missing, damaged or of another format."""
-        path = Path(folder) / INDEX_NAME
+    def load(cls, where: str | Path) -> Self:
+        """Map an index.
+
+        Args:
+            where: the folder or URL that holds index.safetensors, or the path or URL of such a file under another name.
+                A remote one is fetched once into the user's cache folder and shared by all processes of the machine.
+
+        Raises:
+            UserError: missing, damaged, of another format, or pointing outside its shards.
+        """
+        where = str(where)
+        base, name = split_index(where)
+        if urls.is_remote(base):
+            return cls._map(fetched(urls.join(base, name)), base)
+        path = Path(urls.local_path(base), name)
         if not path.is_file():
-            raise UserError(f"{path}: no index there; tools/make_shards.py writes one beside the shards")
+            if path.with_name(_OLD_NAME).is_file():
+                raise UserError(
+                    f"{path.with_name(_OLD_NAME)}: index of an earlier format; run tools/index_shards.py again"
+                )
+            raise UserError(f"{path}: no index there; tools/make_shards.py and tools/index_shards.py write one")
+        return cls._map(path, base)
+
+    @classmethod
+    def _map(cls, path: Path, base: str, checksum: bytes | None = None) -> Self:
+        meta, columns, found = map_columns(path, checksum)
+        if meta.get("version") != FORMAT_VERSION:
+            raise UserError(f"{path}: index format {meta.get('version')!r}; this program reads {FORMAT_VERSION}")
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                meta = json.loads(arrays["meta"].tobytes())
-                if meta["version"] != FORMAT_VERSION:
-                    raise UserError(f"{path}: index format {meta['version']!r}; this program reads {FORMAT_VERSION}")
-                columns = {name: arrays[name] for name in [*COLUMNS, "shard"]}
             shards = tuple(Shard(**shard) for shard in meta["shards"])
-            index = cls(Path(folder), tuple(meta["classes"]), shards, columns)
-            intact = index.hash == meta["hash"]
-        except UserError:
-            raise
-        except Exception as error:  # zipfile and numpy raise nearly anything on bad bytes
+            index = cls(base, tuple(meta["classes"]), shards, columns, meta["hash"], (path, found))
+        except (KeyError, TypeError) as error:
             raise UserError(f"{path}: the index is damaged ({error}); make it anew") from error
-        if not intact:
-            raise UserError(f"{path}: the index is damaged (its hash does not fit its rows); make it anew")
-        index._check_ranges()
+        if checksum is None:
+            index._check()
         return index
 
-    def save(self) -> None:
-        """Write `folder/index.npz`, whole or not at all. The same index always gives the same bytes."""
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """A mapped index travels as the place of its file, so that worker processes share its pages."""
+        if self._mapped is None:
+            return Index, (self.base, self.classes, self.shards, dict(self.columns), self.hash)
+        path, checksum = self._mapped
+        return Index._map, (path, self.base, checksum)
+
+    def packed(self) -> bytes:
+        """The bytes of the index file. The same index always gives the same bytes."""
         meta = {
             "version": FORMAT_VERSION,
             "hash": self.hash,
             "classes": self.classes,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        text = np.frombuffer(json.dumps(meta, sort_keys=True).encode(), dtype=np.uint8)
-        with published(self.folder / INDEX_NAME) as file:
-            np.savez(file, meta=text, **self.columns)  # type: ignore[arg-type]
+        return pack_columns(meta, self.columns)
 
-    def _check_ranges(self) -> None:
-        labels, rows, lengths = self.columns["label"], self.columns["shard"], [shard.bytes for shard in self.shards]
-        if len({len(column) for column in self.columns.values()}) != 1 or len(labels) == 0:
-            raise UserError(f"{self.folder}: the index has no samples or columns of unequal length")
-        if labels.min() < 0 or labels.max() >= len(self.classes):
-            row = int(np.argmax((labels < 0) | (labels >= len(self.classes))))
+    def save(self, name: str = INDEX_NAME) -> None:
+        """Publish the index in `base`, whole or not at all."""
+        store.write(urls.join(self.base, name), self.packed())
+
+    def _check(self) -> None:
+        """Refuse columns that do not fit each other, the classes or the shards."""
+        columns, shards, where = self.columns, self.shards, urls.redacted(self.base)
+        rows, labels = columns["shard"], columns["label"]
+        if len({len(column) for name, column in columns.items() if name != "keys"}) != 1 or len(rows) == 0:
+            raise UserError(f"{where}: the index has no samples or columns of unequal length")
+        counts = np.bincount(rows, minlength=len(shards)) if rows.min() >= 0 else np.empty(0)
+        ends = columns["offset"] + columns["size"]
+        if (
+            counts.tolist() != [shard.samples for shard in shards]
+            or (np.diff(rows) < 0).any()
+            or columns["offset"].min() < 0
+            or columns["size"].min() < 0
+            or (ends > np.array([shard.bytes for shard in shards])[rows]).any()
+            or (np.diff(columns["key_end"], prepend=0) < 0).any()
+            or columns["key_end"][-1] != len(columns["keys"])
+            or columns["ext"].max() >= len(IMAGE_EXTENSIONS)
+        ):
+            raise UserError(f"{where}: the index points outside its shards; make it anew")
+        for shard in shards:
+            urls.scheme_of(shard.url)
+            if ".." in shard.url.split("/") or (urls.is_remote(self.base) and not _stays_remote(shard.url)):
+                raise UserError(f"{where}: the index names a shard {shard.url!r} outside its folder")
+        wrong = (labels < 0) | (labels >= len(self.classes))
+        if wrong.any():
+            row = int(np.argmax(wrong))
             raise UserError(f"{self.sample(row)} has label {labels[row]}; there are {len(self.classes)} classes")
-        ends = self.columns["offset"] + self.columns["size"]
-        if rows.min() < 0 or rows.max() >= len(lengths) or (ends > np.array(lengths)[rows]).any():
-            raise UserError(f"{self.folder / INDEX_NAME}: the index points outside its shards; make it anew")
+
+    def _check_keys(self) -> None:
+        first: dict[str, int] = {}
+        for row in range(len(self)):
+            if (earlier := first.setdefault(self.key(row), row)) != row:
+                raise UserError(f"{self.sample(row)}: the key is also that of {self.sample(earlier)}")
 
     @cached_property
-    def hash(self) -> str:
-        """sha256 (hex) over what the ids mean: classes, and key, label, size and crc32 of each row in order.
+    def packing(self) -> str:
+        """sha256 (hex) over `hash` and the number of samples in each shard."""
+        return hashlib.sha256(json.dumps([self.hash, [shard.samples for shard in self.shards]]).encode()).hexdigest()
 
-        Offsets and shard names are left out: packing the same samples in the same order differently keeps the ids.
-        """
-        digest = hashlib.sha256(json.dumps(self.classes).encode())
-        digest.update(b"\0".join(self.columns["key"].tolist()))
-        for name in ("label", "size", "crc32"):
-            digest.update(np.ascontiguousarray(self.columns[name], dtype=COLUMNS[name]).tobytes())
-        return digest.hexdigest()
-
-    @cached_property
+    @property
     def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        return self.columns["label"].astype(np.int64)
+        """int64 [N], mapped."""
+        return self.columns["label"]
 
     def __len__(self) -> int:
         return len(self.columns["label"])
 
+    def shard_url(self, shard: int) -> str:
+        """Path or URL of shard number `shard`."""
+        return urls.join(self.base, self.shards[shard].url)
+
+    def key(self, sample_id: int) -> str:
+        """The WebDataset key of a sample."""
+        ends = self.columns["key_end"]
+        start = int(ends[sample_id - 1]) if sample_id else 0
+        return self.columns["keys"][start : int(ends[sample_id])].tobytes().decode("utf-8", "surrogateescape")
+
     def sample(self, sample_id: int) -> Sample:
         """Where the picture of `sample_id` lies."""
-        row = {name: column[sample_id] for name, column in self.columns.items()}
-        key = row["key"].decode("utf-8", "surrogateescape")
-        shard = self.shards[row["shard"]].name
-        return Sample(shard, key, int(row["offset"]), int(row["size"]), int(row["crc32"]))
+        row = {
+            name: int(self.columns[name][sample_id]) for name in ("shard", "label", "offset", "size", "crc32", "ext")
+        }
+        return Sample(
+            id=sample_id,
+            shard=row["shard"],
+            url=self.shard_url(row["shard"]),
+            key=self.key(sample_id),
+            label=row["label"],
+            offset=row["offset"],
+            size=row["size"],
+            crc32=row["crc32"],
+            ext=IMAGE_EXTENSIONS[row["ext"]],
+        )
+
+
+def _stays_remote(name: str) -> bool:
+    """Not a file of this machine: an index from a bucket has no business there."""
+    return urls.is_remote(name) if "://" in name else not os.path.isabs(name)
+
+
+def split_index(where: str) -> tuple[str, str]:
+    """(folder, file name) of an index: `where` is the folder itself unless it ends in .safetensors."""
+    if not where.partition("?")[0].endswith(".safetensors"):
+        return where, INDEX_NAME
+    folder, _, name = where.rpartition("/")
+    return folder or ".", name
+
+
+def _content_hash(classes: Sequence[str], columns: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(json.dumps(list(classes)).encode())
+    for name in ("keys", "key_end", "label", "size", "crc32"):
+        digest.update(np.ascontiguousarray(columns[name]).data)
+    return digest.hexdigest()

@@ -1,65 +1,220 @@
-"""The bytes of one sample out of a local shard, checked."""
+"""The bytes of samples out of shards, checked: local ones when they are asked for, remote ones ahead of that."""
 
+import itertools
 import os
 import zlib
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from fulllora_dist.data.index import Sample, Shard
+import numpy as np
+from fsspec.utils import merge_offset_ranges
+
+from fulllora_dist.data import store, urls
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.plan import CHUNK
+from fulllora_dist.data.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
 from fulllora_dist.errors import UserError
 
-_MAX_OPEN = 64  # of each process; a large data set has more shards than a process may have open files
+AHEAD = 512  # samples that a process asks for before it needs them, beyond the windows in use
+_MAX_OPEN = 64  # files of each process; a large data set has more shards than a process may have open files
+_MAX_GAP = 128 << 10  # bytes between two samples that are cheaper to read than another request
+_MAX_RANGE = 8 << 20
+_WHOLE = 1 << 62
+_CHECKS_AT_ONCE = 16
 
 
 class DamagedSample(UserError):
     """The bytes or the picture of one sample are not what they were; the message names shard, key and offset."""
 
 
+class ToRead(Protocol):
+    """What is read in one go.
+
+    Attributes:
+        ids: int64, the samples that are needed now; -1 is none.
+        begin: int64, those (of this and later works) whose reading should begin by now, most urgent first.
+    """
+
+    @property
+    def ids(self) -> np.ndarray: ...
+
+    @property
+    def begin(self) -> np.ndarray: ...
+
+
+W = TypeVar("W", bound=ToRead)
+Read = Callable[[int], bytes]
+
+
+Pieces = Future[list[bytes | None]]
+
+
+class _Block(NamedTuple):
+    """A range, and the samples in it in order."""
+
+    range: Range
+    ids: np.ndarray
+
+
 class ShardReader:
-    """Reads samples of the shards in `folder`. Files are opened when first needed, in each process for itself."""
+    """Reads samples of `index`. Files and connections are opened when first needed, in each process for itself."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._files: dict[str, int] = {}
+    def __init__(self, index: Index, policy: ReadPolicy | None = None):
+        self._index = index
+        self._policy = policy or ReadPolicy()
+        self._urls = [index.shard_url(number) for number in range(len(index.shards))]
+        self._remote = np.array([urls.is_remote(url) for url in self._urls])
+        self._files: dict[int, int] = {}
+        self._fetcher: RangeFetcher | None = None
 
-    def check(self, shards: Iterable[Shard]) -> None:
-        """Refuse, before anything starts, a shard that is missing or has not the length it was indexed with."""
-        for shard in shards:
-            length = os.fstat(self._open(shard.name)).st_size
-            if length != shard.bytes:
-                raise UserError(
-                    f"{self._folder / shard.name}: {length} bytes where the index has {shard.bytes}; "
-                    "copy the shard again or make the index anew"
-                )
-
-    def read(self, sample: Sample) -> bytes:
-        """The picture's bytes.
-
-        Raises:
-            UserError: the shard cannot be opened.
-            DamagedSample: length or crc32 differ from the index.
-        """
-        data = os.pread(self._open(sample.shard), sample.size, sample.offset)
-        if len(data) != sample.size:
-            raise DamagedSample(f"{sample}: got {len(data)} of {sample.size} bytes; the shard is truncated")
-        if zlib.crc32(data) != sample.crc32:
-            raise DamagedSample(f"{sample}: crc32 differs from the index; the shard is damaged")
-        return data
-
-    def _open(self, shard: str) -> int:
-        if shard not in self._files:
-            if len(self._files) >= _MAX_OPEN:
-                os.close(self._files.pop(next(iter(self._files))))
-            try:
-                self._files[shard] = os.open(self._folder / shard, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(f"{self._folder / shard}: cannot open the shard ({error.strerror})") from error
-        return self._files[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder, "_files": {}}  # descriptors mean nothing in another process
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self._index, self._policy)  # descriptors and connections mean nothing in another process
 
     def __del__(self) -> None:
         for descriptor in self._files.values():
             os.close(descriptor)
+
+    def check(self, world: int = 1, rank: int = 0) -> None:
+        """Refuse, before anything starts, a shard that is missing or not the one that was indexed (by length and etag).
+        Remote ones are divided among the ranks; local ones each rank looks at, they may be copies of its own node."""
+        for number in np.flatnonzero(~self._remote).tolist():
+            self._check_length(number, os.fstat(self._open(number)).st_size)
+        mine = np.flatnonzero(self._remote)[rank::world].tolist()
+        with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
+            for number, found in zip(mine, pool.map(lambda n: store.info(self._urls[n]), mine), strict=True):
+                if found.bytes is not None:
+                    self._check_length(number, found.bytes)
+                etag = self._index.shards[number].etag
+                if etag and found.etag and found.etag != etag:
+                    raise ChangedObject(self._urls[number], f"etag {found.etag}, was {etag}")
+
+    def _check_length(self, number: int, length: int) -> None:
+        expected = self._index.shards[number].bytes
+        if length != expected:
+            raise UserError(
+                f"{urls.redacted(self._urls[number])}: {length} bytes where the index has {expected}; "
+                "copy the shard again or make the index anew"
+            )
+
+    def read(self, sample_id: int) -> bytes:
+        """The picture's bytes, now.
+
+        Raises:
+            UserError: the shard cannot be opened or read.
+            DamagedSample: length or crc32 differ from the index.
+        """
+        if not self._remote[self._index.columns["shard"][sample_id]]:
+            return self._read_local(sample_id)
+        (block,) = self._blocks(np.array([sample_id]))
+        place = block.ids.tolist().index(sample_id)
+        return self._sound(sample_id, self._fetch(block).result()[place])
+
+    def ahead(self, works: Iterable[W]) -> Iterator[tuple[W, Read]]:
+        """Each of `works` with a function that gives the bytes of a sample (once for each of its `ids`); it raises as
+        `read` does. Remote samples are on their way from the moment at which `works` says so, or AHEAD samples before.
+        """
+        coming: deque[tuple[W, dict[int, tuple[Pieces, int]]]] = deque()
+        asked: dict[int, tuple[Pieces, int]] = {}
+        waiting, source = 0, iter(works)
+        depth = AHEAD if self._remote.any() else 0
+
+        def take(sample_id: int, held: dict[int, tuple[Pieces, int]]) -> bytes:
+            if sample_id not in held:
+                return self.read(sample_id)
+            pieces, place = held.pop(sample_id)
+            found = pieces.result()
+            data, found[place] = found[place], None  # what has been used is not kept
+            return self._sound(sample_id, data)
+
+        try:
+            while True:
+                while (waiting < depth or not coming) and (work := next(source, None)) is not None:
+                    for block in self._blocks(work.begin):
+                        pieces = self._fetch(block)
+                        asked |= {sample: (pieces, place) for place, sample in enumerate(block.ids.tolist())}
+                    coming.append((work, {i: asked.pop(i) for i in work.ids.tolist() if i in asked}))
+                    waiting += len(work.ids)
+                if not coming:
+                    return
+                work, held = coming.popleft()
+                waiting -= len(work.ids)
+                yield work, partial(take, held=held)
+        finally:
+            for unused, _ in itertools.chain(asked.values(), *(held.values() for _, held in coming)):
+                unused.cancel()
+
+    def _read_local(self, sample_id: int) -> bytes:
+        columns = self._index.columns
+        size = int(columns["size"][sample_id])
+        data = os.pread(self._open(int(columns["shard"][sample_id])), size, int(columns["offset"][sample_id]))
+        if len(data) != size:
+            raise DamagedSample(
+                f"{self._index.sample(sample_id)}: got {len(data)} of {size} bytes; the shard is truncated"
+            )
+        return self._sound(sample_id, data if zlib.crc32(data) == columns["crc32"][sample_id] else None)
+
+    def _sound(self, sample_id: int, data: bytes | None) -> bytes:
+        if data is None:
+            raise DamagedSample(f"{self._index.sample(sample_id)}: crc32 differs from the index; the shard is damaged")
+        return data
+
+    def _open(self, number: int) -> int:
+        if number not in self._files:
+            if len(self._files) >= _MAX_OPEN:
+                os.close(self._files.pop(next(iter(self._files))))
+            path = urls.local_path(self._urls[number])
+            try:
+                self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise UserError(f"{path}: cannot open the shard ({error.strerror})") from error
+        return self._files[number]
+
+    def _fetch(self, block: _Block) -> Pieces:
+        if self._fetcher is None:
+            self._fetcher = RangeFetcher(self._policy)
+        offsets, sizes, sums = (self._index.columns[name][block.ids].tolist() for name in ("offset", "size", "crc32"))
+        pieces = [Piece(o - block.range.start, s, c) for o, s, c in zip(offsets, sizes, sums, strict=True)]
+        return self._fetcher.submit(block.range, pieces)
+
+    def _blocks(self, ids: np.ndarray) -> list[_Block]:
+        """The ranges that hold the remote ones of `ids`, in the order in which they are first needed.
+
+        Without a cache they leave out what is not wanted; with one they are whole chunks, the same in each epoch.
+        """
+        columns = self._index.columns
+        ids = ids[ids >= 0]
+        ids = ids[self._remote[columns["shard"][ids]]]
+        rows = ids
+        if self._policy.cache:
+            rows = (np.unique(ids // CHUNK)[:, None] * CHUNK + np.arange(CHUNK)).ravel()
+            rows = rows[rows < len(self._index)]
+            rows = rows[self._remote[columns["shard"][rows]]]
+        chunks = rows // CHUNK if self._policy.cache else np.zeros_like(rows)
+        order = np.lexsort((columns["offset"][rows], chunks, columns["shard"][rows]))
+        rows, chunks = rows[order], chunks[order]
+        shards, starts = columns["shard"][rows], columns["offset"][rows]
+        ends = (starts + columns["size"][rows]).tolist()
+        merged = merge_offset_ranges(
+            list(zip(shards.tolist(), chunks.tolist(), strict=True)),
+            starts.tolist(),
+            ends,
+            max_gap=_WHOLE if self._policy.cache else _MAX_GAP,
+            max_block=_WHOLE if self._policy.cache else _MAX_RANGE,
+            sort=False,
+        )
+        turn = {sample: place for place, sample in enumerate(ids.tolist())}
+        blocks: list[tuple[int, _Block]] = []
+        row = 0
+        for (number, chunk), start, end in zip(*merged, strict=True):
+            first = row
+            while row < len(rows) and (shards[row], chunks[row]) == (number, chunk) and ends[row] <= end:
+                row += 1
+            inside = rows[first:row]
+            due = min((turn[i] for i in inside.tolist() if i in turn), default=None)
+            if due is not None:
+                span = Range(self._urls[number], self._index.shards[number].etag, start, end)
+                blocks.append((due, _Block(span, inside)))
+        return [block for _, block in sorted(blocks, key=lambda pair: pair[0])]

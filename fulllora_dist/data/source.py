@@ -1,15 +1,17 @@
-"""The pictures that shards are made of: in a folder, or in a tar of one."""
+"""The pictures that shards are made of: in a folder, in a tar of one, or in a tar of tars."""
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
-from fulllora_dist.data.scan import walk_tar
+from fulllora_dist.data.scan import IMAGE_EXTENSIONS
+from fulllora_dist.data.tar import walk_tar
 from fulllora_dist.errors import UserError
 
-_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,7 @@ class Picture:
     path: Path
     offset: int
     size: int
-
-    @property
-    def class_name(self) -> str:
-        """The folder that it lies in."""
-        return PurePosixPath(self.name).parent.name
+    class_name: str
 
     @property
     def key(self) -> str:
@@ -43,12 +41,17 @@ class Picture:
         return data
 
 
-def list_pictures(source: Path) -> tuple[list[Picture], list[str]]:
-    """(the JPEGs and PNGs sorted by key, the names of all other files).
+def list_pictures(source: Path, labels: Mapping[str, str] | None = None) -> tuple[list[Picture], list[str]]:
+    """(the pictures sorted by key, the names of all other files).
+
+    Args:
+        source: a folder; an uncompressed tar of one; or an uncompressed tar of such tars, one a class, as ImageNet's
+            training part comes.
+        labels: file name without extension -> class. Without it, the folder (or inner tar) is the class.
 
     Raises:
-        UserError: no such source, no pictures in class folders, class folders on different levels or of several
-            roots (train/ and val/), two pictures with one key.
+        UserError: no such source, no pictures, class folders on different levels or of several roots (train/ and val/),
+            a picture that `labels` does not know, two pictures with one key.
     """
     if source.is_dir():
         files = _in_folder(source)
@@ -56,35 +59,83 @@ def list_pictures(source: Path) -> tuple[list[Picture], list[str]]:
         files = _in_tar(source)
     else:
         raise UserError(f"{source}: no such folder or tar")
-    pictures, others = [], []
+    pictures: list[Picture] = []
+    others: list[str] = []
     for file in files:
         name = PurePosixPath(file.name)
         # "._x.jpg" is what macOS puts beside x.jpg
         if name.suffix.lower() in _SUFFIXES and not name.name.startswith("."):
-            pictures.append(file)
+            pictures.append(file if labels is None else _labelled(file, labels))
         else:
             others.append(file.name)
     pictures.sort(key=lambda picture: picture.key)
     if not pictures:
-        raise UserError(f"{source}: no .jpg, .jpeg or .png files there")
-    roots = sorted({str(PurePosixPath(picture.name).parent.parent) for picture in pictures})
-    if not pictures[0].class_name or len(roots) > 1:
-        raise UserError(f"{source}: pictures must lie in class folders side by side; found {', '.join(roots[:4])}")
+        raise UserError(f"{source}: no {', '.join(_SUFFIXES)} files there")
+    if labels is None:
+        roots = sorted({str(PurePosixPath(picture.name).parent.parent) for picture in pictures})
+        if not pictures[0].class_name or len(roots) > 1:
+            raise UserError(
+                f"{source}: pictures must lie in class folders side by side (or --labels names their classes); "
+                f"found {', '.join(roots[:4])}"
+            )
     for one, other in itertools.pairwise(pictures):
         if one.key == other.key:
             raise UserError(f"{source}: {one.name} and {other.name} would both be sample {one.key}; rename one")
     return pictures, others
 
 
+def _labelled(picture: Picture, labels: Mapping[str, str]) -> Picture:
+    stem = PurePosixPath(picture.name).stem
+    if stem not in labels:
+        raise UserError(f"{picture.name}: the labels file has no class for {stem}")
+    return Picture(picture.name, picture.path, picture.offset, picture.size, labels[stem])
+
+
+def _picture(name: str, path: Path, offset: int, size: int) -> Picture:
+    return Picture(name, path, offset, size, PurePosixPath(name).parent.name)
+
+
 def _in_folder(source: Path) -> Iterator[Picture]:
     for folder, _, names in os.walk(source, followlinks=True):
         for name in names:
             path = Path(folder, name)
-            yield Picture(path.relative_to(source).as_posix(), path, 0, path.stat().st_size)
+            yield _picture(path.relative_to(source).as_posix(), path, 0, path.stat().st_size)
 
 
 def _in_tar(source: Path) -> Iterator[Picture]:
-    with open(source, "rb") as stream:
-        for member in walk_tar(stream, str(source)):
-            if member.isreg() and not member.issparse():
-                yield Picture(member.name.removeprefix("./"), source, member.offset_data, member.size)
+    with open(source, "rb") as file:
+        length = os.fstat(file.fileno()).st_size
+        for member in walk_tar(file, str(source), length):
+            if member.is_folder:
+                continue
+            if not member.is_file:
+                raise UserError(f"{source}: member {member.name!r} is a link or a device; pack plain files")
+            if member.name.endswith(".tar"):
+                yield from _in_inner_tar(source, member.name, member.offset_data, member.size)
+            else:
+                yield _picture(member.name.removeprefix("./"), source, member.offset_data, member.size)
+
+
+def _in_inner_tar(source: Path, name: str, start: int, size: int) -> Iterator[Picture]:
+    """Its pictures, as if they lay in a folder of the tar's name."""
+    folder = name.removesuffix(".tar")
+    with open(source, "rb") as file:
+        for member in walk_tar(_Part(file, start, size), f"{source}: {name}", size):
+            if member.is_file:
+                inner = f"{folder}/{PurePosixPath(member.name).name}".removeprefix("./")
+                yield _picture(inner, source, start + member.offset_data, member.size)
+
+
+class _Part:
+    """Bytes [start, start + size) of a file, as a file."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int):
+        self._file, self._start, self._size = file, start, size
+        file.seek(start)
+
+    def seek(self, position: int) -> int:
+        return self._file.seek(self._start + position) - self._start
+
+    def read(self, size: int) -> bytes:
+        left = self._start + self._size - self._file.tell()
+        return self._file.read(max(0, min(size, left)))

@@ -1,37 +1,45 @@
-"""An image folder, or a tar of one, to WebDataset shards and their index.
+"""Pictures in a folder or tar to WebDataset shards and their index, on disk or in a bucket.
 
-The same pictures give the same bytes: the shuffle is seeded, times and owners are fixed. A shard gets its name once it
-is whole, re-read and equal to what was to be written, so a run that was cut short goes on with what is missing.
+The same pictures give the same bytes: the shuffle is keyed, times and owners are fixed. A shard gets its name once it
+is whole, re-read and equal to what was to be written, and the index comes last, so a run that was cut short goes on
+with what is missing.
 """
 
 import hashlib
 import io
 import json
+import math
+import os
 import re
+import tempfile
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
-from webdataset.writer import TarWriter
+from webdataset import ShardWriter
 
-from fulllora_dist.data.decode import decode, evaluation_box
-from fulllora_dist.data.index import INDEX_NAME, Index, published
-from fulllora_dist.data.plan import epoch_order, stratified_order
-from fulllora_dist.data.scan import ShardScan, scan_shard
+from fulllora_dist.data import store, urls
+from fulllora_dist.data.decode import centre_crop
+from fulllora_dist.data.index import INDEX_NAME, Index
+from fulllora_dist.data.index_file import published
+from fulllora_dist.data.indexing import ScanJob, recorded_scan, scan_and_record, version_of
+from fulllora_dist.data.labels import read_labels
+from fulllora_dist.data.pictures import decode, picture_format
+from fulllora_dist.data.plan import stratified_order
+from fulllora_dist.data.pool import run_jobs
+from fulllora_dist.data.scan import ShardScan, scan_file
 from fulllora_dist.data.source import Picture, list_pictures
-from fulllora_dist.data.workers import fork_server, settle_in, signals_held
 from fulllora_dist.errors import UserError
+from fulllora_dist.rng import numpy_rng
 
 _SOURCE_NAME = "source.json"
-_PNG = b"\x89PNG"
+_CLASSES_NAME = "classes.txt"  # what --classes of index_shards takes
 _JPEG_QUALITY = 95
+_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,7 @@ class _Split:
     """What one destination will hold: pictures in the order of their ids."""
 
     name: str
-    folder: Path
+    folder: str
     pictures: tuple[Picture, ...]
     classes: tuple[str, ...]
     image_size: int | None
@@ -48,16 +56,31 @@ class _Split:
 
 @dataclass(frozen=True)
 class _ShardJob:
-    path: Path
+    folder: str
+    split_name: str
+    number: int
     pictures: tuple[Picture, ...]
     labels: tuple[int, ...]
     image_size: int | None
+
+    @property
+    def pattern(self) -> str:
+        return f"{self.split_name}-%06d.tar"
+
+    @property
+    def name(self) -> str:
+        return self.pattern % self.number
+
+    @property
+    def url(self) -> str:
+        return urls.join(self.folder, self.name)
 
 
 def make_shards(
     source: str | Path,
     destination: str | Path,
     *,
+    labels: str | Path | None = None,
     split_name: str = "train",
     image_size: int | None = None,
     samples_per_shard: int = 1000,
@@ -68,19 +91,21 @@ def make_shards(
     holdout_destination: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write `{split_name}-000000.tar` ... and index.npz into `destination`.
+    """Write `{split_name}-000000.tar` ... and index.safetensors into `destination`.
 
     Args:
-        source: a folder with one subfolder of JPEGs and PNGs for each class, or an uncompressed tar of such a folder.
-        destination: created; may hold what an interrupted run of the same command left.
+        source: a folder with one subfolder of JPEGs, PNGs and WebPs for each class, an uncompressed tar of such a
+            folder, or an uncompressed tar of one tar a class. With `labels` in any folders or none.
+        destination: folder, s3:// or gs:// URL; created; may hold what an interrupted run of the same command left.
+        labels: where no folders tell the classes: a file that does, see `labels.read_labels`.
         image_size: resize the shorter side to so many pixels, cut out the centre square and encode anew (JPEG quality
-            95, PNG stays PNG). Without it the bytes are kept as they are.
+            95; PNG stays PNG, WebP becomes JPEG). Without it the bytes are kept as they are.
         samples_per_shard: the last shard of a split may hold fewer.
         workers: processes; each writes whole shards.
         classes: take only these, label i is classes[i]. Without it all, sorted by name.
         limit: take only so many pictures, balanced over the classes.
-        holdout, holdout_destination: share of each class, in (0, 1), that goes to a split of its own there, named
-            `{split_name}-holdout`.
+        holdout, holdout_destination: what goes to a split of its own there, named `{split_name}-holdout`: a share of
+            each class in (0, 1), or from 1 on so many pictures of each. Which ones depends on their keys alone.
         progress: bars on stderr.
 
     Returns:
@@ -94,21 +119,26 @@ def make_shards(
     for name, value in {"image size": image_size, "samples per shard": samples_per_shard, "workers": workers}.items():
         if value is not None and value < 1:
             raise UserError(f"{name} {value}: 1 or more is right")
-    if (holdout > 0) != (holdout_destination is not None) or not 0 <= holdout < 1:
-        raise UserError(f"holdout {holdout}: a share between 0 and 1 together with a destination of its own is right")
+    if (holdout > 0) != (holdout_destination is not None) or holdout < 0 or (holdout > 1 and holdout % 1):
+        raise UserError(
+            f"holdout {holdout:g}: a share below 1, or a number of pictures, with a destination of its own is right"
+        )
+    destinations = [os.fspath(place) for place in (destination, holdout_destination) if place is not None]
+    for place in destinations:
+        store.refuse_read_only(place)
+    if len({place if urls.is_remote(place) else os.path.realpath(place) for place in destinations}) < len(destinations):
+        raise UserError(f"{destination}: the held-out pictures need a folder of their own")
 
-    found, skipped = list_pictures(Path(source))
+    found, skipped = list_pictures(Path(source), None if labels is None else read_labels(Path(labels)))
     pictures, names = _choose(found, classes, limit)
-    parts = [(split_name, Path(destination), pictures)]
+    parts = [(split_name, destinations[0], pictures)]
     if holdout_destination is not None:
         kept, held_out = _hold_out(pictures, holdout)
-        if Path(holdout_destination).resolve() == Path(destination).resolve():
-            raise UserError(f"{destination}: the held-out pictures need a folder of their own")
-        parts = [
-            (split_name, Path(destination), kept),
-            (f"{split_name}-holdout", Path(holdout_destination), held_out),
-        ]
-    splits = [_Split(name, folder, tuple(part), names, image_size, samples_per_shard) for name, folder, part in parts]
+        parts = [(split_name, destinations[0], kept), (f"{split_name}-holdout", destinations[1], held_out)]
+    splits = [
+        _Split(name, store.writable_folder(folder), tuple(part), names, image_size, samples_per_shard)
+        for name, folder, part in parts
+    ]
     for split in splits:
         _claim(split)
     return {
@@ -135,23 +165,27 @@ def _choose(
             raise UserError(f"limit {limit}: between {len(names)} (one a class) and {len(taken)} is right")
         labels = np.array([position[picture.class_name] for picture in taken])
         taken = [taken[i] for i in np.sort(stratified_order(labels)[:limit])]
-    return [taken[i] for i in epoch_order(len(taken), seed=0, epoch=0)], names
+    shuffled = np.argsort(numpy_rng(0, "make_shards", 0).bit_generator.random_raw(len(taken)), kind="stable")
+    return [taken[i] for i in shuffled], names
 
 
-def _hold_out(pictures: list[Picture], share: float) -> tuple[list[Picture], list[Picture]]:
-    """(kept, held out), both in the order given. Each class gives its first round(share * size), at least one."""
-    sizes: dict[str, int] = {}
+def _hold_out(pictures: list[Picture], amount: float) -> tuple[list[Picture], list[Picture]]:
+    """(kept, held out), both in the order given. Each class gives those whose keys have the least sha256: at least one,
+    and never all."""
+    members: dict[str, list[str]] = {}
     for picture in pictures:
-        sizes[picture.class_name] = sizes.get(picture.class_name, 0) + 1
-    if single := [name for name, size in sizes.items() if size < 2]:
-        raise UserError(f"holdout {share}: class {single[0]} has one picture only; two or more are right")
-    quota = {name: min(size - 1, max(1, round(share * size))) for name, size in sizes.items()}
-    parts: tuple[list[Picture], list[Picture]] = ([], [])
-    for picture in pictures:
-        held = quota[picture.class_name] > 0
-        quota[picture.class_name] -= held
-        parts[held].append(picture)
-    return parts
+        members.setdefault(picture.class_name, []).append(picture.key)
+    held: set[str] = set()
+    for name, keys in members.items():
+        count = round(amount * len(keys)) if amount < 1 else int(amount)
+        if count >= len(keys) or len(keys) < 2:
+            raise UserError(f"holdout {amount:g}: class {name} has only {len(keys)} pictures")
+        held.update(sorted(keys, key=lambda key: hashlib.sha256(_bytes(key)).digest())[: max(1, count)])
+    return [p for p in pictures if p.key not in held], [p for p in pictures if p.key in held]
+
+
+def _bytes(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
 
 
 def _claim(split: _Split) -> None:
@@ -164,19 +198,19 @@ def _claim(split: _Split) -> None:
         "samples": len(rows),
         "sha256": hashlib.sha256(json.dumps([split.classes, rows]).encode()).hexdigest(),
     }
-    path = split.folder / _SOURCE_NAME
-    try:
-        split.folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            same = json.loads(path.read_bytes()) == note
-        else:
-            same = not any(split.folder.glob("*.tar")) and not (split.folder / INDEX_NAME).exists()
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: {error}") from error
+    url = urls.join(split.folder, _SOURCE_NAME)
+    if store.exists(url):
+        try:
+            same = json.loads(store.read(url)) == note
+        except ValueError as error:
+            raise UserError(f"{urls.redacted(url)}: {error}") from error
+    else:
+        same = not store.shards_in(split.folder) and not store.exists(urls.join(split.folder, INDEX_NAME))
     if not same:
-        raise UserError(f"{split.folder}: holds shards of another source or other options; name an empty folder")
-    with published(path) as file:
-        file.write(json.dumps(note, indent=2).encode())
+        where = urls.redacted(split.folder)
+        raise UserError(f"{where}: holds shards of another source or other options; name an empty folder")
+    store.write(url, json.dumps(note, indent=2).encode())
+    store.write(urls.join(split.folder, _CLASSES_NAME), "".join(f"{name}\n" for name in split.classes).encode())
 
 
 def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
@@ -184,14 +218,15 @@ def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
     jobs: list[_ShardJob] = []
     for start in range(0, len(split.pictures), split.samples_per_shard):
         part = split.pictures[start : start + split.samples_per_shard]
-        path = split.folder / f"{split.name}-{len(jobs):06d}.tar"
-        jobs.append(_ShardJob(path, part, tuple(label[picture.class_name] for picture in part), split.image_size))
+        labels = tuple(label[picture.class_name] for picture in part)
+        jobs.append(_ShardJob(split.folder, split.name, len(jobs), part, labels, split.image_size))
     with tqdm(total=len(split.pictures), desc=split.name, unit="img", disable=not progress) as bar:
-        index = Index.from_scans(split.folder, _run(jobs, workers, bar), split.classes)
+        scans = run_jobs(_make_shard, jobs, workers, lambda job: bar.update(len(job.pictures)))
+    index = Index.from_scans(split.folder, scans, split.classes)
     index.save()
     return {
         "name": split.name,
-        "folder": str(split.folder),
+        "folder": split.folder,
         "samples": len(index),
         "shards": len(index.shards),
         "bytes": sum(shard.bytes for shard in index.shards),
@@ -199,60 +234,51 @@ def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
     }
 
 
-def _run(jobs: list[_ShardJob], workers: int, bar: tqdm) -> list[ShardScan]:
-    if workers == 1:
-        scans = []
-        for job in jobs:
-            scans.append(_make_shard(job))
-            bar.update(len(job.pictures))
-        return scans
-    with ProcessPoolExecutor(min(workers, len(jobs)), fork_server(__name__), initializer=settle_in) as pool:
-        with signals_held():
-            futures = {pool.submit(_make_shard, job): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                bar.update(len(futures[future].pictures))
-        except BrokenProcessPool as error:
-            raise UserError("a worker died (out of memory?); the same command goes on with what is missing") from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [future.result() for future in futures]
-
-
 def _make_shard(job: _ShardJob) -> ShardScan:
     """Write the shard unless it is there, and re-read it. One that is there was wholly compared before it got its name:
     keys and labels are enough to know that it belongs here."""
-    expected: dict[str, list[Any]] = {
-        "key": [picture.key.encode("utf-8", "surrogateescape") for picture in job.pictures],
-        "label": list(job.labels),
-    }
-    if job.path.exists():
-        scan = scan_shard(job.path)
-        _compare(scan, expected, job.path)
+    expected: dict[str, list[Any]] = {"key": [picture.key for picture in job.pictures], "label": list(job.labels)}
+    if store.exists(job.url):
+        scan_job = ScanJob(job.url, job.name, version_of(job.url))
+        scan = recorded_scan(scan_job) or scan_and_record(scan_job)
+        _compare(scan, expected, job.url)
         return scan
-    with published(job.path) as file:
-        expected["crc32"] = _write_shard(job, file)
-        file.flush()
-        scan = scan_shard(Path(file.name), job.path.name)
-        _compare(scan, expected, job.path)
+    if not urls.is_remote(job.url):
+        with published(Path(job.url)) as file:
+            return _written(job, file, expected)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, job.name)
+        with open(path, "wb") as file:
+            scan = _written(job, file, expected)
+        etag = store.upload(path, job.url).etag
+    return ShardScan(replace(scan.shard, etag=etag), scan.columns)
+
+
+def _written(job: _ShardJob, file: BinaryIO, expected: dict[str, list[Any]]) -> ShardScan:
+    crc32 = _write_shard(job, file)
+    file.flush()
+    scan = scan_file(Path(file.name), job.name)
+    _compare(scan, {**expected, "crc32": crc32}, job.url)
     return scan
 
 
-def _compare(scan: ShardScan, expected: dict[str, list[Any]], path: Path) -> None:
+def _compare(scan: ShardScan, expected: dict[str, list[Any]], url: str) -> None:
     for column, values in expected.items():
-        if scan.columns[column].tolist() != values:
-            raise UserError(f"{path}: its {column}s are not those of the source; remove the shard and run again")
+        found = scan.keys() if column == "key" else scan.columns[column].tolist()
+        if found != values:
+            raise UserError(f"{url}: its {column}s are not those of the source; remove the shard and run again")
 
 
 def _write_shard(job: _ShardJob, file: BinaryIO) -> list[int]:
     """The crc32 of each picture as it was handed to the writer."""
     written = []
-    with TarWriter(file, encoder=False, compress=False, mtime=0) as tar:
+    with ShardWriter(
+        job.pattern, start_shard=job.number, maxcount=len(job.pictures), maxsize=math.inf, verbose=0,
+        opener=lambda _: file, encoder=False, compress=False, mtime=0,
+    ) as shard:  # fmt: skip
         for picture, label in zip(job.pictures, job.labels, strict=True):
             extension, data = _encoded(picture, job.image_size)
-            tar.write({"__key__": picture.key, extension: data, "cls": str(label).encode()})
+            shard.write({"__key__": picture.key, extension: data, "cls": str(label).encode()})
             written.append(zlib.crc32(data))
     return written
 
@@ -264,11 +290,11 @@ def _encoded(picture: Picture, image_size: int | None) -> tuple[str, bytes]:
         image = decode(data)
     except UserError as error:
         raise UserError(f"{picture.name}: {error}") from error
-    extension = "png" if data.startswith(_PNG) else "jpg"
+    kind = picture_format(data)
     if image_size is None:
-        return extension, data
-    box = evaluation_box(*image.size, image_size, crop_pct=1.0, crop_mode="center")
-    small = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+        return _EXTENSIONS[kind], data
+    kind = "PNG" if kind == "PNG" else "JPEG"
+    small = centre_crop(image, image_size, crop_pct=1.0, crop_mode="center", interpolation="bicubic")
     buffer = io.BytesIO()
-    small.save(buffer, "PNG" if extension == "png" else "JPEG", quality=_JPEG_QUALITY)
-    return extension, buffer.getvalue()
+    small.save(buffer, kind, quality=_JPEG_QUALITY)
+    return _EXTENSIONS[kind], buffer.getvalue()

@@ -33,7 +33,7 @@ class BackboneInfo:
         own_classes: whether the head is the checkpoint's own.
         image_size: side of the square input in pixels.
         mean, std: normalisation of the three channels, in units of [0, 1] pixels.
-        crop_pct, interpolation: timm's evaluation crop of this tag.
+        crop_pct, interpolation, crop_mode: timm's evaluation crop of this tag.
         architecture: arguments that make it another model than the tag's (depth, embed_dim, ...).
     """
 
@@ -51,6 +51,7 @@ class BackboneInfo:
     crop_pct: float
     interpolation: str
     architecture: dict[str, object]
+    crop_mode: str = "center"
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -238,6 +239,7 @@ def build_backbone(
         crop_pct=float(data["crop_pct"]),
         interpolation=data["interpolation"],
         architecture=dict(architecture or {}),
+        crop_mode=data["crop_mode"],
     )
     return backbone, info
 

@@ -15,6 +15,14 @@ SIDE = 24
 CLASS_SIZES = {"ant": 14, "bee": 10, "cat": 8}
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, for its subprocesses too."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder / "fulllora_dist"
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Pictures that are lent to the project, not part of it."""

@@ -1,7 +1,12 @@
+import hashlib
 import io
-import json
+import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
+import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +14,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from fulllora_dist.data.index import Index
+from fulllora_dist.data.index_file import map_columns, pack_columns
+from fulllora_dist.data.scan import IMAGE_EXTENSIONS, scan_file
 from fulllora_dist.errors import UserError
 
 
@@ -23,6 +31,11 @@ def write_tar(path: Path, samples: list[tuple[str, int]]) -> None:
                 tar.addfile(info, io.BytesIO(data))
 
 
+def build(folder: Path, classes: Sequence[str] | None = None) -> Index:
+    """In memory, of all shards of a folder."""
+    return Index.from_scans(folder, [scan_file(path) for path in sorted(folder.glob("*.tar"))], classes)
+
+
 def same(a: Index, b: Index) -> bool:
     return (a.classes, a.shards, a.hash) == (b.classes, b.shards, b.hash) and all(
         np.array_equal(a.columns[name], b.columns[name]) for name in a.columns
@@ -31,9 +44,9 @@ def same(a: Index, b: Index) -> bool:
 
 def test_a_saved_index_is_the_one_that_a_fresh_pass_makes(shards: Path) -> None:
     loaded = Index.load(shards)
-    assert same(loaded, Index.build(shards, ["ant", "bee", "cat"]))
+    assert same(loaded, build(shards, ["ant", "bee", "cat"]))
     assert (len(loaded), loaded.classes, loaded.labels.dtype) == (32, ("ant", "bee", "cat"), np.int64)
-    assert Index.build(shards).classes == ("0", "1", "2")
+    assert build(shards).classes == ("0", "1", "2")
 
 
 def test_the_hash_pins_samples_and_not_their_packing(tmp_path: Path) -> None:
@@ -41,7 +54,7 @@ def test_the_hash_pins_samples_and_not_their_packing(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         for i, part in enumerate(parts):
             write_tar(tmp_path / name / f"{i}.tar", part)
-        return Index.build(tmp_path / name, ["x", "y"]).hash
+        return build(tmp_path / name, ["x", "y"]).hash
 
     one, two, three = ("a", 0), ("b", 1), ("c", 0)
     packed = built("one", [one, two, three])
@@ -50,43 +63,160 @@ def test_the_hash_pins_samples_and_not_their_packing(tmp_path: Path) -> None:
     assert len({packed, *others}) == 4
 
 
+def test_packing_and_bucket_are_no_part_of_the_hash_but_packing_has_its_own(shards: Path) -> None:
+    index = Index.load(shards)
+    moved = [replace(shard, url=f"s3://elsewhere/{i}.tar", etag=f"e{i}") for i, shard in enumerate(index.shards)]
+    elsewhere = replace(index, shards=tuple(moved))
+    assert (elsewhere.hash, elsewhere.packing) == (index.hash, index.packing)
+    shifted = [replace(shard, samples=shard.samples + 1) for shard in index.shards]
+    assert replace(index, shards=tuple(shifted)).packing != index.packing
+
+
+def test_every_row_is_what_tarfile_reads(shards: Path) -> None:
+    index = Index.load(shards)
+    seen = 0
+    for shard in index.shards:
+        data = (shards / shard.url).read_bytes()
+        assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        assert shard.etag is None
+        with tarfile.open(shards / shard.url) as tar:
+            members = {m.name: m for m in tar.getmembers()}
+            for name, member in members.items():
+                key, _, extension = name.rpartition(".")
+                if extension == "cls":
+                    continue
+                sample = index.sample(seen)
+                picture = tar.extractfile(member).read()
+                assert (sample.id, sample.key, sample.ext) == (seen, key, extension)
+                assert (sample.offset, sample.size, sample.crc32) == (
+                    member.offset_data,
+                    member.size,
+                    zlib.crc32(picture),
+                )
+                assert sample.label == int(tar.extractfile(members[f"{key}.cls"]).read())
+                assert sample.url == index.shard_url(sample.shard) == str(shards / shard.url)
+                assert str(sample) == f"{shards / shard.url}: sample {key} at offset {member.offset_data}"
+                seen += 1
+    assert seen == len(index) == 32
+
+
+def test_the_file_is_safetensors(shards: Path) -> None:
+    index, arrays = Index.load(shards), load_file(shards / "index.safetensors")
+    assert set(arrays) == {*index.columns, "sha256"}
+    assert all(np.array_equal(arrays[name], column) for name, column in index.columns.items())
+    assert bytes(arrays["sha256"]) == hashlib.sha256((shards / "index.safetensors").read_bytes()[:-32]).digest()
+    assert [IMAGE_EXTENSIONS[ext] for ext in arrays["ext"]].count("png") > 0
+
+
 def test_refusals_over_several_shards(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no \*\.tar shards"):
-        Index.build(tmp_path)
     write_tar(tmp_path / "a.tar", [("k", 0), ("l", 1)])
     with pytest.raises(UserError, match=r"a\.tar: sample l at offset \d+ has label 1; there are 1 classes"):
-        Index.build(tmp_path, ["only"])
+        build(tmp_path, ["only"])
     write_tar(tmp_path / "b.tar", [("m", 0), ("k", 0)])
-    with pytest.raises(UserError, match=r"key k occurs twice: in a\.tar and b\.tar"):
-        Index.build(tmp_path)
+    expected = r"b\.tar: sample k at offset 1536: the key is also that of .*a\.tar: sample k at offset 512"
+    with pytest.raises(UserError, match=expected.replace("1536", r"\d+")):
+        build(tmp_path)
+    write_tar(tmp_path / "b.tar", [])
+    assert len(build(tmp_path)) == 2  # an empty shard between others is no harm
 
 
 def test_a_missing_index_or_another_format_is_refused(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"index\.npz: no index there"):
+    with pytest.raises(UserError, match=r"index\.safetensors: no index there"):
         Index.load(tmp_path)
-    with np.load(shards / "index.npz") as arrays:
-        fields = dict(arrays)
-    meta = {**json.loads(fields["meta"].tobytes()), "version": 99}
-    fields["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    np.savez(tmp_path / "index.npz", **fields)
-    with pytest.raises(UserError, match="index format 99"):
+    (tmp_path / "index.npz").touch()
+    with pytest.raises(UserError, match=r"index\.npz: index of an earlier format.*index_shards"):
         Index.load(tmp_path)
+    meta, columns, _ = map_columns(shards / "index.safetensors")
+    path = tmp_path / "named.safetensors"
+    path.write_bytes(pack_columns({**meta, "version": 99}, columns))
+    with pytest.raises(UserError, match=r"named\.safetensors: index format 99"):
+        Index.load(path)
+    for strange in (b"", b"no index" * 9, (lambda d: d + hashlib.sha256(d).digest())(b"\x02" + bytes(7) + b"{}")):
+        path.write_bytes(strange)
+        with pytest.raises(UserError, match=r"named\.safetensors: "):
+            Index.load(path)
 
 
-def test_rows_that_the_hash_does_not_fit_are_refused(shards: Path, tmp_path: Path) -> None:
-    with np.load(shards / "index.npz") as arrays:
-        fields = dict(arrays)
-    fields["label"] = fields["label"][::-1]
-    np.savez(tmp_path / "index.npz", **fields)
-    with pytest.raises(UserError, match="hash does not fit its rows"):
-        Index.load(tmp_path)
-
-
-def test_an_index_that_points_outside_its_shards_is_refused(shards: Path, tmp_path: Path) -> None:
+def test_an_index_may_lie_elsewhere(shards: Path, tmp_path: Path) -> None:
     index = Index.load(shards)
-    offset = index.columns["offset"].copy()
-    offset[5] = index.shards[0].bytes - 1
-    replace(index, folder=tmp_path, columns={**index.columns, "offset": offset}).save()
+    absolute = tuple(replace(shard, url=str(shards / shard.url)) for shard in index.shards)
+    replace(index, base=str(tmp_path), shards=absolute).save("mine.safetensors")
+    loaded = Index.load(tmp_path / "mine.safetensors")
+    assert loaded.hash == index.hash
+    assert [loaded.sample(i).url for i in range(32)] == [index.sample(i).url for i in range(32)]
+
+
+def test_other_processes_map_the_file_and_copy_nothing(shards: Path, tmp_path: Path) -> None:
+    """A pickled index is small, and its arrays are pages of the file: the kernel says so of another process."""
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    index = Index.load(tmp_path)
+    times, blob = 30_000, index.columns["keys"]
+    columns = {name: np.repeat(column, times) for name, column in index.columns.items()}
+    columns["keys"] = np.tile(blob, times)
+    columns["key_end"] = (index.columns["key_end"] + len(blob) * np.arange(times)[:, None]).ravel()
+    shards_of_many = tuple(replace(shard, samples=times * shard.samples) for shard in index.shards)
+    big = replace(index, base=str(tmp_path), shards=shards_of_many, columns=columns)
+    big.save()
+    size = (tmp_path / "index.safetensors").stat().st_size
+    assert size > 40 << 20
+    big = Index.load(tmp_path)
+    code = (
+        "import pickle, re, sys\n"
+        "index = pickle.loads(sys.stdin.buffer.read())\n"
+        "total = sum(int(column.sum(dtype='u8')) for column in index.columns.values())\n"  # touches every page
+        "status = open('/proc/self/status').read()\n"
+        "print(total, *(1024 * int(re.search(name + r':\\s+(\\d+)', status)[1]) for name in ('RssAnon', 'RssFile')))\n"
+        "index.labels.flags.writeable and sys.exit('writeable')\n"
+    )
+    sent = pickle.dumps(big)
+    assert len(sent) < 2000
+    done = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True, check=True)
+    total, anonymous, of_files = map(int, done.stdout.split())
+    assert total == sum(int(column.sum(dtype="u8")) for column in big.columns.values())
+    assert of_files > size
+    empty = subprocess.run(
+        [sys.executable, "-c", code], input=pickle.dumps(Index.load(shards)), capture_output=True, check=True
+    )
+    assert anonymous - int(empty.stdout.split()[1]) < size / 20
+
+
+def test_an_index_that_is_made_anew_meanwhile_is_noticed(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    sent = pickle.dumps(Index.load(tmp_path))
+    replace(Index.load(tmp_path), classes=("a", "b", "c")).save()
+    with pytest.raises(UserError, match="has changed while"):
+        pickle.loads(sent)
+
+
+def test_an_index_in_memory_travels_whole(shards: Path) -> None:
+    index = build(shards)
+    assert same(pickle.loads(pickle.dumps(index)), index)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("offset", 10**6),
+        ("offset", -1),
+        ("size", -1),
+        ("shard", 4),
+        ("shard", -1),
+        ("ext", 9),
+        ("key_end", 0),
+        ("label", -1),
+    ],
+)
+def test_an_index_that_points_outside_its_shards_is_refused(
+    shards: Path, tmp_path: Path, column: str, value: int
+) -> None:
+    index = Index.load(shards)
+    changed = index.columns[column].copy()
+    changed[5] = value
+    replace(index, base=str(tmp_path), columns={**index.columns, column: changed}).save()
+    if column == "label":
+        with pytest.raises(UserError, match="has label -1"):
+            Index.load(tmp_path)
+        return
     with pytest.raises(UserError, match="points outside its shards"):
         Index.load(tmp_path)
 
@@ -94,9 +224,9 @@ def test_an_index_that_points_outside_its_shards_is_refused(shards: Path, tmp_pa
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_flipped_bit_is_refused_or_changes_nothing(shards: Path, tmp_path: Path, place: float, bit: int) -> None:
-    data = bytearray((shards / "index.npz").read_bytes())
+    data = bytearray((shards / "index.safetensors").read_bytes())
     data[int(place * len(data))] ^= 1 << bit
-    (tmp_path / "index.npz").write_bytes(data)
+    (tmp_path / "index.safetensors").write_bytes(data)
     try:
         damaged = Index.load(tmp_path)
     except UserError:
@@ -106,8 +236,8 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(shards: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("keep", [0, 100, 0.5, 0.99])
 def test_a_cut_index_is_refused(shards: Path, tmp_path: Path, keep: float) -> None:
-    shutil.copy(shards / "index.npz", tmp_path)
-    data = (tmp_path / "index.npz").read_bytes()
-    (tmp_path / "index.npz").write_bytes(data[: int(keep if keep > 1 else keep * len(data))])
-    with pytest.raises(UserError, match="damaged"):
+    shutil.copy(shards / "index.safetensors", tmp_path)
+    data = (tmp_path / "index.safetensors").read_bytes()
+    (tmp_path / "index.safetensors").write_bytes(data[: int(keep if keep > 1 else keep * len(data))])
+    with pytest.raises(UserError, match=r"damaged|empty file"):
         Index.load(tmp_path)

@@ -1,0 +1,82 @@
+"""The training stream as webdataset has its samples: one dict each, for pipelines of webdataset's own stages."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.progress import Progress
+from fulllora_dist.data.ranges import ReadPolicy
+from fulllora_dist.data.reader import ShardReader
+from fulllora_dist.errors import UserError
+
+
+class ShardStream(IterableDataset):
+    """The first stage of a `webdataset.DataPipeline`: samples without end, in the order of `TrainStream`'s plan.
+
+    Each sample is {"__key__", "__url__", "__id__": int, "__epoch__": int, EXT: bytes, "cls": bytes}, EXT being jpg,
+    jpeg, png or webp. Length and crc32 are checked; a damaged sample raises, as nothing here can stand in for it.
+
+    In DataLoader workers each one yields its share of every batch, so the workers must divide the rank's batch, and
+    what they yield must be put together into batches in the main process. Then batch b is that of the plan, and
+    `commit(step)` in the main process counts as `TrainStream.commit` does. A state is bound to no number of ranks or
+    workers.
+
+    Args:
+        where: folder or URL of shards with their index, or path or URL of an index.
+        batch_size: of the global batch; a multiple of `world`.
+        seed: orders the epochs.
+        world, rank: this process among those that share the batch.
+        policy: how remote shards are read.
+    """
+
+    def __init__(
+        self,
+        where: str | Path,
+        *,
+        batch_size: int,
+        seed: int,
+        world: int = 1,
+        rank: int = 0,
+        policy: ReadPolicy | None = None,
+    ):
+        if not 0 <= rank < world or batch_size % world:
+            raise UserError(f"batch size {batch_size}, rank {rank} of world {world}: equal shares for all are right")
+        self.index = Index.load(where)
+        self._progress = Progress(self.index, seed, batch_size)
+        self._reader = ShardReader(self.index, policy)
+        self._reader.check(world, rank)
+        self._world, self._rank = world, rank
+        self.steps_per_epoch = len(self.index) // batch_size
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        works = self._progress.works(self._world, self._rank)
+        if works.count % workers:
+            raise UserError(f"{workers} workers: a number that divides the rank's batch of {works.count} is right")
+        for work, read in self._reader.ahead(works(number, workers)):
+            for sample_id in work.ids.tolist():
+                sample = self.index.sample(sample_id)
+                yield {
+                    "__key__": sample.key,
+                    "__url__": sample.url,
+                    "__id__": sample_id,
+                    "__epoch__": work.epoch,
+                    sample.ext: read(sample_id),
+                    "cls": str(sample.label).encode(),
+                }
+
+    def commit(self, step: int) -> None:
+        """`step` global batches have been consumed since the beginning of the run; the next iteration begins there."""
+        self._progress.commit(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Progress.state_dict`."""
+        return self._progress.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Progress.load_state_dict`."""
+        self._progress.load_state_dict(state)
