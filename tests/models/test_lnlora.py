@@ -1,5 +1,6 @@
 """A branch is y = W x + b + (alpha / r) B A LN(x), beside a frozen layer that keeps timm's names."""
 
+import copy
 import re
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulllora_dist.models.families.beit import CallingAttention
 from fulllora_dist.models.lnlora import LNLoRABranch, LNLoRASplit, attach
 from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, patches, pictures, roughen, stir, tiny
 
@@ -88,6 +90,24 @@ def test_starts_as_the_bare_timm_model_bit_for_bit(family: str, finetune: str, q
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (bare.pretrained_cfg["mean"], bare.pretrained_cfg["std"]))
     with torch.no_grad():  # where a bias table asks for a gradient, torch takes another attention kernel
         assert torch.equal(model(x), bare((x - mean) / std))
+
+
+def test_the_biases_of_an_attention_are_added_in_one_operation() -> None:
+    """At a real width, where adding them afterwards rounds otherwise."""
+    torch.manual_seed(0)
+    theirs = timm.models.beit.Attention(768, num_heads=12, qkv_bias=True)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    ours = copy.deepcopy(theirs)
+    attach(ours.qkv, LNLoRABranch(768, 3 * 768, 2, 2.0, norm=True, eps=EPS), ours, CallingAttention)
+    x = torch.randn(2, 50, 768)
+    apart = theirs.qkv(x) + torch.cat([theirs.q_bias, theirs.k_bias, theirs.v_bias])
+    with torch.no_grad():
+        assert not torch.equal(ours.qkv(x), apart)
+        assert torch.equal(ours(x), theirs(x))
+    assert ours.state_dict().keys() - theirs.state_dict().keys() == {
+        f"qkv.lnlora.{tensor}" for tensor in ("norm.weight", "norm.bias", "A", "B")
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
