@@ -20,6 +20,7 @@ import torch
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.decode import EvalTransform, TrainTransform
 from fulllora_dist.data.index import Index
+from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.reader import DamagedSample
 from fulllora_dist.errors import UserError
@@ -112,12 +113,11 @@ def test_a_resumed_stream_goes_on_bit_for_bit(shards, workers: int) -> None:
 
 def test_a_state_of_something_else_is_refused(shards, tmp_path) -> None:
     state = train(shards).state_dict()
-    for settings, name in (({"seed": 2}, "seed"), ({"batch_size": 8}, "batch_size")):
-        with pytest.raises(UserError, match=name):
-            train(shards, **settings).load_state_dict(state)
+    with pytest.raises(UserError, match="seed"):
+        train(shards, seed=2).load_state_dict(state)
     shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
     (tmp_path / "train-000004.tar").unlink()
-    Index.build(tmp_path).save()
+    index_shards([str(tmp_path)], progress=False)
     with pytest.raises(UserError, match="index_hash"):
         train(tmp_path).load_state_dict(state)
     with pytest.raises(UserError, match="plan"):
@@ -128,14 +128,14 @@ def test_a_state_of_something_else_is_refused(shards, tmp_path) -> None:
 def test_a_flipped_bit_is_found_and_named(shards, tmp_path, workers: int) -> None:
     shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
     sample = Index.load(tmp_path).sample(17)
-    with open(tmp_path / sample.shard, "r+b") as file:
+    with open(sample.url, "r+b") as file:
         file.seek(sample.offset + sample.size - 1)
         byte = file.read(1)[0]
         file.seek(-1, os.SEEK_CUR)
         file.write(bytes([byte ^ 1]))
     with pytest.raises(DamagedSample) as caught:
         list(EvalStream(tmp_path, batch_size=8, transform=EvalTransform(8), workers=workers))
-    message = f"{sample.shard}: sample {sample.key} at offset {sample.offset}: crc32 differs"
+    message = f"{sample.url}: sample {sample.key} at offset {sample.offset}: crc32 differs"
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 

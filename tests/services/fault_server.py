@@ -42,6 +42,7 @@ class FaultServer:
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients may hang up
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> "FaultServer":
