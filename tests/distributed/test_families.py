@@ -43,7 +43,10 @@ def _cases(families: Sequence[str], stages: Sequence[int]) -> list[FamilyCase]:
     return found
 
 
-SHORT = _cases(["swin", "swinv2", "beit", "eva02_fused", "eva_rope_mixed", "cait", "xcit", "convit"], (0, 3))
+SHORT = [
+    *_cases(["swin", "swinv2", "beit", "eva02_fused", "eva_rope_mixed", "cait", "xcit", "convit"], (3,)),
+    *_cases(["swinv2", "xcit", "convit"], (0,)),
+]
 LONG = _cases(list(FAMILIES), (0, 1, 2, 3))
 
 
