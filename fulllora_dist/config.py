@@ -87,7 +87,7 @@ class RandAugmentSettings(Settings):
 
 class DataSettings(Settings):
     train: str
-    """Shards with their index: a folder, a URL (s3://, gs://, https://), or the path or URL of an index (.safetensors)."""
+    """Shards with their index: a folder, a URL (s3://, gs://, https://), or path or URL of an index (.safetensors)."""
     validation: str | None = None
     """Shards for the final evaluation, named like data.train; null leaves it out."""
     augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
