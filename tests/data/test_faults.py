@@ -148,7 +148,7 @@ def test_a_shard_that_is_replaced_is_an_error_and_never_mixed(tmp_path: Path) ->
         data[5000] ^= 255
         path.write_bytes(bytes(data))
         with pytest.raises(ChangedObject, match=r"part-001\.tar: has changed"):
-            found += arrived(stream.index, batches)
+            found += arrived(stream.index, islice(batches, 600))
         assert set(found) <= before
         path.write_bytes(bytes(data[:-512]))
         with pytest.raises(UserError, match=r"part-001\.tar: \d+ bytes where the index has"):

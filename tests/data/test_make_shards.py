@@ -213,6 +213,24 @@ def test_a_cut_inner_tar_is_refused(imagenet, tmp_path) -> None:
         make(tmp_path / "cut.tar", tmp_path / "d")
 
 
+def test_a_shard_that_is_not_what_was_to_be_written_gets_no_name(image_folder, tmp_path, monkeypatch) -> None:
+    write = webdataset.ShardWriter.write
+
+    def rotten(self, sample: dict) -> None:
+        if sample["__key__"].endswith("003"):
+            sample = {name: data[:-1] + b"?" if name == "jpg" else data for name, data in sample.items()}
+        write(self, sample)
+
+    monkeypatch.setattr(webdataset.ShardWriter, "write", rotten)
+    with pytest.raises(UserError, match=r"train-00000\d\.tar: its crc32s are not those of the source"):
+        make(image_folder, tmp_path)
+    rotten_keys = {"ant/003", "bee/003", "cat/003"}
+    for path in tmp_path.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            assert not rotten_keys & {name.partition(".")[0] for name in tar.getnames()}
+    assert not (tmp_path / "index.safetensors").exists()
+
+
 def test_a_link_in_a_source_tar_is_no_lost_picture(image_folder, tmp_path) -> None:
     with tarfile.open(tmp_path / "source.tar", "w") as tar:
         tar.add(image_folder, "train")
