@@ -2,13 +2,17 @@
 
 The way of a picture, one room each:
 
-`write` turns an image folder, or a tar of one (`source` lists either), into WebDataset shards. `scan` is the strict
-pass that re-reads each finished shard and finds its samples; `index` joins them and owns the index file: one row a
-sample, and a sample's id is its row. `plan` is a pure function: which ids form global batch b of an epoch, and which
-of them a rank holds. `reader` fetches the bytes of one row and checks length and crc32. `decode` makes a uint8 tensor
-of them; every random decision of an augmentation comes from a generator keyed by (seed, epoch, sample id). `loader`
-drives plan, reader and decode, in processes that `workers` keeps in order, and yields `batch.Batch`; it never counts:
-the trainer commits how many steps it has taken.
+`write` turns pictures (`source` lists them, `labels` knows classes that no folder tells) into WebDataset shards,
+`indexing` reads shards that are there already. `scan` is the strict pass of both over one shard, on `tar`; `index`
+joins what it found: one row a sample, and a sample's id is its row. `index_file` is how that lies on disk to be
+mapped, `index_cache` fetches it.
 
-Only `reader` and `scan` know that shards are local files.
+`plan` and `progress` are pure: which ids form global batch b of an epoch, what a rank and worker read of them, and
+how far a run has come. `reader` gives the bytes of a row, checked; from a store by `ranges`, kept by `cache`.
+`pictures` makes RGB of them and `decode` a uint8 tensor; every random decision (`randaugment` too) comes from a
+generator keyed by (seed, epoch, sample id). `loader` drives all this in processes that `workers` keeps in order, and
+yields `batch.Batch`; `shard_stream` yields webdataset's dicts instead. Neither counts: the trainer commits how many
+steps it has taken.
+
+`urls` and `store` alone know where files lie.
 """
