@@ -10,9 +10,9 @@ mapped, `index_cache` fetches it.
 `plan` and `progress` are pure: which ids form global batch b of an epoch, what a rank and worker read of them, and
 how far a run has come. `reader` gives the bytes of a row, checked; from a store by `ranges`, kept by `cache`.
 `pictures` makes RGB of them and `decode` a uint8 tensor; every random decision (`randaugment` too) comes from a
-generator keyed by (seed, epoch, sample id). `loader` drives all this in processes that `workers` keeps in order, and
-yields `batch.Batch`; `shard_stream` yields webdataset's dicts instead. Neither counts: the trainer commits how many
-steps it has taken.
+generator keyed by (seed, epoch, sample id). `parts` does all this in processes that `workers` keeps in order; `loader`
+joins what they made and yields `batch.Batch`, `shard_stream` yields webdataset's dicts instead. Neither counts: the
+trainer commits how many steps it has taken.
 
 `urls` and `store` alone know where files lie.
 """

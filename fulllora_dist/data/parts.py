@@ -1,0 +1,132 @@
+"""The pictures of a batch, made by worker processes: each reads and decodes some of its slots."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.progress import Work
+from fulllora_dist.data.reader import DamagedSample, Read, ShardReader
+from fulllora_dist.data.workers import fork_server, settle_in, signals_held
+from fulllora_dist.errors import UserError
+from fulllora_dist.rng import numpy_rng
+
+
+class Transform(Protocol):
+    """Bytes of a picture to uint8 [3, size, size]; everything random comes from `rng`. Must be picklable,
+    and for `TrainStream.resize` a dataclass."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __call__(self, data: bytes, rng: np.random.Generator) -> torch.Tensor: ...
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used, and why (with shard, key and offset)."""
+
+    id: int
+    why: str
+
+
+class Part(NamedTuple):
+    """What one process made of its slots of one batch, and what it had to replace."""
+
+    batch: Batch
+    bad: tuple[BadSample, ...]
+
+
+class Parts(IterableDataset):
+    """The parts of this process. An error that the user can mend comes back as a value: raised in a worker, torch would
+    wrap it into a page of traceback.
+
+    Args:
+        works: (worker, workers) -> its works; picklable.
+    """
+
+    def __init__(
+        self, reader: ShardReader, index: Index, transform: Transform, seed: int, works: Callable[..., Iterable[Work]]
+    ):
+        self._index, self._reader, self._transform, self._seed = index, reader, transform, seed
+        self._works = works
+
+    def __iter__(self) -> Iterator[Part | UserError]:
+        worker = get_worker_info()
+        works = self._works() if worker is None else self._works(worker.id, worker.num_workers)
+        try:
+            for work, read in self._reader.ahead(works):
+                yield self._part(work, read)
+        except UserError as error:
+            yield error
+
+    def _part(self, work: Work, read: Read) -> Part:
+        images = torch.zeros(len(work.ids), 3, self._transform.size, self._transform.size, dtype=torch.uint8)
+        ids = work.ids.copy()
+        bad: list[BadSample] = []
+        for place in np.flatnonzero(ids >= 0).tolist():
+            ids[place], images[place] = self._usable(work, place, read, bad)
+        mask = ids >= 0
+        labels = np.where(mask, self._index.labels[ids], 0)
+        fields = [torch.from_numpy(array) for array in (labels, ids, mask)]
+        return Part(Batch(images, fields[0], fields[1], fields[2], work.slot), tuple(bad))
+
+    def _usable(self, work: Work, place: int, read: Read, bad: list[BadSample]) -> tuple[int, torch.Tensor]:
+        """The sample in its place, or the next of its window that can be used. The window is the plan's, so the same
+        sample stands in on any number of ranks and workers, and after a restart."""
+        sample_id = int(work.ids[place])
+        try:
+            return sample_id, self._picture(work.epoch, sample_id, read)
+        except DamagedSample as error:
+            if work.spares is None:
+                raise
+            bad.append(BadSample(sample_id, str(error)))
+            last = error
+        for spare in work.spares.of(work.slot, place).tolist():
+            try:
+                return spare, self._picture(work.epoch, spare, self._reader.read)
+            except DamagedSample as error:
+                bad.append(BadSample(spare, str(error)))
+                last = error
+        raise last
+
+    def _picture(self, epoch: int, sample_id: int, read: Read) -> torch.Tensor:
+        data = read(sample_id)
+        try:
+            return self._transform(data, numpy_rng(self._seed, "augment", epoch, sample_id))
+        except UserError as error:
+            raise DamagedSample(f"{self._index.sample(sample_id)}: {error}") from error
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    settle_in()
+
+
+def read_ahead(parts: Parts, workers: int, prefetch: int) -> Iterator[Part]:
+    """The parts of all workers, by turns."""
+    loader = DataLoader(
+        parts,
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        multiprocessing_context=fork_server("torch.utils.data", "PIL.Image", __name__) if workers else None,
+        prefetch_factor=prefetch if workers else None,
+        generator=torch.Generator(),  # else each iteration draws a seed from the global generator
+    )
+    with signals_held():
+        items = iter(loader)
+    try:
+        for item in items:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    finally:
+        del items  # ends the workers now; held by a traceback until the garbage collector comes, that takes 5 s each
