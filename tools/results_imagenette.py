@@ -101,15 +101,17 @@ python tools/make_shards.py ../shared/data/imagenette224-val1000.tar data/imagen
 
 FINDINGS = """## Cheaper passes: two negative results
 
-Both ideas are in `tools/cheaper_passes.py`, outside of the package, because their trade was not worth it here. Differences
-of PGD-10 accuracy are paired over the 1,000 pictures, with a bootstrap's 95 % interval; fp32 rows, one seed.
+Both ideas are in `tools/cheaper_passes.py`, outside of the package, because their trade was not worth it here.
+Differences of PGD-10 accuracy are paired over the 1,000 pictures, with a bootstrap's 95 % interval; fp32 rows, one
+seed.
 
-- **Dropping tokens by attention** (AGAT, arXiv 2207.10498; 70 % of the patch tokens go on at blocks 3, 6 and 9, in every
-  pass) saves a third of N-FGSM's work. Simply training N-FGSM for 5.1 instead of 8 epochs saves as much and is more
-  robust: AGAT is 2.0 points below it (-3.9 to -0.1). At 96 pixels there are only 36 patches; at 224 and more the saving
-  in attention is larger, which was not measured.
-- **Updating the perturbation through the first block** (YOPO, arXiv 1905.00877; one full pass, then three steps through
-  the patch embedding and the first block) costs 13 % more than N-FGSM and is 1.8 points below it (-2.8 to -0.9).
+- **Dropping tokens by attention** (AGAT, arXiv 2207.10498; 70 % of the patch tokens go on at blocks 3, 6 and 9, in
+  every pass) saves a third of N-FGSM's work. Simply training N-FGSM for 5.1 instead of 8 epochs saves as much and is
+  more robust: AGAT is 2.0 points below it (-3.9 to -0.1). At 96 pixels there are only 36 patches; at 224 and more the
+  saving in attention is larger, which was not measured.
+- **Updating the perturbation through the first block** (YOPO, arXiv 1905.00877; one full pass, then three steps
+  through the patch embedding and the first block) costs 13 % more than N-FGSM and is 1.8 points below it (-2.8 to
+  -0.9).
 - Not an idea of its own, but the best trade of the four: N-FGSM with 36 % fewer updates is no worse than with all of
   them (+0.6, -1.2 to 2.4).
 """

@@ -1,4 +1,4 @@
-"""The survey of timm's transformers counts what is there."""
+"""docs/backbones.md says what the code says."""
 
 import json
 import subprocess
@@ -10,17 +10,21 @@ import timm
 import torch
 
 from fulllora_dist.models.finetune import create_model
-from fulllora_dist.models.survey import Backbone, Refusal, architectures, examine, page, sizes
+from fulllora_dist.models.survey import Backbone, Refusal, architectures, examine, page, row, sizes
 
 ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "backbones.md").read_text()
 ROWS = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "beit_base_patch16_224"]
 ROWS += ["eva02_tiny_patch14_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "convit_tiny", "deit3_small_patch16_224"]
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_counts_are_those_of_the_model(name: str) -> None:
+def test_the_page_has_what_the_code_counts(name: str) -> None:
     found = examine(name)
     assert isinstance(found, Backbone)
+    cells = row([found]).split("|")[2:]
+    lines = [line for line in PAGE.splitlines() if line.startswith("|") and line.split("|")[2:] == cells]
+    assert lines, f"no row of docs/backbones.md has{'|'.join(cells)}; run tools/backbones.py --write docs/backbones.md"
     with torch.device("meta"):
         bare = timm.create_model(name)
         model = create_model(name, pretrained=False, head="frozen")
@@ -28,6 +32,18 @@ def test_counts_are_those_of_the_model(name: str) -> None:
     assert found.trainable == sum(p.numel() for n, p in model.backbone.named_parameters() if ".lnlora." in n)
     assert found.branches == sum(n.endswith(".A") for n, _ in model.backbone.named_parameters())
     assert found.share <= 0.05 < found.share * (1 + 1 / found.rank)
+
+
+def test_every_family_and_the_large_ones_are_on_the_page() -> None:
+    for heading in ("ViT", "Swin", "SwinV2", "BEiT", "EVA", "CaiT", "XCiT", "ConViT"):
+        assert f"\n### {heading}\n" in PAGE
+    for name in (
+        "vit_giant_patch14_dinov2",
+        "vit_giant_patch14_224",
+        "eva02_large_patch14_224",
+        "deit3_huge_patch14_224",
+    ):
+        assert f"| `{name}`" in PAGE
 
 
 def test_names_of_one_size_share_a_row() -> None:
