@@ -14,8 +14,8 @@ from fulllora_dist.models.survey import Backbone, Refusal, architectures, examin
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "backbones.md").read_text()
-ROWS = ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "beit_base_patch16_224"]
-ROWS += ["eva02_tiny_patch14_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "convit_tiny", "deit3_small_patch16_224"]
+ROWS = ["vit_tiny_patch16_224", "swin_s3_tiny_224", "swinv2_tiny_window8_256", "beit_base_patch16_224"]
+ROWS += ["eva02_tiny_patch14_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "convit_tiny", "deit3_medium_patch16_224"]
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -41,7 +41,7 @@ def test_every_family_and_the_large_ones_are_on_the_page() -> None:
         "vit_giant_patch14_dinov2",
         "vit_giant_patch14_224",
         "eva02_large_patch14_224",
-        "deit3_huge_patch14_224",
+        "vit_gigantic_patch14_224",
     ):
         assert f"| `{name}`" in PAGE
 
