@@ -58,10 +58,11 @@ def _uphill(gradient: Tensor, norm: str) -> Tensor:
     return torch.stack([g / torch.linalg.vector_norm(g) for g in gradient])
 
 
-def _start(name: str, x: Tensor, ids: Tensor, step: int, seed: int, eps: float, norm: str) -> Tensor:
+def _start(method: Recipe, x: Tensor, ids: Tensor, step: int, seed: int, eps: float, norm: str) -> Tensor:
+    name = method["name"]
     rng = sample_rng(seed, f"train/{name}/start/0", step, ids)
     if name in ("trades", "mart"):
-        return _to_ball((0.001 * rng.normal(x.shape[1:])).to(x.dtype), eps, norm)
+        return _to_ball((method.get("start", 0.001) * rng.normal(x.shape[1:])).to(x.dtype), eps, norm)
     if norm == "linf":
         return ((rng.uniform(x.shape[1:]) * 2 - 1) * eps).to(x.dtype)
     direction, u = rng.normal(x.shape[1:]).double(), rng.uniform((1,))[:, 0].double()
@@ -158,7 +159,7 @@ def plain_loss(
 
     kept = {key: rise(step, method.get(key, 0), run) for key in ("attention_drop", "perturbation_mask")}
     depth = sum(n.endswith(".attn") for n, _ in model.named_modules())
-    x_adv = (x + _start(name, x, ids, step, seed, eps, norm)).clamp(0, 1)
+    x_adv = (x + _start(method, x, ids, step, seed, eps, norm)).clamp(0, 1)
     for k in range(steps):
         if kept["perturbation_mask"] < 1:
             patch = method["mask_patch"]

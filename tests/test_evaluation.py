@@ -145,7 +145,7 @@ def test_equals_a_plain_loop(
 def test_the_rough_model_tells_attacks_apart(shards: Path, rough: Rough) -> None:
     """Start, restarts and loss all matter there, or its equality with the plain loop would prove little."""
     x, y, ids = whole(shards)
-    found = {(name, k): plain_loop(rough, x, y, ids + k, name, 2, 1) for name in ("pgd2", "cw2") for k in (0, 100)}
+    found = {(name, k): plain_loop(rough, x, y, ids + k, name, 2, 1) for name in ("pgd2", "cw2") for k in (0, 200)}
     assert len({tuple(correct) for correct in found.values()}) == len(found)
     assert sum(plain_loop(rough, x, y, ids, "pgd2", 2, 3)) < sum(found["pgd2", 0])
 

@@ -16,6 +16,7 @@ from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.methods.base import WeightStep, register_method
 from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
 from fulllora_dist.methods.trades import gaussian_start
+from fulllora_dist.pixels import Size
 from fulllora_dist.rng import SampleRng
 
 
@@ -23,6 +24,8 @@ class MARTSettings(MultiStepSettings):
     name: Literal["mart"] = "mart"
     weight: float = Field(5.0, ge=0)
     """lambda, of the divergence."""
+    start: Size = 1e-3
+    """Standard deviation of the attack's Gaussian start, in pixels."""
 
 
 @register_method
@@ -34,7 +37,7 @@ class MART(MultiStep):
         return self.settings.steps + 2, self.settings.steps + 2
 
     def start(self, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
-        return gaussian_start(threat, rng, x)
+        return gaussian_start(self.settings.start, threat, rng, x)
 
     def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)

@@ -15,21 +15,22 @@ from fulllora_dist.attacks.pgd import attacked, kl_divergence
 from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.methods.base import WeightStep, register_method
 from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
+from fulllora_dist.pixels import Size
 from fulllora_dist.rng import SampleRng, sample_rng
 
-START = 1e-3
-"""Standard deviation of the Gaussian start, in pixels. At the picture itself the divergence has no gradient."""
 
-
-def gaussian_start(threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
-    """A perturbation of `START` in each pixel, in the ball."""
-    return threat.project((START * rng.normal(x.shape[1:])).to(x.dtype))
+def gaussian_start(deviation: float, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
+    """Gaussian noise of that standard deviation in each pixel, in the ball."""
+    return threat.project((deviation * rng.normal(x.shape[1:])).to(x.dtype))
 
 
 class TRADESSettings(MultiStepSettings):
     name: Literal["trades"] = "trades"
     beta: float = Field(6.0, ge=0)
     """Weight of the divergence (1 / lambda in the paper): more robust, less accurate on clean pictures."""
+    start: Size = 1e-3
+    """Standard deviation of the attack's Gaussian start, in pixels. At the picture itself the divergence is flat: so
+    near to it the first step follows the rounding of fp32, and runs on other ranks agree less sharply."""
 
 
 @register_method
@@ -40,7 +41,8 @@ class TRADES(MultiStep):
         return self.settings.steps + 3, self.settings.steps + 2  # clean logits for the attack, then twice the batch
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
-        start = in_box(x + gaussian_start(threat, sample_rng(self.seed, "train/trades/start/0", step, ids), x))
+        rng = sample_rng(self.seed, "train/trades/start/0", step, ids)
+        start = in_box(x + gaussian_start(self.settings.start, threat, rng, x))
         with attacked(model):
             with torch.no_grad():
                 clean = model(x)

@@ -35,9 +35,9 @@ RECIPES: dict[str, Recipe] = {
     "free": {"method": {"name": "free", "replays": 2}},
     "fgsm_rs": {"method": {"name": "fgsm_rs"}},
     "n_fgsm": {"method": {"name": "n_fgsm"}},
-    "trades": {"method": {"name": "trades", "steps": 2}},
+    "trades": {"method": {"name": "trades", "steps": 2, "start": 0.1}},  # nearer, its first step is rounding
     "mart": {"method": {"name": "mart", "steps": 2}},
-    "pgd_l2": {"method": {"name": "pgd", "steps": 2}, "threat": {"norm": "l2", "eps": 0.5}},
+    "pgd_l2": {"method": {"name": "pgd", "steps": 2}, "threat": {"norm": "l2", "eps": 0.8}},
     "pgd_mixed": {"method": {"name": "pgd", "steps": 2}, "targets": SOFT},
     "pgd_weakened": {"method": {"name": "pgd", "steps": 2, **WEAKENED}, "threat": {"warmup": 0.5, "step_warmup": 0.3}},
     "phases": {

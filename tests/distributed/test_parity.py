@@ -152,22 +152,23 @@ def _check(references: dict[tuple[str, str], dict[int, Result]], case: Case, run
         differences = _differences(getattr(result, kind), getattr(reference[1], kind))
         wrong = {n: (d, tolerances[n]) for n, d in differences.items() if not d <= tolerances[n]}
         assert not wrong, (kind, wrong)
-    own = max(abs(a / b - 1) for r in reference.values() for a, b in zip(r.losses, reference[1].losses, strict=True))
-    assert result.losses == pytest.approx(reference[1].losses, rel=max(1e-5, 10 * own))
+    assert result.losses == pytest.approx(reference[1].losses, rel=1e-5)
     assert norm is None if case.stage == 0 else norm == pytest.approx(reference[1].norms[-1], rel=1e-4)
 
 
 def test_reference_can_tell(references: dict[tuple[str, str], dict[int, Result]]) -> None:
-    """The comparison is sharp: parameters move over 100 times the tolerance; clipping acts in some updates only."""
+    """The comparison is sharp: parameters move over 50 times the tolerance; clipping acts in some updates only."""
     for (finetune, method), reference in references.items():
         start = {name: p.detach() for name, p in build_model(finetune=finetune).trainable().items()}
         moved = _differences(reference[1].parameters, start)
-        assert min(d for n, d in moved.items() if not n.endswith(NO_GRADIENT)) > 3e-3, method
+        least = min(d for n, d in moved.items() if not n.endswith(NO_GRADIENT))
+        assert least > 3e-3, method
         tolerances = _tolerances(reference, "parameters")
         largest = max(t for n, t in tolerances.items() if not n.endswith(NO_GRADIENT))
-        # full finetuning and plain LoRA round their own split batches up to three times as far apart
-        assert largest < (1e-5 if finetune == "fulllora" else 3e-5), (finetune, method)
+        # how far apart the loop's own split batches are depends on the processor's kernels, most for full and lora
+        assert least > 50 * largest, (finetune, method)
         if finetune == "fulllora":
+            assert largest < 1e-5, method
             clipped = [norm > OPTIM.clip for norm in reference[1].norms]
             assert any(clipped), method
             assert not all(clipped) or method == "mart", method  # whose loss of two terms is steeper throughout
