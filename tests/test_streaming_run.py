@@ -112,6 +112,7 @@ class Job:
         process.wait()
 
 
+@pytest.mark.long
 def test_a_killed_run_on_s3_goes_on_where_it_was(s3: MockS3, folder: Path, tmp_path: Path) -> None:
     job = Job(tmp_path, s3, s3.upload(folder, "train"))
     job.kill_after(90, job.start(ranks=2))

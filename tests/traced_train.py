@@ -16,8 +16,8 @@ from fulllora_dist.run import Run
 _progress = Run.progress
 
 
-def _traced(self, stream, state):
-    for batch in _progress(self, stream, state):
+def _traced(self, state):
+    for batch in _progress(self, state):
         checksums = [zlib.crc32(image.cpu().numpy().tobytes()) for image in batch.images]
         with open(os.environ["TRACE"], "a") as file:
             file.write(json.dumps([state.step, batch.slot, batch.ids.tolist(), checksums]) + "\n")
