@@ -177,5 +177,8 @@ def test_another_run_in_the_output_folder_is_not_overwritten(config: Path) -> No
 
 def test_check_estimates_without_training(config: Path) -> None:
     output = end(start(config, "run.output=unused", "--check", ranks=1))
-    assert "passes a batch: 2 forward, 2 backward; 180 batches, 360 optimizer updates on 48 pictures" in output
+    assert (
+        "free at 16 pixels, linf eps = 8/255: 2 forward, 2 backward passes a batch; 180 batches, 360 updates" in output
+    )
+    assert "180 batches, 360 optimizer updates on 48 pictures" in output
     assert not (config.parent / "unused").exists()

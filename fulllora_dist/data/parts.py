@@ -1,6 +1,8 @@
 """The pictures of a batch, made by worker processes: each reads and decodes some of its slots."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -105,7 +107,8 @@ def _as_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(environment: dict[str, str], _: int) -> None:
+    os.environ.update(environment)  # the fork server's is that of its own start, which credentials may have come after
     settle_in()
 
 
@@ -116,7 +119,7 @@ def read_ahead(parts: Parts, workers: int, prefetch: int) -> Iterator[Part]:
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, dict(os.environ)),
         multiprocessing_context=fork_server("torch.utils.data", "PIL.Image", __name__) if workers else None,
         prefetch_factor=prefetch if workers else None,
         generator=torch.Generator(),  # else each iteration draws a seed from the global generator
