@@ -62,7 +62,8 @@ def test_damaged_files_are_dropped_and_read_again(
         asked = len(server.log)
         flipped, cut, emptied = sorted(kept(tmp_path))[:3]
         data = bytearray(flipped.read_bytes())
-        data[len(data) // 2] ^= 1
+        middle = len(data) // 2
+        data[middle : middle + 2000] = bytes(2000)  # reaches a sample, whatever lies between samples
         flipped.write_bytes(bytes(data))
         os.truncate(cut, 1000)
         os.truncate(emptied, 0)
