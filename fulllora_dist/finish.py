@@ -38,7 +38,12 @@ def _provenance(config: Config, state: RunState) -> dict[str, Any]:
         "seed": config.run.seed,
         "batches": state.step,
         "updates": state.engine.updates,
-        "data": {"index": state.stream.index.hash, "classes": list(state.stream.index.classes)},
+        "data": {
+            "index": state.stream.index.hash,
+            "classes": list(state.stream.index.classes),
+            "augment": config.data.augment,
+            "decode": config.data.decode,
+        },
     }
 
 

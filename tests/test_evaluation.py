@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.write import make_shards
-from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.distributed.ranks import Ranks, free_port
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
 from fulllora_dist.rng import sample_rng
@@ -237,12 +236,6 @@ def test_table_and_file(shards: Path, model: fd.AdaptedModel, tmp_path: Path) ->
 
 
 # ---- the command line
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

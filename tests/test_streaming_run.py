@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -21,6 +20,7 @@ from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import TrainStream
+from fulllora_dist.distributed.ranks import free_port
 from tests.services.mock_s3 import MockS3, mock_s3
 
 TRAIN = Path(__file__).parent / "traced_train.py"
@@ -80,9 +80,7 @@ class Job:
         self._environment = os.environ | s3.environment | here
 
     def start(self, ranks: int) -> subprocess.Popen:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+        port = free_port()
         deepspeed = str(Path(sys.executable).with_name("deepspeed"))
         command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)] if ranks > 1 else [sys.executable]
         with open(self.folder / "output", "ab") as output:

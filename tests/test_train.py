@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ import psutil
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+
+from fulllora_dist.distributed.ranks import free_port
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fulllora_dist" / "train.py")
@@ -57,9 +58,7 @@ def config(tmp_path_factory) -> Path:
 
 
 def start(config: Path, *settings: str, ranks: int = 2) -> subprocess.Popen:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(port)]
     command = [sys.executable] if ranks == 1 else launcher
     return subprocess.Popen(
@@ -94,6 +93,7 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
     return next(c for c in children if f"--local_rank={rank}" in c.cmdline() and TRAIN in c.cmdline())
 
 
+@pytest.mark.long
 def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Path) -> None:
     folder = config.parent
     whole = end(start(config, f"run.output={folder}/whole"))

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.distributed.ranks import free_port
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.models.adapter_file import load
@@ -84,9 +84,7 @@ def call(what: str, *command: str) -> None:
 
 def train(what: str, config: Path, overrides: list[str]) -> None:
     """train.py on two ranks, on a port that is free."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS), "--master_port", port]
     call(what, *launcher, "fulllora_dist/train.py", "--config", str(config.relative_to(ROOT)), *overrides)
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from fulllora_dist.build import build_model
 from fulllora_dist.config_file import load_config
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.distributed.ranks import free_port
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import build_phases
 
@@ -133,9 +133,7 @@ def make_shards(data: Path) -> None:
 
 
 def run(name: str, checkpoint: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_port())
     launcher = Path(sys.executable).with_name("deepspeed")
     script = [*command(name), f"model.checkpoint={checkpoint}"]
     subprocess.run(

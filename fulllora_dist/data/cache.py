@@ -48,7 +48,10 @@ class RangeCache:
         return data
 
     def put(self, name: str, data: bytes) -> None:
-        """Keep `data`. A disk that is full or read-only costs the cache, not the run."""
+        """Keep `data`, unless it is larger than the whole cache. A disk that is full or read-only costs the cache, not
+        the run."""
+        if len(data) > self._cap:
+            return
         path = self._path(name)
         temporary = ""
         try:
@@ -63,9 +66,6 @@ class RangeCache:
                 size = self._size()
                 if size + len(data) > self._cap:
                     size = self._make_room(len(data))
-                if size + len(data) > self._cap:  # larger than the whole cache
-                    os.unlink(temporary)
-                    return
                 os.replace(temporary, path)
                 self._set_size(size + len(data))
         except OSError:

@@ -5,6 +5,7 @@ local file by rename, an object because a PUT and the completion of a multipart 
 """
 
 import itertools
+import logging
 import os
 import re
 import time
@@ -27,6 +28,7 @@ _RANGE = 8 << 20
 _AHEAD = 3
 
 T = TypeVar("T")
+_logger = logging.getLogger(__name__)
 
 
 def persistent(call: Callable[[], T], url: str) -> T:
@@ -45,6 +47,8 @@ def persistent(call: Callable[[], T], url: str) -> T:
                 raise meaning from error
             if time.monotonic() + pause > deadline:
                 raise UserError(f"{meaning} (tried for {PATIENCE_SECONDS:.0f} s)") from error
+            if pause == _FIRST_PAUSE:
+                _logger.warning("%s; trying again for %.0f s", meaning, PATIENCE_SECONDS)
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 

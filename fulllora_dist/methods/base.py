@@ -57,12 +57,10 @@ class Method(ABC):
 
     Attributes:
         Settings: its settings.
-        updates_per_batch: optimizer updates that one batch is used for.
         needs_labels: whether it needs each picture's one label, so that pictures cannot be mixed.
     """
 
     Settings: ClassVar[type[MethodSettings]]
-    updates_per_batch: int = 1
     needs_labels: ClassVar[bool] = False
 
     def __init__(
@@ -90,6 +88,11 @@ class Method(ABC):
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean over the samples, label smoothing included; y: labels [B] or probabilities [B, classes]."""
         return F.cross_entropy(logits, y, label_smoothing=self.mix.settings.label_smoothing)
+
+    @property
+    def updates_per_batch(self) -> int:
+        """Optimizer updates that one batch is used for."""
+        return 1
 
     @abstractmethod
     def passes(self) -> tuple[int, int]:

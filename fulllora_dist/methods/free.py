@@ -12,11 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from fulllora_dist.attacks.threat import Linf, Threat, in_box
+from fulllora_dist.attacks.threat import Linf, in_box
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.base import Means, Method, MethodSettings, WeightStep, register_method
-from fulllora_dist.methods.ramps import Ramps
-from fulllora_dist.methods.targets import TargetSettings
 from fulllora_dist.pixels import Size
 
 
@@ -31,18 +29,11 @@ class FreeSettings(MethodSettings):
 @register_method
 class Free(Method):
     Settings = FreeSettings
+    _delta: Tensor | None = None
 
-    def __init__(
-        self,
-        settings: FreeSettings,
-        threat: Threat,
-        seed: int,
-        ramps: Ramps | None = None,
-        targets: TargetSettings | None = None,
-    ):
-        super().__init__(settings, threat, seed, ramps, targets)
-        self.updates_per_batch = settings.replays
-        self._delta: Tensor | None = None
+    @property
+    def updates_per_batch(self) -> int:
+        return self.settings.replays
 
     def passes(self) -> tuple[int, int]:
         return self.updates_per_batch, self.updates_per_batch

@@ -50,7 +50,6 @@ def _quantiles(alpha: float) -> Tensor:
 
 def _look_up(quantiles: Tensor, u: Tensor) -> Tensor:
     """The quantile function at u in [0, 1), linear between the grid's points."""
-    quantiles = quantiles.to(u.device)
     place = u.double() * (_QUANTILES - 1)
     below = place.long()
     return torch.lerp(quantiles[below], quantiles[below + 1], place - below)
@@ -87,6 +86,7 @@ class Mixer:
         x, y = batch.pixels(), batch.labels
         if not self.settings.mixes:
             return x, y
+        self._quantiles = {name: table.to(x.device) for name, table in self._quantiles.items()}  # copies only once
         other = partners(len(batch), x.device)
         u = sample_rng(self._seed, "train/mix", step, batch.ids).uniform((5,)).unbind(1)
         mixed = u[0] < self.settings.mix_probability

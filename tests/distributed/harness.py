@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -92,9 +91,11 @@ def _serve(pipe: Connection) -> None:
 def _fork(
     world: int, work: Callable[..., Any], args: tuple, timeout: float, prepare: Callable[..., Any] | None
 ) -> list[bytes] | str:
+    from fulllora_dist.distributed.ranks import free_port
+
     made = (prepare(*args),) if prepare else ()
     context = multiprocessing.get_context("fork")
-    port = _free_port()
+    port = free_port()
     pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe(duplex=False)
@@ -145,9 +146,3 @@ def _rank(
         fine, result = False, pickle.dumps(traceback.format_exc())
     pipe.send((fine, result))
     os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from fulllora_dist.distributed.ranks import free_port
+
 BUCKET = "bucket"
 
 
@@ -68,9 +70,7 @@ def mock_s3() -> Iterator[MockS3]:
     """A server with one user, who owns all rights, and one bucket; from then on every request must be signed."""
     import boto3
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "4"}
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:

@@ -3,13 +3,11 @@
 from timm.models.beit import Attention, Beit, Block
 
 from fulllora_dist.models.families.family import Family
-from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED
+from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, CallsQkv
 
 
-class CallingAttention(Attention):
+class CallingAttention(CallsQkv, Attention):
     """BEiT's attention where it calls `qkv`."""
-
-    q_bias = None  # type: ignore[assignment]  # hides the parameter: timm then calls
 
 
 BEIT = Family(

@@ -7,15 +7,13 @@ from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 
 from fulllora_dist.models.families.family import Family
-from fulllora_dist.models.families.timm_parts import ATTENTION_POOL, MLPS, PATCH_EMBED
+from fulllora_dist.models.families.timm_parts import ATTENTION_POOL, MLPS, PATCH_EMBED, CallsQkv
 
 _PROJECTIONS = {"qkv": "qkv", "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "proj"}
 
 
-class CallingEvaAttention(EvaAttention):
+class CallingEvaAttention(CallsQkv, EvaAttention):
     """EVA's attention where it calls a fused `qkv`."""
-
-    q_bias = None  # type: ignore[assignment]  # hides the parameter: timm then calls
 
 
 EVA = Family(

@@ -5,15 +5,13 @@ from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 
 from fulllora_dist.models.families.family import Family
-from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, POOLED_HEAD
+from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, POOLED_HEAD, CallsQkv
 
 _BLOCKS = ("layers.*.downsample", "layers.*.blocks.*")
 
 
-class CallingWindowAttention(v2.WindowAttention):
+class CallingWindowAttention(CallsQkv, v2.WindowAttention):
     """SwinV2's attention where it calls `qkv`."""
-
-    q_bias = None  # type: ignore[assignment]  # hides the parameter: timm then calls
 
 
 SWIN = Family(

@@ -1,5 +1,7 @@
 """Parts that several families of timm share, and how a checkpoint's position embedding is fitted to another image."""
 
+from typing import Any
+
 from timm.layers import (
     AttentionPoolLatent,
     ClassifierHead,
@@ -24,6 +26,12 @@ MLPS: Parts = {
 ATTENTION_POOL: Parts = {AttentionPoolLatent: {"q": "q", "kv": "kv", "proj": "proj"}}
 
 POOLED_HEAD: Parts = {ClassifierHead: {"fc": "head"}}
+
+
+class CallsQkv:
+    """Before an attention of timm in the bases of its subclass: one that reads `self.qkv.weight` calls `self.qkv`."""
+
+    q_bias: Any = None  # hides the parameter by which timm decides
 
 
 def resize_pos_embed(weights: Weights, backbone: nn.Module) -> Weights:
