@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.methods.base import Means
 from fulllora_dist.methods.multi_step import Weakened
 from fulllora_dist.rng import sample_rng
 from tests import recipes
@@ -312,6 +313,16 @@ def test_metrics_are_means_over_the_batch_that_the_weight_step_saw(case: str, ac
     for key, values in zip(("loss", "accuracy"), zip(*last, strict=True), strict=True):
         assert metrics[key].item() == pytest.approx(sum(values) / accumulation, abs=1e-6)
         assert metrics[key].shape == ()
+
+
+def test_a_mixed_picture_is_right_by_its_larger_share() -> None:
+    logits, soft = (
+        torch.tensor([[2.0, 1.0], [2.0, 1.0], [0.0, 1.0]]),
+        torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.1, 0.9]]),
+    )
+    means = Means()
+    means.add(torch.tensor(1.0), logits, soft)
+    assert means.result()["accuracy"].item() == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
