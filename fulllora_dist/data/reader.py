@@ -53,10 +53,11 @@ Pieces = Future[list[bytes | None]]
 
 
 class _Block(NamedTuple):
-    """A range, and the samples in it in order."""
+    """A range, the samples in it in order, and which of them are wanted here."""
 
     range: Range
     ids: np.ndarray
+    wanted: list[bool]
 
 
 class ShardReader:
@@ -134,7 +135,11 @@ class ShardReader:
                 while (waiting < depth or not coming) and (work := next(source, None)) is not None:
                     for block in self._blocks(work.begin):
                         pieces = self._fetch(block)
-                        asked |= {sample: (pieces, place) for place, sample in enumerate(block.ids.tolist())}
+                        asked |= {
+                            sample: (pieces, place)
+                            for place, (sample, wanted) in enumerate(zip(block.ids.tolist(), block.wanted, strict=True))
+                            if wanted
+                        }
                     coming.append((work, {i: asked.pop(i) for i in work.ids.tolist() if i in asked}))
                     waiting += len(work.ids)
                 if not coming:
@@ -176,7 +181,8 @@ class ShardReader:
         if self._fetcher is None:
             self._fetcher = RangeFetcher(self._policy)
         offsets, sizes, sums = (self._index.columns[name][block.ids].tolist() for name in ("offset", "size", "crc32"))
-        pieces = [Piece(o - block.range.start, s, c) for o, s, c in zip(offsets, sizes, sums, strict=True)]
+        rows = zip(offsets, sizes, sums, block.wanted, strict=True)
+        pieces = [Piece(offset - block.range.start, size, crc32, wanted) for offset, size, crc32, wanted in rows]
         return self._fetcher.submit(block.range, pieces)
 
     def _blocks(self, ids: np.ndarray) -> list[_Block]:
@@ -212,9 +218,9 @@ class ShardReader:
             first = row
             while row < len(rows) and (shards[row], chunks[row]) == (number, chunk) and ends[row] <= end:
                 row += 1
-            inside = rows[first:row]
-            due = min((turn[i] for i in inside.tolist() if i in turn), default=None)
+            turns = [turn.get(i) for i in rows[first:row].tolist()]
+            due = min((t for t in turns if t is not None), default=None)
             if due is not None:
                 span = Range(self._urls[number], self._index.shards[number].etag, start, end)
-                blocks.append((due, _Block(span, inside)))
+                blocks.append((due, _Block(span, rows[first:row], [t is not None for t in turns])))
         return [block for _, block in sorted(blocks, key=lambda pair: pair[0])]
