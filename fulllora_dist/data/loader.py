@@ -42,8 +42,8 @@ def _check_ranks(world: int, rank: int, workers: int) -> None:
 class TrainStream:
     """Training batches without end, epoch after epoch; equally many on all ranks.
 
-    A picture that cannot be used (damaged bytes, no readable image) is replaced by another one of its window, which is
-    logged. A shard that is missing, may not be read or has changed ends the run.
+    A picture that cannot be used (damaged bytes, no readable image) is replaced by another one, of its window if one of
+    them can be used, which is logged. A shard that is missing, may not be read or has changed ends the run.
 
     Args:
         where: folder or URL of shards with their index, or path or URL of an index.
@@ -104,7 +104,7 @@ class TrainStream:
             UserError: a shard cannot be read; or this rank alone has met more than `max_bad_samples` bad ones.
         """
         works = self._progress.works(self._world, self._rank)
-        parts = Parts(self._reader, self.index, self._transform, self._seed, works)
+        parts = Parts(self._reader, self.index, self._transform, self._seed, works, self._max_bad)
         read = read_ahead(parts, self._workers, self._prefetch)
         while together := list(itertools.islice(read, max(1, self._workers))):
             # with more ranks than this one, `count_bad` comes first: after the batch, on all of them at once

@@ -12,17 +12,22 @@ from fulllora_dist.errors import UserError
 
 
 class Spares(NamedTuple):
-    """Where the substitutes of a work's samples come from: lane by lane, the rest of the window."""
+    """Where the substitutes of a work's samples come from."""
 
     plan: EpochPlan
     lanes: np.ndarray
     step: int
 
-    def of(self, first: int, place: int) -> np.ndarray:
-        """int64: the other samples of the window of slot `first + place`, the next ones first."""
+    def of(self, first: int, place: int) -> Iterator[int]:
+        """All other samples of the epoch in the order in which they stand in for that of slot `first + place`: those of
+        its window, the next ones first, as they have been read already; of its lane; of the lanes after it."""
         start, end = self.plan.window_of(first + place, self.step)
-        window = self.lanes[place, start:end]
-        return np.roll(window, start - self.step)[1:]
+        lane = self.lanes[place]
+        yield from np.roll(lane[start:end], start - self.step)[1:].tolist()
+        yield from np.roll(lane, -end)[: len(lane) - (end - start)].tolist()
+        for distance in range(1, self.plan.batch_size):
+            (other,) = self.plan.lanes((first + place + distance) % self.plan.batch_size, 1)
+            yield from other.tolist()
 
 
 class Work(NamedTuple):
