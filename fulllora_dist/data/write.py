@@ -105,7 +105,8 @@ def make_shards(
         classes: take only these, label i is classes[i]. Without it all, sorted by name.
         limit: take only so many pictures, balanced over the classes.
         holdout, holdout_destination: what goes to a split of its own there, named `{split_name}-holdout`: a share of
-            each class in (0, 1), or from 1 on so many pictures of each. Which ones depends on their keys alone.
+            each class in (0, 1), or from 1 on so many pictures of each. Which ones follows from their keys: with a share
+            from each one's own, so that more pictures later move no other; with a number, a new one may displace one.
         progress: bars on stderr.
 
     Returns:
@@ -170,22 +171,25 @@ def _choose(
 
 
 def _hold_out(pictures: list[Picture], amount: float) -> tuple[list[Picture], list[Picture]]:
-    """(kept, held out), both in the order given. Each class gives those whose keys have the least sha256: at least one,
-    and never all."""
+    """(kept, held out), both in the order given. The least sha256 of the keys of a class are held out: so many of them,
+    or those in the lowest share of all values; at least one, and never all."""
     members: dict[str, list[str]] = {}
     for picture in pictures:
         members.setdefault(picture.class_name, []).append(picture.key)
     held: set[str] = set()
     for name, keys in members.items():
-        count = round(amount * len(keys)) if amount < 1 else int(amount)
-        if count >= len(keys) or len(keys) < 2:
+        keys.sort(key=_hash)
+        count = int(amount)
+        if amount < 1:
+            count = min(max(1, sum(_hash(key) < amount * 2**256 for key in keys)), len(keys) - 1)
+        if not 0 < count < len(keys):
             raise UserError(f"holdout {amount:g}: class {name} has only {len(keys)} pictures")
-        held.update(sorted(keys, key=lambda key: hashlib.sha256(_bytes(key)).digest())[: max(1, count)])
+        held.update(keys[:count])
     return [p for p in pictures if p.key not in held], [p for p in pictures if p.key in held]
 
 
-def _bytes(key: str) -> bytes:
-    return key.encode("utf-8", "surrogateescape")
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest())
 
 
 def _claim(split: _Split) -> None:
