@@ -219,11 +219,15 @@ def _stays_remote(name: str) -> bool:
 
 
 def split_index(where: str) -> tuple[str, str]:
-    """(folder, file name) of an index: `where` is the folder itself unless it ends in .safetensors."""
-    if not where.partition("?")[0].endswith(".safetensors"):
+    """(folder, file name) of an index: `where` is the folder itself unless it ends in .safetensors. A
+    signature goes to the folder, from where `urls.join` gives it to every file."""
+    path, mark, query = where.partition("?")
+    if not path.endswith(".safetensors"):
         return where, INDEX_NAME
-    folder, _, name = where.rpartition("/")
-    return folder or ".", name
+    folder, _, name = path.rpartition("/")
+    if urls.scheme_of(where) in ("http", "https"):
+        return folder + mark + query, name
+    return folder or ".", name + mark + query
 
 
 def _content_hash(classes: Sequence[str], columns: Mapping[str, np.ndarray]) -> str:

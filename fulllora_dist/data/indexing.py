@@ -99,6 +99,11 @@ def _recorded_name(url: str, base: str) -> str:
     folder = f"{base.rstrip('/')}/"
     if url.startswith(folder):
         return url[len(folder) :]
+    if urls.scheme_of(url) in ("http", "https") and "?" in url:
+        raise UserError(
+            f"{urls.redacted(url)}: the index would hold what follows the question mark, signatures too; name them "
+            "without it, and give credentials to fsspec (docs/data.md)"
+        )
     if urls.is_remote(url):
         return url
     if urls.is_remote(base):

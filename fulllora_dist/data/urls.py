@@ -1,7 +1,7 @@
 """Where shards lie: a path, or a URL that fsspec opens. The only place that knows schemes, clients and their errors.
 
-Credentials are fsspec's own matter (environment, ~/.aws, ~/.config/fsspec); no message shows the parts of a URL that
-may hold one: user:password@ and whatever follows a question mark.
+Credentials are fsspec's own matter (environment, ~/.aws, ~/.config/fsspec). A URL with user:password@ is refused, as it
+would end up in configs, indexes and logs; of a signed one no message shows what follows the question mark.
 """
 
 import asyncio
@@ -20,8 +20,9 @@ SCHEMES = ("file", "s3", "gs", "http", "https")
 CONNECT_SECONDS = 15
 READ_SECONDS = 60  # of silence; s3fs alone would wait for ever
 
-_CREDENTIALS = re.compile(r"(\w+://)[^/\s@]*@")
-_QUERY = re.compile(r"(https?://[^\s?'\"]*\?)[^\s'\"]+")
+# to the last @ before the path; to the last of all where no port follows a colon, but a password with / ? or # in it
+_CREDENTIALS = re.compile(r"(\w+://)(?:[^/?#\s]*@|[^/?#\s:]*:(?!\d*(?:[/?#\s'\"]|$))\S*@)")
+_QUERY = re.compile(r"(https?://[^\s?]*\?)\S+", re.IGNORECASE)
 _TO_INSTALL = {"s3": "s3fs: pip install 'fulllora-dist[s3]'", "gs": "gcsfs: pip install 'fulllora-dist[gs]'"}
 
 
@@ -47,11 +48,16 @@ def scheme_of(url: str) -> str:
     """One of SCHEMES; a plain path is "file".
 
     Raises:
-        UserError: anything else, `pipe:` and chained URLs (`simplecache::s3://`) among it.
+        UserError: anything else, `pipe:` and chained URLs (`simplecache::s3://`) among it; user:password@.
     """
     scheme, separator, _ = url.partition("://")
     if url.startswith("pipe:") or "::" in scheme or (separator and scheme.lower() not in SCHEMES):
         raise UserError(f"{redacted(url)}: a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)} is right")
+    if separator and _CREDENTIALS.match(url):
+        raise UserError(
+            f"{redacted(url)}: a URL without user:password@ is right; credentials belong into the environment or "
+            "~/.config/fsspec (docs/data.md)"
+        )
     return scheme.lower() if separator else "file"
 
 

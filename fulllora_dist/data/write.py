@@ -105,8 +105,8 @@ def make_shards(
         classes: take only these, label i is classes[i]. Without it all, sorted by name.
         limit: take only so many pictures, balanced over the classes.
         holdout, holdout_destination: what goes to a split of its own there, named `{split_name}-holdout`: a share of
-            each class in (0, 1), or from 1 on so many pictures of each. Which ones follows from their keys: with a share
-            from each one's own, so that more pictures later move no other; with a number, a new one may displace one.
+            each class in (0, 1), or from 1 on so many pictures of each. Which ones follows from their keys: in a share
+            each from its own, so that more pictures later move no other; of a number, a new one may displace one.
         progress: bars on stderr.
 
     Returns:

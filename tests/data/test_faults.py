@@ -201,16 +201,19 @@ def test_a_server_that_hangs_is_given_up(server: FaultServer) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_credential_is_ever_said(server: FaultServer, caplog: pytest.LogCaptureFixture, workers: int) -> None:
     caplog.set_level(logging.DEBUG, logger="fulllora_dist")
-    secret = server.url.replace("://", "://user:hunter2@") + "/?sig=swordfish"
+    secret = server.url + "/?sig=swordfish"
     stream = train(secret)
     server.fault = at_first("flip", "503")
     assert sum(_epoch(stream).values()) == 100
     server.fault = lambda request: "403"
     with pytest.raises(UserError) as caught:
         list(islice(train(secret, workers=workers), 1))
-    said = [str(caught.value), *(record.getMessage() for record in caplog.records)]
-    assert len(said) > 2
-    assert any("***@127.0.0.1" in line and "?***" in line for line in said)
+    with pytest.raises(UserError, match=r"a URL without user:password@ is right") as refused:
+        train(server.url.replace("://", "://user:hunter2@"))
+    said = [str(caught.value), str(refused.value), *(record.getMessage() for record in caplog.records)]
+    assert len(said) > 3
+    assert any("***@127.0.0.1" in line for line in said)
+    assert any("?***" in line for line in said)
     assert not [line for line in said if "hunter2" in line or "swordfish" in line]
 
 

@@ -90,6 +90,8 @@ def test_shards_over_http(shards: Path, tmp_path: Path) -> None:
             assert loaded.shard_url(i) == f"{server.url}/train-{i:06d}.tar"
             assert (shard.sha256, shard.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
             assert shard.etag
+        with pytest.raises(UserError, match=r"0\.tar\?\*\*\*: the index would hold what follows .* signatures too"):
+            index(f"{server.url}/train-000000.tar?sig=swordfish", output=tmp_path)
         with pytest.raises(UserError, match="http has no listings"):
             index(f"{server.url}/*.tar", output=tmp_path)
         with pytest.raises(UserError, match="nothing can be written there"):
