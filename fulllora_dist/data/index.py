@@ -13,7 +13,7 @@ import numpy as np
 
 from fulllora_dist.data import store, urls
 from fulllora_dist.data.index_cache import fetched
-from fulllora_dist.data.index_file import map_columns, pack_columns
+from fulllora_dist.data.index_file import DamagedIndex, map_columns, pack_columns
 from fulllora_dist.data.scan import COLUMNS, IMAGE_EXTENSIONS, Shard, ShardScan
 from fulllora_dist.errors import UserError
 
@@ -93,7 +93,11 @@ class Index:
         where = str(where)
         base, name = split_index(where)
         if urls.is_remote(base):
-            return cls._map(fetched(urls.join(base, name)), base)
+            url = urls.join(base, name)
+            try:
+                return cls._map(fetched(url), base)
+            except DamagedIndex:
+                return cls._map(fetched(url, anew=True), base)
         path = Path(urls.local_path(base), name)
         if not path.is_file():
             if path.with_name(_OLD_NAME).is_file():

@@ -45,6 +45,7 @@ class ToRead(Protocol):
     def begin(self) -> np.ndarray: ...
 
 
+T = TypeVar("T")
 W = TypeVar("W", bound=ToRead)
 Read = Callable[[int], bytes]
 
@@ -82,7 +83,7 @@ class ShardReader:
         """Refuse, before anything starts, a shard that is missing or not the one that was indexed (by length and etag).
         Remote ones are divided among the ranks; local ones each rank looks at, they may be copies of its own node."""
         for number in np.flatnonzero(~self._remote).tolist():
-            self._check_length(number, os.fstat(self._open(number)).st_size)
+            self._check_length(number, self._on_disk(number, lambda file: os.fstat(file).st_size))
         mine = np.flatnonzero(self._remote)[rank::world].tolist()
         with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
             for number, found in zip(mine, pool.map(lambda n: store.info(self._urls[n]), mine), strict=True):
@@ -154,7 +155,8 @@ class ShardReader:
     def _read_local(self, sample_id: int) -> bytes:
         columns = self._index.columns
         size = int(columns["size"][sample_id])
-        data = os.pread(self._open(int(columns["shard"][sample_id])), size, int(columns["offset"][sample_id]))
+        number, offset = int(columns["shard"][sample_id]), int(columns["offset"][sample_id])
+        data = self._on_disk(number, lambda file: os.pread(file, size, offset))
         if len(data) != size:
             raise DamagedSample(
                 f"{self._index.sample(sample_id)}: got {len(data)} of {size} bytes; the shard is truncated"
@@ -166,16 +168,17 @@ class ShardReader:
             raise DamagedSample(f"{self._index.sample(sample_id)}: crc32 differs from the index; the shard is damaged")
         return data
 
-    def _open(self, number: int) -> int:
-        if number not in self._files:
-            if len(self._files) >= _MAX_OPEN:
-                os.close(self._files.pop(next(iter(self._files))))
-            path = urls.local_path(self._urls[number])
-            try:
+    def _on_disk(self, number: int, use: Callable[[int], T]) -> T:
+        """`use` of a local shard's descriptor. A mounted disk may fail at any call (EIO, ESTALE)."""
+        path = urls.local_path(self._urls[number])
+        try:
+            if number not in self._files:
+                if len(self._files) >= _MAX_OPEN:
+                    os.close(self._files.pop(next(iter(self._files))))
                 self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(f"{path}: cannot open the shard ({error.strerror})") from error
-        return self._files[number]
+            return use(self._files[number])
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the shard ({error.strerror}); check the disk and the path") from error
 
     def _fetch(self, block: _Block) -> Pieces:
         if self._fetcher is None:

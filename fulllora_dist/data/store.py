@@ -72,11 +72,15 @@ def read(url: str) -> bytes:
             return Path(urls.local_path(url)).read_bytes()
         except OSError as error:
             raise UserError(f"{url}: cannot be read ({error.strerror})") from error
-    size = info(url).bytes
-    data: bytes = persistent(lambda: urls.filesystem(url).cat_file(url), url)
-    if size is not None and len(data) != size:
-        raise UserError(f"{urls.redacted(url)}: got {len(data)} of {size} bytes")
-    return data
+
+    def once() -> bytes:
+        size = urls.object_info(url).bytes
+        data: bytes = urls.filesystem(url).cat_file(url)
+        if size is not None and len(data) != size:
+            raise OSError(f"{urls.redacted(url)}: got {len(data)} of {size} bytes")
+        return data
+
+    return persistent(once, url)
 
 
 def write(url: str, data: bytes) -> None:

@@ -72,7 +72,9 @@ def test_a_restarted_run_makes_only_what_is_missing(image_folder, shards, tmp_pa
     shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
     (tmp_path / "index.safetensors").unlink()
     (tmp_path / "train-000001.tar").unlink()
-    (tmp_path / ".train-000001.tar.tmp").write_bytes(b"what a killed run leaves" * 1000)
+    left = tmp_path / ".train-000001.tar.1-aa.tmp"
+    left.write_bytes(b"what a killed run leaves" * 1000)
+    os.utime(left, (0, 0))
     before = {path.name: path.stat().st_ino for path in tmp_path.glob("*.tar")}
     make(image_folder, tmp_path)
     assert_same_files(tmp_path, shards)
