@@ -1,3 +1,4 @@
+import errno
 import filecmp
 import io
 import json
@@ -262,6 +263,51 @@ def test_a_link_in_a_source_tar_is_no_lost_picture(image_folder, tmp_path) -> No
         link.type, link.linkname = tarfile.LNKTYPE, "train/ant/002.JPEG"
         tar.addfile(link)
     with pytest.raises(UserError, match=r"'train/ant/linked\.jpg' is a link"):
+        make(tmp_path / "source.tar", tmp_path / "d")
+
+
+def test_a_link_in_an_inner_tar_is_none_either(image_folder, tmp_path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as inner:
+        inner.add(image_folder / "ant" / "002.JPEG", "002.JPEG")
+        link = tarfile.TarInfo("linked.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "002.JPEG"
+        inner.addfile(link)
+    with tarfile.open(tmp_path / "source.tar", "w") as outer:
+        info = tarfile.TarInfo("ant.tar")
+        info.size = buffer.tell()
+        buffer.seek(0)
+        outer.addfile(info, buffer)
+    with pytest.raises(UserError, match=r"source\.tar: ant\.tar: member 'linked\.jpg' is a link"):
+        make(tmp_path / "source.tar", tmp_path / "d")
+
+
+def test_what_cannot_be_read_is_not_left_out(image_folder, tmp_path, monkeypatch) -> None:
+    """A class folder, a link to nowhere, a tar."""
+    source = tmp_path / "source"
+    shutil.copytree(image_folder, source)
+    (source / "cat" / "lost.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match=r"cat/lost\.jpg: cannot be read \(No such file"):
+        make(source, tmp_path / "d")
+    (source / "cat" / "lost.jpg").unlink()
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(UserError, match=r"source/bee: cannot be read \(Permission denied\); mend its rights"):
+        make(source, tmp_path / "d")
+    with tarfile.open(tmp_path / "source.tar", "w") as tar:
+        tar.add(image_folder / "ant", "ant")
+
+    def fail(*_) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fulllora_dist.data.source.walk_tar", fail)
+    with pytest.raises(UserError, match=r"source\.tar: cannot be read \(Input/output error\)"):
         make(tmp_path / "source.tar", tmp_path / "d")
 
 
