@@ -110,7 +110,7 @@ def map_columns(path: Path, checksum: bytes | None = None) -> tuple[dict[str, An
         raise UserError(f"{path}: the index has changed while the run was reading it")
     try:
         return *_parse(data), found
-    except (KeyError, TypeError, ValueError, struct.error) as error:
+    except Exception as error:  # a header of another program, or of an attacker, may hold any JSON
         raise UserError(f"{path}: no index of this program; make one with tools/index_shards.py") from error
 
 
@@ -118,6 +118,8 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
     meta = json.loads(header.pop("__metadata__")["index"])
+    if not isinstance(meta, dict):
+        raise TypeError("the metadata is no object")
     del header[_CHECKSUM]
     columns = {}
     for name, entry in header.items():

@@ -51,7 +51,7 @@ def list_pictures(source: Path, labels: Mapping[str, str] | None = None) -> tupl
 
     Raises:
         UserError: no such source, no pictures, class folders on different levels or of several roots (train/ and val/),
-            a picture that `labels` does not know, two pictures with one key, a folder, file or link that cannot be read.
+            a picture that `labels` does not know, two pictures with one key, what cannot be read.
     """
     if source.is_dir():
         files = _in_folder(source)
