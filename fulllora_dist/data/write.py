@@ -26,7 +26,7 @@ from fulllora_dist.data import store, urls
 from fulllora_dist.data.decode import centre_crop
 from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.data.index_file import published
-from fulllora_dist.data.indexing import ScanJob, recorded_scan, scan_and_record, version_of
+from fulllora_dist.data.indexing import ScanJob, forget_scan, record_scan, recorded_scan, scan_and_record, version_of
 from fulllora_dist.data.labels import read_labels
 from fulllora_dist.data.pictures import decode, picture_format
 from fulllora_dist.data.plan import stratified_order
@@ -225,9 +225,11 @@ def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
         labels = tuple(label[picture.class_name] for picture in part)
         jobs.append(_ShardJob(split.folder, split.name, len(jobs), part, labels, split.image_size))
     with tqdm(total=len(split.pictures), desc=split.name, unit="img", disable=not progress) as bar:
-        scans = run_jobs(_make_shard, jobs, workers, lambda job: bar.update(len(job.pictures)))
-    index = Index.from_scans(split.folder, scans, split.classes)
+        made = run_jobs(_make_shard, jobs, workers, lambda job: bar.update(len(job.pictures)))
+    index = Index.from_scans(split.folder, [scan for _, scan in made], split.classes)
     index.save()
+    for scan_job, _ in made:
+        forget_scan(scan_job)
     return {
         "name": split.name,
         "folder": split.folder,
@@ -238,15 +240,22 @@ def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
     }
 
 
-def _make_shard(job: _ShardJob) -> ShardScan:
+def _make_shard(job: _ShardJob) -> tuple[ScanJob, ShardScan]:
     """Write the shard unless it is there, and re-read it. One that is there was wholly compared before it got its name:
-    keys and labels are enough to know that it belongs here."""
+    keys and labels are enough to know that it belongs here. What was read is recorded, for a run after this one."""
     expected: dict[str, list[Any]] = {"key": [picture.key for picture in job.pictures], "label": list(job.labels)}
-    if store.exists(job.url):
-        scan_job = ScanJob(job.url, job.name, version_of(job.url))
-        scan = recorded_scan(scan_job) or scan_and_record(scan_job)
-        _compare(scan, expected, job.url)
-        return scan
+    written = None if store.exists(job.url) else _publish(job, expected)
+    scan_job = ScanJob(job.url, job.name, version_of(job.url))
+    if written is not None:
+        scan = ShardScan(replace(written.shard, etag=scan_job.version.etag), written.columns)
+        record_scan(scan_job, scan)
+        return scan_job, scan
+    scan = recorded_scan(scan_job) or scan_and_record(scan_job)
+    _compare(scan, expected, job.url)
+    return scan_job, scan
+
+
+def _publish(job: _ShardJob, expected: dict[str, list[Any]]) -> ShardScan:
     if not urls.is_remote(job.url):
         with published(Path(job.url)) as file:
             return _written(job, file, expected)
@@ -254,8 +263,8 @@ def _make_shard(job: _ShardJob) -> ShardScan:
         path = Path(folder, job.name)
         with open(path, "wb") as file:
             scan = _written(job, file, expected)
-        etag = store.upload(path, job.url).etag
-    return ShardScan(replace(scan.shard, etag=etag), scan.columns)
+        store.upload(path, job.url)
+    return scan
 
 
 def _written(job: _ShardJob, file: BinaryIO, expected: dict[str, list[Any]]) -> ShardScan:

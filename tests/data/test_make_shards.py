@@ -16,7 +16,9 @@ import webdataset
 from PIL import Image
 from scipy.io import savemat
 
+from fulllora_dist.data import indexing, write
 from fulllora_dist.data.index import Index
+from fulllora_dist.data.scan import scan_file
 from fulllora_dist.data.write import make_shards
 from fulllora_dist.errors import UserError
 
@@ -80,6 +82,32 @@ def test_a_restarted_run_makes_only_what_is_missing(image_folder, shards, tmp_pa
     make(image_folder, tmp_path)
     assert_same_files(tmp_path, shards)
     assert before.items() <= {path.name: path.stat().st_ino for path in tmp_path.glob("*.tar")}.items()
+
+
+def test_a_restarted_run_reads_no_finished_shard_again(image_folder, shards, tmp_path, own_cache, monkeypatch) -> None:
+    write_shard, scanned = write._write_shard, []
+
+    def cut_short(job, file):
+        if job.number == 3:
+            raise KeyboardInterrupt
+        return write_shard(job, file)
+
+    monkeypatch.setattr(write, "_write_shard", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        make(image_folder, tmp_path)
+    monkeypatch.setattr(write, "_write_shard", write_shard)
+
+    def noted(path: Path, *rest):
+        scanned.append(path.name)
+        return scan_file(path, *rest)
+
+    for module in (write, indexing):
+        monkeypatch.setattr(module, "scan_file", noted)
+    make(image_folder, tmp_path)
+    assert len(scanned) == 2
+    assert all("train-00000" in name and name[-4:] == ".tmp" for name in scanned), "the new ones, before their names"
+    assert_same_files(tmp_path, shards)
+    assert not list((own_cache / "scans").iterdir())
 
 
 def test_a_destination_with_something_else_is_refused(image_folder, shards, tmp_path) -> None:
