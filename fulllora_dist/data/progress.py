@@ -11,6 +11,18 @@ from fulllora_dist.data.plan import PLAN_VERSION, EpochPlan, Segment, epoch_plan
 from fulllora_dist.errors import UserError
 
 
+def check_rank(world: int, rank: int) -> None:
+    """UserError for a rank that is none."""
+    if not 0 <= rank < world:
+        raise UserError(f"rank {rank} of world {world}: 0 <= rank < world is right")
+
+
+def check_batch_size(batch_size: int, world: int) -> None:
+    """UserError for a global batch that is not one of equal shares."""
+    if batch_size < 1 or batch_size % world:
+        raise UserError(f"batch size {batch_size}: a positive multiple of the {world} ranks is right")
+
+
 class Spares(NamedTuple):
     """Where the substitutes of a work's samples come from."""
 
@@ -95,8 +107,7 @@ class Progress:
     """
 
     def __init__(self, index: Index, seed: int, batch_size: int):
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size}: a positive number is right")
+        check_batch_size(batch_size, world=1)
         if batch_size > len(index):
             raise UserError(f"batch size {batch_size}: the data has only {len(index)} samples")
         self.batch_size = batch_size

@@ -146,8 +146,8 @@ class RangeFetcher:
                 if (status := urls.http_status(error)) in (412, 416):
                     raise ChangedObject(wanted.url, f"the store answers {status}") from error
                 raise
-            if etag and found and _bare(found) != _bare(etag):
-                raise ChangedObject(wanted.url, f"etag {_bare(found)}, was {_bare(etag)}")
+            if etag and found and urls.bare_etag(found) != urls.bare_etag(etag):
+                raise ChangedObject(wanted.url, f"etag {urls.bare_etag(found)}, was {urls.bare_etag(etag)}")
             if len(data) != wanted.end - wanted.start:
                 raise OSError(f"{wanted}: {len(data)} bytes came")
             if found:
@@ -186,14 +186,10 @@ def _cut(data: bytes, pieces: Sequence[Piece]) -> list[bytes | None]:
     return [part if zlib.crc32(part) == piece.crc32 else None for part, piece in zip(cut, pieces, strict=True)]
 
 
-def _bare(etag: str) -> str:
-    return etag.removeprefix("W/").strip('"')
-
-
 async def _get(filesystem: Any, wanted: Range, etag: str | None) -> tuple[bytes, str | None]:
     """(body, etag that came with it). The store compares etags where it can: a weak one never matches If-Match."""
     span = f"bytes={wanted.start}-{wanted.end - 1}"
-    match = f'"{_bare(etag)}"' if etag and not etag.startswith("W/") else None
+    match = f'"{urls.bare_etag(etag)}"' if etag and not etag.startswith("W/") else None
     scheme = urls.scheme_of(wanted.url)
     if scheme == "s3":
         bucket, key, version = filesystem.split_path(wanted.url)

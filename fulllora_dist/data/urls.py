@@ -127,6 +127,11 @@ def object_info(url: str) -> ObjectInfo:
     return ObjectInfo(facts.get("size"), facts.get("ETag") or facts.get("etag"))
 
 
+def bare_etag(etag: str) -> str:
+    """As clients tell it: some with quotes, some without; W/ before it is a web server's."""
+    return etag.removeprefix("W/").strip('"')
+
+
 def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an exception of s3fs, gcsfs or fsspec's http, where there is one."""
     seen: BaseException | None = error

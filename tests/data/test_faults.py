@@ -7,6 +7,7 @@ import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,13 +15,13 @@ import numpy as np
 import pytest
 from byte_shards import UNREADABLE, Checksum, arrived, in_tars, write_shards
 
-from fulllora_dist.data import ranges, reader
+from fulllora_dist.data import ranges, reader, store
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.progress import Spares, TrainWorks
 from fulllora_dist.data.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
-from fulllora_dist.data.reader import DamagedSample
+from fulllora_dist.data.reader import DamagedSample, ShardReader
 from fulllora_dist.errors import UserError
 from tests.services.fault_server import FATAL, PASSING, FaultServer, Request
 
@@ -187,6 +188,15 @@ def test_patience_begins_with_the_first_try(tmp_path: Path) -> None:
         for future in [fetcher.submit(wanted, [Piece(0, 1, 0, wanted=False)]) for wanted in whole]:
             future.result()
         assert time.monotonic() - began > 1.3
+
+
+def test_the_quotes_of_an_etag_are_no_change(server: FaultServer) -> None:
+    index = Index.load(server.url)
+    etags = [str(store.info(f"{server.url}/{shard.url}").etag).strip('"') for shard in index.shards]
+    shards = tuple(replace(shard, etag=etag) for shard, etag in zip(index.shards, etags, strict=True))
+    ShardReader(replace(index, shards=shards)).check()
+    with pytest.raises(ChangedObject):
+        ShardReader(replace(index, shards=(replace(shards[0], etag="other"), *shards[1:]))).check()
 
 
 def test_a_server_that_hangs_is_given_up(server: FaultServer) -> None:
