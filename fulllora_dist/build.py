@@ -112,6 +112,19 @@ def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:
         )
 
 
+def _check_same(index: Index, ranks: Ranks, setting: str) -> None:
+    """Plans follow from the index: ranks with different ones would repeat samples, or wait for each other forever.
+
+    Raises:
+        UserError: this rank's index is not rank 0's.
+    """
+    if (first := ranks.share(index.hash)) != index.hash:
+        raise UserError(
+            f"{setting}: the index here ({index.hash[:12]}, {len(index)} samples) is not rank 0's ({first[:12]}); "
+            "put the same shards and index on every machine"
+        )
+
+
 def _policy(data: DataSettings) -> ReadPolicy:
     return ReadPolicy(
         connections=data.connections,
@@ -146,6 +159,7 @@ def build_stream(config: Config, model: BackboneInfo, ranks: Ranks) -> TrainStre
         max_bad_samples=data.max_bad_samples,
         policy=_policy(data),
     )
+    _check_same(stream.index, ranks, "data.train")
     check_classes(stream.index, model, "data.train")
     return stream
 
@@ -169,5 +183,6 @@ def build_eval_stream(config: Config, folder: str, model: BackboneInfo, ranks: R
         pin_memory=ranks.device.type == "cuda",
         policy=_policy(data),
     )
+    _check_same(stream.index, ranks, "data.validation")
     check_classes(stream.index, model, "data.validation")
     return stream

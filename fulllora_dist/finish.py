@@ -21,7 +21,7 @@ def finish(run: Run, state: RunState) -> None:
     if run.ranks.is_main:
         save_adapter(state.engine.model, adapter, state=tensors, training=_provenance(run.config, state))
         run.tracker.artifact(adapter, "adapter")
-        run.tracker.artifact(os.path.join(output, "config.yaml"))
+        run.tracker.text(run.settings, "config.yaml")
     run.ranks.barrier()
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
     if run.config.data.validation is not None:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from fulllora_dist.config import Config
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.data.urls import redacted
 from fulllora_dist.distributed.checkpoint import DamagedState, read_newest_state, read_state
 from fulllora_dist.distributed.preemption import StopRequest
 from fulllora_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
@@ -48,6 +49,7 @@ class Run:
 
     Attributes:
         config: of this attempt.
+        settings: the config as YAML for others to see, without what signs a URL.
         ranks: this process among the others.
         saved: (tensors, facts) of the state to go on from, None at a run's beginning.
         stop: whether somebody asked for an end.
@@ -61,12 +63,13 @@ class Run:
         self.states = os.path.join(config.run.output, "states")
         self.saved = self._find_state()
         facts = self.saved[1] if self.saved else {}
+        resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+        self.settings = redacted(resolved)
         if ranks.is_main:
             os.makedirs(config.run.output, exist_ok=True)
-            resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
             with open(os.path.join(config.run.output, "config.yaml"), "w") as file:
                 file.write(resolved)
-            self.say(resolved)
+            self.say(self.settings)
         self.tracker = Tracker(config, ranks.is_main, facts.get("mlflow_run_id"), facts.get("step", 0))
 
     def say(self, text: str) -> None:

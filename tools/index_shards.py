@@ -23,7 +23,7 @@ def _classes(text: str) -> int | list[str]:
     if text.isdecimal():
         return int(text)
     try:
-        return [line.strip() for line in Path(text).read_text().splitlines() if line.strip()]
+        return [line.strip() for line in Path(text).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes {text}: a number, or a file with one class name a line, is right") from error
 

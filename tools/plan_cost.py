@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fulllora_dist.data.index import INDEX_NAME, Index
+from fulllora_dist.data.index import INDEX_NAME, Index, content_hash
 from fulllora_dist.data.progress import Progress
 from fulllora_dist.data.scan import Shard
 
@@ -48,7 +48,8 @@ def imagenet(folder: Path) -> Path:
         Shard(f"train-{i:06d}.tar", int(offsets[rows == i].max() + 200_000), f'"{i:032x}"', f"{i:064x}", int(counts[i]))
         for i in range(SHARDS)
     )
-    Index(str(folder), tuple(f"n{i:08d}" for i in range(CLASSES)), shards, columns, "0" * 64).save()
+    classes = tuple(f"n{i:08d}" for i in range(CLASSES))
+    Index(str(folder), classes, shards, columns, content_hash(classes, columns)).save()
     return folder / INDEX_NAME
 
 

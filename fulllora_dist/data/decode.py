@@ -26,23 +26,22 @@ _CROP_TRIES = 10
 _TORCH_MODES = ("bilinear", "bicubic")  # that torch resizes with antialiasing
 
 
-def _scaled(width: int, height: int, size: int, crop_pct: float, crop_mode: str) -> tuple[int, int]:
-    """(width, height) to which timm's evaluation transform resizes before it cuts out the centre: the shorter side
-    (squash: both) becomes floor(size / crop_pct). Roundings are those of torchvision's Resize."""
-    scaled = math.floor(size / crop_pct)
-    if crop_mode == "squash":
-        return scaled, scaled
-    short = min(width, height)
-    to_width, to_height = int(scaled * width / short), int(scaled * height / short)
-    check_pixels(to_width, to_height)  # a picture of 1 x 10,000 pixels is small, and large once it is resized
-    return to_width, to_height
+def _centre(width: int, height: int, size: int, crop_pct: float, crop_mode: str) -> tuple[tuple[int, int], Box]:
+    """((width, height), box): what timm's evaluation transform resizes to, and the centre that it cuts out. The shorter
+    side (squash: both) becomes floor(size / crop_pct). Roundings are those of torchvision's Resize and CenterCrop."""
+    to_width = to_height = math.floor(size / crop_pct)
+    if crop_mode != "squash":
+        short = min(width, height)
+        to_width, to_height = int(to_width * width / short), int(to_height * height / short)
+        check_pixels(to_width, to_height)  # a picture of 1 x 10,000 pixels is small, and large once it is resized
+    left, top = round((to_width - size) / 2), round((to_height - size) / 2)
+    return (to_width, to_height), (left, top, left + size, top + size)
 
 
 def centre_crop(image: Image.Image, size: int, crop_pct: float, crop_mode: str, interpolation: str) -> Image.Image:
     """timm's evaluation picture of an RGB one, pixel for pixel."""
-    scaled = _scaled(*image.size, size, crop_pct, crop_mode)
-    left, top = (round((side - size) / 2) for side in scaled)
-    return image.resize(scaled, _resampling(interpolation)).crop((left, top, left + size, top + size))
+    scaled, centre = _centre(*image.size, size, crop_pct, crop_mode)
+    return image.resize(scaled, _resampling(interpolation)).crop(centre)
 
 
 def random_box(width: int, height: int, crop_scale: tuple[float, float], rng: np.random.Generator) -> Box:
@@ -169,10 +168,8 @@ class TrainTransform:
         if (box := self._random_box(width, height, rng)) is not None:
             left, top, right, bottom = box
             return _resized(pixels[top:bottom, left:right], self.size, self.size, self.interpolation)
-        to_width, to_height = _scaled(width, height, self.size, self.crop_pct, self.crop_mode)
-        whole = _resized(pixels, to_width, to_height, self.interpolation)
-        left, top = round((to_width - self.size) / 2), round((to_height - self.size) / 2)
-        return whole[:, top : top + self.size, left : left + self.size]
+        scaled, (left, top, right, bottom) = _centre(width, height, self.size, self.crop_pct, self.crop_mode)
+        return _resized(pixels, *scaled, self.interpolation)[:, top:bottom, left:right]
 
     def _reference(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         image = decode(data)

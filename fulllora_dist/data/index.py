@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from fulllora_dist.data import store, urls
 from fulllora_dist.data.index_cache import fetched
-from fulllora_dist.data.index_file import map_columns, pack_columns
+from fulllora_dist.data.index_file import DamagedIndex, map_columns, pack_columns
 from fulllora_dist.data.scan import COLUMNS, IMAGE_EXTENSIONS, Shard, ShardScan
 from fulllora_dist.errors import UserError
 
@@ -74,7 +73,7 @@ class Index:
         columns["shard"] = np.repeat(np.arange(len(shards), dtype="<i4"), [shard.samples for shard in shards])
         if classes is None:
             classes = [str(label) for label in range(int(columns["label"].max(initial=-1)) + 1)]
-        index = cls(str(base), tuple(classes), shards, columns, _content_hash(classes, columns))
+        index = cls(str(base), tuple(classes), shards, columns, content_hash(classes, columns))
         index._check()
         index._check_keys()
         return index
@@ -88,12 +87,17 @@ class Index:
                 A remote one is fetched once into the user's cache folder and shared by all processes of the machine.
 
         Raises:
-            UserError: missing, damaged, of another format, or pointing outside its shards.
+            UserError: missing, damaged, of another format, pointing outside its shards, or with another hash than its
+                content has.
         """
         where = str(where)
         base, name = split_index(where)
         if urls.is_remote(base):
-            return cls._map(fetched(urls.join(base, name)), base)
+            url = urls.join(base, name)
+            try:
+                return cls._map(fetched(url), base)
+            except DamagedIndex:
+                return cls._map(fetched(url, anew=True), base)
         path = Path(urls.local_path(base), name)
         if not path.is_file():
             if path.with_name(_OLD_NAME).is_file():
@@ -109,12 +113,16 @@ class Index:
         if meta.get("version") != FORMAT_VERSION:
             raise UserError(f"{path}: index format {meta.get('version')!r}; this program reads {FORMAT_VERSION}")
         try:
-            shards = tuple(Shard(**shard) for shard in meta["shards"])
+            shards = tuple(_shard(shard) for shard in meta["shards"])
+            if not all(isinstance(name, str) for name in meta["classes"]):
+                raise TypeError("classes are names")
             index = cls(base, tuple(meta["classes"]), shards, columns, meta["hash"], (path, found))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: the index is damaged ({error}); make it anew") from error
         if checksum is None:
             index._check()
+            if index.hash != content_hash(index.classes, columns):
+                raise UserError(f"{path}: the index has the hash of another one; make it anew")
         return index
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -141,22 +149,28 @@ class Index:
     def _check(self) -> None:
         """Refuse columns that do not fit each other, the classes or the shards."""
         columns, shards, where = self.columns, self.shards, urls.redacted(self.base)
+        for name, dtype in {**COLUMNS, "shard": "<i4"}.items():
+            if name not in columns or columns[name].dtype != dtype:
+                raise UserError(f"{where}: the index has no column {name} of type {dtype}; make it anew")
         rows, labels = columns["shard"], columns["label"]
         if len({len(column) for name, column in columns.items() if name != "keys"}) != 1 or len(rows) == 0:
             raise UserError(f"{where}: the index has no samples or columns of unequal length")
-        counts = np.bincount(rows, minlength=len(shards)) if rows.min() >= 0 else np.empty(0)
-        ends = columns["offset"] + columns["size"]
+        inside = rows.min() >= 0 and rows.max() < len(shards)  # asked first: bincount is as long as the largest number
         if (
-            counts.tolist() != [shard.samples for shard in shards]
+            not inside
+            or np.bincount(rows, minlength=len(shards)).tolist() != [shard.samples for shard in shards]
             or (np.diff(rows) < 0).any()
             or columns["offset"].min() < 0
             or columns["size"].min() < 0
-            or (ends > np.array([shard.bytes for shard in shards])[rows]).any()
+            # the sum of offset and size might not fit into 64 bits
+            or (columns["size"] > np.array([shard.bytes for shard in shards])[rows] - columns["offset"]).any()
             or (np.diff(columns["key_end"], prepend=0) < 0).any()
             or columns["key_end"][-1] != len(columns["keys"])
             or columns["ext"].max() >= len(IMAGE_EXTENSIONS)
         ):
             raise UserError(f"{where}: the index points outside its shards; make it anew")
+        if _has_controls(columns["keys"]):
+            raise UserError(f"{where}: the index has control characters in its keys")
         for shard in shards:
             urls.scheme_of(shard.url)
             if ".." in shard.url.split("/") or (urls.is_remote(self.base) and not _stays_remote(shard.url)):
@@ -171,11 +185,6 @@ class Index:
         for row in range(len(self)):
             if (earlier := first.setdefault(self.key(row), row)) != row:
                 raise UserError(f"{self.sample(row)}: the key is also that of {self.sample(earlier)}")
-
-    @cached_property
-    def packing(self) -> str:
-        """sha256 (hex) over `hash` and the number of samples in each shard."""
-        return hashlib.sha256(json.dumps([self.hash, [shard.samples for shard in self.shards]]).encode()).hexdigest()
 
     @property
     def labels(self) -> np.ndarray:
@@ -213,20 +222,40 @@ class Index:
         )
 
 
+def _shard(facts: dict[str, Any]) -> Shard:
+    shard = Shard(**facts)
+    numbers = (shard.bytes, shard.samples)
+    texts = (shard.url, shard.sha256, shard.etag or "")
+    if not (all(type(n) is int and 0 <= n < 2**63 for n in numbers) and all(isinstance(t, str) for t in texts)):
+        raise TypeError(f"no shard: {facts}")
+    return shard
+
+
+def _has_controls(keys: np.ndarray) -> bool:
+    """Those of ASCII and the C1 ones, which UTF-8 begins with 0xC2: keys are logged."""
+    after = keys[np.flatnonzero(keys[:-1] == 0xC2) + 1]
+    return bool(keys.min(initial=255) < 0x20 or (keys == 0x7F).any() or ((after >= 0x80) & (after < 0xA0)).any())
+
+
 def _stays_remote(name: str) -> bool:
     """Not a file of this machine: an index from a bucket has no business there."""
     return urls.is_remote(name) if "://" in name else not os.path.isabs(name)
 
 
 def split_index(where: str) -> tuple[str, str]:
-    """(folder, file name) of an index: `where` is the folder itself unless it ends in .safetensors."""
-    if not where.partition("?")[0].endswith(".safetensors"):
+    """(folder, file name) of an index: `where` is the folder itself unless it ends in .safetensors. A
+    signature goes to the folder, from where `urls.join` gives it to every file."""
+    path, mark, query = where.partition("?")
+    if not path.endswith(".safetensors"):
         return where, INDEX_NAME
-    folder, _, name = where.rpartition("/")
-    return folder or ".", name
+    folder, _, name = path.rpartition("/")
+    if urls.scheme_of(where) in ("http", "https"):
+        return folder + mark + query, name
+    return folder or ".", name + mark + query
 
 
-def _content_hash(classes: Sequence[str], columns: Mapping[str, np.ndarray]) -> str:
+def content_hash(classes: Sequence[str], columns: Mapping[str, np.ndarray]) -> str:
+    """`Index.hash` of an index of such parts."""
     digest = hashlib.sha256(json.dumps(list(classes)).encode())
     for name in ("keys", "key_end", "label", "size", "crc32"):
         digest.update(np.ascontiguousarray(columns[name]).data)

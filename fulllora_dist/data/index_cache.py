@@ -5,8 +5,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from fulllora_dist.data import store
-from fulllora_dist.data.index_file import published
+from fulllora_dist.data import store, urls
+from fulllora_dist.data.index_file import DamagedIndex, is_whole, published
 from fulllora_dist.errors import UserError
 
 
@@ -15,10 +15,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "fulllora_dist")
 
 
-def fetched(url: str) -> Path:
+_TRIES = 3  # of a download whose checksum is wrong; then the index itself is damaged
+
+
+def fetched(url: str, anew: bool = False) -> Path:
     """The local copy of the index at `url`; its name holds url, size and etag, so that a new index is a new file.
 
     The first process of a machine fetches it, the others wait for it; one that is killed meanwhile leaves no lock.
+
+    Args:
+        anew: whatever copy there is, it is damaged.
+
+    Raises:
+        UserError: the index cannot be read, is damaged (`DamagedIndex`), or cannot be kept.
     """
     found = store.info(url)
     name = hashlib.sha256(f"{url}\0{found.bytes}\0{found.etag}".encode()).hexdigest()
@@ -28,11 +37,21 @@ def fetched(url: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f"{name}.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if found.etag is None or not path.exists():
+            if anew or found.etag is None or not path.exists():
+                data = _downloaded(url)
                 with published(path) as file:
-                    file.write(store.read(url))
+                    file.write(data)
     except OSError as error:
         raise UserError(
             f"{folder}: cannot keep the index there ({error.strerror or error}); set XDG_CACHE_HOME"
         ) from error
     return path
+
+
+def _downloaded(url: str) -> bytes:
+    for _ in range(_TRIES):
+        if is_whole(data := store.read(url)):
+            return data
+    raise DamagedIndex(
+        f"{urls.redacted(url)}: the index is damaged or of another format; make it anew with tools/index_shards.py"
+    )

@@ -5,13 +5,16 @@ that reads safetensors reads it. Two things are ours: the arrays are mapped and 
 `sha256`, is the digest of every byte before it, so that a cut or flipped bit anywhere is refused.
 """
 
+import glob
 import hashlib
 import json
 import mmap
 import os
+import secrets
 import struct
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,14 +26,26 @@ _DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "|u1"}
 _NAMES = {np.dtype(numpys): name for name, numpys in _DTYPES.items()}
 _CHECKSUM = "sha256"
 _CHECKSUM_BYTES = 32
+_STALE = 600.0  # seconds without a write after which a temporary file belongs to a process that was killed
+
+
+class DamagedIndex(UserError):
+    """The file cannot be mapped, or its bytes are not those that its checksum belongs to."""
 
 
 @contextmanager
 def published(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` only once it is whole and on disk (temporary name, fsync, rename)."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """A file to write that appears as `path` only once it is whole and on disk (temporary name, fsync, rename).
+
+    Several may write it at once: the last that ends stays. What killed ones left is removed.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _STALE:
+                left.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -65,6 +80,12 @@ def pack_columns(meta: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> 
     return data + hashlib.sha256(data).digest()
 
 
+def is_whole(data: bytes | mmap.mmap) -> bool:
+    """Whether its checksum is that of the bytes before it."""
+    body = memoryview(data)[: max(0, len(data) - _CHECKSUM_BYTES)]
+    return hashlib.sha256(body).digest() == data[len(body) :]
+
+
 def map_columns(path: Path, checksum: bytes | None = None) -> tuple[dict[str, Any], dict[str, np.ndarray], bytes]:
     """(meta, read-only arrays over the mapped file, checksum).
 
@@ -72,25 +93,24 @@ def map_columns(path: Path, checksum: bytes | None = None) -> tuple[dict[str, An
         checksum: where another process has already read and checked the file; it is only compared then.
 
     Raises:
-        UserError: the file cannot be opened, is damaged, or is not the one that `checksum` belongs to.
+        UserError: the file is damaged (`DamagedIndex`), or is not the one that `checksum` belongs to.
     """
     try:
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file
-        raise UserError(f"{path}: the index cannot be opened ({error})") from error
-    body = memoryview(data)[: max(0, len(data) - _CHECKSUM_BYTES)]
-    found = data[len(body) :]
+        raise DamagedIndex(f"{path}: the index cannot be opened ({error})") from error
+    found = data[-_CHECKSUM_BYTES:]
     if checksum is None:
-        if hashlib.sha256(body).digest() != found:
-            raise UserError(
+        if not is_whole(data):
+            raise DamagedIndex(
                 f"{path}: the index is damaged or of another format; make it anew with tools/index_shards.py"
             )
     elif found != checksum:
         raise UserError(f"{path}: the index has changed while the run was reading it")
     try:
         return *_parse(data), found
-    except (KeyError, TypeError, ValueError, struct.error) as error:
+    except Exception as error:  # a header of another program, or of an attacker, may hold any JSON
         raise UserError(f"{path}: no index of this program; make one with tools/index_shards.py") from error
 
 
@@ -98,6 +118,8 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     (length,) = struct.unpack_from("<Q", data)
     header = json.loads(data[8 : 8 + length])
     meta = json.loads(header.pop("__metadata__")["index"])
+    if not isinstance(meta, dict):
+        raise TypeError("the metadata is no object")
     del header[_CHECKSUM]
     columns = {}
     for name, entry in header.items():

@@ -52,6 +52,10 @@ def index_shards(
     if workers < 1:
         raise UserError(f"workers {workers}: 1 or more is right")
     names = None if classes is None else [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
+    first: dict[str, int] = {}
+    for label, name in enumerate(names or ()):
+        if not name.strip() or first.setdefault(name, label) != label:
+            raise UserError(f"classes: number {label} is {name!r}; a name for each label, no two the same, is right")
     found = store.expand(shards)
     base, file_name = split_index(output if output is not None else _common_folder(found))
     base = store.writable_folder(base)
@@ -99,6 +103,11 @@ def _recorded_name(url: str, base: str) -> str:
     folder = f"{base.rstrip('/')}/"
     if url.startswith(folder):
         return url[len(folder) :]
+    if urls.scheme_of(url) in ("http", "https") and "?" in url:
+        raise UserError(
+            f"{urls.redacted(url)}: the index would hold what follows the question mark, signatures too; name them "
+            "without it, and give credentials to fsspec (docs/data.md)"
+        )
     if urls.is_remote(url):
         return url
     if urls.is_remote(base):
@@ -169,9 +178,12 @@ def recorded_scan(job: ScanJob) -> ShardScan | None:
 def record_scan(job: ScanJob, scan: ShardScan) -> None:
     """Keep a scan in the user's cache folder until an index is published."""
     path = _record(job)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with published(path) as file:
-        file.write(pack_columns({"shard": asdict(scan.shard)}, scan.columns))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with published(path) as file:
+            file.write(pack_columns({"shard": asdict(scan.shard)}, scan.columns))
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from error
 
 
 def forget_scan(job: ScanJob) -> None:

@@ -17,7 +17,7 @@ from fulllora_dist.data import plan
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.parts import BadSample, Part, Parts, Transform, read_ahead
-from fulllora_dist.data.progress import Progress, Work
+from fulllora_dist.data.progress import Progress, Work, check_batch_size, check_rank
 from fulllora_dist.data.ranges import ReadPolicy
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.data.urls import redacted
@@ -32,9 +32,7 @@ def _joined(parts: list[Part], pin_memory: bool) -> Batch:
     return batch.pin_memory() if pin_memory else batch
 
 
-def _check_ranks(world: int, rank: int, workers: int) -> None:
-    if not 0 <= rank < world:
-        raise UserError(f"rank {rank} of world {world}: 0 <= rank < world is right")
+def _check_workers(workers: int) -> None:
     if workers < 0:
         raise UserError(f"workers {workers}: 0 (in the main process) or more is right")
 
@@ -42,8 +40,8 @@ def _check_ranks(world: int, rank: int, workers: int) -> None:
 class TrainStream:
     """Training batches without end, epoch after epoch; equally many on all ranks.
 
-    A picture that cannot be used (damaged bytes, no readable image) is replaced by another one of its window, which is
-    logged. A shard that is missing, may not be read or has changed ends the run.
+    A picture that cannot be used (damaged bytes, no readable image) is replaced by another one, of its window if one of
+    them can be used, which is logged. A shard that is missing, may not be read or has changed ends the run.
 
     Args:
         where: folder or URL of shards with their index, or path or URL of an index.
@@ -78,9 +76,9 @@ class TrainStream:
         max_bad_samples: int = 0,
         policy: ReadPolicy | None = None,
     ):
-        _check_ranks(world, rank, workers)
-        if batch_size < 1 or batch_size % world:
-            raise UserError(f"batch size {batch_size}: a positive multiple of the {world} ranks is right")
+        check_rank(world, rank)
+        check_batch_size(batch_size, world)
+        _check_workers(workers)
         self.index = Index.load(where)
         self._progress = Progress(self.index, seed, batch_size)
         self._reader = ShardReader(self.index, policy)
@@ -104,7 +102,7 @@ class TrainStream:
             UserError: a shard cannot be read; or this rank alone has met more than `max_bad_samples` bad ones.
         """
         works = self._progress.works(self._world, self._rank)
-        parts = Parts(self._reader, self.index, self._transform, self._seed, works)
+        parts = Parts(self._reader, self.index, self._transform, self._seed, works, self._max_bad)
         read = read_ahead(parts, self._workers, self._prefetch)
         while together := list(itertools.islice(read, max(1, self._workers))):
             # with more ranks than this one, `count_bad` comes first: after the batch, on all of them at once
@@ -203,7 +201,8 @@ class EvalStream:
         pin_memory: bool = False,
         policy: ReadPolicy | None = None,
     ):
-        _check_ranks(world, rank, workers)
+        check_rank(world, rank)
+        _check_workers(workers)
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: a positive number is right")
         self.index = Index.load(where)

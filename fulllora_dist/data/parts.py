@@ -1,5 +1,6 @@
 """The pictures of a batch, made by worker processes: each reads and decodes some of its slots."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -48,13 +49,20 @@ class Parts(IterableDataset):
 
     Args:
         works: (worker, workers) -> its works; picklable.
+        max_bad: how many samples may be replaced over the whole run.
     """
 
     def __init__(
-        self, reader: ShardReader, index: Index, transform: Transform, seed: int, works: Callable[..., Iterable[Work]]
+        self,
+        reader: ShardReader,
+        index: Index,
+        transform: Transform,
+        seed: int,
+        works: Callable[..., Iterable[Work]],
+        max_bad: int = 0,
     ):
         self._index, self._reader, self._transform, self._seed = index, reader, transform, seed
-        self._works = works
+        self._works, self._max_bad = works, max_bad
 
     def __iter__(self) -> Iterator[Part | UserError]:
         worker = get_worker_info()
@@ -77,8 +85,8 @@ class Parts(IterableDataset):
         return Part(Batch(images, fields[0], fields[1], fields[2], work.slot), tuple(bad))
 
     def _usable(self, work: Work, place: int, read: Read, bad: list[BadSample]) -> tuple[int, torch.Tensor]:
-        """The sample in its place, or the next of its window that can be used. The window is the plan's, so the same
-        sample stands in on any number of ranks and workers, and after a restart."""
+        """The sample in its place, or the next of its spares that can be used. They are the plan's, so the same sample
+        stands in on any number of ranks and workers, and after a restart."""
         sample_id = int(work.ids[place])
         try:
             return sample_id, self._picture(work.epoch, sample_id, read)
@@ -87,7 +95,9 @@ class Parts(IterableDataset):
                 raise
             bad.append(BadSample(sample_id, str(error)))
             last = error
-        for spare in work.spares.of(work.slot, place).tolist():
+        # one bad spare beyond what is allowed, so that all ranks can count it and stop together; no search through the
+        # whole data where nothing is readable
+        for spare in itertools.islice(work.spares.of(work.slot, place), self._max_bad + 1):
             try:
                 return spare, self._picture(work.epoch, spare, self._reader.read)
             except DamagedSample as error:

@@ -11,18 +11,35 @@ from fulllora_dist.data.plan import PLAN_VERSION, EpochPlan, Segment, epoch_plan
 from fulllora_dist.errors import UserError
 
 
+def check_rank(world: int, rank: int) -> None:
+    """UserError for a rank that is none."""
+    if not 0 <= rank < world:
+        raise UserError(f"rank {rank} of world {world}: 0 <= rank < world is right")
+
+
+def check_batch_size(batch_size: int, world: int) -> None:
+    """UserError for a global batch that is not one of equal shares."""
+    if batch_size < 1 or batch_size % world:
+        raise UserError(f"batch size {batch_size}: a positive multiple of the {world} ranks is right")
+
+
 class Spares(NamedTuple):
-    """Where the substitutes of a work's samples come from: lane by lane, the rest of the window."""
+    """Where the substitutes of a work's samples come from."""
 
     plan: EpochPlan
     lanes: np.ndarray
     step: int
 
-    def of(self, first: int, place: int) -> np.ndarray:
-        """int64: the other samples of the window of slot `first + place`, the next ones first."""
+    def of(self, first: int, place: int) -> Iterator[int]:
+        """All other samples of the epoch in the order in which they stand in for that of slot `first + place`: those of
+        its window, the next ones first, as they have been read already; of its lane; of the lanes after it."""
         start, end = self.plan.window_of(first + place, self.step)
-        window = self.lanes[place, start:end]
-        return np.roll(window, start - self.step)[1:]
+        lane = self.lanes[place]
+        yield from np.roll(lane[start:end], start - self.step)[1:].tolist()
+        yield from np.roll(lane, -end)[: len(lane) - (end - start)].tolist()
+        for distance in range(1, self.plan.batch_size):
+            (other,) = self.plan.lanes((first + place + distance) % self.plan.batch_size, 1)
+            yield from other.tolist()
 
 
 class Work(NamedTuple):
@@ -90,8 +107,7 @@ class Progress:
     """
 
     def __init__(self, index: Index, seed: int, batch_size: int):
-        if batch_size < 1:
-            raise UserError(f"batch size {batch_size}: a positive number is right")
+        check_batch_size(batch_size, world=1)
         if batch_size > len(index):
             raise UserError(f"batch size {batch_size}: the data has only {len(index)} samples")
         self.batch_size = batch_size

@@ -64,11 +64,15 @@ class Range(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Bytes inside a range, `start` counted from its beginning, with the checksum that they must have."""
+    """Bytes inside a range, `start` counted from its beginning, with the checksum that they must have.
+
+    One that is not wanted is checked along, as a cache keeps the range for those who want it.
+    """
 
     start: int
     size: int
     crc32: int
+    wanted: bool = True
 
 
 class ChangedObject(UserError):
@@ -93,13 +97,18 @@ class RangeFetcher:
         self._random = random.Random()  # jitter of the waits, nothing that a run depends on
 
     def submit(self, wanted: Range, pieces: Sequence[Piece]) -> Future[list[bytes | None]]:
-        """The pieces of a range; None for one whose checksum is still wrong after several reads of an unchanged object.
+        """The pieces of a range; None for one that is not wanted, or whose checksum is still wrong after several reads
+        of an unchanged object.
 
         The future raises UserError where the object is missing, may not be read or has changed, or where the store has
         not delivered within `retry_seconds`.
         """
         filesystem = urls.filesystem(wanted.url)
-        return asyncio.run_coroutine_threadsafe(self._pieces(filesystem, wanted, pieces), fsspec.asyn.get_loop())
+        return asyncio.run_coroutine_threadsafe(self._wanted(filesystem, wanted, pieces), fsspec.asyn.get_loop())
+
+    async def _wanted(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> list[bytes | None]:
+        found = await self._pieces(filesystem, wanted, pieces)
+        return [data if piece.wanted else None for data, piece in zip(found, pieces, strict=True)]
 
     async def _pieces(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> list[bytes | None]:
         if self._cache is None:
@@ -137,8 +146,8 @@ class RangeFetcher:
                 if (status := urls.http_status(error)) in (412, 416):
                     raise ChangedObject(wanted.url, f"the store answers {status}") from error
                 raise
-            if etag and found and _bare(found) != _bare(etag):
-                raise ChangedObject(wanted.url, f"etag {_bare(found)}, was {_bare(etag)}")
+            if etag and found and urls.bare_etag(found) != urls.bare_etag(etag):
+                raise ChangedObject(wanted.url, f"etag {urls.bare_etag(found)}, was {urls.bare_etag(etag)}")
             if len(data) != wanted.end - wanted.start:
                 raise OSError(f"{wanted}: {len(data)} bytes came")
             if found:
@@ -148,10 +157,11 @@ class RangeFetcher:
         return await self._patiently(wanted.url, once)
 
     async def _patiently(self, url: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        begun, wait, told = time.monotonic(), _FIRST_WAIT, False
+        begun, wait, told = 0.0, _FIRST_WAIT, False
         while True:
             try:
                 async with self._places:
+                    begun = begun or time.monotonic()  # waiting for a place is no trouble of the store
                     return await asyncio.wait_for(attempt(), self._policy.request_seconds)
             except Exception as error:
                 meaning = urls.explained(error, url)
@@ -172,18 +182,14 @@ class RangeFetcher:
 
 
 def _cut(data: bytes, pieces: Sequence[Piece]) -> list[bytes | None]:
-    cut = [data[start : start + size] for start, size, _ in pieces]
+    cut = [data[piece.start : piece.start + piece.size] for piece in pieces]
     return [part if zlib.crc32(part) == piece.crc32 else None for part, piece in zip(cut, pieces, strict=True)]
-
-
-def _bare(etag: str) -> str:
-    return etag.removeprefix("W/").strip('"')
 
 
 async def _get(filesystem: Any, wanted: Range, etag: str | None) -> tuple[bytes, str | None]:
     """(body, etag that came with it). The store compares etags where it can: a weak one never matches If-Match."""
     span = f"bytes={wanted.start}-{wanted.end - 1}"
-    match = f'"{_bare(etag)}"' if etag and not etag.startswith("W/") else None
+    match = f'"{urls.bare_etag(etag)}"' if etag and not etag.startswith("W/") else None
     scheme = urls.scheme_of(wanted.url)
     if scheme == "s3":
         bucket, key, version = filesystem.split_path(wanted.url)

@@ -45,6 +45,7 @@ class ToRead(Protocol):
     def begin(self) -> np.ndarray: ...
 
 
+T = TypeVar("T")
 W = TypeVar("W", bound=ToRead)
 Read = Callable[[int], bytes]
 
@@ -53,10 +54,11 @@ Pieces = Future[list[bytes | None]]
 
 
 class _Block(NamedTuple):
-    """A range, and the samples in it in order."""
+    """A range, the samples in it in order, and which of them are wanted here."""
 
     range: Range
     ids: np.ndarray
+    wanted: list[bool]
 
 
 class ShardReader:
@@ -81,14 +83,14 @@ class ShardReader:
         """Refuse, before anything starts, a shard that is missing or not the one that was indexed (by length and etag).
         Remote ones are divided among the ranks; local ones each rank looks at, they may be copies of its own node."""
         for number in np.flatnonzero(~self._remote).tolist():
-            self._check_length(number, os.fstat(self._open(number)).st_size)
+            self._check_length(number, self._on_disk(number, lambda file: os.fstat(file).st_size))
         mine = np.flatnonzero(self._remote)[rank::world].tolist()
         with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
             for number, found in zip(mine, pool.map(lambda n: store.info(self._urls[n]), mine), strict=True):
                 if found.bytes is not None:
                     self._check_length(number, found.bytes)
                 etag = self._index.shards[number].etag
-                if etag and found.etag and found.etag != etag:
+                if etag and found.etag and urls.bare_etag(found.etag) != urls.bare_etag(etag):
                     raise ChangedObject(self._urls[number], f"etag {found.etag}, was {etag}")
 
     def _check_length(self, number: int, length: int) -> None:
@@ -134,7 +136,11 @@ class ShardReader:
                 while (waiting < depth or not coming) and (work := next(source, None)) is not None:
                     for block in self._blocks(work.begin):
                         pieces = self._fetch(block)
-                        asked |= {sample: (pieces, place) for place, sample in enumerate(block.ids.tolist())}
+                        asked |= {
+                            sample: (pieces, place)
+                            for place, (sample, wanted) in enumerate(zip(block.ids.tolist(), block.wanted, strict=True))
+                            if wanted
+                        }
                     coming.append((work, {i: asked.pop(i) for i in work.ids.tolist() if i in asked}))
                     waiting += len(work.ids)
                 if not coming:
@@ -149,7 +155,8 @@ class ShardReader:
     def _read_local(self, sample_id: int) -> bytes:
         columns = self._index.columns
         size = int(columns["size"][sample_id])
-        data = os.pread(self._open(int(columns["shard"][sample_id])), size, int(columns["offset"][sample_id]))
+        number, offset = int(columns["shard"][sample_id]), int(columns["offset"][sample_id])
+        data = self._on_disk(number, lambda file: os.pread(file, size, offset))
         if len(data) != size:
             raise DamagedSample(
                 f"{self._index.sample(sample_id)}: got {len(data)} of {size} bytes; the shard is truncated"
@@ -161,22 +168,24 @@ class ShardReader:
             raise DamagedSample(f"{self._index.sample(sample_id)}: crc32 differs from the index; the shard is damaged")
         return data
 
-    def _open(self, number: int) -> int:
-        if number not in self._files:
-            if len(self._files) >= _MAX_OPEN:
-                os.close(self._files.pop(next(iter(self._files))))
-            path = urls.local_path(self._urls[number])
-            try:
+    def _on_disk(self, number: int, use: Callable[[int], T]) -> T:
+        """`use` of a local shard's descriptor. A mounted disk may fail at any call (EIO, ESTALE)."""
+        path = urls.local_path(self._urls[number])
+        try:
+            if number not in self._files:
+                if len(self._files) >= _MAX_OPEN:
+                    os.close(self._files.pop(next(iter(self._files))))
                 self._files[number] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise UserError(f"{path}: cannot open the shard ({error.strerror})") from error
-        return self._files[number]
+            return use(self._files[number])
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the shard ({error.strerror}); check the disk and the path") from error
 
     def _fetch(self, block: _Block) -> Pieces:
         if self._fetcher is None:
             self._fetcher = RangeFetcher(self._policy)
         offsets, sizes, sums = (self._index.columns[name][block.ids].tolist() for name in ("offset", "size", "crc32"))
-        pieces = [Piece(o - block.range.start, s, c) for o, s, c in zip(offsets, sizes, sums, strict=True)]
+        rows = zip(offsets, sizes, sums, block.wanted, strict=True)
+        pieces = [Piece(offset - block.range.start, size, crc32, wanted) for offset, size, crc32, wanted in rows]
         return self._fetcher.submit(block.range, pieces)
 
     def _blocks(self, ids: np.ndarray) -> list[_Block]:
@@ -212,9 +221,9 @@ class ShardReader:
             first = row
             while row < len(rows) and (shards[row], chunks[row]) == (number, chunk) and ends[row] <= end:
                 row += 1
-            inside = rows[first:row]
-            due = min((turn[i] for i in inside.tolist() if i in turn), default=None)
+            turns = [turn.get(i) for i in rows[first:row].tolist()]
+            due = min((t for t in turns if t is not None), default=None)
             if due is not None:
                 span = Range(self._urls[number], self._index.shards[number].etag, start, end)
-                blocks.append((due, _Block(span, inside)))
+                blocks.append((due, _Block(span, rows[first:row], [t is not None for t in turns])))
         return [block for _, block in sorted(blocks, key=lambda pair: pair[0])]

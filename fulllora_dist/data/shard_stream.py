@@ -7,7 +7,8 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.progress import Progress
+from fulllora_dist.data.plan import steps_per_epoch
+from fulllora_dist.data.progress import Progress, check_batch_size, check_rank
 from fulllora_dist.data.ranges import ReadPolicy
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.errors import UserError
@@ -42,14 +43,14 @@ class ShardStream(IterableDataset):
         rank: int = 0,
         policy: ReadPolicy | None = None,
     ):
-        if not 0 <= rank < world or batch_size % world:
-            raise UserError(f"batch size {batch_size}, rank {rank} of world {world}: equal shares for all are right")
+        check_rank(world, rank)
+        check_batch_size(batch_size, world)
         self.index = Index.load(where)
         self._progress = Progress(self.index, seed, batch_size)
         self._reader = ShardReader(self.index, policy)
         self._reader.check(world, rank)
         self._world, self._rank = world, rank
-        self.steps_per_epoch = len(self.index) // batch_size
+        self.steps_per_epoch = steps_per_epoch(len(self.index), batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()

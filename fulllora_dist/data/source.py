@@ -5,10 +5,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 from fulllora_dist.data.scan import IMAGE_EXTENSIONS
-from fulllora_dist.data.tar import walk_tar
+from fulllora_dist.data.tar import Member, Readable, walk_tar
 from fulllora_dist.errors import UserError
 
 _SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -51,7 +51,7 @@ def list_pictures(source: Path, labels: Mapping[str, str] | None = None) -> tupl
 
     Raises:
         UserError: no such source, no pictures, class folders on different levels or of several roots (train/ and val/),
-            a picture that `labels` does not know, two pictures with one key.
+            a picture that `labels` does not know, two pictures with one key, what cannot be read.
     """
     if source.is_dir():
         files = _in_folder(source)
@@ -96,34 +96,51 @@ def _picture(name: str, path: Path, offset: int, size: int) -> Picture:
 
 
 def _in_folder(source: Path) -> Iterator[Picture]:
-    for folder, _, names in os.walk(source, followlinks=True):
+    def refuse(error: OSError) -> NoReturn:  # os.walk would leave the folder out
+        raise _unreadable(error.filename, error) from error
+
+    for folder, _, names in os.walk(source, onerror=refuse, followlinks=True):
         for name in names:
             path = Path(folder, name)
-            yield _picture(path.relative_to(source).as_posix(), path, 0, path.stat().st_size)
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            yield _picture(path.relative_to(source).as_posix(), path, 0, size)
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read ({error.strerror}); mend its rights or its link, or take it away")
 
 
 def _in_tar(source: Path) -> Iterator[Picture]:
-    with open(source, "rb") as file:
-        length = os.fstat(file.fileno()).st_size
-        for member in walk_tar(file, str(source), length):
-            if member.is_folder:
-                continue
-            if not member.is_file:
-                raise UserError(f"{source}: member {member.name!r} is a link or a device; pack plain files")
-            if member.name.endswith(".tar"):
-                yield from _in_inner_tar(source, member.name, member.offset_data, member.size)
-            else:
-                yield _picture(member.name.removeprefix("./"), source, member.offset_data, member.size)
+    try:
+        with open(source, "rb") as file:
+            for member in _plain_files(file, str(source), os.fstat(file.fileno()).st_size):
+                if member.name.endswith(".tar"):
+                    yield from _in_inner_tar(source, member.name, member.offset_data, member.size)
+                else:
+                    yield _picture(member.name.removeprefix("./"), source, member.offset_data, member.size)
+    except OSError as error:
+        raise _unreadable(source, error) from error
 
 
 def _in_inner_tar(source: Path, name: str, start: int, size: int) -> Iterator[Picture]:
     """Its pictures, as if they lay in a folder of the tar's name."""
     folder = name.removesuffix(".tar")
     with open(source, "rb") as file:
-        for member in walk_tar(_Part(file, start, size), f"{source}: {name}", size):
-            if member.is_file:
-                inner = f"{folder}/{PurePosixPath(member.name).name}".removeprefix("./")
-                yield _picture(inner, source, start + member.offset_data, member.size)
+        for member in _plain_files(_Part(file, start, size), f"{source}: {name}", size):
+            inner = f"{folder}/{PurePosixPath(member.name).name}".removeprefix("./")
+            yield _picture(inner, source, start + member.offset_data, member.size)
+
+
+def _plain_files(stream: Readable, name: str, length: int) -> Iterator[Member]:
+    for member in walk_tar(stream, name, length):
+        if member.is_folder:
+            continue
+        if not member.is_file:
+            raise UserError(f"{name}: member {member.name!r} is a link or a device; pack plain files")
+        yield member
 
 
 class _Part:

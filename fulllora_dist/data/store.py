@@ -72,11 +72,15 @@ def read(url: str) -> bytes:
             return Path(urls.local_path(url)).read_bytes()
         except OSError as error:
             raise UserError(f"{url}: cannot be read ({error.strerror})") from error
-    size = info(url).bytes
-    data: bytes = persistent(lambda: urls.filesystem(url).cat_file(url), url)
-    if size is not None and len(data) != size:
-        raise UserError(f"{urls.redacted(url)}: got {len(data)} of {size} bytes")
-    return data
+
+    def once() -> bytes:
+        size = urls.object_info(url).bytes
+        data: bytes = urls.filesystem(url).cat_file(url)
+        if size is not None and len(data) != size:
+            raise OSError(f"{urls.redacted(url)}: got {len(data)} of {size} bytes")
+        return data
+
+    return persistent(once, url)
 
 
 def write(url: str, data: bytes) -> None:
@@ -92,14 +96,13 @@ def write(url: str, data: bytes) -> None:
         raise UserError(f"{url}: cannot be written ({error.strerror})") from error
 
 
-def upload(path: Path, url: str) -> ObjectInfo:
+def upload(path: Path, url: str) -> None:
     """Publish a local file as an object, and see that it arrived in full length."""
     refuse_read_only(url)
     persistent(lambda: urls.filesystem(url).put_file(str(path), url), url)
-    found, length = info(url), path.stat().st_size
-    if found.bytes != length:
-        raise UserError(f"{urls.redacted(url)}: {found.bytes} bytes arrived of {length}")
-    return found
+    found, length = info(url).bytes, path.stat().st_size
+    if found != length:
+        raise UserError(f"{urls.redacted(url)}: {found} bytes arrived of {length}")
 
 
 def refuse_read_only(url: str) -> None:

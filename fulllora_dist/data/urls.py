@@ -1,7 +1,7 @@
 """Where shards lie: a path, or a URL that fsspec opens. The only place that knows schemes, clients and their errors.
 
-Credentials are fsspec's own matter (environment, ~/.aws, ~/.config/fsspec); no message shows the parts of a URL that
-may hold one: user:password@ and whatever follows a question mark.
+Credentials are fsspec's own matter (environment, ~/.aws, ~/.config/fsspec). A URL with user:password@ is refused, as it
+would end up in configs, indexes and logs; of a signed one no message shows what follows the question mark.
 """
 
 import asyncio
@@ -20,8 +20,12 @@ SCHEMES = ("file", "s3", "gs", "http", "https")
 CONNECT_SECONDS = 15
 READ_SECONDS = 60  # of silence; s3fs alone would wait for ever
 
-_CREDENTIALS = re.compile(r"(\w+://)[^/\s@]*@")
-_QUERY = re.compile(r"(https?://[^\s?'\"]*\?)[^\s'\"]+")
+# to the last @ before the path; to the last of all where no port follows a colon, but a password with / ? or # in it
+_CREDENTIALS = re.compile(r"(\w+://)(?:[^/?#\s]*@|[^/?#\s:]*:(?!\d*(?:[/?#\s'\"]|$))\S*@)")
+_QUERY = re.compile(r"(https?://[^\s?]*\?)\S+", re.IGNORECASE)
+# what botocore and google-auth, which may not be installed, call troubles of the network that are no OSError
+_PASSING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"}
+_PASSING |= {"MetadataRetrievalError", "TransportError"}
 _TO_INSTALL = {"s3": "s3fs: pip install 'fulllora-dist[s3]'", "gs": "gcsfs: pip install 'fulllora-dist[gs]'"}
 
 
@@ -47,11 +51,16 @@ def scheme_of(url: str) -> str:
     """One of SCHEMES; a plain path is "file".
 
     Raises:
-        UserError: anything else, `pipe:` and chained URLs (`simplecache::s3://`) among it.
+        UserError: anything else, `pipe:` and chained URLs (`simplecache::s3://`) among it; user:password@.
     """
     scheme, separator, _ = url.partition("://")
     if url.startswith("pipe:") or "::" in scheme or (separator and scheme.lower() not in SCHEMES):
         raise UserError(f"{redacted(url)}: a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)} is right")
+    if separator and _CREDENTIALS.match(url):
+        raise UserError(
+            f"{redacted(url)}: a URL without user:password@ is right; credentials belong into the environment or "
+            "~/.config/fsspec (docs/data.md)"
+        )
     return scheme.lower() if separator else "file"
 
 
@@ -118,6 +127,11 @@ def object_info(url: str) -> ObjectInfo:
     return ObjectInfo(facts.get("size"), facts.get("ETag") or facts.get("etag"))
 
 
+def bare_etag(etag: str) -> str:
+    """As clients tell it: some with quotes, some without; W/ before it is a web server's."""
+    return etag.removeprefix("W/").strip('"')
+
+
 def http_status(error: BaseException) -> int | None:
     """The HTTP status behind an exception of s3fs, gcsfs or fsspec's http, where there is one."""
     seen: BaseException | None = error
@@ -139,12 +153,13 @@ def explained(error: Exception, url: str) -> UserError | OSError:
     """What `error`, raised by a client on `url`, means.
 
     Returns:
-        UserError where only somebody can mend it: says what to check. OSError where trying again may help.
+        UserError where only somebody can mend it: says what to check. OSError where trying again may help: after
+        timeouts, errors of the network and answers that say so, and nothing else.
     """
     if isinstance(error, UserError):
         return error
     where, status = redacted(url), http_status(error)
-    reason = " ".join(redacted(error).split()) or type(error).__name__
+    reason = _reason(error, where)
     # fsspec's http calls everything "not found" that goes wrong while it asks for the length
     cause = error.__cause__
     missing = isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError))
@@ -159,4 +174,25 @@ def explained(error: Exception, url: str) -> UserError | OSError:
         return TimeoutError(f"{where}: no answer in time")
     if status is not None and 400 <= status < 500 and status not in (408, 412, 416, 429):
         return UserError(f"{where}: the store refuses the request ({reason}); check the URL and the endpoint")
+    if status is None and not _may_pass(error):
+        return UserError(f"{where}: {reason} ({type(error).__name__}); check the URL and its client's settings")
     return OSError(f"{where}: {reason}")
+
+
+def _reason(error: BaseException, where: str) -> str:
+    """What `error` says, on one line and without the URL, which stands before it already."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"{error.status} {error.message}"
+    text = " ".join(redacted(error).split())
+    if text == where and error.__cause__ is not None:  # fsspec's http
+        return _reason(error.__cause__, where)
+    return text.removeprefix(where).lstrip(",: ") or type(error).__name__
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        return _may_pass(error.__cause__)
+    if isinstance(error, aiohttp.InvalidURL):
+        return False
+    known = isinstance(error, (OSError, aiohttp.ClientError))
+    return known or not _PASSING.isdisjoint(kind.__name__ for kind in type(error).__mro__)

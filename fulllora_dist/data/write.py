@@ -26,7 +26,7 @@ from fulllora_dist.data import store, urls
 from fulllora_dist.data.decode import centre_crop
 from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.data.index_file import published
-from fulllora_dist.data.indexing import ScanJob, recorded_scan, scan_and_record, version_of
+from fulllora_dist.data.indexing import ScanJob, forget_scan, record_scan, recorded_scan, scan_and_record, version_of
 from fulllora_dist.data.labels import read_labels
 from fulllora_dist.data.pictures import decode, picture_format
 from fulllora_dist.data.plan import stratified_order
@@ -105,7 +105,8 @@ def make_shards(
         classes: take only these, label i is classes[i]. Without it all, sorted by name.
         limit: take only so many pictures, balanced over the classes.
         holdout, holdout_destination: what goes to a split of its own there, named `{split_name}-holdout`: a share of
-            each class in (0, 1), or from 1 on so many pictures of each. Which ones depends on their keys alone.
+            each class in (0, 1), or from 1 on so many pictures of each. Which ones follows from their keys: in a share
+            each from its own, so that more pictures later move no other; of a number, a new one may displace one.
         progress: bars on stderr.
 
     Returns:
@@ -170,22 +171,25 @@ def _choose(
 
 
 def _hold_out(pictures: list[Picture], amount: float) -> tuple[list[Picture], list[Picture]]:
-    """(kept, held out), both in the order given. Each class gives those whose keys have the least sha256: at least one,
-    and never all."""
+    """(kept, held out), both in the order given. The least sha256 of the keys of a class are held out: so many of them,
+    or those in the lowest share of all values; at least one, and never all."""
     members: dict[str, list[str]] = {}
     for picture in pictures:
         members.setdefault(picture.class_name, []).append(picture.key)
     held: set[str] = set()
     for name, keys in members.items():
-        count = round(amount * len(keys)) if amount < 1 else int(amount)
-        if count >= len(keys) or len(keys) < 2:
+        keys.sort(key=_hash)
+        count = int(amount)
+        if amount < 1:
+            count = min(max(1, sum(_hash(key) < amount * 2**256 for key in keys)), len(keys) - 1)
+        if not 0 < count < len(keys):
             raise UserError(f"holdout {amount:g}: class {name} has only {len(keys)} pictures")
-        held.update(sorted(keys, key=lambda key: hashlib.sha256(_bytes(key)).digest())[: max(1, count)])
+        held.update(keys[:count])
     return [p for p in pictures if p.key not in held], [p for p in pictures if p.key in held]
 
 
-def _bytes(key: str) -> bytes:
-    return key.encode("utf-8", "surrogateescape")
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest())
 
 
 def _claim(split: _Split) -> None:
@@ -221,9 +225,11 @@ def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
         labels = tuple(label[picture.class_name] for picture in part)
         jobs.append(_ShardJob(split.folder, split.name, len(jobs), part, labels, split.image_size))
     with tqdm(total=len(split.pictures), desc=split.name, unit="img", disable=not progress) as bar:
-        scans = run_jobs(_make_shard, jobs, workers, lambda job: bar.update(len(job.pictures)))
-    index = Index.from_scans(split.folder, scans, split.classes)
+        made = run_jobs(_make_shard, jobs, workers, lambda job: bar.update(len(job.pictures)))
+    index = Index.from_scans(split.folder, [scan for _, scan in made], split.classes)
     index.save()
+    for scan_job, _ in made:
+        forget_scan(scan_job)
     return {
         "name": split.name,
         "folder": split.folder,
@@ -234,15 +240,22 @@ def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
     }
 
 
-def _make_shard(job: _ShardJob) -> ShardScan:
+def _make_shard(job: _ShardJob) -> tuple[ScanJob, ShardScan]:
     """Write the shard unless it is there, and re-read it. One that is there was wholly compared before it got its name:
-    keys and labels are enough to know that it belongs here."""
+    keys and labels are enough to know that it belongs here. What was read is recorded, for a run after this one."""
     expected: dict[str, list[Any]] = {"key": [picture.key for picture in job.pictures], "label": list(job.labels)}
-    if store.exists(job.url):
-        scan_job = ScanJob(job.url, job.name, version_of(job.url))
-        scan = recorded_scan(scan_job) or scan_and_record(scan_job)
-        _compare(scan, expected, job.url)
-        return scan
+    written = None if store.exists(job.url) else _publish(job, expected)
+    scan_job = ScanJob(job.url, job.name, version_of(job.url))
+    if written is not None:
+        scan = ShardScan(replace(written.shard, etag=scan_job.version.etag), written.columns)
+        record_scan(scan_job, scan)
+        return scan_job, scan
+    scan = recorded_scan(scan_job) or scan_and_record(scan_job)
+    _compare(scan, expected, job.url)
+    return scan_job, scan
+
+
+def _publish(job: _ShardJob, expected: dict[str, list[Any]]) -> ShardScan:
     if not urls.is_remote(job.url):
         with published(Path(job.url)) as file:
             return _written(job, file, expected)
@@ -250,8 +263,8 @@ def _make_shard(job: _ShardJob) -> ShardScan:
         path = Path(folder, job.name)
         with open(path, "wb") as file:
             scan = _written(job, file, expected)
-        etag = store.upload(path, job.url).etag
-    return ShardScan(replace(scan.shard, etag=etag), scan.columns)
+        store.upload(path, job.url)
+    return scan
 
 
 def _written(job: _ShardJob, file: BinaryIO, expected: dict[str, list[Any]]) -> ShardScan:

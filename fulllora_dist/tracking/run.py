@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fulllora_dist.config import Config
+from fulllora_dist.data.urls import redacted
 
 METRICS = "metrics.jsonl"
 _BATCH = 1000  # points MLflow takes in one call
@@ -77,6 +78,11 @@ class Tracker:
             log = self._client.log_artifacts if os.path.isdir(path) else self._client.log_artifact
             self._guarded(lambda: log(self.run_id, path, folder))
 
+    def text(self, text: str, name: str) -> None:
+        """A file of that name, kept with the run."""
+        if self._client is not None:
+            self._guarded(lambda: self._client.log_text(self.run_id, text, name))
+
     def finish(self, status: str) -> None:
         """FINISHED, FAILED or KILLED (stopped, to be resumed)."""
         if self._client is not None:
@@ -108,7 +114,7 @@ class Tracker:
             run_name = config.tracking.run_name or os.path.basename(os.path.abspath(config.run.output))
             self.run_id = client.create_run(experiment, run_name=run_name).info.run_id
             for key, value in _flat(config.model_dump(mode="json")):
-                client.log_param(self.run_id, key, value)
+                client.log_param(self.run_id, key, redacted(value))
         else:
             client.update_run(self.run_id, status="RUNNING")
         client.set_tag(self.run_id, "output", os.path.abspath(config.run.output))
@@ -119,10 +125,9 @@ class Tracker:
             call()
         except Exception as error:  # whatever a tracking store does, training goes on
             if not self._warned:
-                reason = str(error).split("\n")[0][:200]
-                print(
-                    f"warning: MLflow at {self.uri} failed ({reason}); points are kept in {self._path}", file=sys.stderr
-                )
+                reason = redacted(error).split("\n")[0][:200]
+                where = redacted(self.uri)
+                print(f"warning: MLflow at {where} failed ({reason}); points are kept in {self._path}", file=sys.stderr)
             self._warned = True
 
 

@@ -7,15 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from byte_shards import Checksum, arrived, in_tars, write_shards
 
+from fulllora_dist.data import reader
 from fulllora_dist.data.cache import RangeCache
+from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
-from fulllora_dist.data.ranges import ReadPolicy
+from fulllora_dist.data.progress import Progress, Work
+from fulllora_dist.data.ranges import RangeFetcher, ReadPolicy
+from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.errors import UserError
 from tests.services.fault_server import FaultServer
 
@@ -51,6 +59,44 @@ def test_what_was_read_once_is_not_asked_for_again(folder: Path, tmp_path: Path)
         assert asked == len({(r.name, r.start, r.end) for r, _ in server.log}) == len(kept(tmp_path))
         read_epoch(server.url, tmp_path, seed=1)  # another order, the same ranges
         assert len(server.log) == asked
+
+
+def test_a_process_holds_what_it_will_use_and_nothing_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks are fetched whole and shared with other ranks; six epochs of one rank of two keep as much as one does."""
+    monkeypatch.setattr(reader, "AHEAD", 20)
+    asked: list[weakref.ref[Future]] = []
+    submit = RangeFetcher.submit
+
+    def watched(*args) -> Future:
+        asked.append(weakref.ref(future := submit(*args)))
+        return future
+
+    monkeypatch.setattr(RangeFetcher, "submit", watched)
+
+    def held() -> int:
+        alive = [future for ref in asked if (future := ref()) is not None]
+        return sum(piece is not None for future in alive for piece in future.result())
+
+    begun = used = 0
+
+    def counted(works: Iterator[Work]) -> Iterator[Work]:
+        nonlocal begun
+        for work in works:
+            begun += len(work.begin)
+            yield work
+
+    with FaultServer(folder) as server:
+        index = Index.load(server.url)
+        works = Progress(index, 0, 10).works(world=2, rank=1)
+        steps = ShardReader(index, ReadPolicy(cache=str(tmp_path))).ahead(counted(works()))
+        for step, (work, read) in zip(range(60), steps, strict=False):
+            for sample in work.ids.tolist():
+                assert zlib.crc32(read(sample)) == index.sample(sample).crc32
+            used += len(work.ids)
+            if step % 10 == 9:
+                assert held() == begun - used > 0
 
 
 def test_damaged_files_are_dropped_and_read_again(

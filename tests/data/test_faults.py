@@ -1,10 +1,13 @@
 """Remote shards on a server that goes wrong in every way that is known of."""
 
+import io
 import logging
 import random
+import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,10 +15,13 @@ import numpy as np
 import pytest
 from byte_shards import UNREADABLE, Checksum, arrived, in_tars, write_shards
 
-from fulllora_dist.data import ranges, reader
+from fulllora_dist.data import ranges, reader, store
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import EvalStream, TrainStream
-from fulllora_dist.data.ranges import ChangedObject, ReadPolicy
-from fulllora_dist.data.reader import DamagedSample
+from fulllora_dist.data.progress import Spares, TrainWorks
+from fulllora_dist.data.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
+from fulllora_dist.data.reader import DamagedSample, ShardReader
 from fulllora_dist.errors import UserError
 from tests.services.fault_server import FATAL, PASSING, FaultServer, Request
 
@@ -168,6 +174,31 @@ def test_an_outage_is_waited_for_and_no_longer_than_allowed(server: FaultServer,
     assert time.monotonic() - began < 5
 
 
+def test_patience_begins_with_the_first_try(tmp_path: Path) -> None:
+    """Ranges that wait for a connection longer than a store may be in trouble; the last then meets one error."""
+    write_shards(tmp_path, (4,) * 10)
+    index = Index.load(tmp_path)
+    last = index.shards[9].url
+    with FaultServer(tmp_path) as server:
+        server.late = 0.15
+        server.fault = lambda request: "503" if request.name == last and request.turn == 0 else "late"
+        fetcher = RangeFetcher(ReadPolicy(connections=1, retry_seconds=1))
+        whole = [Range(f"{server.url}/{shard.url}", None, 0, shard.bytes) for shard in index.shards]
+        began = time.monotonic()
+        for future in [fetcher.submit(wanted, [Piece(0, 1, 0, wanted=False)]) for wanted in whole]:
+            future.result()
+        assert time.monotonic() - began > 1.3
+
+
+def test_the_quotes_of_an_etag_are_no_change(server: FaultServer) -> None:
+    index = Index.load(server.url)
+    etags = [str(store.info(f"{server.url}/{shard.url}").etag).strip('"') for shard in index.shards]
+    shards = tuple(replace(shard, etag=etag) for shard, etag in zip(index.shards, etags, strict=True))
+    ShardReader(replace(index, shards=shards)).check()
+    with pytest.raises(ChangedObject):
+        ShardReader(replace(index, shards=(replace(shards[0], etag="other"), *shards[1:]))).check()
+
+
 def test_a_server_that_hangs_is_given_up(server: FaultServer) -> None:
     server.fault = lambda request: "stall"
     server.stall = 30
@@ -180,16 +211,19 @@ def test_a_server_that_hangs_is_given_up(server: FaultServer) -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_credential_is_ever_said(server: FaultServer, caplog: pytest.LogCaptureFixture, workers: int) -> None:
     caplog.set_level(logging.DEBUG, logger="fulllora_dist")
-    secret = server.url.replace("://", "://user:hunter2@") + "/?sig=swordfish"
+    secret = server.url + "/?sig=swordfish"
     stream = train(secret)
     server.fault = at_first("flip", "503")
     assert sum(_epoch(stream).values()) == 100
     server.fault = lambda request: "403"
     with pytest.raises(UserError) as caught:
         list(islice(train(secret, workers=workers), 1))
-    said = [str(caught.value), *(record.getMessage() for record in caplog.records)]
-    assert len(said) > 2
-    assert any("***@127.0.0.1" in line and "?***" in line for line in said)
+    with pytest.raises(UserError, match=r"a URL without user:password@ is right") as refused:
+        train(server.url.replace("://", "://user:hunter2@"))
+    said = [str(caught.value), str(refused.value), *(record.getMessage() for record in caplog.records)]
+    assert len(said) > 3
+    assert any("***@127.0.0.1" in line for line in said)
+    assert any("?***" in line for line in said)
     assert not [line for line in said if "hunter2" in line or "swordfish" in line]
 
 
@@ -222,28 +256,50 @@ def test_200_more_seeds_of_random_faults(folder: Path, seed: int) -> None:
     _survives(folder, seed)
 
 
+def spoil(folder: Path, *numbers: int) -> None:
+    """Give some samples of the only shard bytes that are no picture, and index it again."""
+    path = folder / "part-000.tar"
+    with tarfile.open(path) as tar:
+        members = [(m, tar.extractfile(m).read()) for m in tar.getmembers()]
+    with tarfile.open(path, "w") as tar:
+        for i, (member, data) in enumerate(members):
+            if member.name.endswith(".jpg") and i // 2 in numbers:
+                data = UNREADABLE + bytes([i])
+                member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    index_shards([str(folder)], classes=10, progress=False)
+
+
+def test_a_window_without_another_picture_ends_no_run(tmp_path: Path) -> None:
+    """One batch an epoch: every window is one sample. The next lanes stand in, the same ones everywhere."""
+    write_shards(tmp_path, (6,))
+    order = [batch.ids.tolist() for batch in islice(train(str(tmp_path), batch_size=6), 2)]
+    spoil(tmp_path, order[0][2], order[0][3])
+    found = {}
+    for world, workers in ((1, 0), (2, 0), (3, 0), (1, 2)):
+        given = {"batch_size": 6, "world": world, "workers": workers, "max_bad_samples": 2}
+        rows = [list(islice(train(str(tmp_path), rank=rank, **given), 2)) for rank in range(world)]
+        found[world, workers] = [[i for row in rows for i in row[step].ids.tolist()] for step in range(2)]
+    a, b, _, _, e, f = order[0]
+    assert found[1, 0][0] == [a, b, e, e, e, f]
+    assert not {*order[0][2:4]} & {*found[1, 0][1]}
+    assert all(ids == found[1, 0] for ids in found.values())
+
+
+def test_a_lane_stands_in_beyond_its_window_and_then_the_others(tmp_path: Path) -> None:
+    write_shards(tmp_path, (64,))
+    (plan, lanes, step) = next(TrainWorks(64, 2, 2, 1, 1, 0, (), 0)()).spares
+    mine, other = lanes[0].tolist(), plan.lanes(0, 1)[0].tolist()
+    start, end = plan.window_of(1, step)
+    assert 0 == start < end < len(mine)
+    assert list(Spares(plan, lanes, step).of(1, 0)) == mine[1:] + other
+    assert list(Spares(plan, lanes, end + 1).of(1, 0))[-len(other) - end :] == mine[:end] + other
+
+
 def test_unreadable_pictures_are_counted_once_and_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Bytes as indexed, but no pictures: two of them are allowed, in any number of epochs; a third is not."""
-    import tarfile
-
     write_shards(tmp_path, (30,))
-    from fulllora_dist.data.indexing import index_shards
-
-    def spoil(*numbers: int) -> None:
-        path = tmp_path / "part-000.tar"
-        with tarfile.open(path) as tar:
-            members = [(m, tar.extractfile(m).read()) for m in tar.getmembers()]
-        with tarfile.open(path, "w") as tar:
-            for i, (member, data) in enumerate(members):
-                if member.name.endswith(".jpg") and i // 2 in numbers:
-                    data = UNREADABLE + bytes([i])
-                    member.size = len(data)
-                import io
-
-                tar.addfile(member, io.BytesIO(data))
-        index_shards([str(tmp_path)], classes=10, progress=False)
-
-    spoil(3, 17)
+    spoil(tmp_path, 3, 17)
     stream = train(str(tmp_path), max_bad_samples=2)
     for step, batch in enumerate(islice(stream, 9), 1):  # three epochs
         assert not {3, 17} & set(batch.ids.tolist())
@@ -253,9 +309,9 @@ def test_unreadable_pictures_are_counted_once_and_limited(tmp_path: Path, caplog
     assert len(lines) == 2
     assert all("no readable picture" in line and "at offset" in line for line in lines)
     assert stream.state_dict()["bad_samples"] == [3, 17]
-    spoil(3, 17, 20)
+    spoil(tmp_path, 3, 17, 20)
     with pytest.raises(UserError, match=r"data\.max_bad_samples: 3 pictures cannot be used, 2 may be"):
         list(islice(train(str(tmp_path), max_bad_samples=2), 9))
-    spoil(*range(30))
+    spoil(tmp_path, *range(30))
     with pytest.raises(UserError, match="no readable picture"):  # nothing can stand in
         list(islice(train(str(tmp_path), max_bad_samples=99), 9))

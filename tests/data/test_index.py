@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from fulllora_dist.data.index import Index
+from fulllora_dist.data.index import Index, content_hash
 from fulllora_dist.data.index_file import map_columns, pack_columns
 from fulllora_dist.data.scan import IMAGE_EXTENSIONS, scan_file
 from fulllora_dist.errors import UserError
@@ -63,13 +63,11 @@ def test_the_hash_pins_samples_and_not_their_packing(tmp_path: Path) -> None:
     assert len({packed, *others}) == 4
 
 
-def test_packing_and_bucket_are_no_part_of_the_hash_but_packing_has_its_own(shards: Path) -> None:
+def test_names_and_etags_are_no_part_of_the_hash(shards: Path, tmp_path: Path) -> None:
     index = Index.load(shards)
     moved = [replace(shard, url=f"s3://elsewhere/{i}.tar", etag=f"e{i}") for i, shard in enumerate(index.shards)]
-    elsewhere = replace(index, shards=tuple(moved))
-    assert (elsewhere.hash, elsewhere.packing) == (index.hash, index.packing)
-    shifted = [replace(shard, samples=shard.samples + 1) for shard in index.shards]
-    assert replace(index, shards=tuple(shifted)).packing != index.packing
+    replace(index, base=str(tmp_path), shards=tuple(moved)).save()
+    assert Index.load(tmp_path).hash == index.hash
 
 
 def test_every_row_is_what_tarfile_reads(shards: Path) -> None:
@@ -155,7 +153,8 @@ def test_other_processes_map_the_file_and_copy_nothing(shards: Path, tmp_path: P
     columns["keys"] = np.tile(blob, times)
     columns["key_end"] = (index.columns["key_end"] + len(blob) * np.arange(times)[:, None]).ravel()
     shards_of_many = tuple(replace(shard, samples=times * shard.samples) for shard in index.shards)
-    big = replace(index, base=str(tmp_path), shards=shards_of_many, columns=columns)
+    hash = content_hash(index.classes, columns)
+    big = replace(index, base=str(tmp_path), shards=shards_of_many, columns=columns, hash=hash)
     big.save()
     size = (tmp_path / "index.safetensors").stat().st_size
     assert size > 40 << 20
@@ -199,7 +198,10 @@ def test_an_index_in_memory_travels_whole(shards: Path) -> None:
         ("offset", 10**6),
         ("offset", -1),
         ("size", -1),
+        ("offset", 2**62),
+        ("size", 2**62),
         ("shard", 4),
+        ("shard", 2**31 - 1),
         ("shard", -1),
         ("ext", 9),
         ("key_end", 0),
@@ -218,6 +220,61 @@ def test_an_index_that_points_outside_its_shards_is_refused(
             Index.load(tmp_path)
         return
     with pytest.raises(UserError, match="points outside its shards"):
+        Index.load(tmp_path)
+
+
+def test_offset_and_size_that_add_up_to_less_than_nothing_are_refused(shards: Path, tmp_path: Path) -> None:
+    index = Index.load(shards)
+    columns = {name: column.copy() for name, column in index.columns.items()}
+    columns["offset"][5] = columns["size"][5] = 2**62
+    replace(index, base=str(tmp_path), columns=columns).save()
+    with pytest.raises(UserError, match="points outside its shards"):
+        Index.load(tmp_path)
+
+
+@pytest.mark.parametrize("key", [b"a\nb", b"a\x1b[2J", b"\x7f", "\x9b".encode()])
+def test_control_characters_in_keys_are_refused(shards: Path, tmp_path: Path, key: bytes) -> None:
+    index = Index.load(shards)
+    keys = index.columns["keys"].copy()
+    keys[3 : 3 + len(key)] = np.frombuffer(key, np.uint8)
+    replace(index, base=str(tmp_path), columns={**index.columns, "keys": keys}).save()
+    with pytest.raises(UserError, match="control characters in its keys"):
+        Index.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("facts", "columns", "message"),
+    [
+        ({"bytes": "10000"}, {}, "the index is damaged .no shard"),
+        ({"samples": 7.0}, {}, "the index is damaged .no shard"),
+        ({"url": 3}, {}, "the index is damaged .no shard"),
+        ({"etag": 3}, {}, "the index is damaged .no shard"),
+        ({"more": 3}, {}, "the index is damaged"),
+        ({}, {"keys": np.zeros(32, np.int64)}, "no column keys of type"),
+        ({}, {"crc32": None}, "no column crc32 of type"),
+        ({}, {"label": np.zeros(32, np.int64)}, "the hash of another one"),
+    ],
+)
+def test_an_index_of_other_parts_is_refused(
+    shards: Path, tmp_path: Path, facts: dict, columns: dict, message: str
+) -> None:
+    meta, found, _ = map_columns(shards / "index.safetensors")
+    meta["shards"][0] |= facts
+    changed = {name: column for name, column in {**found, **columns}.items() if column is not None}
+    (tmp_path / "index.safetensors").write_bytes(pack_columns(meta, changed))
+    with pytest.raises(UserError, match=message) as caught:
+        Index.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"classes": [1, 2, 3]}, {"classes": 3}, {"shards": 3}, {"shards": [3]}])
+def test_other_json_is_refused(shards: Path, tmp_path: Path, change: dict) -> None:
+    meta, columns, _ = map_columns(shards / "index.safetensors")
+    (tmp_path / "index.safetensors").write_bytes(pack_columns({**meta, **change}, columns))
+    with pytest.raises(UserError, match="the index is damaged"):
+        Index.load(tmp_path)
+    (tmp_path / "index.safetensors").write_bytes(pack_columns([meta], columns))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="no index of this program"):
         Index.load(tmp_path)
 
 

@@ -90,6 +90,8 @@ def test_shards_over_http(shards: Path, tmp_path: Path) -> None:
             assert loaded.shard_url(i) == f"{server.url}/train-{i:06d}.tar"
             assert (shard.sha256, shard.bytes) == (hashlib.sha256(data).hexdigest(), len(data))
             assert shard.etag
+        with pytest.raises(UserError, match=r"0\.tar\?\*\*\*: the index would hold what follows .* signatures too"):
+            index(f"{server.url}/train-000000.tar?sig=swordfish", output=tmp_path)
         with pytest.raises(UserError, match="http has no listings"):
             index(f"{server.url}/*.tar", output=tmp_path)
         with pytest.raises(UserError, match="nothing can be written there"):
@@ -261,6 +263,10 @@ def test_the_command(shards: Path, tmp_path: Path) -> None:
     )
     assert done.stdout.startswith(f"{folder}/index.safetensors: 32 samples of 3 classes in 5 shards")
     assert Index.load(folder).classes == ("ant", "bee", "cat")
+    for names, number in (("ant\n\nbee\ncat\n", "1 is ''"), ("ant\nbee\nant\n", "2 is 'ant'")):
+        (tmp_path / "names.txt").write_text(names)
+        done = subprocess.run([*command, "--classes", str(tmp_path / "names.txt")], capture_output=True, text=True)
+        assert done.stderr == f"error: classes: number {number}; a name for each label, no two the same, is right\n"
     done = subprocess.run([*command, "--classes", "2"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert "label 2; there are 2 classes" in done.stderr.splitlines()[-1]

@@ -1,3 +1,4 @@
+import errno
 import filecmp
 import io
 import json
@@ -15,7 +16,9 @@ import webdataset
 from PIL import Image
 from scipy.io import savemat
 
+from fulllora_dist.data import indexing, write
 from fulllora_dist.data.index import Index
+from fulllora_dist.data.scan import scan_file
 from fulllora_dist.data.write import make_shards
 from fulllora_dist.errors import UserError
 
@@ -72,11 +75,39 @@ def test_a_restarted_run_makes_only_what_is_missing(image_folder, shards, tmp_pa
     shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
     (tmp_path / "index.safetensors").unlink()
     (tmp_path / "train-000001.tar").unlink()
-    (tmp_path / ".train-000001.tar.tmp").write_bytes(b"what a killed run leaves" * 1000)
+    left = tmp_path / ".train-000001.tar.1-aa.tmp"
+    left.write_bytes(b"what a killed run leaves" * 1000)
+    os.utime(left, (0, 0))
     before = {path.name: path.stat().st_ino for path in tmp_path.glob("*.tar")}
     make(image_folder, tmp_path)
     assert_same_files(tmp_path, shards)
     assert before.items() <= {path.name: path.stat().st_ino for path in tmp_path.glob("*.tar")}.items()
+
+
+def test_a_restarted_run_reads_no_finished_shard_again(image_folder, shards, tmp_path, own_cache, monkeypatch) -> None:
+    write_shard, scanned = write._write_shard, []
+
+    def cut_short(job, file):
+        if job.number == 3:
+            raise KeyboardInterrupt
+        return write_shard(job, file)
+
+    monkeypatch.setattr(write, "_write_shard", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        make(image_folder, tmp_path)
+    monkeypatch.setattr(write, "_write_shard", write_shard)
+
+    def noted(path: Path, *rest):
+        scanned.append(path.name)
+        return scan_file(path, *rest)
+
+    for module in (write, indexing):
+        monkeypatch.setattr(module, "scan_file", noted)
+    make(image_folder, tmp_path)
+    assert len(scanned) == 2
+    assert all("train-00000" in name and name[-4:] == ".tmp" for name in scanned), "the new ones, before their names"
+    assert_same_files(tmp_path, shards)
+    assert not list((own_cache / "scans").iterdir())
 
 
 def test_a_destination_with_something_else_is_refused(image_folder, shards, tmp_path) -> None:
@@ -102,7 +133,8 @@ def test_holdout_takes_its_share_of_each_class_and_nothing_twice(image_folder, t
     result = make(image_folder, tmp_path / "a", holdout=0.25, holdout_destination=tmp_path / "b")
     kept, held = (shard_files(tmp_path / name, ["ant", "bee", "cat"]) for name in "ab")
     assert kept + held == source_files(image_folder)
-    assert Counter(name for name, _ in held) == {"ant": 4, "bee": 2, "cat": 2}
+    assert Counter(name for name, _ in held).keys() == {"ant", "bee", "cat"}
+    assert 4 <= held.total() <= 12
     assert [split["name"] for split in result["splits"]] == ["train", "train-holdout"]
     again = make(image_folder, tmp_path / "c", holdout=2, holdout_destination=tmp_path / "d", limit=20)
     fewer = shard_files(tmp_path / "d", ["ant", "bee", "cat"])
@@ -111,19 +143,40 @@ def test_holdout_takes_its_share_of_each_class_and_nothing_twice(image_folder, t
     assert Index.load(tmp_path / "b").hash == result["splits"][1]["index_hash"]
 
 
-def test_what_is_held_out_depends_on_its_key_alone(image_folder, tmp_path) -> None:
-    """More pictures, another class more: a picture that was held out stays so, or is displaced by a new one."""
+def held_out(folder: Path) -> set[str]:
+    index = Index.load(folder)
+    return {index.key(i) for i in range(len(index))}
+
+
+def test_a_share_that_is_held_out_depends_on_each_key_alone(image_folder, tmp_path) -> None:
+    """Twice the pictures and a class more: nothing that was there changes sides."""
+    make(image_folder, tmp_path / "a", holdout=0.25, holdout_destination=tmp_path / "b")
+    shutil.copytree(image_folder, tmp_path / "more")
+    shutil.copytree(image_folder / "ant", tmp_path / "more" / "dog")
+    for path in image_folder.glob("*/*"):
+        shutil.copy(path, tmp_path / "more" / path.parent.name / f"new{path.name}")
+    make(tmp_path / "more", tmp_path / "c", holdout=0.25, holdout_destination=tmp_path / "d")
+    before, after = held_out(tmp_path / "b"), held_out(tmp_path / "d")
+    assert before < after
+    assert not after & held_out(tmp_path / "a")
+    assert {key.partition("/")[0] for key in before} == {"ant", "bee", "cat"}
+
+
+def test_a_small_class_gives_one_and_keeps_one(image_folder, tmp_path) -> None:
+    for share, held in ((1e-9, 1), (0.999999, 7)):
+        folders = tmp_path / f"kept{share}", tmp_path / f"held{share}"
+        make(image_folder, folders[0], classes=["cat"], holdout=share, holdout_destination=folders[1])
+        assert [len(held_out(folder)) for folder in folders] == [8 - held, held]
+
+
+def test_a_number_that_is_held_out_is_displaced_by_new_pictures_alone(image_folder, tmp_path) -> None:
     make(image_folder, tmp_path / "a", holdout=3, holdout_destination=tmp_path / "b")
     shutil.copytree(image_folder, tmp_path / "more")
     shutil.copytree(image_folder / "ant", tmp_path / "more" / "dog")
     shutil.copy(image_folder / "bee" / "003.JPEG", tmp_path / "more" / "bee" / "new.JPEG")
     make(tmp_path / "more", tmp_path / "c", holdout=3, holdout_destination=tmp_path / "d")
-    before, after = (
-        {index.key(i) for i in range(len(index))} for index in map(Index.load, (tmp_path / "b", tmp_path / "d"))
-    )
-    assert {key for key in after if key.startswith(("ant", "cat"))} == {
-        k for k in before if k.startswith(("ant", "cat"))
-    }
+    before, after = held_out(tmp_path / "b"), held_out(tmp_path / "d")
+    assert {key for key in after if not key.startswith(("bee", "dog"))} == {k for k in before if k[:3] != "bee"}
     assert len(before & after) >= 8
 
 
@@ -238,6 +291,51 @@ def test_a_link_in_a_source_tar_is_no_lost_picture(image_folder, tmp_path) -> No
         link.type, link.linkname = tarfile.LNKTYPE, "train/ant/002.JPEG"
         tar.addfile(link)
     with pytest.raises(UserError, match=r"'train/ant/linked\.jpg' is a link"):
+        make(tmp_path / "source.tar", tmp_path / "d")
+
+
+def test_a_link_in_an_inner_tar_is_none_either(image_folder, tmp_path) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as inner:
+        inner.add(image_folder / "ant" / "002.JPEG", "002.JPEG")
+        link = tarfile.TarInfo("linked.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "002.JPEG"
+        inner.addfile(link)
+    with tarfile.open(tmp_path / "source.tar", "w") as outer:
+        info = tarfile.TarInfo("ant.tar")
+        info.size = buffer.tell()
+        buffer.seek(0)
+        outer.addfile(info, buffer)
+    with pytest.raises(UserError, match=r"source\.tar: ant\.tar: member 'linked\.jpg' is a link"):
+        make(tmp_path / "source.tar", tmp_path / "d")
+
+
+def test_what_cannot_be_read_is_not_left_out(image_folder, tmp_path, monkeypatch) -> None:
+    """A class folder, a link to nowhere, a tar."""
+    source = tmp_path / "source"
+    shutil.copytree(image_folder, source)
+    (source / "cat" / "lost.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(UserError, match=r"cat/lost\.jpg: cannot be read \(No such file"):
+        make(source, tmp_path / "d")
+    (source / "cat" / "lost.jpg").unlink()
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("bee"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(UserError, match=r"source/bee: cannot be read \(Permission denied\); mend its rights"):
+        make(source, tmp_path / "d")
+    with tarfile.open(tmp_path / "source.tar", "w") as tar:
+        tar.add(image_folder / "ant", "ant")
+
+    def fail(*_) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("fulllora_dist.data.source.walk_tar", fail)
+    with pytest.raises(UserError, match=r"source\.tar: cannot be read \(Input/output error\)"):
         make(tmp_path / "source.tar", tmp_path / "d")
 
 

@@ -87,8 +87,12 @@ def test_batches_and_state_are_those_of_the_plan(folder: Path, world: int, worke
 def test_workers_must_divide_the_batch(folder: Path) -> None:
     with pytest.raises(UserError, match="5 workers: a number that divides the rank's batch of 12"):
         next(iter(DataLoader(stream(folder), batch_size=None, num_workers=5)))
-    with pytest.raises(UserError, match="equal shares"):
+    with pytest.raises(UserError, match="batch size 12: a positive multiple of the 5 ranks"):
         stream(folder, world=5)
+    with pytest.raises(UserError, match="rank 2 of world 2"):
+        stream(folder, world=2, rank=2)
+    with pytest.raises(UserError, match="batch size 0: a positive multiple"):
+        stream(folder, batch_size=0)
 
 
 def _decode(sample: dict) -> dict:

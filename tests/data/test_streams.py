@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -150,8 +151,19 @@ def test_missing_and_truncated_shards_are_refused_at_the_start(shards, tmp_path)
         list(islice(stream, 5))
     (tmp_path / "train-000003.tar").unlink()
     (tmp_path / "train-000002.tar").unlink()
-    with pytest.raises(UserError, match=r"train-000002\.tar: cannot open the shard \(No such file"):
+    with pytest.raises(UserError, match=r"train-000002\.tar: cannot read the shard \(No such file"):
         EvalStream(tmp_path, batch_size=4, transform=EvalTransform(8))
+
+
+def test_a_disk_that_fails_is_no_traceback(shards, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = train(shards)
+
+    def fail(*_) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(UserError, match=r"train-00000\d\.tar: cannot read the shard \(Stale file handle\); check"):
+        next(iter(stream))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Streams of several ranks that do not see the same data."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import RankServer
+
+from fulllora_dist.build import build_eval_stream, build_stream
+from fulllora_dist.config import Config
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.indexing import index_shards
+from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.errors import UserError
+from fulllora_dist.models.backbone import BackboneInfo
+
+INFO = BackboneInfo(
+    "none", None, False, 0, None, 3, None, True, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.9, "bicubic", {}
+)
+
+
+def _train(config: Config, ranks: Ranks) -> object:
+    return build_stream(config, INFO, ranks)
+
+
+def _evaluate(config: Config, ranks: Ranks) -> object:
+    return build_eval_stream(config, config.data.train, INFO, ranks)
+
+
+def _refusal(ranks: Ranks, folders: list[str], build: Callable[[Config, Ranks], object]) -> str:
+    config = Config.model_validate(
+        {
+            "model": {"backbone": "none"},
+            "data": {"train": folders[ranks.rank], "workers": 0},
+            "run": {"output": "none"},
+            "threat": {"eps": 0.1},
+            "method": {"name": "standard"},
+            "optim": {"batch_size": 4, "epochs": 1},
+        }
+    )
+    try:
+        build(config, ranks)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("build", "setting"), [(_train, "data.train"), (_evaluate, "data.validation")])
+def test_a_stale_copy_on_one_machine_is_refused(
+    server: RankServer, shards: str, tmp_path: Path, build: Callable, setting: str
+) -> None:
+    moved, stale = tmp_path / "moved", tmp_path / "stale"
+    for copy in (moved, stale):
+        shutil.copytree(shards, copy)
+    assert server.run(2, _refusal, [shards, str(moved)], build) == ["", ""]
+    (stale / "train-000002.tar").unlink()
+    index_shards([str(stale)], classes=3, progress=False)
+    first, other = server.run(2, _refusal, [shards, str(stale)], build)
+    assert first == ""
+    here, there = (Index.load(folder).hash[:12] for folder in (stale, shards))
+    assert other == (
+        f"{setting}: the index here ({here}, 18 samples) is not rank 0's ({there}); "
+        "put the same shards and index on every machine"
+    )
