@@ -95,14 +95,14 @@ def _engine_runs(ranks: Ranks, cases: Iterable[Case]) -> dict[Case, tuple[Result
 
 @pytest.fixture(scope="module")
 def references(server: RankServer) -> dict[tuple[str, str], dict[int, Result]]:
-    return server.run(1, _references)[0]
+    return server.run(1, _references, timeout=900)[0]
 
 
 def _runs(server: RankServer, wanted: list[tuple[int, Case]]) -> dict:
     found = {}
     for world in (1, 2):
         cases = [case for w, case in wanted if w == world]
-        results = server.run(world, _engine_runs, cases, timeout=60 + 20 * len(cases))
+        results = server.run(world, _engine_runs, cases, timeout=300 + 20 * len(cases))
         for case in cases:
             for other in results[1:]:  # every rank holds the same consolidated state
                 assert all(
