@@ -216,6 +216,8 @@ def build_backbone(
         backbone = _create(name, arguments, outputs, weights)
     _check_input_sizes(backbone, name, input_sizes)
     family = family_of(backbone, name)
+    if family.prepare is not None:
+        family.prepare(backbone)
     heads = [site.path for site in family.sites(backbone, name) if site.component == "head"]
     if weights is None:
         sha256 = None if on_meta else fingerprint(backbone.state_dict())

@@ -2,9 +2,19 @@
 the picture and stays frozen. timm has no activation checkpointing for it."""
 
 from timm.models.convit import GPSA, MHSA, Block, ConVit
+from torch import nn
 
 from fulllora_dist.models.families.family import Family
 from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, resize_pos_embed
+
+
+def _register_positions(backbone: nn.Module) -> None:
+    """Up to timm 1.0.30 the table of relative positions is a plain attribute, which stays on the device and in the
+    dtype of the first forward pass when the model is moved."""
+    for module in backbone.modules():
+        if isinstance(module, GPSA) and "rel_indices" in vars(module):
+            module.register_buffer("rel_indices", vars(module).pop("rel_indices"), persistent=False)
+
 
 CONVIT = Family(
     name="ConViT",
@@ -20,4 +30,5 @@ CONVIT = Family(
     blocks=("blocks.*",),
     checkpointing=False,
     convert=resize_pos_embed,
+    prepare=_register_positions,
 )

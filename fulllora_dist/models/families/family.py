@@ -46,6 +46,7 @@ class Family:
         checkpointing: whether the models have `set_grad_checkpointing`.
         convert: a checkpoint under other keys or of another image size -> what `load_state_dict` takes. None: the
             `checkpoint_filter_fn` of the model's module, where it has one.
+        prepare: what is done to a new model before anything is adapted.
         plugin: the module to import for a family from outside this package, `__name__` in that module.
     """
 
@@ -56,6 +57,7 @@ class Family:
     calling: Mapping[type[nn.Module], type[nn.Module]] = field(default_factory=dict)
     checkpointing: bool = True
     convert: Callable[[Weights, nn.Module], Weights] | None = None
+    prepare: Callable[[nn.Module], None] | None = None
     plugin: str | None = None
 
     def __post_init__(self) -> None:
