@@ -166,6 +166,12 @@ def _check_agreement(
     for argument, setting in (("img_size", "model.image_size"), ("num_classes", "model.num_classes")):
         if argument in architecture:
             raise UserError(f"model.architecture: {argument} is the setting {setting}; set that instead")
+    for argument in ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"):
+        if architecture.get(argument) is not None:
+            raise UserError(
+                f"model.architecture: {argument} draws the positions anew in each pass, so that the attack and the "
+                "weight step would see different models; leave it out"
+            )
 
 
 def build_backbone(
@@ -265,6 +271,9 @@ def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: 
         for module in backbone.modules():
             if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0
+    for module in backbone.modules():  # Sapiens2 is built to rescale the coordinates of its RoPE, drawn as above
+        if hasattr(module, "aug_active"):
+            module.aug_active = False
     return backbone
 
 

@@ -131,6 +131,7 @@ def test_files_that_are_missing_damaged_or_of_another_model_are_refused(
         (TAG, {"classes": [1, 2], "num_classes": 3}, "model.num_classes: 3 contradicts the 2 model.classes"),
         (TAG, {"pretrained": False}, "model.checkpoint: .* model.pretrained is false"),
         (TAG, {"architecture": ARCHITECTURE | {"img_size": 16}}, "img_size is the setting model.image_size"),
+        (TAG, {"architecture": {"rope_jitter_coords": 1.5}}, "model.architecture: rope_jitter_coords draws"),
         (TAG, {"architecture": ARCHITECTURE | {"depht": 16}}, "timm cannot build .*depht"),
         (TAG, {"architecture": ARCHITECTURE | {"num_heads": 5}}, "timm cannot build .*divisible"),
     ],
