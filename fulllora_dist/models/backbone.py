@@ -231,6 +231,8 @@ def build_backbone(
     else:
         sha256 = fingerprint(weights)
         own_classes = _load(backbone, family, heads, weights, classes, outputs, checkpoint or name)
+    if backbone.num_classes < 1:
+        raise UserError(f"model.num_classes: {name} has no classes of its own; set it to how many there shall be")
     data = timm.data.resolve_model_data_config(backbone)
     info = BackboneInfo(
         name=name,

@@ -129,6 +129,7 @@ def test_files_that_are_missing_damaged_or_of_another_model_are_refused(
         (TAG, {"classes": [-1, 0]}, "model.classes"),
         (TAG, {"classes": []}, "model.classes"),
         (TAG, {"classes": [1, 2], "num_classes": 3}, "model.num_classes: 3 contradicts the 2 model.classes"),
+        (TAG, {"num_classes": 0}, "model.num_classes: .* has no classes of its own; set it"),
         (TAG, {"pretrained": False}, "model.checkpoint: .* model.pretrained is false"),
         (TAG, {"architecture": ARCHITECTURE | {"img_size": 16}}, "img_size is the setting model.image_size"),
         (TAG, {"architecture": {"rope_jitter_coords": 1.5}}, "model.architecture: rope_jitter_coords draws"),
@@ -142,6 +143,18 @@ def test_names_and_settings_are_refused(name: str, settings: dict, words: str, c
             name, **({"checkpoint": str(checkpoint), "image_size": SIDE, "architecture": ARCHITECTURE} | settings)
         )
     assert "\n" not in str(caught.value)
+
+
+def test_features_without_a_classifier_are_no_logits(tmp_path: Path) -> None:
+    """DINOv2's tag has none: its model would give features of the width of its blocks."""
+    name = "vit_small_patch14_dinov2.lvd142m"
+    save_file(timm.create_model(name, **ARCHITECTURE, img_size=SIDE).state_dict(), tmp_path / "w.safetensors")
+    settings = {"checkpoint": str(tmp_path / "w.safetensors"), "image_size": SIDE, "architecture": ARCHITECTURE}
+    with pytest.raises(UserError, match=f"model.num_classes: {name} has no classes of its own; set it"):
+        create_model(name, rank=1, **settings)
+    model = create_model(name, rank=1, num_classes=CLASSES, **settings)
+    assert model(pictures(side=SIDE)).shape == (4, CLASSES)
+    assert (model.info.own_classes, model.spec.head) == (False, "trained")
 
 
 @pytest.mark.parametrize("name", [TAG, "deit_tiny_distilled_patch16_224.fb_in1k"])
