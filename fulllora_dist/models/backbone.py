@@ -139,7 +139,7 @@ def _fit_head(
     """
     own = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
     if classes is not None:
-        if own is None or not classes or max(classes) >= own or min(classes) < 0:
+        if own is None or max(classes) >= own or min(classes) < 0:
             raise UserError(f"model.classes: the checkpoint's head has {own or 'no'} classes; give indices below that")
         rows = torch.tensor(classes)
         weights = {k: v[rows] if k.rpartition(".")[0] in heads else v for k, v in weights.items()}
@@ -161,6 +161,8 @@ def _check_agreement(
         raise UserError(
             f"model.checkpoint: {checkpoint} would not be read, as model.pretrained is false; leave out one"
         )
+    if classes is not None and not classes:
+        raise UserError("model.classes: it is empty; give the rows of the checkpoint's head to keep, or leave it out")
     if classes is not None and num_classes not in (None, len(classes)):
         raise UserError(f"model.num_classes: {num_classes} contradicts the {len(classes)} model.classes; leave out one")
     for argument, setting in (("img_size", "model.image_size"), ("num_classes", "model.num_classes")):
@@ -220,6 +222,8 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = _create(name, arguments, outputs, weights)
+    if backbone.num_classes < 1:
+        raise UserError(f"model.num_classes: {name} has no classes of its own; set it to how many there shall be")
     _check_input_sizes(backbone, name, input_sizes)
     family = family_of(backbone, name)
     if family.prepare is not None:
@@ -231,8 +235,6 @@ def build_backbone(
     else:
         sha256 = fingerprint(weights)
         own_classes = _load(backbone, family, heads, weights, classes, outputs, checkpoint or name)
-    if backbone.num_classes < 1:
-        raise UserError(f"model.num_classes: {name} has no classes of its own; set it to how many there shall be")
     data = timm.data.resolve_model_data_config(backbone)
     info = BackboneInfo(
         name=name,
@@ -275,7 +277,7 @@ def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: 
                 module.drop_prob = 0.0
     for module in backbone.modules():  # Sapiens2 is built to rescale the coordinates of its RoPE, drawn as above
         if hasattr(module, "aug_active"):
-            module.aug_active = False
+            module.aug_active = False  # type: ignore[assignment]
     return backbone
 
 

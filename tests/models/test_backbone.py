@@ -127,7 +127,7 @@ def test_files_that_are_missing_damaged_or_of_another_model_are_refused(
         ("vit_tiny_patch16_224", {}, "several sets of weights; write vit_tiny_patch16_224.TAG"),
         (TAG, {"classes": [0, CLASSES]}, f"model.classes: the checkpoint's head has {CLASSES} classes"),
         (TAG, {"classes": [-1, 0]}, "model.classes"),
-        (TAG, {"classes": []}, "model.classes"),
+        (TAG, {"classes": []}, "model.classes: it is empty"),
         (TAG, {"classes": [1, 2], "num_classes": 3}, "model.num_classes: 3 contradicts the 2 model.classes"),
         (TAG, {"num_classes": 0}, "model.num_classes: .* has no classes of its own; set it"),
         (TAG, {"pretrained": False}, "model.checkpoint: .* model.pretrained is false"),
