@@ -269,6 +269,9 @@ def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: 
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = str(error).split("\n")[0]
         if "dynamic_img_size" in reason:
+            backbone = _create(name, {k: v for k, v in arguments.items() if k != "dynamic_img_size"}, None, None)
+            if family_of(backbone, name).any_size:
+                return backbone
             raise UserError(f"phases.image_size: {name} takes pictures of one size only; leave it out") from None
         raise UserError(f"model: timm cannot build {name} with {arguments}: {reason}") from None
     if "drop_path_rate" not in arguments:  # Swin's is 0.1 unless told: drawn from torch's generator, on each rank anew
@@ -298,7 +301,7 @@ def _converted(family: Family, weights: dict[str, Tensor], backbone: nn.Module) 
 
 
 def _check_input_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
-    patch = backbone.patch_embed.patch_size if sizes else (1, 1)
+    patch = timm.layers.to_2tuple(backbone.patch_embed.patch_size) if sizes else (1, 1)
     for size in sizes:
         if size % patch[0] or size % patch[1]:
             raise UserError(f"phases.image_size: {size} is no multiple of {name}'s patches of {patch[0]} pixels")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.finetune import AdaptedModel, create_model
-from tests.tiny import CLASSES, FAMILIES, SIDE, architecture, branches, pictures, roughen, stir, tiny
+from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, branches, pictures, roughen, stir, tiny
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WITHOUT_CHECKPOINTING = ("convit",)
@@ -97,6 +97,33 @@ def test_another_image_size(family: str, tmp_path: Path) -> None:
     x = pictures(side=WIDE)
     with torch.no_grad():
         torch.testing.assert_close(model(x), at_another_size(family, theirs)(normalised(model, x)), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "flexivit_small", "vit_base_patch16_radio_v3"])
+def test_another_image_size_is_resampled_as_the_name_asks(name: str, tmp_path: Path) -> None:
+    """FlexiViT and RADIO in ways of their own: timm's loader chooses by the architecture's name."""
+    settings = ARCHITECTURE | {"num_classes": CLASSES}
+    small = timm.create_model(name, img_size=SIDE, **settings)
+    torch.manual_seed(7)
+    path = tmp_path / "weights.safetensors"
+    save_file({key: torch.randn_like(value) for key, value in small.state_dict().items()}, path)
+    overlay = {"file": str(path), "num_classes": CLASSES, "first_conv": None}
+    theirs = timm.create_model(name, pretrained=True, img_size=WIDE, pretrained_cfg_overlay=overlay, **settings)
+    tag = timm.list_pretrained(f"{name}.*")[0]
+    ours = create_model(tag, checkpoint=str(path), image_size=WIDE, architecture=ARCHITECTURE, rank=1)
+    assert torch.equal(ours.backbone.pos_embed, theirs.pos_embed)
+
+
+def test_phases_may_have_pictures_of_another_size_where_the_family_takes_them() -> None:
+    """XCiT as it is, the others as timm resamples them in the pass; CaiT does not."""
+    for family in ("xcit", "vit"):
+        model, fixed = tiny(family, image_size=WIDE, input_sizes=[SIDE]), tiny(family, image_size=WIDE)
+        assert model(pictures(side=SIDE)).shape == (4, CLASSES)
+        assert torch.equal(model(pictures(side=WIDE)), fixed(pictures(side=WIDE)))
+        with pytest.raises(UserError, match=rf"image_size: {SIDE + 1} is no multiple of .* patches of \d pixels"):
+            tiny(family, image_size=WIDE, input_sizes=[SIDE + 1])
+    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes pictures of one size only"):
+        tiny("cait", input_sizes=[WIDE])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

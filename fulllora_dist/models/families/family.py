@@ -46,6 +46,7 @@ class Family:
         checkpointing: whether the models have `set_grad_checkpointing`.
         convert: a checkpoint under other keys or of another image size -> what `load_state_dict` takes. None: the
             `checkpoint_filter_fn` of the model's module, where it has one.
+        any_size: whether the models take pictures of any size as they are, without timm's `dynamic_img_size`.
         prepare: what is done to a new model before anything is adapted.
         plugin: the module to import for a family from outside this package, `__name__` in that module.
     """
@@ -57,6 +58,7 @@ class Family:
     calling: Mapping[type[nn.Module], type[nn.Module]] = field(default_factory=dict)
     checkpointing: bool = True
     convert: Callable[[Weights, nn.Module], Weights] | None = None
+    any_size: bool = False
     prepare: Callable[[nn.Module], None] | None = None
     plugin: str | None = None
 

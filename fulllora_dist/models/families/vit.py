@@ -4,16 +4,27 @@ CLIP, SigLIP and AIMv2 towers."""
 from typing import Any
 
 from timm.layers import Attention
+from timm.models import vision_transformer as vit
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import Block, VisionTransformer
 
 from fulllora_dist.models.families.family import Family, Weights
 from fulllora_dist.models.families.timm_parts import ATTENTION_POOL, MLPS, PATCH_EMBED
 
 
 def _convert(weights: Weights, backbone: Any) -> Weights:
-    """timm's filter, told of DeiT-III's own checkpoints, whose layer scales are called gamma_1 and gamma_2."""
-    return checkpoint_filter_fn(weights, backbone, adapt_layer_scale=any(".gamma_1" in key for key in weights))
+    """timm's filter, told what timm tells it by the architecture's name, and of DeiT-III's own checkpoints, whose layer
+    scales are called gamma_1 and gamma_2."""
+    name: str = getattr(backbone, "pretrained_cfg", {}).get("architecture", "")
+    resampling: dict[str, Any] = {}
+    aligned: tuple[str, ...] | None = getattr(vit, "_RADIO_ALIGN_CORNERS", None)
+    if "flexi" in name:
+        resampling = {"interpolation": "bilinear", "antialias": False}
+    elif "radio" in name and aligned is not None:  # timm 1.0.30 resamples RADIO as any other
+        corners = any(one in name for one in aligned)
+        resampling = {"interpolation": "bilinear", "antialias": False, "align_corners": corners}
+    adapt_layer_scale = any(".gamma_1" in key for key in weights)
+    return vit.checkpoint_filter_fn(weights, backbone, adapt_layer_scale=adapt_layer_scale, **resampling)
 
 
 VIT = Family(

@@ -22,4 +22,5 @@ XCIT = Family(
         **MLPS,
     },
     blocks=("blocks.*", "cls_attn_blocks.*"),
+    any_size=True,
 )
