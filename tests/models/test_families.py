@@ -126,6 +126,35 @@ def test_phases_may_have_pictures_of_another_size_where_the_family_takes_them() 
         tiny("cait", input_sizes=[WIDE])
 
 
+@pytest.mark.parametrize("finetune", ["fulllora", "full", "head", "layernorm"])
+@pytest.mark.parametrize(
+    ("family", "settings", "changed", "words"),
+    [
+        ("vit", {"image_size": 3}, {}, "model.image_size: vit_tiny_patch16_224 fails on a picture of 3 x 3 x 3"),
+        ("xcit", {}, {"in_chans": 1}, "model.image_size: xcit_nano.* leave out of model.architecture what changes"),
+        ("vit", {}, {"in_chans": 1}, "model.image_size: vit_tiny.* leave out of model.architecture what changes"),
+        (
+            "vit",
+            {},
+            {"global_pool": ""},
+            r"model.architecture: .* gives \(1, 17, 4\) for one picture instead of logits",
+        ),
+        (
+            "swin",
+            {},
+            {"global_pool": ""},
+            r"model.architecture: .* gives \(1, 4, 4, 4\) for one picture instead of logits",
+        ),
+    ],
+)
+def test_a_model_that_gives_no_logits_is_refused(
+    family: str, settings: dict, changed: dict, words: str, finetune: Any
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        tiny(family, finetune=finetune, architecture=architecture(family) | changed, **settings)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_weights_of_another_model_are_refused(family: str, tmp_path: Path) -> None:
     deeper = {"depths": (2, 3)} if family.startswith("swin") else {"depth": 3}

@@ -129,11 +129,11 @@ class Family:
         return weights if convert is None else convert(weights, backbone)
 
 
-def check_branches_are_called(backbone: nn.Module, sites: list[Site], name: str, image_size: int) -> None:
-    """One forward pass on a grey picture: a branch that it does not call would silently never act.
+def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size: int, num_classes: int) -> None:
+    """One forward pass on a grey picture: it gives logits, and calls each branch, which would silently never act else.
 
     Raises:
-        UserError: naming such a layer.
+        UserError: it fails, gives something else, or does not call a layer, which is named.
     """
     called: set[str] = set()
     handles = [
@@ -147,12 +147,24 @@ def check_branches_are_called(backbone: nn.Module, sites: list[Site], name: str,
     try:
         backbone.eval()
         with torch.no_grad():
-            backbone(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
+            logits = backbone(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"model.image_size: {name} fails on a picture of 3 x {image_size} x {image_size} ({reason}); take the size "
+            "that it is made for, and leave out of model.architecture what changes its input"
+        ) from None
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in training:
             module.training = mode
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, num_classes):
+        raise UserError(
+            f"model.architecture: {name} gives {shape or type(logits).__name__} for one picture instead of logits "
+            f"{(1, num_classes)}; leave out what changes its output, such as global_pool"
+        )
     if idle := [site.path for site in sites if site.path not in called]:
         raise UserError(
             f"model.backbone: {name} never calls {idle[0]} ({len(idle)} such layers), so that a branch beside it would "
