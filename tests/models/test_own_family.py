@@ -1,7 +1,10 @@
 """The family that docs/extending.md shows, from a module outside of the package."""
 
+import dataclasses
 import importlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,6 +127,28 @@ def test_its_adapter_loads_where_its_module_is_imported(own: ModuleType, plugin:
         "plugins:"
     )  # fmt: skip
     assert said == expected
+
+
+def test_a_file_beside_the_others_is_found(own: ModuleType, tmp_path: Path) -> None:
+    package = ROOT / "fulllora_dist"
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(own.__file__ or "", tmp_path / package.name / "models" / "families" / "toy.py")
+    command = [sys.executable, "-c", "from fulllora_dist.models.families import FAMILIES; print(*FAMILIES)"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert sorted(done.stdout.split()) == sorted(FAMILIES)  # here the fixture has registered it
+
+
+@pytest.mark.filterwarnings("ignore:Overwriting toy_transformer in registry")
+def test_a_module_loaded_again_replaces_its_family(own: ModuleType) -> None:
+    before, count = FAMILIES["toy"], len(FAMILIES)
+    importlib.reload(own)
+    assert (len(FAMILIES), FAMILIES["toy"] is before, FAMILIES["toy"] is own.TOY) == (count, False, True)
+    assert fd.create_model("toy_transformer", **SETTINGS).family is own.TOY
+    with pytest.raises(UserError, match=r"family toy: another family has this name; .* or say plugin=__name__"):
+        register_family(dataclasses.replace(own.TOY, plugin="elsewhere"))
 
 
 class Reads(nn.Module):

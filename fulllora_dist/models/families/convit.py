@@ -4,7 +4,7 @@ the picture and stays frozen. timm has no activation checkpointing for it."""
 from timm.models.convit import GPSA, MHSA, Block, ConVit
 from torch import nn
 
-from fulllora_dist.models.families.family import Family
+from fulllora_dist.models.families.family import Family, register_family
 from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, resize_pos_embed
 
 
@@ -16,19 +16,21 @@ def _register_positions(backbone: nn.Module) -> None:
             module.register_buffer("rel_indices", vars(module).pop("rel_indices"), persistent=False)
 
 
-CONVIT = Family(
-    name="ConViT",
-    models=(ConVit,),
-    parts={
-        ConVit: {"head": "head"},
-        **PATCH_EMBED,
-        Block: {},
-        GPSA: {"qk": "qk", "v": "v", "proj": "proj", "pos_proj": None},
-        MHSA: {"qkv": "qkv", "proj": "proj"},
-        **MLPS,
-    },
-    blocks=("blocks.*",),
-    checkpointing=False,
-    convert=resize_pos_embed,
-    prepare=_register_positions,
+register_family(
+    Family(
+        name="ConViT",
+        models=(ConVit,),
+        parts={
+            ConVit: {"head": "head"},
+            **PATCH_EMBED,
+            Block: {},
+            GPSA: {"qk": "qk", "v": "v", "proj": "proj", "pos_proj": None},
+            MHSA: {"qkv": "qkv", "proj": "proj"},
+            **MLPS,
+        },
+        blocks=("blocks.*",),
+        checkpointing=False,
+        convert=resize_pos_embed,
+        prepare=_register_positions,
+    )
 )

@@ -129,6 +129,31 @@ class Family:
         return weights if convert is None else convert(weights, backbone)
 
 
+FAMILIES: dict[str, Family] = {}
+"""By name."""
+
+
+def register_family(family: Family) -> Family:
+    """Make the models of a family known to `create_model`, training and evaluation.
+
+    The same name from the same `plugin` replaces the family: its module was loaded again.
+
+    Raises:
+        UserError: the name or a model class is another family's.
+    """
+    for other in FAMILIES.values():
+        if other.name != family.name and (taken := set(other.models) & set(family.models)):
+            raise UserError(f"family {family.name}: {taken.pop().__name__} belongs to the family {other.name}")
+    known = FAMILIES.get(family.name)
+    if known is not None and (family.plugin is None or known.plugin != family.plugin):
+        raise UserError(
+            f"family {family.name}: another family has this name; take a name of its own, or say plugin=__name__ "
+            "in a module that is loaded again"
+        )
+    FAMILIES[family.name] = family
+    return family
+
+
 def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size: int, num_classes: int) -> None:
     """One forward pass on a grey picture: it gives logits, and calls each branch, which would silently never act else.
 

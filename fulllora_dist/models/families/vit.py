@@ -8,7 +8,7 @@ from timm.models import vision_transformer as vit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 
-from fulllora_dist.models.families.family import Family, Weights
+from fulllora_dist.models.families.family import Family, Weights, register_family
 from fulllora_dist.models.families.timm_parts import ATTENTION_POOL, MLPS, PATCH_EMBED
 
 
@@ -27,18 +27,20 @@ def _convert(weights: Weights, backbone: Any) -> Weights:
     return vit.checkpoint_filter_fn(weights, backbone, adapt_layer_scale=adapt_layer_scale, **resampling)
 
 
-VIT = Family(
-    name="ViT",
-    models=(VisionTransformer, VisionTransformerDistilled),
-    parts={
-        VisionTransformer: {"head": "head"},
-        VisionTransformerDistilled: {"head": "head", "head_dist": "head"},
-        **PATCH_EMBED,
-        Block: {},
-        Attention: {"qkv": "qkv", "proj": "proj"},
-        **MLPS,
-        **ATTENTION_POOL,
-    },
-    blocks=("blocks.*",),
-    convert=_convert,
+register_family(
+    Family(
+        name="ViT",
+        models=(VisionTransformer, VisionTransformerDistilled),
+        parts={
+            VisionTransformer: {"head": "head"},
+            VisionTransformerDistilled: {"head": "head", "head_dist": "head"},
+            **PATCH_EMBED,
+            Block: {},
+            Attention: {"qkv": "qkv", "proj": "proj"},
+            **MLPS,
+            **ATTENTION_POOL,
+        },
+        blocks=("blocks.*",),
+        convert=_convert,
+    )
 )
