@@ -22,6 +22,12 @@ def check_inputs(config: Config, world: int) -> None:
     Raises:
         UserError: naming the setting.
     """
+    check_settings(config, world)
+    check_files(config)
+
+
+def check_settings(config: Config, world: int) -> None:
+    """The part of `check_inputs` that looks at no file."""
     micro = check_batch(config.optim, config.distributed.grad_accumulation, world)
     if config.targets.mixes and micro % 2:
         raise UserError(
@@ -29,6 +35,10 @@ def check_inputs(config: Config, world: int) -> None:
             "take another optim.batch_size or distributed.grad_accumulation"
         )
     Evaluator.parse(config.evaluation.attacks)
+
+
+def check_files(config: Config) -> None:
+    """The part of `check_inputs` that looks at files."""
     local = {
         "model.checkpoint": config.model.checkpoint,
         "adapter.start_from": config.adapter.start_from,

@@ -210,7 +210,7 @@ def _method(value: object) -> object:
         value = {"name": value}
     if isinstance(value, Mapping):
         name = value.get("name")
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise ValueError(f"name: {name!r} is no method; known: {', '.join(METHODS)}")
         return METHODS[name].Settings.model_validate(dict(value))
     return value
@@ -231,6 +231,8 @@ class PhaseSettings(Settings):
     eps: Size | None = None
     """Size of the perturbation in pixels of [0, 1]; null takes threat.eps."""
 
+
+_PIXELS = ("step_size", "start")  # settings of methods that are sizes of a perturbation
 
 _DERIVED_FROM_OURS = {
     "train_batch_size": "optim.batch_size",
@@ -304,7 +306,7 @@ class Config(Settings):
             if METHODS[method.name].needs_labels and self.targets.mixes:
                 raise ValueError(f"{name}: {method.name} needs one label a picture; leave out targets.mixup and cutmix")
         if self.threat.norm == "linf":
-            sizes = {f"{name}.step_size": getattr(method, "step_size", None) for name, method in chosen.items()}
+            sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in _PIXELS}
             sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
             for name, size in sizes.items():
                 try:

@@ -39,7 +39,10 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise UserError(f"{path}: {_first_line(error)}") from None
-    import_plugins(values.get("plugins") or ())
+    plugins = values.get("plugins") or []
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise UserError(f"{path}: plugins: {plugins!r} is no list of modules or files; write plugins=[{plugins}]")
+    import_plugins(plugins)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -51,13 +54,13 @@ def _merge(below: Any, above: Any) -> Any:
     old, new = below.get("method"), above.get("method")
     if isinstance(old, str):
         below["method"] = old = {"name": old}
-    if old and OmegaConf.is_dict(new) and new.get("name", old["name"]) != old["name"]:
+    if OmegaConf.is_dict(old) and OmegaConf.is_dict(new) and "name" in new and new["name"] != old.get("name"):
         del below["method"]
     try:
         return OmegaConf.merge(below, above)
-    except TypeError:
+    except (TypeError, OmegaConfBaseException):
         raise UserError(
-            f"a list stands for a section, or a section for a list, in {', '.join(map(str, above))}"
+            f"a list or value stands for a section, or a section for one, in {', '.join(map(str, above))}"
         ) from None
 
 

@@ -68,6 +68,8 @@ def main() -> None:
     arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf or l2")
     arguments.add_argument("--output", metavar="FILE", help="where evaluation.json goes; left out: the table alone")
     args = arguments.parse_intermixed_args()
+    if args.norm is not None and args.eps is None:
+        raise UserError("--norm: the balls of linf and l2 have no common size; give --eps too")
     short = {
         "evaluation.attacks": args.attacks and f"[{args.attacks}]",
         "evaluation.n": args.n,

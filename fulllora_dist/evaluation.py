@@ -235,7 +235,7 @@ def evaluate(
     data: str | Path | EvalBatches,
     *,
     attacks: Sequence[str] = ("clean", "pgd20"),
-    eps: float | str = "4/255",
+    eps: float | str | None = None,
     norm: Norm = "linf",
     n: int | None = None,
     batch_size: int = 64,
@@ -248,7 +248,7 @@ def evaluate(
         model: an adapted model, or any module from pixels in [0, 1] to logits.
         data: folder of shards, cropped as the adapted model's backbone asks for; a module of one's own needs a stream.
         attacks: `clean`, `pgdK`, `cwK`, `pgdKxR`: see `EvalAttack`.
-        eps: radius in pixels of [0, 1], e.g. 4/255.
+        eps: radius in pixels of [0, 1]; None is 4/255 for "linf", for "l2" there is no default.
         norm: "linf" or "l2".
         n: how many pictures, drawn evenly over the classes; None takes all.
         workers: decoding processes.
@@ -265,10 +265,17 @@ def evaluate(
             raise UserError(
                 "evaluate: a folder needs a model of create_model or load, which knows its crop; give an EvalStream"
             )
-        transform = EvalTransform(size=info.image_size, crop_pct=info.crop_pct, interpolation=info.interpolation)
+        transform = EvalTransform(
+            size=info.image_size,
+            crop_pct=info.crop_pct,
+            interpolation=info.interpolation,
+            crop_mode=info.crop_mode,
+        )
         data = EvalStream(data, batch_size=batch_size, transform=transform, n=n, workers=workers)
+    if eps is None and norm != "linf":
+        raise UserError(f"eps: norm {norm} has no default; give a length in pixels of [0, 1], e.g. 0.5")
     try:
-        radius = parse_size(eps)
+        radius = parse_size("4/255" if eps is None else eps)
     except ValueError as error:
         raise UserError(f"eps: {error}") from None
     assert isinstance(radius, float)

@@ -8,11 +8,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config import Config, PhaseSettings
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.methods.base import WeightStep
 from fulllora_dist.methods.ramps import Ramps
@@ -45,6 +46,11 @@ class Phases:
         self.total_steps = self.phases[-1].end
         self.total_updates = sum(phase.updates for phase in self.phases)
 
+    def prepare(self, backbone: nn.Module, image_size: int) -> None:
+        """`Method.prepare` of each phase, before the first batch; `image_size` is the model's own."""
+        for phase in self.phases:
+            phase.method.prepare(backbone, phase.image_size or image_size, phase.first)
+
     def at(self, step: int) -> Phase:
         """The phase of batch `step`; at the run's end the last one."""
         return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
@@ -71,18 +77,26 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
 
     The run has epochs x steps_per_epoch optimizer updates; a phase ends with the first whole batch at which its and all
     earlier shares are reached.
+
+    Raises:
+        UserError: a phase would have no batch.
     """
     updates = config.optim.epochs * steps_per_epoch
     phases: list[Phase] = []
     share, made, first = 0.0, 0, 0
-    for wanted in config.phases or (PhaseSettings(share=1),):
+    for i, wanted in enumerate(config.phases or (PhaseSettings(share=1),)):
         choice = wanted.method or config.method
         threat = threat_model(config.threat.norm, config.threat.eps if wanted.eps is None else wanted.eps)
         method = METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)
         share += wanted.share
         # less than a billionth of an update is rounding of the shares, and no reason for another batch
         batches = math.ceil((share * updates - made) / method.updates_per_batch - 1e-9)
-        phases.append(Phase(first, first + max(0, batches), wanted.image_size, method))
+        if batches < 1:
+            raise UserError(
+                f"phases.{i}.share: {wanted.share:g} of {updates:g} updates leaves no batch for this phase, as those "
+                "before it end with whole batches; a larger share or more optim.epochs is right"
+            )
+        phases.append(Phase(first, first + batches, wanted.image_size, method))
         first, made = phases[-1].end, made + phases[-1].updates
     ramps = Ramps(round(config.threat.warmup * first), round(config.threat.step_warmup * first), first)
     for phase in phases:

@@ -1,15 +1,15 @@
 """What a run will cost, before a GPU is touched: counted on the meta device, where nothing is allocated."""
 
 import os
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fulllora_dist.build import build_model, check_inputs
+from fulllora_dist.build import build_model, check_files, check_settings, load_index
 from fulllora_dist.config import Config
-from fulllora_dist.data.index import Index
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.finetune import AdaptedModel
@@ -45,16 +45,24 @@ def id_of(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _count(model: AdaptedModel, size: int) -> tuple[int, int]:
-    """(FLOPs, saved bytes) of one forward and backward pass for one picture, to what requires a gradient."""
+class _Cost(NamedTuple):
+    """Of a forward and backward pass for one picture, to what requires a gradient; `flops` is of both."""
+
+    forward_flops: int
+    flops: int
+    saved_bytes: int
+
+
+def _count(model: AdaptedModel, size: int) -> _Cost:
     pixels = torch.empty(1, 3, size, size, device="meta", requires_grad=True)
     saved = _SavedBytes(model)
     with FlopCounterMode(display=False) as flops:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             logits = model(pixels)
             loss = F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device="meta"))
+        forward = flops.get_total_flops()
         loss.backward()
-    return flops.get_total_flops(), saved.total
+    return _Cost(forward, flops.get_total_flops(), saved.total)
 
 
 def estimate(config: Config, ranks: int | None = None) -> str:
@@ -70,17 +78,18 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     likely = next(n for n in range(8, 0, -1) if parts % n == 0)
     world = ranks or int(os.environ.get("WORLD_SIZE", likely))
     notes = []
+    check_settings(config, world)
     try:
-        check_inputs(config, world)
-        pictures = len(Index.load(config.data.train))
+        pictures = len(load_index(config.data.train, "data.train"))
     except UserError as error:
-        if "does not divide" in str(error):
-            raise
         notes.append(f"not ready: {error}; counts are for ImageNet-1k")
         pictures = IMAGENET
+    else:
+        check_files(config)
     with torch.device("meta"):
         model = build_model(config)
     phases = build_phases(config, pictures // config.optim.batch_size)
+    phases.prepare(model.backbone, model.info.image_size)
     micro = config.optim.batch_size // world // config.distributed.grad_accumulation
     checkpointing = config.distributed.activation_checkpointing
 
@@ -96,15 +105,18 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     for phase, size in zip(phases.phases, sizes, strict=True):
         method, batches = phase.method, phase.end - phase.first
         forward, backward = method.passes()
-        attacks = backward - method.updates_per_batch
-        (step_flops, step_bytes), (attack_flops, attack_bytes) = weight_step[size], attack_pass[size]
-        total_flops += (attacks * attack_flops + method.updates_per_batch * step_flops) * batches
-        activations = max(activations, step_bytes, attack_bytes if attacks else 0)
-        update_passes = max(update_passes, backward / method.updates_per_batch)
+        updates, seen = method.updates_per_batch, method.pictures_in_weight_step
+        attacks, without_backward = backward - updates * seen, forward - backward
+        step, attack = weight_step[size], attack_pass[size]
+        total_flops += batches * (
+            attacks * attack.flops + without_backward * attack.forward_flops + updates * seen * step.flops
+        )
+        activations = max(activations, seen * step.saved_bytes, attack.saved_bytes if attacks else 0)
+        update_passes = max(update_passes, 1 + (attacks + without_backward / 2) / updates)
         phase_lines.append(
             f"{method.settings.name} at {size} pixels, {size_in(method.threat.norm, method.threat.eps)}: "
             f"{forward} forward, {backward} backward passes a batch; {batches:,} batches, {phase.updates:,} updates; "
-            f"attack pass {attack_flops / 1e9:.1f} GFLOP, weight step {step_flops / 1e9:.1f} GFLOP a picture"
+            f"attack pass {attack.flops / 1e9:.1f} GFLOP, weight step {seen * step.flops / 1e9:.1f} GFLOP a picture"
         )
     total_flops *= config.optim.batch_size
 

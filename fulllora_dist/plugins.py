@@ -17,13 +17,14 @@ def import_plugins(names: Iterable[str]) -> None:
     """Import the installed plugins, then those that are named.
 
     Args:
-        names: of modules on Python's path or in the working directory, or paths of .py files.
+        names: of modules on Python's path or in the working directory, or paths of .py files, which become modules of
+            the file's name.
 
     Raises:
         UserError: one cannot be imported; names it and the reason.
     """
     for entry in entry_points(group=GROUP):
-        _import(entry.value)
+        _import(entry.module)
     for name in names:
         _import(str(name))
 
@@ -42,10 +43,12 @@ def _import(name: str) -> None:
 
 
 def _import_file(path: str) -> None:
-    module_name = "fulllora_dist_plugin_" + os.path.splitext(os.path.basename(path))[0]
+    module_name = os.path.splitext(os.path.basename(path))[0]
     loaded = sys.modules.get(module_name)
-    if loaded is not None and os.path.samefile(str(loaded.__file__), path):
-        return
+    if loaded is not None:
+        if loaded.__file__ is not None and os.path.samefile(loaded.__file__, path):
+            return
+        raise ImportError(f"another module has the name {module_name}; rename the file")
     spec = importlib.util.spec_from_file_location(module_name, os.path.abspath(path))
     assert spec is not None
     assert spec.loader is not None

@@ -42,6 +42,7 @@ def main() -> int:
         stream = build_stream(config, model.info, run.ranks)
         run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} pictures fill none, others each epoch")
         phases = build_phases(config, stream.steps_per_epoch)
+        phases.prepare(model.backbone, model.info.image_size)
         state = RunState(run, model, stream, phases)  # resumes where there is something to resume
         for batch in run.progress(state):
             metrics = phases.step(state.engine, batch, state.step)

@@ -46,13 +46,13 @@ def rise(step: int, share: float, run: int) -> float:
     return min(1.0, (step + 1) / (length + 1))
 
 
-def _to_ball(delta: Tensor, eps: float, norm: str) -> Tensor:
+def to_ball(delta: Tensor, eps: float, norm: str) -> Tensor:
     if norm == "linf":
         return torch.where(delta.abs() > eps, delta.sign() * eps, delta)
     return torch.stack([d * min(1.0, eps / float(torch.linalg.vector_norm(d))) for d in delta])
 
 
-def _uphill(gradient: Tensor, norm: str) -> Tensor:
+def uphill(gradient: Tensor, norm: str) -> Tensor:
     if norm == "linf":
         return gradient.sign()
     return torch.stack([g / torch.linalg.vector_norm(g) for g in gradient])
@@ -62,7 +62,7 @@ def _start(method: Recipe, x: Tensor, ids: Tensor, step: int, seed: int, eps: fl
     name = method["name"]
     rng = sample_rng(seed, f"train/{name}/start/0", step, ids)
     if name in ("trades", "mart"):
-        return _to_ball((method.get("start", 0.001) * rng.normal(x.shape[1:])).to(x.dtype), eps, norm)
+        return to_ball((method.get("start", 0.001) * rng.normal(x.shape[1:])).to(x.dtype), eps, norm)
     if norm == "linf":
         return ((rng.uniform(x.shape[1:]) * 2 - 1) * eps).to(x.dtype)
     direction, u = rng.normal(x.shape[1:]).double(), rng.uniform((1,))[:, 0].double()
@@ -147,9 +147,9 @@ def plain_loss(
     size = min(2.5 * eps / steps, eps) * rise(step, threat.get("step_warmup", 0), run)
     model.eval()
     with torch.no_grad():
+        x, y = mixed(x, y, ids, step, seed, model(x).shape[1], targets)
         clean = model(x)
     model.train()
-    x, y = mixed(x, y, ids, step, seed, clean.shape[1], targets)
 
     def objective(logits: Tensor) -> Tensor:
         if name == "trades":
@@ -170,22 +170,21 @@ def plain_loss(
             sample_rng(seed, f"train/attention_drop/{k}/{b}", step, ids).uniform((1,))[:, 0] < kept["attention_drop"]
             for b in range(depth if kept["attention_drop"] < 1 else 0)
         ]
-        x_adv = x_adv + size * _uphill(_attack_gradient(model, objective, x_adv, masks), norm)
-        x_adv = (x + _to_ball(x_adv - x, eps, norm)).clamp(0, 1)
+        x_adv = x_adv + size * uphill(_attack_gradient(model, objective, x_adv, masks), norm)
+        x_adv = (x + to_ball(x_adv - x, eps, norm)).clamp(0, 1)
 
     smoothing = targets.get("label_smoothing", 0.0)
+    soft = y if y.ndim == 2 else F.one_hot(y, clean.shape[1]).to(clean.dtype)
+    soft = (1 - smoothing) * soft + smoothing / clean.shape[1]
     if name == "pgd":
-        logs = model(x_adv).log_softmax(1)
-        soft = y if y.ndim == 2 else F.one_hot(y, logs.shape[1]).to(logs.dtype)
-        soft = (1 - smoothing) * soft + smoothing / logs.shape[1]
-        return -(soft * logs).sum(1).mean()
+        return -(soft * model(x_adv).log_softmax(1)).sum(1).mean()
     p, q = model(x).softmax(1), model(x_adv).softmax(1)
     divergence = (p * (p.log() - q.log())).sum(1)
     if name == "trades":
-        return F.nll_loss(p.log(), y) + method.get("beta", 6.0) * divergence.mean()
+        return -(soft * p.log()).sum(1).mean() + method.get("beta", 6.0) * divergence.mean()
     assert name == "mart"
     own = torch.arange(len(y))
     others = q.clone()
     others[own, y] = 0
-    bce = -q[own, y].log() - (1 - others.max(1).values).log()
+    bce = -(soft * q.log()).sum(1) - (1 - others.max(1).values).log()
     return (bce + method.get("weight", 5.0) * divergence * (1 - p[own, y])).mean()

@@ -57,7 +57,7 @@ def test_values_come_from_file_base_and_command_line(path: Path) -> None:
     assert Config.model_validate(config.model_dump(mode="json")) == config
     assert config.model_dump()["method"] == {
         **{"name": "pgd", "steps": 2, "step_size": None, "random_start": True},
-        **{"attention_drop": 0, "perturbation_mask": 0, "mask_patch": 16},
+        **{"attention_drop": 0, "perturbation_mask": 0, "mask_patch": None},
     }
 
 
@@ -76,6 +76,13 @@ def test_values_come_from_file_base_and_command_line(path: Path) -> None:
 def test_another_method_drops_the_settings_of_the_first(path: Path, overrides: list[str], expected: dict) -> None:
     method = load_config(str(path), overrides).method.model_dump()
     assert {key: method[key] for key in expected} == expected
+
+
+def test_a_file_may_name_the_method_of_settings_below_it(path: Path) -> None:
+    path.write_text(SMALLEST.replace("method: {name: pgd, steps: 2}", "method: {steps: 2}"))
+    child = path.with_name("child.yaml")
+    child.write_text("base: run.yaml\nmethod: {name: free, replays: 3}\n")
+    assert load_config(str(child)).method.model_dump()["replays"] == 3
 
 
 @pytest.mark.parametrize("written", ["method: pgd", "method: {name: pgd}"])
@@ -100,11 +107,15 @@ REFUSED = {
     "threat.norm=l2 threat.eps=-3": "threat.eps: -3 is outside",
     "targets.mix_probability=0.5": "targets: mix_probability has no effect",
     "targets.mixup=0.2 method=mart": "method: mart needs one label a picture; leave out targets.mixup",
+    "plugins=noise.py": r"plugins: 'noise.py' is no list .* write plugins=.noise.py.",
+    "plugins=3": "plugins: 3 is no list",
+    "method.name=[pgd]": r"method: name: \['pgd'\] is no method",
+    "method=trades method.start=4": r"method.start: 4 is outside \[0, 1\].* write 4/255",
     "plugins=[no_such_module]": "plugins: no_such_module cannot be imported .ModuleNotFoundError",
     "plugins=[no/such/file.py]": "plugins: no/such/file.py cannot be imported .FileNotFoundError",
     "method.step_size=2": r"method.step_size: 2 is outside \[0, 1\].* write 2/255",
     "method=pdg": "method: name: 'pdg' is no method; known: fgsm_rs, free, mart",
-    "method=[pgd]": "a list stands for a section",
+    "method=[pgd]": "a list or value stands for a section",
     "finetune=lroa": "finetune: .*'lora'.*'lroa'",
     "distributed.grad_accumulation=3": "optim.batch_size: 256 does not divide by distributed.grad_accumulation 3",
     "deepspeed.train_batch_size=8": "deepspeed.train_batch_size follows from optim.batch_size",
@@ -171,11 +182,13 @@ def test_bad_phases_are_refused(path: Path, phases: str, words: str) -> None:
         ("base: gone.yaml\n", "gone.yaml does not exist"),
         ("base: bad.yaml\n", "leads back to itself"),
         ("base: [a, b]\n", "does not exist"),
+        ("base: below.yaml\nmethod: {name: pgd}\n", "stands for a section"),
         (None, "does not exist; ready ones are in configs/"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, text: str | None, words: str) -> None:
     path = tmp_path / "bad.yaml"
+    (tmp_path / "below.yaml").write_text("method: [1]\n")
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=words) as caught:

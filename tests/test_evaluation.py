@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -235,6 +236,22 @@ def test_table_and_file(shards: Path, model: fd.AdaptedModel, tmp_path: Path) ->
     assert any(line.split()[:3] == ["dog", str(count), f"{100 * right / count:.1f}"] for line in lines)
 
 
+def test_a_folder_is_cropped_as_the_backbone_asks(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / "in" / f"c{i}").mkdir(parents=True)
+        noise = np.random.default_rng(i).integers(0, 256, (24, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(tmp_path / "in" / f"c{i}" / "a.png")
+    make_shards(tmp_path / "in", tmp_path / "shards", progress=False)
+    model = tiny()
+    model.info = replace(model.info, crop_mode="squash", crop_pct=1.0)
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    evaluate(model, tmp_path / "shards", attacks=("clean",))
+    wanted = EvalTransform(size=SIDE, crop_pct=1.0, crop_mode="squash", interpolation=model.info.interpolation)
+    (batch,) = EvalStream(tmp_path / "shards", batch_size=4, transform=wanted)
+    assert torch.equal(seen[-1][:4], batch.pixels())
+
+
 # ---- the command line
 
 
@@ -329,6 +346,7 @@ def entry() -> ModuleType:
     [
         (["--attacks", "clean,fgsm"], r"evaluation.attacks: 'fgsm' is no attack"),
         (["--eps", "4"], r"threat.eps: .*4/255"),
+        (["--norm", "l2"], r"--norm: .* no common size; give --eps too"),
         (["--n", "0"], r"evaluation.n: .*greater than or equal to 1"),
         (["--adapter", "models:/robust@champion"], r"--adapter: models:/robust@champion .*give the adapter's folder"),
         (["--adapter", "nowhere"], r"--adapter: nowhere holds no adapter.json"),

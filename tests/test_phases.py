@@ -9,6 +9,8 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fulllora_dist.build import build_model, check_inputs
 from fulllora_dist.config import Config
@@ -48,7 +50,6 @@ def config(phases: list[dict[str, Any]], **sections: Any) -> Config:
         ),  # 52 and 48 updates
         ([{"share": 0.5}, {"share": 0.5, "method": {"name": "free", "replays": 4}}], 100, [50, 63]),
         ([{"share": 0.001}, {"share": 0.999}], 10, [1, 10]),
-        ([{"share": 0.01}, {"share": 0.01}, {"share": 0.98}], 10, [1, 1, 10]),  # the second is over before it begins
     ],
 )
 def test_phases_take_their_share_of_the_updates(phases: list[dict], updates: int, ends: list[int]) -> None:
@@ -62,6 +63,57 @@ def test_phases_take_their_share_of_the_updates(phases: list[dict], updates: int
     ]
     assert list(built.left(ends[-1])) == []
     assert built.at(ends[-1]) is built.phases[-1]
+
+
+@pytest.mark.parametrize(
+    ("phases", "updates", "number"),
+    [
+        ([{"share": 0.01}, {"share": 0.01}, {"share": 0.98}], 10, 1),  # the second is over before it begins
+        ([{"share": 0.9, "method": {"name": "free", "replays": 8}}, {"share": 0.1}], 40, 1),  # Free rounds up to 40
+    ],
+)
+def test_a_phase_without_a_batch_is_refused(phases: list[dict], updates: int, number: int) -> None:
+    with pytest.raises(UserError, match=rf"phases\.{number}\.share: .* leaves no batch"):
+        build_phases(config(phases, optim={"epochs": 1}), steps_per_epoch=updates)
+
+
+MASK, DROP = {"name": "pgd", "perturbation_mask": 0.5}, {"name": "pgd", "attention_drop": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("phases", "backbone", "size", "message"),
+    [
+        ([{"share": 0.8}, {"share": 0.2, "method": DROP}], "vit", SIDE, "attention_drop: 0.5 of the run is over"),
+        ([{"share": 0.8}, {"share": 0.2, "method": MASK}], "vit", SIDE, "perturbation_mask: 0.5 of the run is over"),
+        ([{"share": 1.0, "method": {**MASK, "mask_patch": 5}}], "vit", SIDE, "mask_patch: 5 does not divide .* 16"),
+        ([{"share": 0.1, "image_size": 10, "method": MASK}, {"share": 0.9}], "vit", SIDE, "4 does not divide .* 10"),
+        ([{"share": 1.0, "method": DROP}], "linear", SIDE, "attention_drop: this backbone has no modules named attn"),
+        ([{"share": 1.0, "method": MASK}], "linear", SIDE, "mask_patch: this backbone does not tell"),
+    ],
+)
+def test_weakening_that_cannot_act_is_refused_before_the_run(
+    phases: list[dict], backbone: str, size: int, message: str
+) -> None:
+    built = build_phases(config(phases, optim={"epochs": 1}), steps_per_epoch=10)
+    model = tiny().backbone if backbone == "vit" else nn.Linear(1, 1)
+    with pytest.raises(UserError, match=message):
+        built.prepare(model, size)
+
+
+def test_patches_without_perturbation_are_the_backbones_unless_told() -> None:
+    """The tiny ViT has patches of 4 pixels: masked ones of 16 x 16 pictures are whole squares of 4."""
+    given = build_phases(config([{"share": 1, "method": {**MASK, "mask_patch": 4}}]), 10)
+    found = build_phases(config([{"share": 1, "method": MASK}]), 10)
+    (batch,) = batches(1, size=4, dtype=torch.float32)
+    for phases in (given, found):
+        phases.prepare(tiny().backbone, SIDE)
+    one, other = (
+        phases.at(0).method.perturb(
+            stir(tiny()), batch.pixels(), batch.labels, phases.at(0).method.threat, 0, batch.ids
+        )
+        for phases in (given, found)
+    )
+    assert torch.equal(one, other)
 
 
 def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
@@ -165,6 +217,52 @@ def test_the_plan_counts_each_phase() -> None:
     gflops = sum(float(n.replace(",", "")) * 64 * ((int(b) - 1) * float(a) + float(w)) for *_, b, n, _, a, w in found)
     assert float(re.findall(r"whole run ([\d.]+) EFLOP", plan)[0]) == pytest.approx(gflops / 1e9, rel=0.05)
     assert float(found[0][6]) < 0.3 * float(found[1][6])
+
+
+class _Counter(TorchDispatchMode):
+    """FLOPs of whatever runs inside; torch's own counter cannot look into autograd.grad by a leaf."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+@pytest.mark.parametrize("method", ["pgd", "trades", "mart", "n_fgsm", "free"])
+def test_the_plan_counts_what_a_batch_really_costs(method: str) -> None:
+    """FLOPs are counted in a step of the method itself; TRADES and MART keep the activations of twice the pictures."""
+    timm.layers.set_fused_attn(False)  # the counter does not know the fused kernel of the CPU
+    try:
+        settings = config([], method=method, optim={"batch_size": 4, "epochs": 1e9})
+        plan = estimate(settings, ranks=1)
+        model = build_model(settings).train()
+        (batch,) = batches(1, size=4, dtype=torch.float32)
+        with _Counter() as counter:
+            build_phases(settings, 10).step(PlainEngine(model), batch, 0)
+    finally:
+        timm.layers.set_fused_attn(True)
+    (batches_of_run,) = re.findall(r"([\d,]+) batches, [\d,]+ optimizer updates", plan)
+    total = float(re.findall(r"whole run ([\d.]+) EFLOP", plan)[0]) * 1e18
+    # the plan's weight step goes on to the pixels, as Free's does: 1 % of so small a model
+    assert total / int(batches_of_run.replace(",", "")) == pytest.approx(counter.flops, rel=0.015)
+
+
+def test_the_plan_holds_twice_the_activations_where_clean_and_perturbed_pictures_share_a_pass() -> None:
+    def activations(method: str) -> float:
+        plan = estimate(config([], method=method, optim={"batch_size": 1 << 16}), ranks=1)
+        return float(re.findall(r"activations ([\d.]+)", plan)[0])
+
+    assert activations("trades") == activations("mart") == pytest.approx(2 * activations("pgd"), rel=0.01)
+
+
+def test_settings_that_training_refuses_are_refused_by_the_plan_too() -> None:
+    with pytest.raises(UserError, match="targets: pictures are mixed in pairs"):
+        estimate(config([], targets={"mixup": 0.2}, optim={"batch_size": 3}), ranks=1)
+    with pytest.raises(UserError, match=r"evaluation\.attacks"):
+        estimate(config([], evaluation={"attacks": ["pdg20"]}), ranks=1)
 
 
 def test_the_example_config_is_advxls_idea() -> None:

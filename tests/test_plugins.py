@@ -1,5 +1,6 @@
 """Methods from outside the package: the examples of docs/extending.md, as a reader would use them."""
 
+import builtins
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS, register_method
 from fulllora_dist.methods.base import MethodSettings, PerturbedStep
 from fulllora_dist.phases import build_phases
+from fulllora_dist.plugins import import_plugins
 from tests.methods.test_methods import PlainEngine, start
 from tests.tiny import batches
 
@@ -78,13 +80,25 @@ def test_a_plugin_that_breaks_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_is_a_module_of_its_name_and_comes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So an adapter can name it, and importing it by hand or by another path is the same."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "once_only.py").write_text("import builtins\nbuiltins.times = getattr(builtins, 'times', 0) + 1\n")
+    import_plugins(["once_only.py", str(tmp_path / "once_only.py"), "once_only"])
+    assert vars(builtins).pop("times") == 1
+    assert sys.modules["once_only"].__name__ == "once_only"
+    (tmp_path / "json.py").write_text("")
+    with pytest.raises(UserError, match=r"json.py cannot be imported \(ImportError: another module has the name json"):
+        import_plugins(["json.py"])
+
+
 def test_an_installed_package_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real distribution on the path, as pip would leave it."""
     (tmp_path / "noise_method.py").write_text(example("noise_method.py"))
     info = tmp_path / "noise_plugin-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noise-plugin\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[fulllora_dist.plugins]\nnoise = noise_method\n")
+    (info / "entry_points.txt").write_text("[fulllora_dist.plugins]\nnoise = noise_method:Noise\n")
     (tmp_path / "run.yaml").write_text(CONFIG)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_config(str(tmp_path / "run.yaml")).method.model_dump() == {"name": "noise", "radius": 0.5}

@@ -12,12 +12,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import attacked, cross_entropy
-from fulllora_dist.attacks.threat import Threat, in_box
+from fulllora_dist.attacks.pgd import attacked
+from fulllora_dist.attacks.threat import in_box
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods.base import MethodSettings, PerturbedStep, WeightStep, register_method
+from fulllora_dist.methods.base import Means, WeightStep, register_method
+from fulllora_dist.methods.free import Free, FreeSettings
 from fulllora_dist.methods.n_fgsm import NFGSM, NFGSMSettings
-from fulllora_dist.rng import sample_rng
 
 
 def _blocks(model: Any) -> list[Any]:
@@ -83,58 +83,65 @@ def _attention_received(block: Any, tokens: Tensor) -> Tensor:
 # -- you only propagate once ---------------------------------------------------------------------------------------
 
 
-class YOPOSettings(MethodSettings):
-    name: Literal["yopo"] = "yopo"
-    full: int = Field(1, ge=1)
-    """m: full passes, each of which gives the loss' gradient by the output of the first block."""
+class YOPOSettings(FreeSettings):
+    name: Literal["yopo"] = "yopo"  # type: ignore[assignment]
     inner: int = Field(3, ge=1)
-    """n: steps of the perturbation through the first block alone after each full pass."""
+    """n: steps of the perturbation through the first block alone, after each full pass."""
     step: float = Field(0.5, gt=0)
     """Step size in units of eps."""
 
 
 @register_method
-class YOPO(PerturbedStep):
-    """The perturbation moves through the first layers while the gradient behind them is kept (Zhang et al., arXiv
-    1905.00877). First layers are the patch embedding and one block: the embedding alone is linear but for its branch,
-    so that steps through it would only repeat one direction."""
+class YOPO(Free):
+    """One full pass gives the adapter's gradient and the loss' gradient behind the first layers; that one is kept while
+    the perturbation moves through them in n steps (Zhang et al., arXiv 1905.00877).
+
+    First layers are the patch embedding and one block: the embedding alone is linear but for its branch, so that steps
+    through it would only repeat one direction. The paper sums the weights' gradients of m passes into one update; here
+    each pass is an update, as Free's are, since the engine makes one backward pass a micro-batch.
+    """
 
     Settings = YOPOSettings
 
-    def passes(self) -> tuple[int, int]:
-        return self.settings.full + 1, self.settings.full + 1  # and full x inner passes of one block, not counted
-
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
+    def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
+        delta, threat = self._delta_for(batch), self.threat_at(step)
         size = self.step_size(self.settings.step * threat.eps, step)
-        x_adv = in_box(x + threat.random_start(sample_rng(self.seed, "train/yopo/start/0", step, ids), x))
-        with attacked(model):
-            for _ in range(self.settings.full):
-                behind = _gradient_behind_first_block(model, x_adv, y)
-                for _ in range(self.settings.inner):
-                    leaf = x_adv.detach().requires_grad_()
-                    out = _first_block(model, leaf)
-                    (gradient,) = torch.autograd.grad((out * behind).sum(), leaf)
-                    x_adv = in_box(x + threat.project(x_adv + size * threat.steepest(gradient) - x))
-        return x_adv
+        for _ in range(self.updates_per_batch):
+            means = Means()
+            for micro in engine.accumulate(batch):
+                part = delta[micro.slot - batch.slot :][: len(micro)]
+                x, y = self.mix(micro, step, engine.classes)
+                with _gradient_behind_first_block(engine.attack_view) as behind:
+                    logits = engine(in_box(x + part))
+                    loss = self.cross_entropy(logits, y)
+                    engine.backward(loss)
+                means.add(loss, logits, y)
+                with attacked(engine.attack_view):
+                    for _ in range(self.settings.inner):
+                        leaf = in_box(x + part).requires_grad_()
+                        out = _first_block(engine.attack_view, leaf)
+                        (gradient,) = torch.autograd.grad((out * behind[0]).sum(), leaf)
+                        part.copy_(threat.project(part + size * threat.steepest(gradient)))
+        return means.result()
+
+
+@contextmanager
+def _gradient_behind_first_block(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, a backward pass appends the gradient by the first block's output."""
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple, output: Tensor) -> None:
+        output.register_hook(found.append)
+
+    handle = _blocks(model)[0].register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 class _Reached(Exception):
     """Ends a forward pass at the first block."""
-
-
-def _gradient_behind_first_block(model: nn.Module, pixels: Tensor, y: Tensor) -> Tensor:
-    kept: list[Tensor] = []
-
-    def cut(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        kept.append(output.detach().requires_grad_())
-        return kept[0]
-
-    handle = _blocks(model)[0].register_forward_hook(cut)
-    try:
-        (gradient,) = torch.autograd.grad(cross_entropy(model(pixels), y), kept[0])
-    finally:
-        handle.remove()
-    return gradient
 
 
 def _first_block(model: nn.Module, pixels: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def pgd(
     Args:
         model: pixels in [0, 1] -> logits. Attacked in evaluation mode; modes and `requires_grad` are restored.
         x: [B, 3, H, W] in [0, 1], fp32 or fp64.
-        y: int64 [B], or with loss "ce" probabilities [B, classes].
+        y: int64 [B], or with loss "ce" probabilities [B, classes], of which the largest is the label.
         eps, step_size: in pixel units of [0, 1], e.g. 4 / 255; lengths in the norm of the ball.
         norm: "linf" or "l2" (over all pixels and channels of a picture).
         steps: forward and backward passes a restart.
@@ -137,6 +137,7 @@ def pgd(
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
     x = x.detach()
     found: Tensor | None = None
+    label = y if y.ndim == 1 else y.argmax(dim=1)
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with attacked(model):
         for restart in range(restarts):
@@ -148,6 +149,6 @@ def pgd(
             found = x_adv if found is None else torch.where(fooled.view(-1, 1, 1, 1), found, x_adv)
             if restarts > 1:
                 with torch.no_grad():
-                    fooled |= model(x_adv).argmax(dim=1) != y
+                    fooled |= model(x_adv).argmax(dim=1) != label
     assert found is not None
     return found

@@ -58,10 +58,12 @@ class Method(ABC):
     Attributes:
         Settings: its settings.
         needs_labels: whether it needs each picture's one label, so that pictures cannot be mixed.
+        pictures_in_weight_step: that a weight step sees of each picture of the batch: clean and perturbed are 2.
     """
 
     Settings: ClassVar[type[MethodSettings]]
     needs_labels: ClassVar[bool] = False
+    pictures_in_weight_step: ClassVar[int] = 1
 
     def __init__(
         self,
@@ -88,6 +90,17 @@ class Method(ABC):
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean over the samples, label smoothing included; y: labels [B] or probabilities [B, classes]."""
         return F.cross_entropy(logits, y, label_smoothing=self.mix.settings.label_smoothing)
+
+    def prepare(self, backbone: nn.Module, image_size: int, first: int) -> None:  # noqa: B027  # most need nothing
+        """Called once before the run: learn from the backbone what training needs of it, and refuse what cannot be.
+
+        Args:
+            image_size: side of the pictures in pixels.
+            first: number of the first batch that it will train on.
+
+        Raises:
+            UserError: naming the setting.
+        """
 
     @property
     def updates_per_batch(self) -> int:

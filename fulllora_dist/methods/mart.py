@@ -31,6 +31,7 @@ class MARTSettings(MultiStepSettings):
 @register_method
 class MART(MultiStep):
     Settings = MARTSettings
+    pictures_in_weight_step = 2
     needs_labels = True
 
     def passes(self) -> tuple[int, int]:

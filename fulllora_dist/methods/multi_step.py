@@ -32,12 +32,33 @@ class MultiStepSettings(MethodSettings):
     """Share of the run's batches over which attention's gradient is dropped at random, ever less; 0 drops none."""
     perturbation_mask: float = Field(0.0, ge=0, le=1)
     """Share of the run's batches over which patches lose their perturbation at random, ever fewer; 0 masks none."""
-    mask_patch: int = Field(16, ge=1)
-    """Side of those patches in pixels."""
+    mask_patch: int | None = Field(None, ge=1)
+    """Side of those patches in pixels; null takes the backbone's."""
 
 
 class MultiStep(PerturbedStep):
     """What the methods with an attack of several steps share."""
+
+    _patch: int | None = None  # the backbone's
+
+    def prepare(self, backbone: nn.Module, image_size: int, first: int) -> None:
+        settings = self.settings
+        for name in ("attention_drop", "perturbation_mask"):
+            share = getattr(settings, name)
+            if share and round(share * self.ramps.run) <= first:
+                raise UserError(
+                    f"method.{name}: {share:g} of the run is over before batch {first}, with which this phase of "
+                    f"{settings.name} begins; a larger share is right, or 0"
+                )
+        if settings.attention_drop and not attentions(backbone):
+            raise UserError("method.attention_drop: this backbone has no modules named attn; 0 is right")
+        if settings.perturbation_mask:
+            self._patch = settings.mask_patch or _patch_of(backbone)
+            if image_size % self._patch:
+                raise UserError(
+                    f"method.mask_patch: {self._patch} does not divide pictures of {image_size} pixels; the backbone's "
+                    "patch size is right, and a multiple of it for phases.image_size"
+                )
 
     def attack(
         self,
@@ -55,6 +76,7 @@ class MultiStep(PerturbedStep):
         settings = self.settings
         size = min(2.5 * threat.eps / settings.steps, threat.eps) if settings.step_size is None else settings.step_size
         weakened = settings.attention_drop > 0 or settings.perturbation_mask > 0
+        patch = self._patch or settings.mask_patch
         return ascend(
             model,
             x,
@@ -64,7 +86,7 @@ class MultiStep(PerturbedStep):
             steps=settings.steps,
             step_size=self.step_size(size, step),
             loss=loss,
-            hook=Weakened(settings, self.ramps.run, self.seed, step, ids) if weakened else None,
+            hook=Weakened(settings, patch, self.ramps.run, self.seed, step, ids) if weakened else None,
         )
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
@@ -78,6 +100,18 @@ class MultiStep(PerturbedStep):
         return threat.random_start(rng, x)
 
 
+def attentions(model: nn.Module) -> list[nn.Module]:
+    """The attention of each block, by timm's name for it."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] == "attn"]
+
+
+def _patch_of(backbone: nn.Module) -> int:
+    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    if size is None:
+        raise UserError("method.mask_patch: this backbone does not tell its patch size; a number of pixels is right")
+    return size if isinstance(size, int) else size[0]
+
+
 class Weakened:
     """Attention random dropping and perturbation random masking of one batch (a `StepHook`).
 
@@ -85,16 +119,14 @@ class Weakened:
     batch of a GPU, which would depend on how the batch is spread over ranks.
 
     Args:
+        patch: side of the patches in pixels, a divisor of the pictures'; None where none are masked.
         run: batches of the whole run.
         step: number of this batch.
         ids: int64 [B].
-
-    Raises:
-        UserError: the model has no attention, or the pictures do not divide into patches.
     """
 
-    def __init__(self, settings: MultiStepSettings, run: int, seed: int, step: int, ids: Tensor):
-        self._patch = settings.mask_patch
+    def __init__(self, settings: MultiStepSettings, patch: int | None, run: int, seed: int, step: int, ids: Tensor):
+        self._patch = patch
         self._seed, self._step, self._ids = seed, step, ids
         self._attention_kept = ramp(step, round(settings.attention_drop * run))
         self._patches_kept = ramp(step, round(settings.perturbation_mask * run))
@@ -106,16 +138,12 @@ class Weakened:
         """`delta` [B, C, H, W] without the perturbation of a random share of its patches, the same number in each."""
         if self._patches_kept == 1:
             return delta
-        rows, columns = delta.shape[-2] / self._patch, delta.shape[-1] / self._patch
-        if not (rows.is_integer() and columns.is_integer()):
-            raise UserError(
-                f"method.mask_patch: {self._patch} does not divide pictures of {tuple(delta.shape[-2:])} pixels; "
-                "take the backbone's patch size"
-            )
-        count = int(rows * columns)
+        assert self._patch is not None, "`prepare` was not called"
+        rows, columns = delta.shape[-2] // self._patch, delta.shape[-1] // self._patch
+        count = rows * columns
         taken = int(count * (1 - self._patches_kept))
         order = self._draw(f"perturbation_mask/{k}", (count,)).argsort(dim=1).argsort(dim=1)
-        kept = (order >= taken).to(delta.dtype).view(-1, 1, int(rows), int(columns))
+        kept = (order >= taken).to(delta.dtype).view(-1, 1, rows, columns)
         return delta * F.interpolate(kept, scale_factor=self._patch, mode="nearest")
 
     @contextmanager
@@ -124,10 +152,9 @@ class Weakened:
         if self._attention_kept == 1:
             yield
             return
-        blocks = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "attn"]
-        if not blocks:
-            raise UserError("method.attention_drop: this backbone has no modules named attn; set it to 0")
-        handles = [block.register_forward_hook(self._without_gradient(i, k)) for i, block in enumerate(blocks)]
+        handles = [
+            block.register_forward_hook(self._without_gradient(i, k)) for i, block in enumerate(attentions(model))
+        ]
         try:
             yield
         finally:

@@ -36,6 +36,7 @@ class TRADESSettings(MultiStepSettings):
 @register_method
 class TRADES(MultiStep):
     Settings = TRADESSettings
+    pictures_in_weight_step = 2
 
     def passes(self) -> tuple[int, int]:
         return self.settings.steps + 3, self.settings.steps + 2  # clean logits for the attack, then twice the batch

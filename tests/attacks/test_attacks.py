@@ -240,6 +240,14 @@ def test_restarts_are_never_weaker_on_any_sample(loss: str) -> None:
     assert often.sum() > once.sum()
 
 
+def test_restarts_take_the_likeliest_class_of_probabilities_for_the_label() -> None:
+    model = Net()
+    x, y = data(32)
+    soft = F.one_hot(y, Net().eval().requires_grad_(False)(x[:1]).shape[1]).to(x.dtype)
+    one, other = (fd.pgd(model, x, t, eps=0.02, steps=1, step_size=0.02, restarts=3) for t in (y, soft))
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
 def test_more_steps_find_a_higher_loss() -> None:
     model, (x, y) = Net(), data(64)
     frozen = Net().eval().requires_grad_(False)

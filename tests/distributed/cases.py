@@ -43,8 +43,9 @@ RECIPES: dict[str, Recipe] = {
     "phases": {
         "method": {"name": "pgd", "steps": 2},
         "phases": [
-            {"share": 0.5, "image_size": 8, "eps": 0.02, "method": {"name": "pgd", "steps": 1}},
-            {"share": 0.5},
+            {"share": 1 / 3, "image_size": 8, "eps": 0.02, "method": {"name": "pgd", "steps": 1}},
+            {"share": 1 / 2},  # a run that is cut short goes on in its midst
+            {"share": 1 / 6, "image_size": 8},
         ],
     },
 }

@@ -56,9 +56,9 @@ def _perturbed(model: AdaptedModel, method: str, x: Tensor, y: Tensor, ids: Tens
 
 
 def _recipe_at(name: str, step: int) -> tuple[Recipe, float]:
-    """The recipe and eps of one update: two phases have half of the updates each."""
+    """The recipe and eps of one update: its phases end with the second, fifth and sixth."""
     recipe = RECIPES[name]
-    phase = recipe["phases"][step >= UPDATES / 2] if "phases" in recipe else {}
+    phase = recipe["phases"][(step >= 2) + (step >= 5)] if "phases" in recipe else {}
     return {**recipe, "method": phase.get("method", recipe["method"])}, phase.get("eps", EPS)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.methods.base import Means
 from fulllora_dist.methods.multi_step import Weakened
 from fulllora_dist.rng import sample_rng
 from tests import recipes
@@ -21,7 +22,7 @@ EPS, SEED, LR = 0.05, 11, 3e-3
 
 BATCHES = 6
 WARMUP = 4
-WARM = {"warmup": WARMUP / BATCHES}
+WARM, STEP_WARM = {"warmup": WARMUP / BATCHES}, {"step_warmup": WARMUP / BATCHES}
 PGD, NFGSM = {"name": "pgd", "steps": 2}, {"name": "n_fgsm", "noise": 1.5, "step": 0.8}
 RECIPES: dict[str, Recipe] = {
     "standard": {"method": {"name": "standard"}},
@@ -34,6 +35,11 @@ RECIPES: dict[str, Recipe] = {
     "n_fgsm, eps warm-up": {"method": NFGSM, "threat": WARM},
     "pgd, eps warm-up": {"method": PGD, "threat": WARM},
     "free, eps warm-up": {"method": {"name": "free", "replays": 2}, "threat": WARM},
+    "fgsm_rs, step warm-up": {"method": {"name": "fgsm_rs", "step": 1.1}, "threat": STEP_WARM},
+    "n_fgsm, step warm-up": {"method": NFGSM, "threat": STEP_WARM},
+    "free, step warm-up": {"method": {"name": "free", "replays": 2}, "threat": STEP_WARM},
+    "free, L2": {"method": {"name": "free", "replays": 2}, "threat": {"norm": "l2", "eps": 0.8}},
+    "free, mixed": {"method": {"name": "free", "replays": 2}, "targets": {"mixup": 0.3, "cutmix": 1.0}},
 }
 # compared with `plain_loss`
 NEWER: dict[str, Recipe] = {
@@ -50,15 +56,22 @@ NEWER: dict[str, Recipe] = {
     # one step: in a second one a picture may be left without any perturbation, where the divergence has no gradient
     "trades, weakened": {"method": {"name": "trades", "steps": 1, **WEAKENED}, "threat": WARM},
     "mart, weakened": {"method": {"name": "mart", "steps": 2, **WEAKENED}},
+    "trades, mixed and smoothed": {"method": {"name": "trades", "steps": 2}, "targets": SOFT},
+    "mart, smoothed": {"method": {"name": "mart", "steps": 2}, "targets": {"label_smoothing": 0.1}},
 }
 ALL = RECIPES | NEWER
-PASSES = {"standard": 1, "pgd": 4, "fgsm_rs": 2, "n_fgsm": 2, "free": 3, "free, small steps": 2, "free, eps warm-up": 2}
-PASSES |= {"n_fgsm, eps warm-up": 2}
+PASSES = {"standard": 1, "pgd": 4, "free": 3}
 
 
 def eps_at(case: str, step: int) -> float:
     """Linear from 0, which no batch sees, to the full size at batch WARMUP."""
-    return EPS * min(1.0, (step + 1) / (WARMUP + 1)) if "warm-up" in case else EPS
+    eps = RECIPES[case].get("threat", {}).get("eps", EPS)
+    return eps * min(1.0, (step + 1) / (WARMUP + 1)) if "eps warm-up" in case else eps
+
+
+def grown_at(case: str, step: int) -> float:
+    """Share of the step size that the warm-up has reached."""
+    return min(1.0, (step + 1) / (WARMUP + 1)) if "step warm-up" in case else 1.0
 
 
 def build(case: str) -> Method:
@@ -70,8 +83,9 @@ def passes(case: str) -> tuple[int, int]:
     """(forward, backward) passes of a batch: an attack step takes one each, TRADES' attack clean logits before that,
     and where the weight step sees clean and perturbed pictures it is two."""
     method = ALL[case]["method"]
-    if case in PASSES:
-        return PASSES[case], PASSES[case]
+    if case in RECIPES and method["name"] != "pgd":
+        both = PASSES.get(case, 2)
+        return both, both
     weight_step = 2 if method["name"] in ("trades", "mart") else 1
     return method["steps"] + weight_step + (method["name"] == "trades"), method["steps"] + weight_step
 
@@ -163,7 +177,7 @@ def attack_gradient(model: nn.Module, x: Tensor, delta: Tensor, y: Tensor) -> Te
 
 
 def madry(steps: int, step_size: float | None, random_start: bool) -> Callable[..., Tensor]:
-    def perturb(model: nn.Module, batch: Batch, step: int, eps: float) -> Tensor:
+    def perturb(model: nn.Module, batch: Batch, step: int, eps: float, grown: float) -> Tensor:
         x = batch.images
         delta = noise("train/pgd", step, batch, eps) if random_start else torch.zeros_like(x)
         delta = box(x, delta)
@@ -176,20 +190,20 @@ def madry(steps: int, step_size: float | None, random_start: bool) -> Callable[.
     return perturb
 
 
-def wong(model: nn.Module, batch: Batch, step: int, eps: float) -> Tensor:
+def wong(model: nn.Module, batch: Batch, step: int, eps: float, grown: float) -> Tensor:
     x = batch.images
     delta = box(x, noise("train/fgsm_rs", step, batch, eps))
-    delta = delta + 1.1 * eps * attack_gradient(model, x, delta, batch.labels).sign()
+    delta = delta + grown * 1.1 * eps * attack_gradient(model, x, delta, batch.labels).sign()
     return box(x, delta.clip(-eps, eps))
 
 
-def de_jorge(model: nn.Module, batch: Batch, step: int, eps: float) -> Tensor:
+def de_jorge(model: nn.Module, batch: Batch, step: int, eps: float, grown: float) -> Tensor:
     x = batch.images
     eta = box(x, noise("train/n_fgsm", step, batch, 1.5 * eps))
-    return box(x, eta + 0.8 * eps * attack_gradient(model, x, eta, batch.labels).sign())
+    return box(x, eta + grown * 0.8 * eps * attack_gradient(model, x, eta, batch.labels).sign())
 
 
-def clean(model: nn.Module, batch: Batch, step: int, eps: float) -> Tensor:
+def clean(model: nn.Module, batch: Batch, step: int, eps: float, grown: float) -> Tensor:
     return torch.zeros_like(batch.images)
 
 
@@ -200,6 +214,8 @@ PERTURB: dict[str, Callable[..., Tensor]] = {
     "fgsm_rs": wong,
     "n_fgsm": de_jorge,
     "n_fgsm, eps warm-up": de_jorge,
+    "n_fgsm, step warm-up": de_jorge,
+    "fgsm_rs, step warm-up": wong,
     "pgd, eps warm-up": madry(2, None, True),
 }
 
@@ -212,7 +228,7 @@ def train_as_written(case: str, model: nn.Module, data: list[Batch]) -> None:
                 NEWER[case], model, batch.images, batch.labels, batch.ids, step, eps=EPS, seed=SEED, run=BATCHES
             )
         else:
-            delta = PERTURB[case](model, batch, step, eps_at(case, step))
+            delta = PERTURB[case](model, batch, step, eps_at(case, step), grown_at(case, step))
             loss = F.cross_entropy(model(batch.images + delta), batch.labels)
         optimizer.zero_grad()
         loss.backward()
@@ -221,15 +237,18 @@ def train_as_written(case: str, model: nn.Module, data: list[Batch]) -> None:
 
 def train_for_free(case: str, model: nn.Module, data: list[Batch]) -> Tensor:
     """Shafahi et al., algorithm 1: delta is set to zero once, before the first minibatch of the run."""
-    optimizer = optimizer_of(model)
+    recipe, optimizer = RECIPES[case], optimizer_of(model)
+    norm = recipe.get("threat", {}).get("norm", "linf")
     delta = torch.zeros_like(data[0].images)
     for step, batch in enumerate(data):
         eps = eps_at(case, step)
-        for _ in range(RECIPES[case]["method"]["replays"]):
-            seen = (batch.images + delta).clip(0, 1).requires_grad_()
+        size = recipe["method"].get("step_size", eps) * grown_at(case, step)
+        x, y = recipes.mixed(batch.images, batch.labels, batch.ids, step, SEED, CLASSES, recipe.get("targets", {}))
+        for _ in range(recipe["method"]["replays"]):
+            seen = (x + delta).clip(0, 1).requires_grad_()
             optimizer.zero_grad()
-            F.cross_entropy(model(seen), batch.labels).backward()
-            delta = (delta + RECIPES[case]["method"].get("step_size", eps) * seen.grad.sign()).clip(-eps, eps)
+            F.cross_entropy(model(seen), y).backward()
+            delta = recipes.to_ball(delta + size * recipes.uphill(seen.grad, norm), eps, norm)
             optimizer.step()
     return delta
 
@@ -276,7 +295,7 @@ def test_passes_are_what_theory_says(case: str) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("case", RECIPES)
+@pytest.mark.parametrize("case", [case for case in RECIPES if "targets" not in RECIPES[case]])
 def test_metrics_are_means_over_the_batch_that_the_weight_step_saw(case: str, accumulation: int) -> None:
     model = start()
     seen: list[tuple[float, float]] = []
@@ -294,6 +313,16 @@ def test_metrics_are_means_over_the_batch_that_the_weight_step_saw(case: str, ac
     for key, values in zip(("loss", "accuracy"), zip(*last, strict=True), strict=True):
         assert metrics[key].item() == pytest.approx(sum(values) / accumulation, abs=1e-6)
         assert metrics[key].shape == ()
+
+
+def test_a_mixed_picture_is_right_by_its_larger_share() -> None:
+    logits, soft = (
+        torch.tensor([[2.0, 1.0], [2.0, 1.0], [0.0, 1.0]]),
+        torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.1, 0.9]]),
+    )
+    means = Means()
+    means.add(torch.tensor(1.0), logits, soft)
+    assert means.result()["accuracy"].item() == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -342,7 +371,7 @@ def test_attention_drop_belongs_to_the_sample_also_in_windows(family: str) -> No
     settings = METHODS["pgd"].Settings(attention_drop=1.0)
 
     def gradient(part: slice, drop: bool) -> tuple[Tensor, Tensor]:
-        weakened = Weakened(settings, run=9, seed=SEED, step=4, ids=ids[part])
+        weakened = Weakened(settings, None, run=9, seed=SEED, step=4, ids=ids[part])
         leaf = x[part].clone().requires_grad_()
         with weakened.passing(model, 0) if drop else nullcontext():
             logits = model(leaf)

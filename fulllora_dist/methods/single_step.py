@@ -1,0 +1,49 @@
+"""Attacks of one step during training."""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.fgsm import single_step
+from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+
+
+class SingleStepSettings(MethodSettings):
+    step: float = Field(1.0, gt=0)
+    """Step size in units of eps."""
+
+
+class SingleStep(PerturbedStep):
+    """A step from uniform noise.
+
+    Attributes:
+        project: whether the perturbation is brought back into the ball.
+    """
+
+    project: ClassVar[bool]
+
+    @abstractmethod
+    def noise(self) -> float:
+        """Radius of the noise in units of eps."""
+
+    def passes(self) -> tuple[int, int]:
+        return 2, 2
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
+        return single_step(
+            model,
+            x,
+            y,
+            eps=threat.eps,
+            norm=threat.norm,
+            noise=self.noise() * threat.eps,
+            step_size=self.step_size(self.settings.step * threat.eps, step),
+            project=self.project,
+            seed=self.seed,
+            step=step,
+            ids=ids,
+            purpose=f"train/{self.settings.name}",
+        )
