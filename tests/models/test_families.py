@@ -107,7 +107,7 @@ def test_another_image_size_is_resampled_as_the_name_asks(name: str, tmp_path: P
     torch.manual_seed(7)
     path = tmp_path / "weights.safetensors"
     save_file({key: torch.randn_like(value) for key, value in small.state_dict().items()}, path)
-    overlay = {"file": str(path), "num_classes": CLASSES, "first_conv": None}
+    overlay = {"file": str(path), "num_classes": CLASSES, "custom_load": False}
     theirs = timm.create_model(name, pretrained=True, img_size=WIDE, pretrained_cfg_overlay=overlay, **settings)
     tag = timm.list_pretrained(f"{name}.*")[0]
     ours = create_model(tag, checkpoint=str(path), image_size=WIDE, architecture=ARCHITECTURE, rank=1)

@@ -17,11 +17,10 @@ def _convert(weights: Weights, backbone: Any) -> Weights:
     scales are called gamma_1 and gamma_2."""
     name: str = getattr(backbone, "pretrained_cfg", {}).get("architecture", "")
     resampling: dict[str, Any] = {}
-    aligned: tuple[str, ...] | None = getattr(vit, "_RADIO_ALIGN_CORNERS", None)
     if "flexi" in name:
         resampling = {"interpolation": "bilinear", "antialias": False}
-    elif "radio" in name and aligned is not None:  # timm 1.0.30 resamples RADIO as any other
-        corners = any(one in name for one in aligned)
+    elif "radio" in name:
+        corners = any(aligned in name for aligned in vit._RADIO_ALIGN_CORNERS)
         resampling = {"interpolation": "bilinear", "antialias": False, "align_corners": corners}
     adapt_layer_scale = any(".gamma_1" in key for key in weights)
     return vit.checkpoint_filter_fn(weights, backbone, adapt_layer_scale=adapt_layer_scale, **resampling)
