@@ -35,6 +35,7 @@ FAMILIES: dict[str, tuple[str, dict[str, object]]] = {
     "eva02_apart": ("eva02_base_patch14_224", {"mlp_ratio": 2}),
     "eva_rope": ("vit_medium_patch16_rope_reg1_gap_256", {"init_values": 0.5}),
     "eva_rope_mixed": ("vit_small_patch16_rope_mixed_224", {"init_values": 0.5}),
+    "eva_rope_sapiens2": ("vit_base_patch16_sapiens2", {"num_kv_heads": 1, "init_values": 0.5, "mlp_ratio": 2}),
     "eva_post_norm": ("eva02_tiny_patch14_224", {"mlp_ratio": 2, "use_post_norm": True}),
     "eva_pool": ("vit_pe_core_tiny_patch16_384", {"init_values": 0.5, "attn_pool_num_heads": 2}),
     "cait": ("cait_xxs24_224", {"init_values": 0.5, "depth": 1, "depth_token_only": 1}),

@@ -16,30 +16,45 @@ from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.models.backbone import check_name
 from fulllora_dist.models.survey import Backbone, architectures, examine, page
 
+BUDGET = 0.05
 MARKER = "<!-- written by tools/backbones.py -->\n"
+
+
+def _above_the_marker(path: str) -> str:
+    try:
+        with open(path, "r+") as file:  # for writing too: what cannot be written is said before everything is counted
+            above, marker, _ = file.read().partition(MARKER)
+    except OSError as error:
+        raise UserError(f"--write: {path} cannot be written ({error.strerror}); give a page that exists") from None
+    if not marker:
+        raise UserError(f"--write: {path} has no line {MARKER.strip()}; add it where the tables shall begin")
+    return above
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="timm architectures; left out: all of them")
-    parser.add_argument("--budget", type=float, default=0.05, help="adapter.budget (default 0.05)")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"adapter.budget (default {BUDGET})")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
-    parser.add_argument("--write", metavar="FILE", help="put the table below the marker in FILE")
+    parser.add_argument("--write", metavar="FILE", help="put the table of all below the marker in FILE")
     args = parser.parse_args()
+    if not 0 < args.budget <= 1:
+        raise UserError(f"--budget: {args.budget:g} is no share of the parameters; take a number above 0, up to 1")
+    if args.write is not None and (args.names or args.json or args.budget != BUDGET):
+        raise UserError(
+            "--write: the page has all architectures at the default budget; leave out NAME, --json, --budget"
+        )
+    above = _above_the_marker(args.write) if args.write is not None else ""
     for name in args.names:
         check_name(name, needs_tag=False)
     found = [examine(name, args.budget) for name in tqdm(args.names or architectures(), disable=None)]
     if args.json:
-        facts = {b.name: {k: v for k, v in dataclasses.asdict(b).items() if k not in ("name", "layers")} for b in found}
+        facts = {b.name: {k: v for k, v in dataclasses.asdict(b).items() if k != "name"} for b in found}
         print(json.dumps(facts))
         return
     if args.write is None:
         print(page(found))
         return
-    with open(args.write) as file:
-        above, marker, _ = file.read().partition(MARKER)
-    if not marker:
-        raise UserError(f"--write: {args.write} has no line {MARKER.strip()}; add it where the tables shall begin")
     with open(args.write, "w") as file:
         file.write(above + MARKER + "\n" + page(found))
     supported = sum(isinstance(b, Backbone) for b in found)

@@ -109,7 +109,7 @@ def _check_family(folder: str, family: Mapping[str, Any] | None) -> None:
         plugin = family["plugin"]
         raise UserError(
             f"adapter: {folder} is of the family {family['name']}, which is not registered; "
-            f"import {plugin or 'the module that registers it'} first, or name it under plugins:"
+            f"import {plugin or 'the module that registers it'}, or name it or its .py file under plugins:"
         )
 
 

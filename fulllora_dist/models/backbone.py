@@ -139,7 +139,7 @@ def _fit_head(
     """
     own = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
     if classes is not None:
-        if own is None or not classes or max(classes) >= own or min(classes) < 0:
+        if own is None or max(classes) >= own or min(classes) < 0:
             raise UserError(f"model.classes: the checkpoint's head has {own or 'no'} classes; give indices below that")
         rows = torch.tensor(classes)
         weights = {k: v[rows] if k.rpartition(".")[0] in heads else v for k, v in weights.items()}
@@ -161,11 +161,19 @@ def _check_agreement(
         raise UserError(
             f"model.checkpoint: {checkpoint} would not be read, as model.pretrained is false; leave out one"
         )
+    if classes is not None and not classes:
+        raise UserError("model.classes: it is empty; give the rows of the checkpoint's head to keep, or leave it out")
     if classes is not None and num_classes not in (None, len(classes)):
         raise UserError(f"model.num_classes: {num_classes} contradicts the {len(classes)} model.classes; leave out one")
     for argument, setting in (("img_size", "model.image_size"), ("num_classes", "model.num_classes")):
         if argument in architecture:
             raise UserError(f"model.architecture: {argument} is the setting {setting}; set that instead")
+    for argument in ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"):
+        if architecture.get(argument) is not None:
+            raise UserError(
+                f"model.architecture: {argument} draws the positions anew in each pass, so that the attack and the "
+                "weight step would see different models; leave it out"
+            )
 
 
 def build_backbone(
@@ -218,6 +226,8 @@ def build_backbone(
         raise UserError(f"model.num_classes: {name} has no classes of its own; set it to how many there shall be")
     _check_input_sizes(backbone, name, input_sizes)
     family = family_of(backbone, name)
+    if family.prepare is not None:
+        family.prepare(backbone)
     heads = [site.path for site in family.sites(backbone, name) if site.component == "head"]
     if weights is None:
         sha256 = None if on_meta else fingerprint(backbone.state_dict())
@@ -259,12 +269,18 @@ def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: 
     except (TypeError, AssertionError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = str(error).split("\n")[0]
         if "dynamic_img_size" in reason:
+            backbone = _create(name, {k: v for k, v in arguments.items() if k != "dynamic_img_size"}, None, None)
+            if family_of(backbone, name).any_size:
+                return backbone
             raise UserError(f"phases.image_size: {name} takes pictures of one size only; leave it out") from None
         raise UserError(f"model: timm cannot build {name} with {arguments}: {reason}") from None
     if "drop_path_rate" not in arguments:  # Swin's is 0.1 unless told: drawn from torch's generator, on each rank anew
         for module in backbone.modules():
             if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0
+    for module in backbone.modules():  # Sapiens2 is built to rescale the coordinates of its RoPE, drawn as above
+        if hasattr(module, "aug_active"):
+            module.aug_active = False  # type: ignore[assignment]
     return backbone
 
 
@@ -285,7 +301,7 @@ def _converted(family: Family, weights: dict[str, Tensor], backbone: nn.Module) 
 
 
 def _check_input_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
-    patch = backbone.patch_embed.patch_size if sizes else (1, 1)
+    patch = timm.layers.to_2tuple(backbone.patch_embed.patch_size) if sizes else (1, 1)
     for size in sizes:
         if size % patch[0] or size % patch[1]:
             raise UserError(f"phases.image_size: {size} is no multiple of {name}'s patches of {patch[0]} pixels")

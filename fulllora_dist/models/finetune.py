@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo, build_backbone
 from fulllora_dist.models.families import Family, family_of
-from fulllora_dist.models.families.family import check_branches_are_called
+from fulllora_dist.models.families.family import check_forward
 from fulllora_dist.models.lnlora import QKV, LNLoRABranch, LNLoRASplit, attach
 from fulllora_dist.models.placement import COMPONENTS, FUSED, Adapted, PlacementReport, Site
 from fulllora_dist.models.precision import compute_in_bf16
@@ -24,6 +25,8 @@ Qkv = Literal["separate", "shared"]
 
 WITH_BRANCHES = ("fulllora", "lora")
 TOKEN_NORM_EPS = 1e-6
+LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm, timm.layers.RmsNorm)
+"""What `finetune: layernorm` trains: timm's RmsNorm stands in for LayerNorm in AIMv2, Sapiens2 and others."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def _own_trained(backbone: nn.Module, finetune: Finetune, head: str, sites: Iter
     trained: set[str] = set()
     for name, module in backbone.named_modules():
         own = {f"{name}.{n}".removeprefix(".") for n, _ in module.named_parameters(recurse=False)}
-        is_norm = finetune == "layernorm" and isinstance(module, nn.LayerNorm)
+        is_norm = finetune == "layernorm" and isinstance(module, LAYER_NORMS)
         if finetune == "full" or is_norm or (head == "trained" and name in heads):
             trained |= own
     return trained
@@ -264,7 +267,8 @@ def create_model(
     total = sum(p.numel() for p in backbone.parameters())
     trained = _own_trained(backbone, finetune, resolved_head, sites)
     own = {n: p.numel() for n, p in backbone.named_parameters() if n in trained}
-    if finetune not in WITH_BRANCHES and not own:
+    normless = finetune == "layernorm" and not any(isinstance(module, LAYER_NORMS) for module in backbone.modules())
+    if normless or (finetune not in WITH_BRANCHES and not own):
         raise UserError(f"finetune: {finetune} finds nothing to train in {name}; choose fulllora, lora or full")
 
     plan: list[tuple[Site, dict[str, tuple[int, int]]]] = []
@@ -290,7 +294,7 @@ def create_model(
     for parameter_name, parameter in backbone.named_parameters():
         parameter.requires_grad_(parameter_name in trained)
     adapted = [_adapt(backbone, family, site, sizes, spec) for site, sizes in plan]
-    check_branches_are_called(backbone, [site for site, _ in plan], name, info.image_size)
+    check_forward(backbone, [site for site, _ in plan], name, info.image_size, info.num_classes)
     report = _report(backbone, adapted, own, total)
     if precision == "bf16":
         compute_in_bf16(family.modules(backbone))

@@ -27,9 +27,13 @@ MODULES = (
 """Modules of timm with plain or windowed transformers of pictures."""
 
 
+NEW_CLASSES = 1000
+"""Of the head that trains where timm's default tag has none."""
+
+
 @dataclass(frozen=True)
 class Backbone:
-    """A model that is supported, with an adapter of the default budget and placement and a frozen head.
+    """A model that is supported, with an adapter of the default placement.
 
     Attributes:
         name: timm's architecture.
@@ -37,9 +41,10 @@ class Backbone:
         image_size: side in pixels.
         parameters: of backbone and head.
         rank: of every branch.
-        trainable: parameters of the adapter.
+        trainable: parameters of the adapter, a new head among them.
         branches: how many there are.
-        layers: (component, inputs, outputs) of every adapted layer; what sizes are told apart by.
+        new_head: whether the default tag has no classifier, so that a head of `NEW_CLASSES` trains; else its head is
+            frozen.
     """
 
     name: str
@@ -49,12 +54,15 @@ class Backbone:
     rank: int
     trainable: int
     branches: int
-    layers: tuple[tuple[str, int, int], ...]
+    new_head: bool
 
     @property
-    def share(self) -> float:
-        """Trainable parameters / parameters."""
-        return self.trainable / self.parameters
+    def cells(self) -> str:
+        """Its line of the table, after the name."""
+        return (
+            f"{self.image_size} | {self.parameters / 1e6:.1f} M | {self.rank} | {self.trainable / 1e6:.2f} M | "
+            f"{self.trainable / self.parameters:.2%} | {self.branches} | {'new' if self.new_head else 'frozen'} |"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,15 +80,19 @@ def architectures() -> list[str]:
 
 def examine(name: str, budget: float = 0.05) -> Backbone | Refusal:
     """What an adapter of `budget` is for a timm architecture, or why there is none. No weights are fetched."""
+    tag = timm.models.get_pretrained_cfg(name)
+    new_head = tag is not None and tag.num_classes == 0
     try:
         with torch.device("meta"):
-            model = create_model(name, pretrained=False, head="frozen", budget=budget)
+            model = create_model(
+                name,
+                pretrained=False,
+                num_classes=NEW_CLASSES if new_head else None,
+                head="trained" if new_head else "frozen",
+                budget=budget,
+            )
     except UserError as error:
         return Refusal(name, str(error))
-    layers = []
-    for adapted in model.report.adapted:
-        weight = model.backbone.get_parameter(f"{adapted.site.path}.weight")
-        layers.append((adapted.site.component, weight[0].numel(), len(weight)))
     return Backbone(
         name=name,
         family=model.family.name,
@@ -89,39 +101,34 @@ def examine(name: str, budget: float = 0.05) -> Backbone | Refusal:
         rank=model.spec.rank or 0,
         trainable=model.report.trainable,
         branches=sum(len(adapted.branches) for adapted in model.report.adapted),
-        layers=tuple(layers),
+        new_head=new_head,
     )
 
 
-def sizes(backbones: Iterable[Backbone]) -> list[list[Backbone]]:
-    """Backbones grouped by family and adapted layers, small ones first; in each group the shortest name is first."""
-    groups: dict[tuple, list[Backbone]] = {}
-    for backbone in sorted(backbones, key=lambda b: (len(b.name), b.name)):
-        groups.setdefault((backbone.family, backbone.layers), []).append(backbone)
-    return sorted(groups.values(), key=lambda group: (group[0].family, group[0].parameters, group[0].name))
+def rows(backbones: Iterable[Backbone]) -> list[list[Backbone]]:
+    """Backbones of which the table says the same, by family, small ones first."""
+    groups: dict[tuple[str, str], list[Backbone]] = {}
+    for backbone in sorted(backbones, key=lambda b: (b.family, b.parameters, len(b.name), b.name)):
+        groups.setdefault((backbone.family, backbone.cells), []).append(backbone)
+    return list(groups.values())
 
 
 def row(group: Sequence[Backbone]) -> str:
-    """One line of the table: a size, by its shortest name."""
-    first = group[0]
-    also = f" (+{len(group) - 1})" if len(group) > 1 else ""
-    return (
-        f"| `{first.name}`{also} | {first.image_size} | {first.parameters / 1e6:.1f} M | {first.rank} | "
-        f"{first.trainable / 1e6:.2f} M | {first.share:.2%} | {first.branches} |"
-    )
+    """One line of the table, with the names of all to which it applies."""
+    return f"| {', '.join(f'`{backbone.name}`' for backbone in group)} | {group[0].cells}"
 
 
 def page(found: Iterable[Backbone | Refusal]) -> str:
     """The tables of docs/backbones.md."""
     examined = list(found)
-    groups = sizes(b for b in examined if isinstance(b, Backbone))
-    lines = []
+    groups = rows(b for b in examined if isinstance(b, Backbone))
+    lines = [f"Counted with timm {timm.__version__}.", ""]
     for family in dict.fromkeys(group[0].family for group in groups):
         lines += [
             f"### {family}",
             "",
-            "| timm architecture | pixels | parameters | rank | trainable | share | branches |",
-            "|---|---|---|---|---|---|---|",
+            "| timm architecture | pixels | parameters | rank | trainable | share | branches | head |",
+            "|---|---|---|---|---|---|---|---|",
             *(row(group) for group in groups if group[0].family == family),
             "",
         ]

@@ -8,11 +8,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models.convit import GPSA
 from torch import Tensor, nn
 
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.finetune import AdaptedModel, create_model
-from tests.tiny import CLASSES, FAMILIES, SIDE, architecture, branches, pictures, roughen, stir, tiny
+from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, branches, pictures, roughen, stir, tiny
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WITHOUT_CHECKPOINTING = ("convit",)
@@ -98,6 +99,62 @@ def test_another_image_size(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(model(x), at_another_size(family, theirs)(normalised(model, x)), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["vit_small_patch16_224", "flexivit_small", "vit_base_patch16_radio_v3"])
+def test_another_image_size_is_resampled_as_the_name_asks(name: str, tmp_path: Path) -> None:
+    """FlexiViT and RADIO in ways of their own: timm's loader chooses by the architecture's name."""
+    settings = ARCHITECTURE | {"num_classes": CLASSES}
+    small = timm.create_model(name, img_size=SIDE, **settings)
+    torch.manual_seed(7)
+    path = tmp_path / "weights.safetensors"
+    save_file({key: torch.randn_like(value) for key, value in small.state_dict().items()}, path)
+    overlay = {"file": str(path), "num_classes": CLASSES, "custom_load": False}
+    theirs = timm.create_model(name, pretrained=True, img_size=WIDE, pretrained_cfg_overlay=overlay, **settings)
+    tag = timm.list_pretrained(f"{name}.*")[0]
+    ours = create_model(tag, checkpoint=str(path), image_size=WIDE, architecture=ARCHITECTURE, rank=1)
+    assert torch.equal(ours.backbone.pos_embed, theirs.pos_embed)
+
+
+def test_phases_may_have_pictures_of_another_size_where_the_family_takes_them() -> None:
+    """XCiT as it is, the others as timm resamples them in the pass; CaiT does not."""
+    for family in ("xcit", "vit"):
+        model, fixed = tiny(family, image_size=WIDE, input_sizes=[SIDE]), tiny(family, image_size=WIDE)
+        assert model(pictures(side=SIDE)).shape == (4, CLASSES)
+        assert torch.equal(model(pictures(side=WIDE)), fixed(pictures(side=WIDE)))
+        with pytest.raises(UserError, match=rf"image_size: {SIDE + 1} is no multiple of .* patches of \d pixels"):
+            tiny(family, image_size=WIDE, input_sizes=[SIDE + 1])
+    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes pictures of one size only"):
+        tiny("cait", input_sizes=[WIDE])
+
+
+@pytest.mark.parametrize("finetune", ["fulllora", "full", "head", "layernorm"])
+@pytest.mark.parametrize(
+    ("family", "settings", "changed", "words"),
+    [
+        ("vit", {"image_size": 3}, {}, "model.image_size: vit_tiny_patch16_224 fails on a picture of 3 x 3 x 3"),
+        ("xcit", {}, {"in_chans": 1}, "model.image_size: xcit_nano.* leave out of model.architecture what changes"),
+        ("vit", {}, {"in_chans": 1}, "model.image_size: vit_tiny.* leave out of model.architecture what changes"),
+        (
+            "vit",
+            {},
+            {"global_pool": ""},
+            r"model.architecture: .* gives \(1, 17, 4\) for one picture instead of logits",
+        ),
+        (
+            "swin",
+            {},
+            {"global_pool": ""},
+            r"model.architecture: .* gives \(1, 4, 4, 4\) for one picture instead of logits",
+        ),
+    ],
+)
+def test_a_model_that_gives_no_logits_is_refused(
+    family: str, settings: dict, changed: dict, words: str, finetune: Any
+) -> None:
+    with pytest.raises(UserError, match=words) as caught:
+        tiny(family, finetune=finetune, architecture=architecture(family) | changed, **settings)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_weights_of_another_model_are_refused(family: str, tmp_path: Path) -> None:
     deeper = {"depths": (2, 3)} if family.startswith("swin") else {"depth": 3}
@@ -116,6 +173,25 @@ def test_deit3s_own_checkpoint_loads(tmp_path: Path) -> None:
     save_file(own, tmp_path / "own.safetensors")
     state = from_file("deit3", str(tmp_path / "own.safetensors")).backbone.state_dict()
     assert all(torch.equal(state[name], value) for name, value in theirs.items())
+
+
+def test_convits_positions_follow_the_model_also_in_an_older_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to timm 1.0.30 they are a plain attribute, which neither .double() nor .to(device) moves."""
+    initialise = GPSA.__init__
+
+    def as_before(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **kwargs)
+        if "rel_indices" in self._buffers:
+            positions = self.rel_indices
+            del self.rel_indices
+            self.rel_indices = positions
+
+    monkeypatch.setattr(GPSA, "__init__", as_before)
+    model = tiny("convit")
+    x = pictures(dtype=torch.float64)
+    torch.testing.assert_close(model.double()(x).float(), tiny("convit")(x.float()))
+    assert tiny("convit", precision="bf16")(x.float()).dtype == FP32
+    assert model.to("meta").backbone.blocks[0].attn.rel_indices.is_meta
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,6 +9,7 @@ from fulllora_dist.errors import UserError
 from fulllora_dist.models.finetune import create_model
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, branches, pictures, stir, tiny
 
+NORMLESS = ARCHITECTURE | {"norm_layer": torch.nn.Identity}
 HEAD = {"head.weight", "head.bias"}
 BACKBONE = set(timm.create_model("vit_tiny_patch16_224", img_size=SIDE, **ARCHITECTURE).state_dict())
 NORMS = {name for name in BACKBONE if "norm" in name}
@@ -52,6 +53,13 @@ def test_exactly_these_train(settings: dict, expected: set[str]) -> None:
     assert model.report.share == sum(p.numel() for p in model.trainable().values()) / sum(
         before[name].numel() for name in BACKBONE
     )
+
+
+@pytest.mark.parametrize("family", ["aimv2_swiglu", "eva_rope_sapiens2"])
+def test_an_rmsnorm_trains_as_a_layernorm_does(family: str) -> None:
+    norms = {name for name, _ in tiny(family).backbone.named_parameters() if "norm" in name and ".lnlora." not in name}
+    assert len(norms) >= 5
+    assert set(tiny(family, finetune="layernorm").trainable()) == norms | HEAD
 
 
 @pytest.mark.parametrize(
@@ -100,7 +108,7 @@ def test_the_head_counts_towards_the_budget() -> None:
         ({"finetune": "full", "head": "frozen"}, "adapter.head: frozen contradicts finetune: full"),
         ({"finetune": "head", "head": "adapted"}, "adapter.head: adapted contradicts finetune: head"),
         ({"finetune": "layernorm", "head": "adapted"}, "adapter.head: adapted needs branches"),
-        ({"family": "aimv2_swiglu", "finetune": "layernorm", "head": "frozen"}, "finds nothing to train"),
+        ({"finetune": "layernorm", "architecture": NORMLESS}, "finetune: layernorm finds nothing to train in vit_tiny"),
     ],
 )
 def test_contradictions_are_refused(settings: dict, words: str) -> None:

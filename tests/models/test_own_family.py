@@ -1,7 +1,10 @@
 """The family that docs/extending.md shows, from a module outside of the package."""
 
+import dataclasses
 import importlib
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -100,30 +103,62 @@ def test_it_computes_in_bf16_and_refuses_checkpointing(own: ModuleType) -> None:
 LOAD = """
 import sys
 import fulllora_dist as fd
-if sys.argv[2] == "with":
+from fulllora_dist.plugins import import_plugins
+if sys.argv[2] == "import":
     import my_family
+elif sys.argv[2] == "file":
+    import_plugins([sys.argv[3]])
 try:
-    print(fd.load(sys.argv[1]).info.name)
+    model = fd.load(sys.argv[1])
+    fd.save_adapter(model, sys.argv[1] + "/again")
+    print(model.info.name)
 except fd.UserError as error:
     print(error)
 """
 
 
-@pytest.mark.parametrize("plugin", ["with", "without"])
+@pytest.mark.parametrize("plugin", ["import", "file", "neither"])
 def test_its_adapter_loads_where_its_module_is_imported(own: ModuleType, plugin: str, tmp_path: Path) -> None:
     model = stir(fd.create_model("toy_transformer", **SETTINGS))
     fd.save_adapter(model, str(tmp_path))
     again = fd.load(str(tmp_path))
     assert torch.equal(again(pictures()), model(pictures()))
-    paths = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(own.__file__ or '').parent)!r}]\n"
-    command = [sys.executable, "-c", paths + LOAD, str(tmp_path), plugin]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    module = Path(own.__file__ or "")
+    paths = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    paths += f"sys.path.insert(0, {str(module.parent)!r})\n" if plugin == "import" else ""
+    command = [sys.executable, "-c", paths + LOAD, str(tmp_path), plugin, str(module)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
     said = done.stdout.strip().splitlines()[-1]
-    expected = "toy_transformer" if plugin == "with" else (
-        f"adapter: {tmp_path} is of the family toy, which is not registered; import my_family first, or name it under "
-        "plugins:"
-    )  # fmt: skip
-    assert said == expected
+    if plugin == "neither":
+        assert said == (
+            f"adapter: {tmp_path} is of the family toy, which is not registered; import my_family, or name it or its "
+            ".py file under plugins:"
+        )
+    else:
+        assert said == "toy_transformer"
+        assert (tmp_path / "again" / "adapter.json").read_text() == (tmp_path / "adapter.json").read_text()
+
+
+def test_a_file_beside_the_others_is_found(own: ModuleType, tmp_path: Path) -> None:
+    package = ROOT / "fulllora_dist"
+    shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(own.__file__ or "", tmp_path / package.name / "models" / "families" / "toy.py")
+    command = [sys.executable, "-c", "from fulllora_dist.models.families import FAMILIES; print(*FAMILIES)"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
+    )
+    assert sorted(done.stdout.split()) == sorted(FAMILIES)  # here the fixture has registered it
+
+
+@pytest.mark.filterwarnings("ignore:Overwriting toy_transformer in registry")
+def test_a_module_loaded_again_replaces_its_family(own: ModuleType) -> None:
+    before, count = FAMILIES["toy"], len(FAMILIES)
+    importlib.reload(own)
+    assert (len(FAMILIES), FAMILIES["toy"] is before, FAMILIES["toy"] is own.TOY) == (count, False, True)
+    assert fd.create_model("toy_transformer", **SETTINGS).family is own.TOY
+    with pytest.raises(UserError, match=r"family toy: another family has this name; .* or say plugin=__name__"):
+        register_family(dataclasses.replace(own.TOY, plugin="elsewhere"))
 
 
 class Reads(nn.Module):

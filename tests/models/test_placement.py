@@ -41,6 +41,7 @@ EXPECTED_BRANCHES = {
     "eva02_apart": 16,
     "eva_rope": 14,
     "eva_rope_mixed": 14,
+    "eva_rope_sapiens2": 14,
     "eva_post_norm": 14,
     "eva_pool": 14 + 6,
     "cait": 14,

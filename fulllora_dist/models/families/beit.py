@@ -2,7 +2,7 @@
 
 from timm.models.beit import Attention, Beit, Block
 
-from fulllora_dist.models.families.family import Family
+from fulllora_dist.models.families.family import Family, register_family
 from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, CallsQkv
 
 
@@ -10,16 +10,18 @@ class CallingAttention(CallsQkv, Attention):
     """BEiT's attention where it calls `qkv`."""
 
 
-BEIT = Family(
-    name="BEiT",
-    models=(Beit,),
-    parts={
-        Beit: {"head": "head"},
-        **PATCH_EMBED,
-        Block: {},
-        Attention: {"qkv": "qkv", "proj": "proj"},
-        **MLPS,
-    },
-    blocks=("blocks.*",),
-    calling={Attention: CallingAttention},
+register_family(
+    Family(
+        name="BEiT",
+        models=(Beit,),
+        parts={
+            Beit: {"head": "head"},
+            **PATCH_EMBED,
+            Block: {},
+            Attention: {"qkv": "qkv", "proj": "proj"},
+            **MLPS,
+        },
+        blocks=("blocks.*",),
+        calling={Attention: CallingAttention},
+    )
 )

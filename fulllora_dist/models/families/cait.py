@@ -11,7 +11,7 @@ from timm.models.cait import (
 )
 from torch import nn
 
-from fulllora_dist.models.families.family import Family, Weights
+from fulllora_dist.models.families.family import Family, Weights, register_family
 from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, resize_pos_embed
 
 
@@ -20,18 +20,20 @@ def _convert(weights: Weights, backbone: nn.Module) -> Weights:
     return resize_pos_embed(checkpoint_filter_fn(weights, backbone), backbone)
 
 
-CAIT = Family(
-    name="CaiT",
-    models=(Cait,),
-    parts={
-        Cait: {"head": "head"},
-        **PATCH_EMBED,
-        LayerScaleBlock: {},
-        TalkingHeadAttn: {"qkv": "qkv", "proj": "proj", "proj_l": None, "proj_w": None},
-        LayerScaleBlockClassAttn: {},
-        ClassAttn: {"q": "q", "k": "k", "v": "v", "proj": "proj"},
-        **MLPS,
-    },
-    blocks=("blocks.*", "blocks_token_only.*"),
-    convert=_convert,
+register_family(
+    Family(
+        name="CaiT",
+        models=(Cait,),
+        parts={
+            Cait: {"head": "head"},
+            **PATCH_EMBED,
+            LayerScaleBlock: {},
+            TalkingHeadAttn: {"qkv": "qkv", "proj": "proj", "proj_l": None, "proj_w": None},
+            LayerScaleBlockClassAttn: {},
+            ClassAttn: {"q": "q", "k": "k", "v": "v", "proj": "proj"},
+            **MLPS,
+        },
+        blocks=("blocks.*", "blocks_token_only.*"),
+        convert=_convert,
+    )
 )

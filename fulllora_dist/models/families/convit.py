@@ -2,22 +2,35 @@
 the picture and stays frozen. timm has no activation checkpointing for it."""
 
 from timm.models.convit import GPSA, MHSA, Block, ConVit
+from torch import nn
 
-from fulllora_dist.models.families.family import Family
+from fulllora_dist.models.families.family import Family, register_family
 from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, resize_pos_embed
 
-CONVIT = Family(
-    name="ConViT",
-    models=(ConVit,),
-    parts={
-        ConVit: {"head": "head"},
-        **PATCH_EMBED,
-        Block: {},
-        GPSA: {"qk": "qk", "v": "v", "proj": "proj", "pos_proj": None},
-        MHSA: {"qkv": "qkv", "proj": "proj"},
-        **MLPS,
-    },
-    blocks=("blocks.*",),
-    checkpointing=False,
-    convert=resize_pos_embed,
+
+def _register_positions(backbone: nn.Module) -> None:
+    """Up to timm 1.0.30 the table of relative positions is a plain attribute, which stays on the device and in the
+    dtype of the first forward pass when the model is moved."""
+    for module in backbone.modules():
+        if isinstance(module, GPSA) and "rel_indices" in vars(module):
+            module.register_buffer("rel_indices", vars(module).pop("rel_indices"), persistent=False)
+
+
+register_family(
+    Family(
+        name="ConViT",
+        models=(ConVit,),
+        parts={
+            ConVit: {"head": "head"},
+            **PATCH_EMBED,
+            Block: {},
+            GPSA: {"qk": "qk", "v": "v", "proj": "proj", "pos_proj": None},
+            MHSA: {"qkv": "qkv", "proj": "proj"},
+            **MLPS,
+        },
+        blocks=("blocks.*",),
+        checkpointing=False,
+        convert=resize_pos_embed,
+        prepare=_register_positions,
+    )
 )

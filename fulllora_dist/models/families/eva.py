@@ -6,7 +6,7 @@ Its attention has a fused qkv, read by its weight with biases of its own, or q_p
 from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 
-from fulllora_dist.models.families.family import Family
+from fulllora_dist.models.families.family import Family, register_family
 from fulllora_dist.models.families.timm_parts import ATTENTION_POOL, MLPS, PATCH_EMBED, CallsQkv
 
 _PROJECTIONS = {"qkv": "qkv", "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj": "proj"}
@@ -16,19 +16,21 @@ class CallingEvaAttention(CallsQkv, EvaAttention):
     """EVA's attention where it calls a fused `qkv`."""
 
 
-EVA = Family(
-    name="EVA",
-    models=(Eva,),
-    parts={
-        Eva: {"head": "head"},
-        **PATCH_EMBED,
-        EvaBlock: {},
-        EvaBlockPostNorm: {},
-        EvaAttention: _PROJECTIONS,
-        AttentionRope: _PROJECTIONS,
-        **MLPS,
-        **ATTENTION_POOL,
-    },
-    blocks=("blocks.*",),
-    calling={EvaAttention: CallingEvaAttention},
+register_family(
+    Family(
+        name="EVA",
+        models=(Eva,),
+        parts={
+            Eva: {"head": "head"},
+            **PATCH_EMBED,
+            EvaBlock: {},
+            EvaBlockPostNorm: {},
+            EvaAttention: _PROJECTIONS,
+            AttentionRope: _PROJECTIONS,
+            **MLPS,
+            **ATTENTION_POOL,
+        },
+        blocks=("blocks.*",),
+        calling={EvaAttention: CallingEvaAttention},
+    )
 )

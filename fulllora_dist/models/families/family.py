@@ -46,6 +46,8 @@ class Family:
         checkpointing: whether the models have `set_grad_checkpointing`.
         convert: a checkpoint under other keys or of another image size -> what `load_state_dict` takes. None: the
             `checkpoint_filter_fn` of the model's module, where it has one.
+        any_size: whether the models take pictures of any size as they are, without timm's `dynamic_img_size`.
+        prepare: what is done to a new model before anything is adapted.
         plugin: the module to import for a family from outside this package, `__name__` in that module.
     """
 
@@ -56,6 +58,8 @@ class Family:
     calling: Mapping[type[nn.Module], type[nn.Module]] = field(default_factory=dict)
     checkpointing: bool = True
     convert: Callable[[Weights, nn.Module], Weights] | None = None
+    any_size: bool = False
+    prepare: Callable[[nn.Module], None] | None = None
     plugin: str | None = None
 
     def __post_init__(self) -> None:
@@ -125,11 +129,36 @@ class Family:
         return weights if convert is None else convert(weights, backbone)
 
 
-def check_branches_are_called(backbone: nn.Module, sites: list[Site], name: str, image_size: int) -> None:
-    """One forward pass on a grey picture: a branch that it does not call would silently never act.
+FAMILIES: dict[str, Family] = {}
+"""By name."""
+
+
+def register_family(family: Family) -> Family:
+    """Make the models of a family known to `create_model`, training and evaluation.
+
+    The same name from the same `plugin` replaces the family: its module was loaded again.
 
     Raises:
-        UserError: naming such a layer.
+        UserError: the name or a model class is another family's.
+    """
+    for other in FAMILIES.values():
+        if other.name != family.name and (taken := set(other.models) & set(family.models)):
+            raise UserError(f"family {family.name}: {taken.pop().__name__} belongs to the family {other.name}")
+    known = FAMILIES.get(family.name)
+    if known is not None and (family.plugin is None or known.plugin != family.plugin):
+        raise UserError(
+            f"family {family.name}: another family has this name; take a name of its own, or say plugin=__name__ "
+            "in a module that is loaded again"
+        )
+    FAMILIES[family.name] = family
+    return family
+
+
+def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size: int, num_classes: int) -> None:
+    """One forward pass on a grey picture: it gives logits, and calls each branch, which would silently never act else.
+
+    Raises:
+        UserError: it fails, gives something else, or does not call a layer, which is named.
     """
     called: set[str] = set()
     handles = [
@@ -143,12 +172,24 @@ def check_branches_are_called(backbone: nn.Module, sites: list[Site], name: str,
     try:
         backbone.eval()
         with torch.no_grad():
-            backbone(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
+            logits = backbone(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(
+            f"model.image_size: {name} fails on a picture of 3 x {image_size} x {image_size} ({reason}); take the size "
+            "that it is made for, and leave out of model.architecture what changes its input"
+        ) from None
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in training:
             module.training = mode
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, num_classes):
+        raise UserError(
+            f"model.architecture: {name} gives {shape or type(logits).__name__} for one picture instead of logits "
+            f"{(1, num_classes)}; leave out what changes its output, such as global_pool"
+        )
     if idle := [site.path for site in sites if site.path not in called]:
         raise UserError(
             f"model.backbone: {name} never calls {idle[0]} ({len(idle)} such layers), so that a branch beside it would "

@@ -4,22 +4,25 @@ interaction have 9 weights a channel, and the position encoding does not see the
 from timm.models.cait import ClassAttn
 from timm.models.xcit import LPI, XCA, ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit
 
-from fulllora_dist.models.families.family import Family
+from fulllora_dist.models.families.family import Family, register_family
 from fulllora_dist.models.families.timm_parts import MLPS
 
-XCIT = Family(
-    name="XCiT",
-    models=(Xcit,),
-    parts={
-        Xcit: {"head": "head"},
-        ConvPatchEmbed: {"proj.*.0": "patch_embed"},
-        PositionalEncodingFourier: {"token_projection": None},
-        XCABlock: {},
-        XCA: {"qkv": "qkv", "proj": "proj"},
-        LPI: {"conv1": None, "conv2": None},
-        ClassAttentionBlock: {},
-        ClassAttn: {"q": "q", "k": "k", "v": "v", "proj": "proj"},
-        **MLPS,
-    },
-    blocks=("blocks.*", "cls_attn_blocks.*"),
+register_family(
+    Family(
+        name="XCiT",
+        models=(Xcit,),
+        parts={
+            Xcit: {"head": "head"},
+            ConvPatchEmbed: {"proj.*.0": "patch_embed"},
+            PositionalEncodingFourier: {"token_projection": None},
+            XCABlock: {},
+            XCA: {"qkv": "qkv", "proj": "proj"},
+            LPI: {"conv1": None, "conv2": None},
+            ClassAttentionBlock: {},
+            ClassAttn: {"q": "q", "k": "k", "v": "v", "proj": "proj"},
+            **MLPS,
+        },
+        blocks=("blocks.*", "cls_attn_blocks.*"),
+        any_size=True,
+    )
 )
