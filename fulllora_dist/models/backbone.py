@@ -222,10 +222,10 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = _create(name, arguments, outputs, weights)
-    if backbone.num_classes < 1:
-        raise UserError(f"model.num_classes: {name} has no classes of its own; set it to how many there shall be")
     _check_input_sizes(backbone, name, input_sizes)
     family = family_of(backbone, name)
+    if backbone.num_classes < 1:
+        raise UserError(f"model.num_classes: {name} has no classes of its own; set it to how many there shall be")
     if family.prepare is not None:
         family.prepare(backbone)
     heads = [site.path for site in family.sites(backbone, name) if site.component == "head"]
