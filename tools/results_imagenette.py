@@ -121,9 +121,10 @@ paired over the 1,000 pictures, with a bootstrap's 95 % interval; fp32 rows, one
   is larger, which was not measured.
 - **Updating the perturbation through the first block** (YOPO, arXiv 1905.00877): each full pass gives the adapter's
   gradient and moves the perturbation three times through the patch embedding and the first block, where Free moves it
-  once by the whole model's gradient. At equal work, YOPO minus Free-4: {yopo_fp32 - free4_fp32}. An earlier variant,
-  whose full pass served the perturbation alone and was followed by a weight step of its own, cost 13 % more than N-FGSM
-  and was 1.8 points below it (-2.8 to -0.9). The paper's one update from m passes was not tried.
+  once by the whole model's gradient. At equal work, YOPO minus Free-4: {yopo_fp32 - free4_fp32}. An earlier variant
+  (`yopo` of commit e456b7f), whose full pass served the perturbation alone and was followed by a weight step of its
+  own, cost 13 % more work than N-FGSM; minus that: {yopo_separate_fp32 - nfgsm_fp32}. The paper's one update from m
+  passes was not tried.
 - N-FGSM of 5.1 epochs minus N-FGSM of 8: {nfgsm_short_fp32 - nfgsm_fp32}.
 """
 
@@ -226,14 +227,13 @@ def row(name: str, result: dict[str, Any], reference: int) -> str:
 
 
 def difference(pair: str, results: dict[str, Any]) -> str:
-    """Of the robust accuracies of `row - other row`, in points; as it was recorded where the pictures were not kept."""
+    """Of the robust accuracies of `row - other row`, in points."""
     names = pair.split(" - ")
-    recorded = results.get(names[0], {}).get("paired", {}).get(names[1])
-    if all("correct" in results.get(name, {}).get("attacks", {}).get(ATTACK, {}) for name in names):
-        one, other = (np.array(list(results[name]["attacks"][ATTACK]["correct"]), dtype=float) for name in names)
-        interval = bootstrap((one - other,), np.mean, method="percentile", rng=0).confidence_interval
-        recorded = [100 * value for value in ((one - other).mean(), interval.low, interval.high)]
-    return "not measured" if recorded is None else "{:+.1f} ({:+.1f} to {:+.1f})".format(*recorded)
+    if not all("correct" in results.get(name, {}).get("attacks", {}).get(ATTACK, {}) for name in names):
+        return "not measured"
+    one, other = (np.array(list(results[name]["attacks"][ATTACK]["correct"]), dtype=float) for name in names)
+    interval = bootstrap((one - other,), np.mean, method="percentile", rng=0).confidence_interval
+    return f"{100 * (one - other).mean():+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
 
 
 def write_table() -> None:
@@ -241,7 +241,7 @@ def write_table() -> None:
     results = json.loads(RESULTS.read_text())
     results |= {name: read_result(name) for name in ROWS if (RUNS / name / "evaluation.json").exists()}
     done = [name for name in ROWS if name in results]
-    RESULTS.write_text(json.dumps({name: results[name] for name in done}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     reference = work("fulllora_pgd2")[1]
     settings = "export " + " ".join(f"{key}={value}" for key, value in ENVIRONMENT.items())
     commands = "\n".join([settings, *(shlex.join(["deepspeed", "--num_gpus", "2", *command(name)]) for name in done)])
