@@ -178,6 +178,8 @@ class RunSettings(Settings):
     """Batches between states of the run."""
     keep_states: int = Field(2, ge=1)
     """How many states are kept."""
+    max_skipped: int = Field(10, ge=0)
+    """Updates in a row that may be skipped, on all ranks together, as the loss or its gradient is not finite."""
     resume_from: str | None = None
     """Folder of a state to start from where the output has none yet."""
     log_every: int = Field(10, ge=1)

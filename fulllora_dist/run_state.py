@@ -8,7 +8,7 @@ from torch import Tensor
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.distributed.checkpoint import write_state
 from fulllora_dist.distributed.engine import Engine, TrainableState
-from fulllora_dist.errors import UserError
+from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import Phases
@@ -52,6 +52,7 @@ class RunState:
             phases.total_updates,
             trainable,
         )
+        self._skipped = self.engine.skipped
         run.saved = None  # not needed again; with every slot of Free it is large
 
     def _resume(self, model: AdaptedModel, tensors: dict[str, Tensor], facts: dict) -> TrainableState:
@@ -72,32 +73,48 @@ class RunState:
             first = size * self._run.ranks.rank
             self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
         self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
-        return TrainableState(facts["updates"], parts)
+        return TrainableState(facts["updates"], parts, facts.get("skipped", 0))
 
     def advance(self, metrics: dict[str, Tensor]) -> None:
         """Count the batch that was trained on; log, save and stop where it is time."""
         self.step += 1
         self.stream.commit(self.step)
         self.stream.count_bad(self._run.ranks.union)
+        self._count_skipped()
         last = self.step == self.total_steps
         if last or self.step % self._run.config.run.log_every == 0:
             self._log(metrics)
         if stop := self._run.ranks.max(self._run.stop.signal or 0):
             self._run.stop.hear(stop)  # a scheduler may signal one node alone: every rank leaves in the same way
             self.stopped = True
-        if last or self.stopped or self.step % self._run.config.run.save_every == 0:
+        in_doubt = self.engine.skipped_in_a_row > 0  # where it diverges, the newest state is from before
+        if last or self.stopped or (self.step % self._run.config.run.save_every == 0 and not in_doubt):
             self.save()
+
+    def _count_skipped(self) -> None:
+        skipped = self.engine.skipped - self._skipped
+        if not skipped:
+            return
+        self._skipped = self.engine.skipped
+        in_a_row, most = self.engine.skipped_in_a_row, self._run.config.run.max_skipped
+        if in_a_row > most:
+            newest = "none" if self._saved_step is None else f"that of batch {self._saved_step}"
+            raise SharedUserError(
+                f"run.max_skipped: loss or gradient was not finite in the last {in_a_row} updates, {most} may "
+                f"be; at batch {self.step}, the newest state is {newest}. Start with a lower optim.lr in another folder"
+            )
+        self._run.say(
+            f"warning: batch {self.step - 1}: loss or gradient is not finite; {skipped} of its updates skipped, "
+            f"{self._skipped} since the run began"
+        )
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         names = list(metrics)
         total = self._run.ranks.sum(torch.stack([metrics[name].double() for name in names]))
         means = dict(zip(names, (total / self._run.ranks.world).tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss is {means['loss']} at batch {self.step}; start with a lower optim.lr in another folder"
-            )
+        means = {name: value for name, value in means.items() if math.isfinite(value)}  # a skipped update has no loss
         self.shown = {name: f"{value:.3f}" for name, value in means.items()}
-        means["learning_rate"] = self.engine.learning_rate
+        means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
         if (norm := self.engine.gradient_norm()) is not None:
             means["gradient_norm"] = norm
         self._run.tracker.log({f"train/{name}": value for name, value in means.items()}, self.step)
@@ -118,6 +135,7 @@ class RunState:
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
             facts = {
                 "updates": trainable.updates,
+                "skipped": trainable.skipped,
                 "stream": self.stream.state_dict(),
                 "mlflow_run_id": run.tracker.run_id,
                 "config": run.config.model_dump(mode="json"),
