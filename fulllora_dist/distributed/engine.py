@@ -340,4 +340,5 @@ def _start_deepspeed(
         )
     except (DeepSpeedConfigError, ValidationError) as error:
         raise UserError(f"deepspeed: {' '.join(str(error).split())[:300]}") from None
+    ranks.limit_waiting()
     return engine

@@ -77,6 +77,7 @@ def _train(ranks: Ranks, settings: dict, until: int) -> tuple[int, int]:
         state.advance(state.phases.step(state.engine, batch, state.step))
         if state.step == until:
             break
+    run.settle()
     return began, state.step
 
 

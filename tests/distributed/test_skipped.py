@@ -98,13 +98,14 @@ def _run(ranks: Ranks, settings: dict, bad: list[int], until: int) -> tuple[int,
     """As train.py does, with rank 1's pictures NaN in some batches, until it falls over: its last step and words."""
     run, state = _start(ranks, settings)
     said: list[str] = []
-    object.__setattr__(run, "say", said.append)
+    run.say = said.append  # type: ignore[method-assign]
     try:
         for batch in run.progress(state):
             if ranks.rank == 1 and state.step in bad:
                 batch = replace(batch, images=batch.pixels() * torch.nan)
             state.advance(state.phases.step(state.engine, batch, state.step))
             if state.step == until:
+                run.settle()
                 break
     except SharedUserError as error:
         return state.step, str(error), said
