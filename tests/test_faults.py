@@ -72,3 +72,22 @@ def test_the_exit_code_names_the_signal(config: Path, kind: signal.Signals) -> N
     assert f"stopped at batch {newest(output)}" in said
     steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.long
+def test_a_killed_rank_takes_the_others_down(config: Path) -> None:
+    """The launcher names the rank's command and code, rank 0 the rank; a state is there, and MLflow knows."""
+    output = config.parent / "killed"
+    launched = start(config, f"run.output={output}", *LONG)
+    wait_for_state(output, 10)
+    survivors = [rank_process(launched, 0), *rank_process(launched, 0).children(recursive=True)]
+    rank_process(launched, 1).kill()
+    killed = time.monotonic()
+    said = end(launched, code=None)
+    assert time.monotonic() - killed < 40, "the launcher waits 30 s at most"
+    assert launched.returncode != 0
+    assert "--local_rank=1" in said.partition("exits with return code = -9")[0].splitlines()[-1]
+    assert "error on rank 0: rank 1 has died (" in said
+    assert "Traceback" not in said
+    assert not psutil.wait_procs(survivors, timeout=5)[1], "workers too"
+    assert status(config, output) in ("FAILED", "KILLED")
