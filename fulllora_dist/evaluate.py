@@ -80,7 +80,7 @@ def main() -> None:
     config = load_config(args.config, [*args.overrides, *overrides])
     folder = check_inputs(config, args.adapter)
 
-    ranks = start_ranks()
+    ranks = start_ranks(config.distributed.timeout_minutes)
     model = build_evaluated(config, args.adapter).to(ranks.device)
     stream = build_eval_stream(config, folder, model.info, ranks)
     evaluator = Evaluator(

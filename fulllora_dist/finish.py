@@ -18,11 +18,13 @@ def finish(run: Run, state: RunState) -> None:
     output = run.config.run.output
     adapter = os.path.join(output, "adapter")
     tensors = state.engine.adapter()
-    if run.ranks.is_main:
+
+    def save() -> None:
         save_adapter(state.engine.model, adapter, state=tensors, training=_provenance(run.config, state))
         run.tracker.artifact(adapter, "adapter")
         run.tracker.text(run.settings, "config.yaml")
-    run.ranks.barrier()
+
+    run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, state.step)
@@ -60,10 +62,13 @@ def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
         adapter=adapter,
     )
     results = evaluator.run(model, build_eval_stream(config, validation, model.info, run.ranks))
-    if run.ranks.is_main:
+
+    def write() -> None:
+        print(table(results), file=sys.stdout, flush=True)
         path = os.path.join(config.run.output, "evaluation.json")
         write_evaluation(results, path)
         run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in results["attacks"].items()}, step)
         run.tracker.commit(step)
         run.tracker.artifact(path)
-        print(table(results), file=sys.stdout, flush=True)
+
+    run.ranks.on_main(write, f"run.output: no evaluation.json in {config.run.output}")

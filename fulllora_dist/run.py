@@ -11,12 +11,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fulllora_dist.config import Config
+from fulllora_dist.data import store, urls
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.data.urls import redacted
-from fulllora_dist.distributed.checkpoint import DamagedState, read_newest_state, read_state
 from fulllora_dist.distributed.preemption import StopRequest
 from fulllora_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
 from fulllora_dist.errors import UserError
+from fulllora_dist.states import States
 from fulllora_dist.tracking.run import Tracker
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Run:
         ranks: this process among the others.
         saved: (tensors, facts) of the state to go on from, None at a run's beginning.
         stop: whether somebody asked for an end.
+        states: on disk or in a bucket, for rank 0.
         tracker: metrics and artifacts, on rank 0.
     """
 
@@ -60,16 +61,12 @@ class Run:
         self.config = config
         self.ranks = ranks
         self.stop = stop
-        self.states = os.path.join(config.run.output, "states")
+        self.states = States(config.run, self.say)
         self.saved = self._find_state()
         facts = self.saved[1] if self.saved else {}
         resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-        self.settings = redacted(resolved)
-        if ranks.is_main:
-            os.makedirs(config.run.output, exist_ok=True)
-            with open(os.path.join(config.run.output, "config.yaml"), "w") as file:
-                file.write(resolved)
-            self.say(self.settings)
+        self.settings = urls.redacted(resolved)
+        ranks.on_main(lambda: self._open_output(resolved), f"run.output: {config.run.output} cannot be written")
         self.tracker = Tracker(config, ranks.is_main, facts.get("mlflow_run_id"), facts.get("step", 0))
 
     def say(self, text: str) -> None:
@@ -78,24 +75,34 @@ class Run:
             tqdm.write(text, file=sys.stderr)
 
     def _find_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The run's own newest whole state, else the one it was told to start from, else None."""
-        found, damaged = read_newest_state(self.states)
-        # every rank must go on from the state that rank 0 sees
-        step = self.ranks.share(found[1]["step"] if found else None)
-        if (found[1]["step"] if found else None) != step:
-            raise UserError(f"run.output: {self.states} looks different from rank 0; it must be on a shared disk")
-        for line in damaged:
-            self.say(f"warning: {line}; going on from an older state")
-        own = self.config.run.resume_from
-        if found is None and own is not None:
-            try:
-                found = read_state(own)
-            except DamagedState as error:
-                raise UserError(f"run.resume_from: {error}") from None
-            found[1]["mlflow_run_id"] = None  # that run goes on elsewhere
-        if found is not None:
-            _check_same_run(self.config, found[1]["config"], self.config.run.output)
-        return found
+        """What rank 0 finds, on every rank: the others need not see its disk."""
+
+        def find() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+            found = self.states.find()
+            if found is not None:
+                _check_same_run(self.config, found[1]["config"], self.config.run.output)
+            return found
+
+        found = self.ranks.on_main(find, "run.output: its states cannot be read")
+        facts = self.ranks.share(found and found[1])
+        if facts is None:
+            return None
+        return self.ranks.share_tensors(found and found[0]), facts
+
+    def _open_output(self, resolved: str) -> None:
+        """The config goes where results and states go, which shows that they can be written there; whole only on one's
+        own disk."""
+        output, states = self.config.run.output, self.config.run.states
+        os.makedirs(output, exist_ok=True)
+        if states is not None:
+            store.write(urls.join(states, "config.yaml"), self.settings.encode())
+        store.write(urls.join(output, "config.yaml"), resolved.encode())
+        self.say(self.settings)
+
+    def settle(self) -> None:
+        """Wait for the state that is being written; what it covers may go to the tracker."""
+        if self.states.settle() and self.states.newest is not None:
+            self.tracker.commit(self.states.newest)
 
     def progress(self, state: "RunState") -> Iterator[Batch]:
         """The batches that are left, on the device; rank 0 shows loss, accuracy, pictures a second and time left."""
@@ -151,7 +158,7 @@ def start_run(config: Config) -> Iterator[Run]:
     Raises:
         UserError: the output folder holds another run, or a state that cannot be read.
     """
-    ranks = start_ranks()
+    ranks = start_ranks(config.distributed.timeout_minutes)
     with StopRequest() as stop:
         run = Run(config, ranks, stop)
         status = "FAILED"
@@ -159,5 +166,6 @@ def start_run(config: Config) -> Iterator[Run]:
             yield run
             status = "FINISHED"
         finally:
+            run.settle()
             run.tracker.finish(status if stop.signal is None else "KILLED")
     stop_ranks()

@@ -1,14 +1,14 @@
 """Everything a run has to remember, and the only place that counts, logs and saves."""
 
 import math
+import time
 
 import torch
 from torch import Tensor
 
 from fulllora_dist.data.loader import TrainStream
-from fulllora_dist.distributed.checkpoint import write_state
 from fulllora_dist.distributed.engine import Engine, TrainableState
-from fulllora_dist.errors import UserError
+from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import Phases
@@ -52,6 +52,9 @@ class RunState:
             phases.total_updates,
             trainable,
         )
+        self._skipped = self.engine.skipped
+        self._due = False
+        self._saved_at = time.monotonic()
         run.saved = None  # not needed again; with every slot of Free it is large
 
     def _resume(self, model: AdaptedModel, tensors: dict[str, Tensor], facts: dict) -> TrainableState:
@@ -72,38 +75,71 @@ class RunState:
             first = size * self._run.ranks.rank
             self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
         self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
-        return TrainableState(facts["updates"], parts)
+        return TrainableState(facts["updates"], parts, facts.get("skipped", 0))
 
     def advance(self, metrics: dict[str, Tensor]) -> None:
         """Count the batch that was trained on; log, save and stop where it is time."""
         self.step += 1
         self.stream.commit(self.step)
         self.stream.count_bad(self._run.ranks.union)
+        self._count_skipped()
         last = self.step == self.total_steps
         if last or self.step % self._run.config.run.log_every == 0:
             self._log(metrics)
-        if stop := self._run.ranks.max(self._run.stop.signal or 0):
+        # one vote for both: a signal, and rank 0's word on saving
+        vote = self._run.ranks.max((self._run.stop.signal or 0) << 1 | self._wants_state())
+        if stop := vote >> 1:
             self._run.stop.hear(stop)  # a scheduler may signal one node alone: every rank leaves in the same way
             self.stopped = True
-        if last or self.stopped or self.step % self._run.config.run.save_every == 0:
+        if last or self.stopped or vote & 1:
             self.save()
+        if last or self.stopped:
+            self._run.settle()
+            self._run.ranks.barrier()  # a rank that leaves now leaves a whole state behind
+
+    def _wants_state(self) -> bool:
+        """Whether a state is due on rank 0. It waits until the one before is written, and while updates are skipped:
+        where the run diverges, the newest state is from before."""
+        run, settings = self._run, self._run.config.run
+        if not run.ranks.is_main:
+            return False
+        minutes = (time.monotonic() - self._saved_at) / 60
+        self._due |= self.step % settings.save_every == 0 or minutes >= (settings.save_minutes or math.inf)
+        if run.states.idle:
+            run.settle()
+        return self._due and run.states.idle and not self.engine.skipped_in_a_row
+
+    def _count_skipped(self) -> None:
+        skipped = self.engine.skipped - self._skipped
+        if not skipped:
+            return
+        self._skipped = self.engine.skipped
+        in_a_row, most = self.engine.skipped_in_a_row, self._run.config.run.max_skipped
+        if in_a_row > most:
+            self._run.settle()
+            newest = self._run.ranks.share(self._run.states.described())
+            raise SharedUserError(
+                f"run.max_skipped: loss or gradient was not finite in the last {in_a_row} updates, {most} may "
+                f"be; at batch {self.step}, the newest state is {newest}. Start with a lower optim.lr in another folder"
+            )
+        self._run.say(
+            f"warning: batch {self.step - 1}: loss or gradient is not finite; {skipped} of its updates skipped, "
+            f"{self._skipped} since the run began"
+        )
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         names = list(metrics)
         total = self._run.ranks.sum(torch.stack([metrics[name].double() for name in names]))
         means = dict(zip(names, (total / self._run.ranks.world).tolist(), strict=True))
-        if not math.isfinite(means["loss"]):
-            raise UserError(
-                f"the loss is {means['loss']} at batch {self.step}; start with a lower optim.lr in another folder"
-            )
+        means = {name: value for name, value in means.items() if math.isfinite(value)}  # a skipped update has no loss
         self.shown = {name: f"{value:.3f}" for name, value in means.items()}
-        means["learning_rate"] = self.engine.learning_rate
+        means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
         if (norm := self.engine.gradient_norm()) is not None:
             means["gradient_norm"] = norm
         self._run.tracker.log({f"train/{name}": value for name, value in means.items()}, self.step)
 
     def save(self) -> None:
-        """Write the state, once a step. A collective."""
+        """Begin to write the state, once a step. A collective."""
         if self._saved_step == self.step:
             return
         run = self._run
@@ -118,15 +154,14 @@ class RunState:
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
             facts = {
                 "updates": trainable.updates,
+                "skipped": trainable.skipped,
                 "stream": self.stream.state_dict(),
                 "mlflow_run_id": run.tracker.run_id,
                 "config": run.config.model_dump(mode="json"),
                 "backbone_sha256": self.engine.model.info.sha256,
             }
-            write_state(run.states, self.step, tensors, facts, run.config.run.keep_states)
-            run.tracker.commit(self.step)
-        self._saved_step = self.step
-        run.ranks.barrier()  # a rank that leaves now leaves a whole state behind
+            run.states.write(self.step, tensors, facts)
+        self._saved_step, self._saved_at, self._due = self.step, time.monotonic(), False
 
 
 def _start_from(model: AdaptedModel, folder: str) -> None:

@@ -50,7 +50,8 @@ def main() -> int:
         if not state.stopped:
             finish(run, state)
             return 0
-        run.say(f"stopped at batch {state.step} of {state.total_steps}; the same command goes on from here")
+        where = "here" if run.states.newest == state.step else f"its newest state: {run.states.described()}"
+        run.say(f"stopped at batch {state.step} of {state.total_steps}; the same command goes on from {where}")
         return 128 + (run.stop.signal or signal.SIGTERM)  # the signal may have come to another rank
 
 

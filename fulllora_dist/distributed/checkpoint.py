@@ -1,7 +1,8 @@
-"""States of a run on disk: safetensors and JSON, published by a rename, found by themselves.
+"""States of a run, on a disk or in a bucket: safetensors and JSON, found by themselves.
 
-A state is a folder `states/<step>` with state.safetensors and state.json, which holds the checksum of both. It is
-written under a temporary name, flushed to the disk and renamed, so that a folder of the right name is complete.
+A state is a folder `<place>/<step>` with state.safetensors and state.json, which holds the checksum of both. On a disk
+it is written under a temporary name, flushed and renamed, so that a folder of the right name is complete. A bucket
+cannot rename: there the description is written last, and a folder without one is no state.
 Nothing in it is bound to a number of ranks or a ZeRO stage, and nothing is pickled. The backbone is never in it.
 """
 
@@ -9,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +20,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from fulllora_dist.data import store, urls
 from fulllora_dist.errors import UserError
 
 FORMAT_VERSION = 1
@@ -51,33 +54,47 @@ def _digest(content: bytes, facts: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def write_state(folder: str, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> str:
-    """Publish the state of `step` under `folder` and delete all but the `keep` newest. Returns its path.
+def write_state(place: str, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> str:
+    """Publish the state of `step` under `place` and delete all but the `keep` newest. Returns its path or URL.
 
     Args:
+        place: a folder, or an s3:// or gs:// URL.
         tensors: on the host.
         facts: JSON-able.
+
+    Raises:
+        OSError, UserError: it cannot be written there; older states are as they were.
     """
-    os.makedirs(folder, exist_ok=True)
-    _delete_unfinished(folder)
-    final = os.path.join(folder, f"{step:08d}")
-    temporary = os.path.join(folder, f".tmp-{step:08d}")
-    os.makedirs(temporary)
     content = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
-    _write(os.path.join(temporary, TENSORS), content)
     description = {"format_version": FORMAT_VERSION, "step": step, **facts}
     description["sha256"] = _digest(content, description)
-    _write(os.path.join(temporary, DESCRIPTION), (json.dumps(description, indent=1) + "\n").encode())
-    _flush_folder(temporary)
-    if os.path.exists(final):  # a run that went back to an older state makes this step again
-        shutil.rmtree(final)
-    os.rename(temporary, final)
-    _flush_folder(folder)
+    final = f"{place.rstrip('/')}/{step:08d}"
+    publish = _publish_objects if urls.is_remote(place) else _publish_folder
+    publish(place, final, {TENSORS: content, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()})
     # newer ones were passed over as damaged: they do not count, or they would push this one out
-    older = [path for path in list_states(folder) if int(os.path.basename(path)) < step]
+    older = [path for path in list_states(place) if _step_of(path) < step]
     for old in older[keep - 1 :]:
-        shutil.rmtree(old)
+        with contextlib.suppress(OSError, UserError):  # the new one is whole; the next one tries again
+            _delete(old)
     return final
+
+
+def _publish_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
+    os.makedirs(place, exist_ok=True)
+    _delete_unfinished(place)
+    temporary = os.path.join(place, f".tmp-{os.path.basename(final)}")
+    try:
+        os.makedirs(temporary)
+        for name, content in files.items():
+            _write(os.path.join(temporary, name), content)
+        _flush_folder(temporary)
+        if os.path.exists(final):  # a run that went back to an older state makes this step again
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        raise
+    _flush_folder(place)
 
 
 def _delete_unfinished(folder: str) -> None:
@@ -86,12 +103,48 @@ def _delete_unfinished(folder: str) -> None:
             shutil.rmtree(os.path.join(folder, name))
 
 
-def list_states(folder: str) -> list[str]:
-    """Paths of the published states, newest first."""
-    names: list[str] = []
-    with contextlib.suppress(FileNotFoundError):
-        names = [name for name in os.listdir(folder) if name.isdigit()]
-    return [os.path.join(folder, name) for name in sorted(names, key=int, reverse=True)]
+def _publish_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
+    for path, names in _folders(place).items():
+        if DESCRIPTION not in names or path == final:  # unfinished, or damaged and made again
+            _delete(path)
+    for name in (TENSORS, DESCRIPTION):
+        store.write(f"{final}/{name}", files[name])
+
+
+def _delete(path: str) -> None:
+    if not urls.is_remote(path):
+        shutil.rmtree(path)
+        return
+    fs = urls.filesystem(path)
+    for name in (DESCRIPTION, TENSORS):  # without the first it is no state any more, whatever happens next
+        url = f"{path}/{name}"
+        store.persistent(lambda url=url: fs.rm_file(url), path)  # type: ignore[misc]
+
+
+def _folders(place: str) -> dict[str, set[str]]:
+    """What lies in a bucket under `place`: the URL of each step's folder, and the files in it."""
+    fs, place = urls.filesystem(place), place.rstrip("/")
+    inside = re.compile(re.escape(fs._strip_protocol(place)) + r"/(\d+)/([^/]+)")
+    found: dict[str, set[str]] = {}
+    for key in store.persistent(lambda: fs.find(place), place):
+        if match := inside.fullmatch(key):
+            found.setdefault(f"{place}/{match[1]}", set()).add(match[2])
+    return found
+
+
+def list_states(place: str) -> list[str]:
+    """Paths or URLs of the published states, newest first."""
+    if urls.is_remote(place):
+        paths = [path for path, names in _folders(place).items() if DESCRIPTION in names]
+    else:
+        paths = []
+        with contextlib.suppress(FileNotFoundError):
+            paths = [os.path.join(place, name) for name in os.listdir(place) if name.isdigit()]
+    return sorted(paths, key=_step_of, reverse=True)
+
+
+def _step_of(path: str) -> int:
+    return int(os.path.basename(path))
 
 
 def read_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -99,13 +152,11 @@ def read_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         DamagedState: missing files, changed bytes.
-        UserError: a format version this program does not know.
+        UserError: a format version this program does not know, a bucket that does not answer.
     """
     try:
-        with open(os.path.join(path, DESCRIPTION), "rb") as file:
-            facts = json.loads(file.read())
-        with open(os.path.join(path, TENSORS), "rb") as file:
-            content = file.read()
+        files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)
+        facts, content = json.loads(files[DESCRIPTION]), files[TENSORS]
         version, sha256 = facts["format_version"], facts.pop("sha256")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedState(f"{path} is incomplete ({error})") from None
@@ -119,10 +170,26 @@ def read_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DamagedState(f"{path}/{TENSORS} is damaged ({error})") from None
 
 
-def read_newest_state(folder: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
+def _read_folder(path: str) -> dict[str, bytes]:
+    files = {}
+    for name in (DESCRIPTION, TENSORS):
+        with open(os.path.join(path, name), "rb") as file:
+            files[name] = file.read()
+    return files
+
+
+def _read_objects(path: str) -> dict[str, bytes]:
+    """What is there of the two files. A bucket that does not answer is no missing file, and a UserError."""
+    fs = urls.filesystem(path)
+    names = {key.rpartition("/")[2] for key in store.persistent(lambda: fs.find(path), path)}
+    return {name: store.read(f"{path}/{name}") for name in (DESCRIPTION, TENSORS) if name in names}
+
+
+def read_newest_state(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
     """The newest state that is whole, or None, and a line for each damaged one that was passed over."""
     damaged: list[str] = []
-    for path in list_states(folder):
+    paths = [path for place in places for path in list_states(place)]
+    for path in sorted(paths, key=_step_of, reverse=True):
         try:
             return read_state(path), damaged
         except DamagedState as error:

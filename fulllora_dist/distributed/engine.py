@@ -83,10 +83,12 @@ class TrainableState:
     Attributes:
         updates: optimizer updates made.
         tensors: {"master" | "exp_avg" | "exp_avg_sq" | "ema": {name in the timm model: fp32, full shape, host}}.
+        skipped: updates that were not made, as their loss or gradient was not finite.
     """
 
     updates: int
     tensors: dict[str, dict[str, Tensor]]
+    skipped: int = 0
 
 
 class Engine:
@@ -96,6 +98,11 @@ class Engine:
         model: on any device; it is moved to the rank's.
         total_updates: length of the learning rate schedule.
         state: where to go on from; its masters are loaded before DeepSpeed takes the parameters over.
+
+    Attributes:
+        updates: optimizer updates made: the place in the learning rate schedule.
+        skipped: updates that were not made, as the loss or gradient of a rank was not finite; all skip together.
+        skipped_in_a_row: the last of them, since one was made.
     """
 
     def __init__(
@@ -115,6 +122,8 @@ class Engine:
         self.model.train()
         self.ranks = ranks
         self.updates = state.updates if state is not None else 0
+        self.skipped = state.skipped if state is not None else 0
+        self.skipped_in_a_row = 0
         self.total_updates = total_updates
         self._optim = optim
         self._stage = settings.zero_stage
@@ -142,6 +151,8 @@ class Engine:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Logits of a weight step."""
+        if pixels.requires_grad:  # Free's perturbation would keep a NaN for good
+            pixels.register_hook(lambda gradient: gradient.nan_to_num(0, 0, 0))
         if self._checkpointing != "weight_step":
             return self._engine(pixels)
         self._set_checkpointing(True)
@@ -151,23 +162,57 @@ class Engine:
             self._set_checkpointing(False)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the adapter, averaged over micro-batches and ranks, and of a leaf behind the pixels."""
-        self._engine.backward(loss)
+        """Gradients of the adapter, averaged over micro-batches and ranks, and of a leaf behind the pixels.
+
+        Those of the leaf are zero where they are not finite. A loss that is not finite makes the adapter's NaN, so that
+        one look at the averaged gradient tells every rank of it; a finite one is multiplied by exactly 1.
+        """
+        self._engine.backward(loss * (1 + 0 * loss.detach()))
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
-        """The micro-batches of one optimizer update. The update is made after the last one's backward."""
+        """The micro-batches of one optimizer update, which is made after the last one's backward, or skipped."""
         rate = learning_rate(self.updates, self.total_updates, self._optim)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         for micro in batch.split(self._accumulation):
             yield micro
-            self._engine.step()
+            made = self._step()
+        if not made:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            return
         self.updates += 1
+        self.skipped_in_a_row = 0
         if self._ema:
             self._average()
 
+    def _step(self) -> bool:
+        """DeepSpeed's step, which is the update after the last micro-batch; whether nothing was skipped.
+
+        At ZeRO 1 to 3 DeepSpeed skips an update whose gradient has no finite norm. At 0 it would make it; there the
+        averaged gradient is the same on every rank.
+        """
+        optimizer = self._engine.optimizer
+        if self._stage > 0:
+            self._engine.step()
+            return not optimizer.overflow
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return True
+        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        finite = bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+        if not finite:
+            optimizer.step = lambda: None
+        self._engine.step()
+        if not finite:
+            del optimizer.step  # the class's own is in force again
+        return finite
+
     def gradient_norm(self) -> float | None:
-        """Norm of the last update's whole gradient before clipping; None at ZeRO-0, where DeepSpeed keeps none."""
+        """Norm of the last update's whole gradient before clipping; None where it was skipped, and at ZeRO-0, where
+        DeepSpeed keeps none."""
+        if self.skipped_in_a_row:
+            return None
         norm = self._engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -184,7 +229,7 @@ class Engine:
         if self._ema:
             tensors["ema"] = self._ema
         host = {kind: {n: t.detach().cpu().float().clone() for n, t in ts.items()} for kind, ts in tensors.items()}
-        return TrainableState(self.updates, host)
+        return TrainableState(self.updates, host, self.skipped)
 
     def adapter(self) -> dict[str, Tensor]:
         """What to save and evaluate: the average where one is kept, else the parameters. A collective."""
@@ -295,4 +340,5 @@ def _start_deepspeed(
         )
     except (DeepSpeedConfigError, ValidationError) as error:
         raise UserError(f"deepspeed: {' '.join(str(error).split())[:300]}") from None
+    ranks.limit_waiting()
     return engine

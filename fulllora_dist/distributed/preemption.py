@@ -2,19 +2,24 @@
 
 import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# a person's, and those that schedulers send ahead of the end: SLURM the one that --signal names, submitit SIGUSR2
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+ECHO_SECONDS = 1.0  # within it, the same signal again is the launcher's copy of one that a scheduler sent to all
 
 
 class StopRequest:
-    """SIGINT (Ctrl-C) and SIGTERM end the run: at once, by SystemExit, or after the step while `deferred`.
+    """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 end the run: at once, by SystemExit, or after the step while
+    `deferred`.
 
-    A second SIGINT leaves without anything. Used as a context manager around the run; the handlers
-    from before come back at its end.
+    The same signal again, over a second later, leaves without anything, whatever the main thread waits for. Used as a
+    context manager around the run; the handlers from before come back at its end.
     """
 
     def __init__(self) -> None:
@@ -24,12 +29,18 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
+        arrivals, self._arrival = os.pipe()
+        os.set_blocking(self._arrival, False)
+        threading.Thread(target=_leave_on_the_second, args=(arrivals,), daemon=True).start()
+        self._wakeup_before = signal.set_wakeup_fd(self._arrival, warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._arrival)  # which ends the thread
 
     @property
     def signal(self) -> int | None:
@@ -50,9 +61,16 @@ class StopRequest:
             self._deferred = False
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        # only a person asks twice: a scheduler signals the ranks, and the launcher, signalled too, signals them again
-        if self._received == number == signal.SIGINT:
-            os._exit(128 + number)
         again, self._received = self._received is not None, self._received or number
         if not self._deferred and not again:
             raise SystemExit(128 + number)
+
+
+def _leave_on_the_second(arrivals: int) -> None:
+    """In a thread, as a handler would have to wait until the main thread comes back from a collective, if ever."""
+    first: dict[int, float] = {}
+    while arrived := os.read(arrivals, 1):
+        number, now = arrived[0], time.monotonic()
+        if number in SIGNALS and now - first.setdefault(number, now) > ECHO_SECONDS:
+            os._exit(128 + number)
+    os.close(arrivals)

@@ -1,14 +1,23 @@
 """This process among the others of the run: rank, device, and the few collectives that are not the engine's."""
 
 import os
+import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.errors import SharedUserError, UserError
+
+T = TypeVar("T")
+
+# (host, process id) of every rank, to tell which one has died; known once they have met
+_processes: list[tuple[str, int]] = []
 
 
 @dataclass(frozen=True)
@@ -19,12 +28,14 @@ class Ranks:
         rank, world: of this process, over all nodes.
         device: where the model lives.
         control: a gloo group for small host-side messages, which costs no synchronisation with the GPU.
+        patience: how long a rank waits for others in a collective.
     """
 
     rank: int
     world: int
     device: torch.device
     control: Any
+    patience: timedelta = timedelta(minutes=30)
 
     @property
     def is_main(self) -> bool:
@@ -70,6 +81,43 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Rank 0's host tensors on every rank."""
+        if self.world == 1:
+            return tensors or {}
+        shapes = self.share({name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
+        found = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        for name in shapes:
+            found[name] = found[name].contiguous()
+            dist.broadcast(found[name], src=0, group=self.control)
+        return found
+
+    def on_main(self, call: Callable[[], T], failing: str = "") -> T | None:
+        """`call()` on rank 0, while the others wait; they get None.
+
+        Raises:
+            SharedUserError: on every rank, where it raises a UserError there, or an OSError; `failing` says of what.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = call()
+            except UserError as reason:
+                error = str(reason)
+            except OSError as reason:
+                error = f"{failing} ({reason.strerror or reason})"
+        error = self.share(error)
+        if error is not None:
+            raise SharedUserError(error)
+        return result
+
+    def limit_waiting(self) -> None:
+        """`patience` for every group that there is: those of DeepSpeed come with torch's own."""
+        groups = dist.distributed_c10d
+        set_timeout = getattr(groups, "set_timeout", None) or groups._set_pg_timeout
+        for group in groups._world.pg_map:
+            set_timeout(self.patience, group)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier(group=self.control)
@@ -80,10 +128,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start_ranks() -> Ranks:
+def start_ranks(timeout_minutes: float = 30) -> Ranks:
     """Join the ranks that the launcher started, or be the only one under plain `python`.
 
     NCCL where there are GPUs (one a local rank), else gloo. Call once a process.
+
+    Args:
+        timeout_minutes: how long a rank waits for others in a collective.
 
     Raises:
         UserError: the launcher's variables are incomplete, or there are more local ranks than GPUs.
@@ -94,6 +145,7 @@ def start_ranks() -> Ranks:
         raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}; a launcher sets them to integers") from None
     if world > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError("MASTER_ADDR and MASTER_PORT are not set, but WORLD_SIZE is over 1; start with `deepspeed`")
+    patience = timedelta(minutes=timeout_minutes)
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         torch.backends.cudnn.allow_tf32 = False  # else the patch embedding's fp32 convolution keeps 10 bits
@@ -107,9 +159,37 @@ def start_ranks() -> Ranks:
         if "MASTER_ADDR" not in os.environ:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local)}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=world)
-    control = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
-    return Ranks(rank, world, device, control)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience)
+    control: Any = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
+    _processes[:] = [(socket.gethostname(), os.getpid())] * world
+    if world > 1:
+        dist.all_gather_object(_processes, _processes[rank], group=control)
+    return Ranks(rank, world, device, control, patience)
+
+
+# what gloo says, in a plain RuntimeError, when another rank has gone or does not come
+_LOST = re.compile(
+    r"(Connection closed by peer \S+\d|Connection reset by peer|Timed out waiting \d+ms|Application timeout)"
+)
+
+
+def lost_contact(error: BaseException) -> str | None:
+    """One line where `error` means that another rank is gone or does not answer; which, if it ran on this machine."""
+    reason = _LOST.search(str(error))
+    if reason is None and not isinstance(error, dist.DistError):
+        return None
+    ended = [rank for rank, (host, pid) in enumerate(_processes) if host == socket.gethostname() and not _lives(pid)]
+    which = f"rank {', '.join(map(str, ended))} has died" if ended else "another rank has died or does not answer"
+    said = reason[1] if reason else str(error).split("\n")[0][:200]
+    return f"{which} ({said}); the same command goes on from the newest state"
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def stop_ranks() -> None:

@@ -20,6 +20,7 @@ from fulllora_dist.config import Config
 from fulllora_dist.data.urls import redacted
 
 METRICS = "metrics.jsonl"
+RUN_ID = "mlflow_run"  # a file with the id, for an attempt that is killed before it has a state
 _BATCH = 1000  # points MLflow takes in one call
 
 
@@ -38,11 +39,13 @@ class Tracker:
         self.uri: str | None = None
         self._active = active
         self._pending: list[tuple[str, float, int, int]] = []
-        self._warned = False
+        self._warned: set[str] = set()
         self._client: Any = None
         if not active:
             return
         self._path = os.path.join(config.run.output, METRICS)
+        self._id_path = os.path.join(config.run.output, RUN_ID)
+        self._unwritten = ""
         self._cut_back(step)
         if config.tracking.enabled:
             self.uri = config.tracking_uri()
@@ -53,10 +56,23 @@ class Tracker:
         if not self._active:
             return
         now = int(time.time() * 1000)
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, "time": now, **metrics}) + "\n")
+        self._unwritten += json.dumps({"step": step, "time": now, **metrics}) + "\n"
+        self._append()
         if self._client is not None:
             self._pending += [(k, v, now, step) for k, v in metrics.items() if math.isfinite(v)]
+
+    def _append(self) -> None:
+        """What a full disk did not take is tried again with the next point, and is never half a line."""
+        size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
+        try:
+            with open(self._path, "a") as file:
+                file.write(self._unwritten)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            self._warn(f"warning: {self._path}: {error.strerror}; points are kept in memory until there is space")
+        else:
+            self._unwritten = ""
 
     def commit(self, step: int) -> None:
         """A durable state covers everything up to `step`: send it."""
@@ -110,9 +126,12 @@ class Tracker:
             name = config.tracking.experiment
             found = client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else client.create_experiment(name, _artifact_location(self.uri))
+        self.run_id = self.run_id or self._begun(client)
         if self.run_id is None:
             run_name = config.tracking.run_name or os.path.basename(os.path.abspath(config.run.output))
             self.run_id = client.create_run(experiment, run_name=run_name).info.run_id
+            with open(self._id_path, "w") as file:
+                file.write(self.run_id)
             for key, value in _flat(config.model_dump(mode="json")):
                 client.log_param(self.run_id, key, redacted(value))
         else:
@@ -120,15 +139,32 @@ class Tracker:
         client.set_tag(self.run_id, "output", os.path.abspath(config.run.output))
         self._client = client
 
+    def _begun(self, client: Any) -> str | None:
+        """The MLflow run of an attempt that was killed before its first state: nothing was sent to it. One that has
+        points belongs to states that are lost: it has failed, and this is another."""
+        try:
+            with open(self._id_path) as file:
+                run_id = file.read()
+        except FileNotFoundError:
+            return None
+        if not client.get_run(run_id).data.metrics:
+            return run_id
+        client.set_terminated(run_id, "FAILED")
+        return None
+
     def _guarded(self, call: Callable[[], None]) -> None:
         try:
             call()
         except Exception as error:  # whatever a tracking store does, training goes on
-            if not self._warned:
-                reason = redacted(error).split("\n")[0][:200]
-                where = redacted(self.uri)
-                print(f"warning: MLflow at {where} failed ({reason}); points are kept in {self._path}", file=sys.stderr)
-            self._warned = True
+            reason, where = redacted(error).split("\n")[0][:200], redacted(self.uri)
+            self._warn(f"warning: MLflow at {where} failed ({reason}); points are kept in {self._path}")
+
+    def _warn(self, line: str) -> None:
+        """Once a run and kind of trouble."""
+        kind = line.partition("(")[0]
+        if kind not in self._warned:
+            print(line, file=sys.stderr)
+        self._warned.add(kind)
 
 
 def _step_of(line: str) -> float:

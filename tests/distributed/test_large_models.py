@@ -1,5 +1,7 @@
-"""The ready configs of ViT-L/16 and ViT-H/14 really step: random weights, two ranks, one picture each. One config of each
-backbone at full depth, the others at full width and four blocks, since all differ in how they train alone."""
+"""The ready configs of ViT-L/16 and ViT-H/14 really step: random weights, two ranks, one picture each.
+
+One config of each backbone at full depth, the others at full width and four blocks: they differ in training alone.
+"""
 
 import functools
 from pathlib import Path
@@ -34,7 +36,7 @@ def _config(name: str, stage: int) -> Config:
     overrides = [
         "model.pretrained=false",
         "adapter.head=frozen",  # as for the checkpoint's own classes
-        "model.precision=fp32",  # bf16 is in the parity matrix: processors without it take minutes for one of these steps
+        "model.precision=fp32",  # bf16 is in the parity matrix; emulated, one of these steps takes minutes
         "optim.batch_size=2",
         f"distributed.zero_stage={stage}",
         "distributed.activation_checkpointing=all",

@@ -77,6 +77,7 @@ def _train(ranks: Ranks, settings: dict, until: int) -> tuple[int, int]:
         state.advance(state.phases.step(state.engine, batch, state.step))
         if state.step == until:
             break
+    run.settle()
     return began, state.step
 
 
@@ -216,7 +217,9 @@ def test_what_cannot_go_on_is_refused(server: RankServer, shards: str, tmp_path:
 def test_no_state_of_a_diverged_run(server: RankServer, shards: str, tmp_path: Path) -> None:
     """A learning rate that makes NaN ends the run with one line before NaN is saved, logged that batch or not."""
     settings = [("optim", "lr", 1e30), ("optim", "clip", 0.0), ("optim", "warmup", 0.0), ("run", "save_every", 1)]
-    config = _config(tmp_path / "run", shards, "standard", 0, [*settings, ("run", "log_every", 100)])
+    config = _config(
+        tmp_path / "run", shards, "standard", 0, [*settings, ("run", "log_every", 100), ("run", "max_skipped", 2)]
+    )
     assert all("lower optim.lr" in line for line in server.run(2, _refused, config))
     for path in list_states(str(tmp_path / "run" / "states")):
         assert all(t.isfinite().all() for n, t in read_state(path)[0].items() if n.startswith("master/"))

@@ -33,6 +33,8 @@ class MockS3:
     """Attributes:
     environment: what a client needs to reach it.
     log: GETs of ranges, in order.
+    puts: names of the objects that were written, in order.
+    outage: while this file exists, every request is answered with 503.
     """
 
     def __init__(self, endpoint: str, key: str, secret: str):
@@ -43,6 +45,8 @@ class MockS3:
             "AWS_DEFAULT_REGION": "us-east-1",
         }
         self.log: list[Get] = []
+        self.puts: list[str] = []
+        self.outage: Path | None = None
 
     def client(self) -> "object":
         """A boto3 client."""
@@ -116,6 +120,11 @@ def _forwarding(port: int, s3: MockS3) -> type[BaseHTTPRequestHandler]:
 
         def _forward(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if s3.outage is not None and s3.outage.exists():
+                self.send_response(503)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             backend = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             # with the headers as they came: the signature covers some, the host among them
             backend.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
@@ -125,8 +134,10 @@ def _forwarding(port: int, s3: MockS3) -> type[BaseHTTPRequestHandler]:
             answer = backend.getresponse()
             data = answer.read()
             span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            name = unquote(urlsplit(self.path).path).lstrip("/").removeprefix(f"{BUCKET}/")
+            if self.command == "PUT":
+                s3.puts.append(name)
             if self.command == "GET" and span:
-                name = unquote(urlsplit(self.path).path).lstrip("/").removeprefix(f"{BUCKET}/")
                 s3.log.append(Get(name, int(span[1]), int(span[2]) + 1, answer.status))
             self.send_response(answer.status)
             for name, value in answer.getheaders():
