@@ -7,11 +7,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """SIGINT (Ctrl-C) and SIGTERM end the run: at once, by SystemExit, or after the step while `deferred`.
+    """SIGINT (Ctrl-C), SIGTERM and SIGUSR1/2 (a scheduler's) end the run: at once, by SystemExit, or
+    after the step while `deferred`.
 
     A second SIGINT leaves without anything. Used as a context manager around the run; the handlers
     from before come back at its end.
