@@ -1,0 +1,100 @@
+"""On a real SLURM, two nodes of one rank each: whatever ends an attempt, the run ends as the uninterrupted one, bit for
+bit."""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.launching.conftest import STEPS, Site
+from tests.services.slurm import Cluster, NoSlurm, slurm_cluster
+
+pytestmark = pytest.mark.long
+LIMIT = 300
+TWO_NODES = ["--nodes", "2", "--gpus-per-node", "1", "--no-gpus", "--config", "config.yaml"]
+
+
+@pytest.fixture(scope="module")
+def cluster(site: Site) -> Iterator[Cluster]:
+    try:
+        with slurm_cluster() as started:
+            site.environment |= started.environment
+            yield started
+    except NoSlurm as reason:
+        if os.environ.get("REQUIRE_SLURM"):
+            raise
+        pytest.skip(f"SLURM cannot start: {reason}")
+
+
+@pytest.fixture(scope="module")
+def reference(cluster: Cluster, site: Site) -> str:
+    """The run that nothing interrupts, and an evaluation after it."""
+    site.order()
+    site.launch(*TWO_NODES, "run.output=whole", f"data.validation={site.folder}/shards", "--evaluate", "--wait")
+    return "whole"
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} does not come"
+        time.sleep(0.2)
+
+
+def start(site: Site, run: str, *arguments: str, batches: int = 3) -> str:
+    """Launch a slow run; its job, once it is in the midst of training."""
+    site.order(seconds=0.5)
+    said = site.launch(*TWO_NODES, f"run.output={run}", *arguments)
+    until(lambda: site.batches(run) >= batches, f"batch {batches} of {run}")
+    return said.rpartition("job ")[2].strip()
+
+
+def finish(cluster: Cluster, site: Site, run: str, job: str, reference: str) -> list[str]:
+    """See the run through to its end; the last attempts' log in lines."""
+    site.order()
+    until(lambda: fact(cluster, job, "JobState") in ("COMPLETED", "FAILED", "CANCELLED"), f"the end of {run}")
+    logs = sorted((site.folder / run / "launches").glob("*/*_0_log.out"))
+    log = logs[-1].read_text()
+    assert fact(cluster, job, "JobState") == "COMPLETED", log[-3000:]
+    ours, theirs = site.adapter(run), site.adapter(reference)
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours), "bit for bit"
+    return log.splitlines()
+
+
+def fact(cluster: Cluster, job: str, name: str) -> str:
+    found = re.search(rf"\b{name}=(\S*)", cluster.run("scontrol", "--oneliner", "show", "job", job))
+    return found[1] if found else ""
+
+
+def resumed_at(log: list[str]) -> list[int]:
+    return [int(line.split()[3]) for line in log if line.startswith("resuming at batch")]
+
+
+def test_two_nodes_train_and_an_evaluation_follows(cluster: Cluster, site: Site, reference: str) -> None:
+    run = site.folder / reference
+    notes = [json.loads(line) for line in (run / "launches" / "001" / "attempts.jsonl").read_text().splitlines()]
+    assert [(note["entry"], note["event"]) for note in notes] == [
+        ("train", "started"), ("train", "finished"), ("evaluate", "started"), ("evaluate", "finished")
+    ]  # fmt: skip
+    assert notes[0]["nodes"] == cluster.nodes
+    assert json.loads((run / "evaluation_001.json").read_text()) | {"adapter": None} == json.loads(
+        (run / "evaluation.json").read_text()
+    ) | {"adapter": None}
+    said = site.launch("status", reference)
+    assert f"state of batch {STEPS}" in said
+    assert said.count("COMPLETED") == 2
+
+
+def test_a_preempted_run_goes_on_where_it_was(cluster: Cluster, site: Site, reference: str) -> None:
+    """Every process of the job gets SIGUSR2, the data's workers too."""
+    job = start(site, "preempted")
+    cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+    until(lambda: "stopped by SIGUSR2" in site.events("preempted"), "the signal")
+    log = finish(cluster, site, "preempted", job, reference)
+    assert site.events("preempted") == ["started", "stopped by SIGUSR2", "started", "finished"]
+    assert resumed_at(log) == [int(re.search(r"stopped at batch (\d+)", "\n".join(log))[1])], "no batch is lost"
+    assert "Traceback" not in "\n".join(log)
