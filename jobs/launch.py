@@ -42,7 +42,13 @@ def main() -> int:
     folder, jobs = submit(settings, asked, args.executor, sys.argv, evaluation)
     print(f"{folder}: " + ", then ".join(f"job {job.job_id}" for job in jobs), file=sys.stderr)
     if args.executor == "debug":
-        return jobs[0].results()[0]
+        try:
+            return jobs[0].results()[0]
+        except UserError:
+            raise
+        except Exception as error:
+            print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
     if not args.wait:
         return 0
     ended = wait(folder)

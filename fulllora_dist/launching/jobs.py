@@ -12,7 +12,7 @@ import psutil
 from submitit import SlurmJob
 from submitit.core.utils import JobPaths, pickle_load
 
-from fulllora_dist.launching.folder import launch_folders, read_record
+from fulllora_dist.launching.folder import launch_folders, read_attempts, read_record
 
 # SLURM's words for jobs that run, will run, or run again
 _ALIVE = frozenset(
@@ -98,7 +98,7 @@ class RunJob:
         if not self.log().exists():
             return None
         last = self.log().read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
-        found = re.search(r"^srun: error: (\S+): tasks? (\d+)\S*: (.*)$", last, re.MULTILINE)
+        found = re.search(r"srun: error: (\S+): tasks? (\d+)\S*: (.*)", last)  # may follow a progress bar in its line
         return (int(found[2]), f"{found[3]} on {found[1]}") if found else None
 
 
@@ -130,7 +130,7 @@ def _jobs(output: str) -> Iterator[RunJob]:
         record = read_record(folder)
         for job in record["jobs"]:
             executor = record["executor"]
-            known = _slurm_facts(job["id"]) if executor == "slurm" else _local_facts(folder, job["id"], job["tasks"])
+            known = _slurm_facts(job["id"]) if executor == "slurm" else _local_facts(folder, job["id"])
             yield RunJob(folder, job["id"], job["entry"], job["tasks"], executor, **known)
 
 
@@ -160,14 +160,14 @@ def _said(*command: str) -> str:
         return ""
 
 
-def _local_facts(folder: Path, job: str, tasks: int) -> dict[str, str]:
+def _local_facts(folder: Path, job: str) -> dict[str, str]:
+    """Of a local or debug job, by its process and what its last attempt said."""
     if _controller(folder, job) is not None:
         return {"state": "RUNNING", "nodes": os.uname().nodename}
-    results = [JobPaths(folder, job, task).result_pickle for task in range(tasks)]
-    if all(path.exists() for path in results):
-        fine = all(pickle_load(path)[0] == "success" for path in results)
-        return {"state": "COMPLETED" if fine else "FAILED"}
-    return {"state": "FAILED" if any(path.exists() for path in results) else "CANCELLED"}
+    notes = read_attempts(folder, job)
+    last = notes[-1]["event"] if notes else ""
+    ends = {"finished": "COMPLETED", "stopped": "CANCELLED"}
+    return {"state": ends.get(last.partition(" ")[0], "FAILED")}
 
 
 def _controller(folder: Path, job: str) -> psutil.Process | None:

@@ -48,7 +48,7 @@ def newest_job(output: str, entry: str = "train") -> RunJob:
 
 def _row(job: RunJob) -> tuple[str, ...]:
     notes = read_attempts(job.folder, job.id)
-    last = f"{notes[-1]['event']} at {_clock(notes[-1]['time'])}" if notes else job.reason
+    last = f"{_clock(notes[-1]['time'])} {notes[-1]['event'][:60]}" if notes else job.reason
     return (job.folder.name, job.id, job.entry, job.state, job.restarts, job.elapsed, job.nodes, last)
 
 
@@ -72,7 +72,8 @@ def _progress(output: str) -> str:
 
 
 def _amiss(output: str, jobs: list[RunJob]) -> list[str]:
-    lines = [f"job {job.id}: {failure}" for job in jobs if not job.alive and (failure := job.failure())]
+    newest = [job for job in jobs if job.folder == jobs[-1].folder]
+    lines = [f"job {job.id}: {failure}" for job in newest if not job.alive and (failure := job.failure())]
     if any(job.alive for job in jobs):
         return lines
     run = _tracked_as_running(output, jobs[-1].folder)

@@ -4,9 +4,11 @@ import io
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,10 +79,13 @@ def submit(
         "jobs": [],
     }
     jobs: list[Job[int]] = []
-    for entry, arguments in _entries(config, folder, evaluation):
+    entries = _entries(config, folder, evaluation)
+    if executor == "debug":  # this process has the code, and plugins of these names, already
+        entries = [("train", settings)]
+    for entry, arguments in entries:
         runner = _executor(config, asked, executor, folder, entry, after=jobs[-1].job_id if jobs else None)
         try:
-            with redirect_stderr(io.StringIO()):  # submitit repeats what sbatch says
+            with redirect_stderr(io.StringIO()), _detached() if executor == "local" else nullcontext():
                 jobs.append(runner.submit(Attempt(entry, arguments)))
         except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
             for job in jobs:
@@ -165,6 +170,26 @@ def _executor(
     slurm = SlurmExecutor(folder, python=_python(asked, folder))
     slurm.update_parameters(**_slurm_parameters(config, asked, entry, after))
     return slurm
+
+
+@contextmanager
+def _detached() -> Iterator[None]:
+    """A process that is started inside outlives the terminal, and holds no pipe that somebody reads to its end. Ctrl-C,
+    while launch.py waits, comes to the tasks alone, who save."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    streams = [os.dup(stream) for stream in (0, 1, 2)]
+    nothing = os.open(os.devnull, os.O_RDWR)
+    try:
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        yield
+    finally:
+        for stream, kept in enumerate(streams):
+            os.dup2(kept, stream)
+            os.close(kept)
+        os.close(nothing)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _slurm_parameters(config: Config, asked: Resources, entry: str, after: str | None) -> dict[str, Any]:

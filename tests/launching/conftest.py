@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +66,7 @@ class Site:
             [sys.executable, LAUNCH, *arguments],
             cwd=self.folder,
             env=os.environ | self.environment,
+            stdin=subprocess.DEVNULL,  # the debug executor opens a debugger on what fails
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -46,7 +46,7 @@ def until(condition: Callable[[], object], what: str) -> None:
 
 def start(site: Site, run: str, *arguments: str, batches: int = 3) -> str:
     """Launch a slow run; its job, once it is in the midst of training."""
-    site.order(seconds=0.5)
+    site.order(seconds=2)
     said = site.launch(*TWO_NODES, f"run.output={run}", *arguments)
     until(lambda: site.batches(run) >= batches, f"batch {batches} of {run}")
     return said.rpartition("job ")[2].strip()
@@ -98,3 +98,52 @@ def test_a_preempted_run_goes_on_where_it_was(cluster: Cluster, site: Site, refe
     assert site.events("preempted") == ["started", "stopped by SIGUSR2", "started", "finished"]
     assert resumed_at(log) == [int(re.search(r"stopped at batch (\d+)", "\n".join(log))[1])], "no batch is lost"
     assert "Traceback" not in "\n".join(log)
+
+
+def test_a_run_outlives_its_time_limit(cluster: Cluster, site: Site, reference: str) -> None:
+    job = start(site, "limited", "--time", "1", "--signal-seconds", "10", batches=1)
+    until(lambda: "stopped by SIGUSR2" in site.events("limited"), "the signal")
+    finish(cluster, site, "limited", job, reference)
+    assert int(fact(cluster, job, "Restarts")) >= 1
+
+
+def test_cancel_saves_and_a_requeue_and_a_lost_node_resume(cluster: Cluster, site: Site, reference: str) -> None:
+    """One run, three ends of its job that it is not asked about: SIGTERM comes, and SIGKILL some seconds later."""
+    job = start(site, "tossed")
+    assert f"job {job} of tossed is RUNNING; cancel it first" in site.launch(*TWO_NODES, "run.output=tossed", code=2)
+    assert f"cancelled job {job}" in site.launch("cancel", "tossed")
+    until(lambda: fact(cluster, job, "JobState") == "CANCELLED", "the end of the cancelled job")
+    assert site.events("tossed") == ["started", "stopped by SIGTERM"]
+    stopped_at = [site.batches("tossed")]
+
+    job = start(site, "tossed", batches=stopped_at[0] + 3)
+    cluster.run("scontrol", "requeue", job)
+    until(lambda: site.events("tossed", "002").count("started") == 2, "the attempt after scontrol requeue")
+    stopped_at.append(site.batches("tossed"))
+    until(lambda: site.batches("tossed") >= stopped_at[1] + 2, "its training")
+    node = cluster.nodes[1]
+    cluster.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    until(lambda: fact(cluster, job, "JobState") == "PENDING", "the requeue after a lost node")
+    assert f"job {job}" not in site.launch("status", "tossed").partition("002")[2], "nothing is amiss"
+    if "DOWN" in cluster.run("scontrol", "show", "node", node):  # it may be back already
+        cluster.run("scontrol", "update", f"nodename={node}", "state=resume")
+    log = finish(cluster, site, "tossed", job, reference)
+    assert resumed_at(log)[:2] == stopped_at, "no batch is lost"
+    assert len(resumed_at(log)) == 3
+    assert [line.split()[3] for line in site.launch("status", "tossed").splitlines()[2:]] == ["CANCELLED", "COMPLETED"]
+
+
+def test_a_task_that_fails_tells_the_caller_why_and_ends_the_others(cluster: Cluster, site: Site) -> None:
+    for launch, order, reason in (
+        ("001", {"fail": [3, 1]}, "task 1: RuntimeError: no more room on the shelf in "),
+        ("002", {"kill": [3, 1]}, f"task 1: Killed on {cluster.nodes[1]}\n"),
+    ):
+        site.order(**order)
+        said = site.launch(*TWO_NODES, "run.output=failing", "--wait", code=1)
+        job = re.search(r"job (\d+)\n", said)[1]
+        assert f"\njob {job} (train) is FAILED: {reason}" in said
+        assert f"\njob {job}: {reason}" in site.launch("status", "failing")
+        if "fail" in order:
+            code = site.folder / "failing" / "launches" / launch / "code"
+            assert f"{reason}{code}/paced.py\n" in said, "the job has the launch's own copy"
+            assert "no more room on the shelf" in site.launch("logs", "failing", "--task", "1", "--lines", "1")
