@@ -32,7 +32,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 def launch_folders(output: str) -> list[Path]:
     """Of a run's launches, the first one first."""
-    folders = (path for path in (Path(output) / LAUNCHES).glob("[0-9]*") if (path / RECORD).exists())
+    folders = (path for path in (Path(output).absolute() / LAUNCHES).glob("[0-9]*") if (path / RECORD).exists())
     return sorted(folders, key=lambda path: int(path.name))
 
 

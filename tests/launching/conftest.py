@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
+
+from fulllora_dist.launching.jobs import live_jobs
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "jobs" / "launch.py")
@@ -91,7 +94,7 @@ class Site:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """With shards of 48 coloured noise pictures."""
     folder = tmp_path_factory.mktemp("site")
     rng = np.random.default_rng(0)
@@ -105,4 +108,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
     subprocess.run(make, check=True, capture_output=True)
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
     shutil.copy(Path(__file__).with_name("paced.py"), folder)
-    return Site(folder)
+    yield Site(folder)
+    for launches in folder.glob("*/launches"):  # what a failed test left running in the background
+        for job in live_jobs(str(launches.parent)):
+            job.cancel()
