@@ -33,7 +33,7 @@ _REQUEUE = f"""code=$?
 # 128 + signal, by which the run ended after saving. SIGTERM is a preemption where SLURM says so, else somebody's wish
 case $code in
   {_TIME_IS_UP}) again=1 ;;
-  143) scontrol show job "$SLURM_JOB_ID" | grep -q PreemptTime= && again=1 ;;
+  143) scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]' && again=1 ;;
 esac
 [ -n "${{again-}}" ] && scontrol requeue "$SLURM_JOB_ID"
 exit $code"""

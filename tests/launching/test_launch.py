@@ -1,6 +1,7 @@
 """launch.py without a cluster: what it would submit, the other executors, and what it refuses."""
 
 import json
+import os
 import re
 import runpy
 import signal
@@ -10,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from submitit import JobEnvironment
 
 from fulllora_dist.errors import UserError
+from fulllora_dist.launching.attempt import join_ranks
 from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.report import find_runs
 from fulllora_dist.launching.resources import Resources, minutes, read_profile, resources
@@ -174,3 +177,23 @@ def until_over(site: Site) -> None:
     while any(job.alive for job in run_jobs(str(site.folder / "local"))):
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+def test_ranks_and_a_port_of_their_own_come_from_the_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 5 of 2 nodes with 4 tasks each; the MASTER_PORT of the shell would be that of all its jobs."""
+    ports = set()
+    for job in range(55_554_000, 55_554_100):
+        scheduler = {
+            "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": job, "SLURM_NTASKS": 8, "SLURM_JOB_NUM_NODES": 2,
+            "SLURM_NODEID": 1, "SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_PROCID": 5, "SLURM_LOCALID": 1,
+            "MASTER_ADDR": "elsewhere", "MASTER_PORT": 1, "RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0,
+            "LOCAL_WORLD_SIZE": 1, "CUDA_VISIBLE_DEVICES": "0,1,2,3",
+        }  # fmt: skip
+        for name, value in scheduler.items():
+            monkeypatch.setenv(name, str(value))
+        join_ranks(JobEnvironment())
+        names = ("MASTER_ADDR", "RANK", "WORLD_SIZE", "LOCAL_RANK", "CUDA_VISIBLE_DEVICES")
+        assert [os.environ[name] for name in names] == ["gpu07", "5", "8", "1", "0,1,2,3"]
+        ports.add(int(os.environ["MASTER_PORT"]))
+    assert len(ports) == 100
+    assert max(ports) < 32_768, "from there on, ports of outgoing connections are taken at any time"

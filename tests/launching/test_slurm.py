@@ -90,13 +90,22 @@ def test_two_nodes_train_and_an_evaluation_follows(cluster: Cluster, site: Site,
 
 
 def test_a_preempted_run_goes_on_where_it_was(cluster: Cluster, site: Site, reference: str) -> None:
-    """Every process of the job gets SIGUSR2, the data's workers too."""
+    """Every process of the job gets SIGUSR2, the data's workers too; where a cluster does not send it, SIGTERM."""
     job = start(site, "preempted")
-    cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
-    until(lambda: "stopped by SIGUSR2" in site.events("preempted"), "the signal")
+    stopped_at = []
+    for number, name in enumerate(("SIGUSR2", "SIGTERM"), start=1):
+        cluster.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 2")
+        until(lambda name=name: f"stopped by {name}" in site.events("preempted"), name)
+        stopped_at.append(site.batches("preempted"))
+        if number == 1:
+            cluster.reconfigure("preempt_send_user_signal", "")
+            until(lambda: site.batches("preempted") >= stopped_at[0] + 3, "training after the first preemption")
+    cluster.reconfigure("SlurmctldParameters=", "SlurmctldParameters=preempt_send_user_signal")
     log = finish(cluster, site, "preempted", job, reference)
-    assert site.events("preempted") == ["started", "stopped by SIGUSR2", "started", "finished"]
-    assert resumed_at(log) == [int(re.search(r"stopped at batch (\d+)", "\n".join(log))[1])], "no batch is lost"
+    assert site.events("preempted") == [
+        "started", "stopped by SIGUSR2", "started", "stopped by SIGTERM", "started", "finished"
+    ]  # fmt: skip
+    assert resumed_at(log) == stopped_at, "no batch is lost"
     assert "Traceback" not in "\n".join(log)
 
 

@@ -79,6 +79,13 @@ class Cluster:
         )
         return done.stdout.strip()
 
+    def reconfigure(self, old: str, new: str) -> None:
+        """Change slurm.conf of the running cluster."""
+        path = self.folder / "slurm.conf"
+        assert old in path.read_text(), old
+        path.write_text(path.read_text().replace(old, new))
+        self.run("scontrol", "reconfigure")
+
     def start(self) -> None:
         """Raises:
         NoSlurm: a daemon does not come up.
