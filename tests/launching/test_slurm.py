@@ -14,6 +14,7 @@ from tests.services.slurm import Cluster, NoSlurm, slurm_cluster
 
 pytestmark = pytest.mark.long
 LIMIT = 300
+USER_SIGNAL = "SlurmctldParameters=preempt_send_user_signal"
 TWO_NODES = ["--nodes", "2", "--gpus-per-node", "1", "--no-gpus", "--config", "config.yaml"]
 
 
@@ -98,9 +99,9 @@ def test_a_preempted_run_goes_on_where_it_was(cluster: Cluster, site: Site, refe
         until(lambda name=name: f"stopped by {name}" in site.events("preempted"), name)
         stopped_at.append(site.batches("preempted"))
         if number == 1:
-            cluster.reconfigure("preempt_send_user_signal", "")
+            cluster.reconfigure(f"\n{USER_SIGNAL}", "")
             until(lambda: site.batches("preempted") >= stopped_at[0] + 3, "training after the first preemption")
-    cluster.reconfigure("SlurmctldParameters=", "SlurmctldParameters=preempt_send_user_signal")
+    cluster.reconfigure("\nPreemptMode=REQUEUE", f"\nPreemptMode=REQUEUE\n{USER_SIGNAL}")
     log = finish(cluster, site, "preempted", job, reference)
     assert site.events("preempted") == [
         "started", "stopped by SIGUSR2", "started", "stopped by SIGTERM", "started", "finished"
