@@ -11,7 +11,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import argparse
 import os
+from collections.abc import Sequence
 
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.build import build_eval_stream, build_model, load_index
@@ -56,8 +58,12 @@ def build_evaluated(config: Config, adapter: str | None) -> AdaptedModel:
     return build_model(bare)
 
 
-def main() -> None:
-    """Evaluate as the command line says."""
+def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """The command line, and the config with what the command line says of it.
+
+    Raises:
+        UserError: naming the setting.
+    """
     arguments = parser(__doc__ or "")
     arguments.add_argument("--adapter", metavar="FOLDER", help="what save_adapter wrote; left out: the bare backbone")
     arguments.add_argument(
@@ -67,7 +73,7 @@ def main() -> None:
     arguments.add_argument("--eps", metavar="K/255", help="threat.eps")
     arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf or l2")
     arguments.add_argument("--output", metavar="FILE", help="where evaluation.json goes; left out: the table alone")
-    args = arguments.parse_intermixed_args()
+    args = arguments.parse_intermixed_args(argv)
     if args.norm is not None and args.eps is None:
         raise UserError("--norm: the balls of linf and l2 have no common size; give --eps too")
     short = {
@@ -77,7 +83,12 @@ def main() -> None:
         "threat.norm": args.norm,
     }
     overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
-    config = load_config(args.config, [*args.overrides, *overrides])
+    return args, load_config(args.config, [*args.overrides, *overrides])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate as the command line says."""
+    args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter)
 
     ranks = start_ranks(config.distributed.timeout_minutes)

@@ -13,6 +13,14 @@ from fulllora_dist.distributed.checkpoint import DamagedState, read_newest_state
 from fulllora_dist.errors import UserError
 
 
+def state_places(settings: RunSettings) -> list[str]:
+    """Folders or URLs where a run's states may lie; each takes those that the ones before it refuse."""
+    own = os.path.join(settings.output, "states")
+    if settings.states is None:
+        return [own]
+    return [settings.states, own] if urls.is_remote(settings.states) else [settings.states]
+
+
 class States:
     """Finds and writes states; used on rank 0 alone.
 
@@ -26,10 +34,7 @@ class States:
 
     def __init__(self, settings: RunSettings, say: Callable[[str], None]):
         self._settings, self._say = settings, say
-        self._places = [os.path.join(settings.output, "states")]
-        if settings.states is not None:
-            fallback = self._places if urls.is_remote(settings.states) else []
-            self._places = [settings.states, *fallback]
+        self._places = state_places(settings)
         self.newest: int | None = None
         self._thread = ThreadPoolExecutor(1, "states")
         self._writing: tuple[int, Future[list[str]]] | None = None

@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import os
 import signal
+from collections.abc import Sequence
 
 from fulllora_dist.build import build_model, build_stream, check_inputs
 from fulllora_dist.config_file import load_config, parser
@@ -24,11 +25,11 @@ from fulllora_dist.run import start_run
 from fulllora_dist.run_state import RunState
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code is 128 + the signal's number where one ended the run."""
     arguments = parser(__doc__ or "")
     arguments.add_argument("--check", action="store_true", help="check the settings, estimate the cost, train nothing")
-    args = arguments.parse_intermixed_args()
+    args = arguments.parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides)
     if args.check:
         if is_main_process():

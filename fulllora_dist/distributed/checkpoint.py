@@ -72,7 +72,7 @@ def write_state(place: str, step: int, tensors: Mapping[str, Tensor], facts: Map
     publish = _publish_objects if urls.is_remote(place) else _publish_folder
     publish(place, final, {TENSORS: content, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()})
     # newer ones were passed over as damaged: they do not count, or they would push this one out
-    older = [path for path in list_states(place) if _step_of(path) < step]
+    older = [path for path in list_states(place) if step_of(path) < step]
     for old in older[keep - 1 :]:
         with contextlib.suppress(OSError, UserError):  # the new one is whole; the next one tries again
             _delete(old)
@@ -132,18 +132,20 @@ def _folders(place: str) -> dict[str, set[str]]:
     return found
 
 
-def list_states(place: str) -> list[str]:
+def list_states(*places: str) -> list[str]:
     """Paths or URLs of the published states, newest first."""
-    if urls.is_remote(place):
-        paths = [path for path, names in _folders(place).items() if DESCRIPTION in names]
-    else:
-        paths = []
-        with contextlib.suppress(FileNotFoundError):
-            paths = [os.path.join(place, name) for name in os.listdir(place) if name.isdigit()]
-    return sorted(paths, key=_step_of, reverse=True)
+    paths: list[str] = []
+    for place in places:
+        if urls.is_remote(place):
+            paths += [path for path, names in _folders(place).items() if DESCRIPTION in names]
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                paths += [os.path.join(place, name) for name in os.listdir(place) if name.isdigit()]
+    return sorted(paths, key=step_of, reverse=True)
 
 
-def _step_of(path: str) -> int:
+def step_of(path: str) -> int:
+    """The step of a state's path or URL."""
     return int(os.path.basename(path))
 
 
@@ -188,8 +190,7 @@ def _read_objects(path: str) -> dict[str, bytes]:
 def read_newest_state(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
     """The newest state that is whole, or None, and a line for each damaged one that was passed over."""
     damaged: list[str] = []
-    paths = [path for place in places for path in list_states(place)]
-    for path in sorted(paths, key=_step_of, reverse=True):
+    for path in list_states(*places):
         try:
             return read_state(path), damaged
         except DamagedState as error:

@@ -1,0 +1,1 @@
+"""Runs as jobs of a cluster, through submitit: `jobs/launch.py` is their command line."""

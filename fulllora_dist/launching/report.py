@@ -1,0 +1,105 @@
+"""What people ask of runs day by day: how far are they, what are their jobs doing, what is amiss."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from fulllora_dist.config import Config
+from fulllora_dist.config_file import load_config
+from fulllora_dist.distributed.checkpoint import list_states, step_of
+from fulllora_dist.errors import UserError
+from fulllora_dist.launching.folder import CONFIG, LAUNCHES, launch_folders, read_attempts
+from fulllora_dist.launching.jobs import RunJob, run_jobs
+from fulllora_dist.states import state_places
+from fulllora_dist.tracking.run import METRICS
+
+_COLUMNS = ("launch", "job", "what", "state", "restarts", "time", "nodes", "last")
+
+
+def find_runs(path: str) -> list[str]:
+    """The launched run in a folder, or those in its folders.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [path] if launch_folders(path) else sorted(str(p.parents[0]) for p in Path(path).glob(f"*/{LAUNCHES}"))
+    if not found:
+        raise UserError(f"{path}: no run here was launched; give a run's output folder, or the folder of several")
+    return found
+
+
+def status(output: str) -> str:
+    """A line on the run, a table of its jobs, and a line on each thing that is amiss."""
+    jobs = run_jobs(output)
+    config = load_config(str(jobs[-1].folder / CONFIG))
+    # seen from here: it may have been launched from another folder
+    config = config.model_copy(update={"run": config.run.model_copy(update={"output": output})})
+    rows = [_COLUMNS, *(_row(job) for job in jobs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([f"{output}: {_progress(config)}", *table, *_amiss(config, jobs)])
+
+
+def newest_job(output: str, entry: str = "train") -> RunJob:
+    """Raises:
+    UserError: the run has none of that kind.
+    """
+    jobs = [job for job in run_jobs(output) if job.entry == entry]
+    if not jobs:
+        raise UserError(f"{output}: no {entry} job was launched here")
+    return jobs[-1]
+
+
+def _row(job: RunJob) -> tuple[str, ...]:
+    notes = read_attempts(job.folder, job.id)
+    last = f"{_clock(notes[-1]['time'])} {notes[-1]['event'][:60]}" if notes else job.reason
+    return (job.folder.name, job.id, job.entry, job.state, job.restarts, job.elapsed, job.nodes, last)
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _progress(config: Config) -> str:
+    output, states = config.run.output, list_states(*state_places(config.run))
+    parts = [f"state of batch {step_of(states[0])}" if states else "no state yet"]
+    path = os.path.join(output, METRICS)
+    if os.path.exists(path):
+        with open(path) as file:
+            lines = [line for line in file if '"train/loss"' in line and line.endswith("\n")]
+        if lines:
+            point = json.loads(lines[-1])
+            parts.append(f"loss {point['train/loss']:.4f} at batch {point['step']} ({_clock(point['time'] / 1000)})")
+    if os.path.exists(os.path.join(output, "evaluation.json")):
+        parts.append("evaluated")
+    return ", ".join(parts)
+
+
+def _amiss(config: Config, jobs: list[RunJob]) -> list[str]:
+    newest = [job for job in jobs if job.folder == jobs[-1].folder]
+    lines = [f"job {job.id}: {failure}" for job in newest if not job.alive and (failure := job.failure())]
+    if any(job.alive for job in jobs):
+        return lines
+    run = _tracked_as_running(config)
+    if run is not None:
+        lines.append(
+            f"MLflow run {run} says RUNNING, but no job of this run is alive: it was killed. "
+            "The next attempt goes on with it; the same launch.py command starts one"
+        )
+    return lines
+
+
+def _tracked_as_running(config: Config) -> str | None:
+    if not config.tracking.enabled:
+        return None
+    from mlflow import MlflowClient
+
+    try:
+        client = MlflowClient(config.tracking_uri())
+        experiment = client.get_experiment_by_name(config.tracking.experiment)
+        query = f"tags.output = '{os.path.abspath(config.run.output)}' and attributes.status = 'RUNNING'"
+        found = client.search_runs([experiment.experiment_id], query) if experiment else []
+    except Exception as error:  # whatever a tracking store does, the table is shown
+        return f"? (MLflow does not answer: {str(error).splitlines()[0][:100]})"
+    return found[0].info.run_id if found else None

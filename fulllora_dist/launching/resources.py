@@ -1,0 +1,109 @@
+"""What a job asks the scheduler for: settings of a site in a YAML profile, those of a launch on the command line."""
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BeforeValidator, Field, ValidationError
+from yaml import YAMLError
+
+from fulllora_dist.config import Settings
+from fulllora_dist.errors import UserError
+
+
+def minutes(text: object) -> object:
+    """A time as SLURM takes it (minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]) in
+    whole minutes, rounded up. YAML's own numbers are minutes; anything else is handed back for the type to refuse."""
+    if not isinstance(text, str) or text.isdigit():
+        return text
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        raise ValueError("a time is 240, 4:00:00 or 1-12:00:00")
+    days, first, second, third = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[4] is None:  # minutes:seconds
+        return first + math.ceil(second / 60)
+    return days * 1440 + first * 60 + second + math.ceil(third / 60)
+
+
+class Resources(Settings):
+    nodes: int = Field(1, ge=1)
+    """Machines."""
+    gpus_per_node: int = Field(1, ge=1)
+    """GPUs of each; one task is started for every one."""
+    gpus: bool = True
+    """false asks the scheduler for none, and gpus_per_node counts tasks alone: for clusters without GPUs, and for
+    sites that want theirs under a name of its own (sbatch: {gres: "gpu:a100:8"})."""
+    cpus_per_task: int | None = Field(None, ge=1)
+    """CPUs of a task; null takes data.workers + 1."""
+    mem: str | None = None
+    """Memory of a node, e.g. 400G; null takes the cluster's default."""
+    time: Annotated[int, BeforeValidator(minutes), Field(ge=1)] = 240
+    """Time limit of one attempt, as SLURM writes it (4:00:00, 1-12:00:00, or minutes). A run takes as many attempts as
+    it needs, and short ones start sooner."""
+    signal_seconds: int = Field(120, ge=1)
+    """Before the time limit the run is asked to save and is requeued; SLURM may ask up to 60 s earlier. It should
+    cover a training step, writing the state and the end of the processes."""
+    partition: str | None = None
+    """Partition."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that nodes must have."""
+    python: str | None = None
+    """Command that starts Python in the job, e.g. `apptainer exec --nv image.sif python`; null takes this one."""
+    setup: tuple[str, ...] = ()
+    """Shell lines of the batch script before the tasks start, e.g. `module load cuda`."""
+    sbatch: Mapping[str, str | int | bool] = {}
+    """Further arguments of sbatch: {reservation: mine, exclusive: true}."""
+    srun: tuple[str, ...] = ()
+    """Further arguments of srun: [--container-image=image.sqsh]."""
+
+
+def read_profile(name: str, folder: str) -> dict[str, Any]:
+    """The settings of a site: of a YAML file, or of NAME.yaml in `folder`.
+
+    Raises:
+        UserError: there is none, or it is no mapping.
+    """
+    path = name if name.endswith((".yaml", ".yml")) else os.path.join(folder, f"{name}.yaml")
+    if not os.path.isfile(path):
+        known = sorted(file.removesuffix(".yaml") for file in os.listdir(folder) if file.endswith(".yaml"))
+        raise UserError(f"--profile: {path} does not exist; known: {', '.join(known)}, or the path of a YAML file")
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"--profile: {path} is no valid YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"--profile: {path} is empty or a list; it should hold settings such as partition: gpu")
+    return values
+
+
+def resources(profile: Mapping[str, Any], given: Mapping[str, Any]) -> Resources:
+    """Settings of the command line over those of a profile; sbatch's are joined by name, srun's one after the other.
+
+    Raises:
+        UserError: one line that names the setting.
+    """
+    merged = {**profile, **{name: value for name, value in given.items() if value is not None}}
+    below, above = profile.get("sbatch"), given.get("sbatch")
+    if isinstance(below, Mapping) and above is not None:
+        merged["sbatch"] = {**below, **above}
+    below, above = profile.get("srun"), given.get("srun")
+    if isinstance(below, list) and above is not None:
+        merged["srun"] = [*below, *above]
+    try:
+        return Resources.model_validate(merged)
+    except ValidationError as error:
+        details = error.errors()[0]
+        name = ".".join(str(part) for part in details["loc"])
+        option = "--" + name.replace("_", "-")
+        where = option if name in given and given[name] is not None else f"--profile: {name}"
+        if details["type"] == "extra_forbidden":
+            raise UserError(f"{where} is no setting; known: {', '.join(Resources.model_fields)}") from None
+        raise UserError(f"{where}: {details['msg'].removeprefix('Value error, ')} (got {details['input']!r})") from None

@@ -1,0 +1,231 @@
+"""From a config and resources to jobs, through submitit's executors."""
+
+import io
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from submitit import DebugExecutor, LocalExecutor, SlurmExecutor
+from submitit.core.core import Executor, Job
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from fulllora_dist.build import check_inputs
+from fulllora_dist.config import Config
+from fulllora_dist.config_file import load_config, parser
+from fulllora_dist.errors import UserError
+from fulllora_dist.launching.attempt import REQUEUE_SIGNALS, Attempt, entry_point
+from fulllora_dist.launching.folder import CODE, CONFIG, make_folder, write_record
+from fulllora_dist.launching.jobs import live_jobs
+from fulllora_dist.launching.resources import Resources
+
+ExecutorName = Literal["slurm", "local", "debug"]
+EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
+
+_TIME_IS_UP = " | ".join(str(128 + number) for number in REQUEUE_SIGNALS)
+_REQUEUE = f"""code=$?
+# 128 + signal, by which the run ended after saving. SIGTERM is a preemption where SLURM says so, else somebody's wish
+case $code in
+  {_TIME_IS_UP}) again=1 ;;
+  143) scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]' && again=1 ;;
+esac
+[ -n "${{again-}}" ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code"""
+"""The end of the batch script. It asks for the requeue because scontrol may be missing in the tasks' container."""
+
+
+class _ScriptWriter(SlurmExecutor):
+    """Writes the batch script on machines without SLURM too."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def submit(
+    settings: list[str],
+    asked: Resources,
+    executor: ExecutorName,
+    command: list[str],
+    evaluation: list[str] | None = None,
+) -> tuple[Path, list[Job[int]]]:
+    """Submit the training and, where arguments of evaluate.py are given, an evaluation that begins after its success.
+
+    Args:
+        settings: what train.py is given: --config FILE key=value ...
+        command: the command line, for the record.
+        evaluation: beyond --config, --adapter and --output.
+
+    Returns:
+        The launch's folder; the jobs, the training first.
+
+    Raises:
+        UserError: the settings are bad, a job of the run is alive, or the scheduler refuses.
+    """
+    config = check(settings, asked, executor, evaluation)
+    if live := live_jobs(config.run.output):
+        raise UserError(f"run.output: job {live[0].id} of {config.run.output} is {live[0].state}; cancel it first")
+    folder = make_folder(config)
+    record: dict[str, Any] = {
+        "command": command,
+        "executor": executor,
+        "resources": asked.model_dump(mode="json"),
+        "jobs": [],
+    }
+    jobs: list[Job[int]] = []
+    entries = _entries(config, folder, evaluation)
+    if executor == "debug":  # this process has the code, and plugins of these names, already
+        entries = [("train", settings)]
+    for entry, arguments in entries:
+        runner = _executor(config, asked, executor, folder, entry, after=jobs[-1].job_id if jobs else None)
+        try:
+            with redirect_stderr(io.StringIO()), _detached() if executor == "local" else nullcontext():
+                jobs.append(runner.submit(Attempt(entry, arguments)))
+        except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+            for job in jobs:
+                job.cancel()
+            shutil.rmtree(folder)
+            raise UserError(f"{executor} refuses the job: {_said(error)}") from None
+        record["jobs"].append({"id": jobs[-1].job_id, "entry": entry, "tasks": asked.nodes * asked.gpus_per_node})
+        write_record(folder, record)
+    return folder, jobs
+
+
+def check(settings: list[str], asked: Resources, executor: ExecutorName, evaluation: list[str] | None) -> Config:
+    """The config; refuses what can be refused before anything is queued.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    args = parser("").parse_intermixed_args(settings)
+    config = load_config(args.config, args.overrides)
+    world = asked.nodes * asked.gpus_per_node
+    if executor == "debug" and world > 1:
+        raise UserError(f"--gpus-per-node: --executor debug runs one task in this process, not {world}")
+    if executor != "slurm" and asked.nodes > 1:
+        raise UserError(f"--nodes: --executor {executor} has one machine, not {asked.nodes}")
+    if executor != "slurm" and evaluation is not None:
+        raise UserError(f"--evaluate: --executor {executor} has no queue; run evaluate.py when the training is done")
+    if asked.signal_seconds >= asked.time * 60:
+        raise UserError(f"--signal-seconds: {asked.signal_seconds} leave nothing of --time {asked.time} minutes")
+    check_inputs(config, world)
+    if evaluation is not None:
+        evaluate = entry_point("evaluate")
+        evaluate["check_inputs"](evaluate["read_arguments"]([*settings, *evaluation])[1], adapter=None)
+    return config
+
+
+def script(config: Config, asked: Resources, evaluation: list[str] | None) -> str:
+    """The batch scripts that would be submitted."""
+    folder = Path(config.run.output).absolute() / "launches" / "NEXT"
+    scripts: list[str] = []
+    for entry, _ in _entries(config, folder, evaluation):
+        runner = _ScriptWriter(folder, python=_python(asked, folder))
+        runner.update_parameters(**_slurm_parameters(config, asked, entry, after="TRAIN" if scripts else None))
+        scripts.append(runner._make_submission_file_text(runner._submitit_command_str, uid=""))
+    return "\n".join(scripts)
+
+
+def _entries(config: Config, folder: Path, evaluation: list[str] | None) -> list[tuple[str, list[str]]]:
+    """Entry points and their arguments, in the order in which they run."""
+    settings = ["--config", str(folder / CONFIG)]
+    entries = [("train", settings)]
+    if evaluation is not None:
+        output = Path(config.run.output)
+        result = str(output / f"evaluation_{folder.name}.json")
+        entries.append(("evaluate", [*settings, "--adapter", str(output / "adapter"), "--output", result, *evaluation]))
+    return entries
+
+
+def _python(asked: Resources, folder: Path) -> str:
+    """Python with the launch's own copy of the package."""
+    python = asked.python or shlex.quote(sys.executable)
+    return f"env PYTHONPATH={shlex.quote(str(folder / CODE))} {python}"
+
+
+def _executor(
+    config: Config, asked: Resources, name: ExecutorName, folder: Path, entry: str, after: str | None
+) -> Executor:
+    if name == "debug":
+        os.environ["SUBMITIT_FOLDER"] = str(folder)  # of a job, where a process of its own would set it
+        return DebugExecutor(folder)
+    if name == "local":
+        local = LocalExecutor(folder, python=_python(asked, folder))
+        local.update_parameters(
+            tasks_per_node=asked.gpus_per_node,
+            gpus_per_node=asked.gpus_per_node if asked.gpus else 0,
+            timeout_min=asked.time,
+            signal_delay_s=asked.signal_seconds,
+            stderr_to_stdout=True,
+        )
+        return local
+    if shutil.which("srun") is None:
+        raise UserError("--executor slurm: there is no srun here; submit on a login node, or take --executor local")
+    slurm = SlurmExecutor(folder, python=_python(asked, folder))
+    slurm.update_parameters(**_slurm_parameters(config, asked, entry, after))
+    return slurm
+
+
+@contextmanager
+def _detached() -> Iterator[None]:
+    """A process that is started inside outlives the terminal, and holds no pipe that somebody reads to its end. Ctrl-C,
+    while launch.py waits, comes to the tasks alone, who save."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    streams = [os.dup(stream) for stream in (0, 1, 2)]
+    nothing = os.open(os.devnull, os.O_RDWR)
+    try:
+        for stream in (0, 1, 2):
+            os.dup2(nothing, stream)
+        yield
+    finally:
+        for stream, kept in enumerate(streams):
+            os.dup2(kept, stream)
+            os.close(kept)
+        os.close(nothing)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _slurm_parameters(config: Config, asked: Resources, entry: str, after: str | None) -> dict[str, Any]:
+    """submitit's names for them. `after`: the job whose success is waited for."""
+    cpus = asked.cpus_per_task or config.data.workers + 1
+    name = Path(config.run.output).absolute().name
+    # a cluster's default may be that jobs are not requeued
+    more: dict[str, Any] = {"requeue": True}
+    if after is not None:
+        more |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+    optional = {
+        "partition": asked.partition,
+        "account": asked.account,
+        "qos": asked.qos,
+        "constraint": asked.constraint,
+        "mem": asked.mem,
+        "gpus_per_node": asked.gpus_per_node if asked.gpus else None,
+    }
+    return {
+        "job_name": name if entry == "train" else f"{name}-{entry}",
+        "nodes": asked.nodes,
+        "ntasks_per_node": asked.gpus_per_node,
+        "cpus_per_task": cpus,
+        "time": asked.time,
+        "signal_delay_s": asked.signal_seconds,
+        "stderr_to_stdout": True,
+        "setup": list(asked.setup),
+        "teardown": [_REQUEUE],
+        # the first rank that ends badly ends the others, who would wait for it. srun does not take sbatch's CPUs
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *asked.srun],
+        "additional_parameters": more | dict(asked.sbatch),
+        **{key: value for key, value in optional.items() if value is not None},
+    }
+
+
+def _said(error: Exception) -> str:
+    text = error.stderr or "" if isinstance(error, subprocess.CalledProcessError) else str(error)
+    lines = [line for line in str(text).splitlines() if "error" in line.lower()] or [str(error)]
+    return " ".join(lines[0].split())[:300]
