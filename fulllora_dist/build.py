@@ -47,17 +47,22 @@ def check_files(config: Config) -> None:
     for name, path in local.items():
         if path is not None and "://" not in path and not os.path.exists(path):
             raise UserError(f"{name}: {path} does not exist")
-    train = load_index(config.data.train, "data.train")
-    if config.data.validation is None:
-        return
-    validation = load_index(config.data.validation, "data.validation")
-    if list(validation.classes) != list(train.classes):
-        raise UserError(
-            f"data.validation: its {len(validation.classes)} classes are not data.train's {len(train.classes)}; "
-            "make both with the same class folders"
-        )
-    if (config.evaluation.n or 0) > len(validation):
+    data = config.data
+    named = {"data.train": data.train, "data.validation": data.validation, "data.held_out": data.held_out}
+    indexes = {name: load_index(where, name) for name, where in named.items() if where is not None}
+    train = indexes.pop("data.train")
+    for name, index in indexes.items():
+        if list(index.classes) != list(train.classes):
+            raise UserError(
+                f"{name}: its {len(index.classes)} classes are not data.train's {len(train.classes)}; "
+                "make both with the same class folders"
+            )
+    validation, held_out = indexes.get("data.validation"), indexes.get("data.held_out")
+    if validation is not None and (config.evaluation.n or 0) > len(validation):
         raise UserError(f"evaluation.n: {config.evaluation.n} is more than the {len(validation)} pictures there are")
+    for name, other in (("data.train", train), ("data.validation", validation)):
+        if held_out is not None and other is not None and held_out.hash == other.hash:
+            raise UserError(f"data.held_out: it is {name}; hold pictures out with make_shards.py --holdout")
 
 
 def load_index(where: str, setting: str) -> Index:
@@ -164,8 +169,21 @@ def build_stream(config: Config, model: BackboneInfo, ranks: Ranks) -> TrainStre
     return stream
 
 
-def build_eval_stream(config: Config, folder: str, model: BackboneInfo, ranks: Ranks) -> EvalStream:
-    """Evaluation batches of this rank."""
+def build_eval_stream(
+    config: Config,
+    folder: str,
+    model: BackboneInfo,
+    ranks: Ranks,
+    *,
+    n: int | None,
+    setting: str = "data.validation",
+) -> EvalStream:
+    """Evaluation batches of this rank.
+
+    Args:
+        n: of so many pictures; None takes all.
+        setting: what names the folder, for messages.
+    """
     data = config.data
     stream = EvalStream(
         folder,
@@ -176,13 +194,13 @@ def build_eval_stream(config: Config, folder: str, model: BackboneInfo, ranks: R
             interpolation=data.interpolation or model.interpolation,
             crop_mode=model.crop_mode,
         ),
-        n=config.evaluation.n,
+        n=n,
         world=ranks.world,
         rank=ranks.rank,
         workers=data.workers,
         pin_memory=ranks.device.type == "cuda",
         policy=_policy(data),
     )
-    _check_same(stream.index, ranks, "data.validation")
-    check_classes(stream.index, model, "data.validation")
+    _check_same(stream.index, ranks, setting)
+    check_classes(stream.index, model, setting)
     return stream

@@ -108,6 +108,8 @@ class DataSettings(Settings):
     """Shards with their index: a folder, a URL (s3://, gs://, https://), or path or URL of an index (.safetensors)."""
     validation: str | None = None
     """Shards for the final evaluation, named like data.train; null leaves it out."""
+    held_out: str | None = None
+    """Shards of pictures held out of training (make_shards.py --holdout), for the guard; null leaves it out."""
     augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
     """none, horizontal flip, random resized crop and flip, or these and RandAugment; keyed by the sample, the same on
     any ranks."""
@@ -199,6 +201,17 @@ class RunSettings(Settings):
         return output
 
 
+class GuardSettings(Settings):
+    """Robust accuracy on data.held_out in the midst of training; the state that is best by it is kept."""
+
+    every: int = Field(500, ge=1)
+    """Batches between two looks; the last batch is looked at too."""
+    n: int = Field(256, ge=1)
+    """How many of the pictures, at most; drawn evenly over the classes, the same each time."""
+    steps: int = Field(10, ge=1)
+    """Steps of PGD, at threat.eps."""
+
+
 class EvaluationSettings(Settings):
     attacks: tuple[str, ...] = ("clean", "pgd20")
     """clean, or pgdK and cwK for K steps, optionally with restarts: pgd20x5."""
@@ -286,6 +299,7 @@ class Config(Settings):
     deepspeed: dict[str, Any] = {}
     """More of DeepSpeed's own settings; those that follow from ours are refused here."""
     run: RunSettings
+    guard: GuardSettings = GuardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     tracking: TrackingSettings = TrackingSettings()
 

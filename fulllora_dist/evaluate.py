@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     ranks = start_ranks(config.distributed.timeout_minutes)
     model = build_evaluated(config, args.adapter).to(ranks.device)
-    stream = build_eval_stream(config, folder, model.info, ranks)
+    stream = build_eval_stream(config, folder, model.info, ranks, n=config.evaluation.n)
     evaluator = Evaluator(
         config.evaluation.attacks,
         threat_model(config.threat.norm, config.threat.eps),

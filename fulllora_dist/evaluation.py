@@ -110,6 +110,7 @@ class Evaluator:
         seed: of the random starts.
         backbone, adapter: names for the report.
         precision: what the model computes in, for the report.
+        progress: whether rank 0 shows a bar.
 
     Raises:
         UserError: unknown or repeated attacks.
@@ -125,11 +126,13 @@ class Evaluator:
         backbone: str | None = None,
         adapter: str | None = None,
         precision: str = "fp32",
+        progress: bool = True,
     ):
         self._attacks = self.parse(attacks)
         self._threat = threat
         self._ranks = ranks
         self._seed = seed
+        self._shows = progress and ranks.is_main
         self._facts = {"precision": precision, "backbone": backbone, "adapter": adapter}
 
     @staticmethod
@@ -197,7 +200,7 @@ class Evaluator:
             total=batches * sum(attack.passes for attack in self._attacks),
             desc="evaluation",
             unit="pass",
-            disable=not self._ranks.is_main,
+            disable=not self._shows,
             dynamic_ncols=True,
             mininterval=0.5,
         )

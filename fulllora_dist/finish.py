@@ -7,6 +7,7 @@ from typing import Any
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.build import build_eval_stream
 from fulllora_dist.config import Config
+from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import Evaluator, table, write_evaluation
 from fulllora_dist.models.adapter_file import load, save_adapter
 from fulllora_dist.run import Run
@@ -14,20 +15,48 @@ from fulllora_dist.run_state import RunState
 
 
 def finish(run: Run, state: RunState) -> None:
-    """Save the adapter, evaluate it as it was saved, log both. Safe to repeat. A collective."""
+    """Save the adapter, and the one that the guard found best; evaluate the first as it was saved, log all. Safe to
+    repeat. A collective."""
     output = run.config.run.output
     adapter = os.path.join(output, "adapter")
     tensors = state.engine.adapter()
 
+    training = _provenance(run.config, state)
+
     def save() -> None:
-        save_adapter(state.engine.model, adapter, state=tensors, training=_provenance(run.config, state))
+        save_adapter(state.engine.model, adapter, state=tensors, training=training)
         run.tracker.artifact(adapter, "adapter")
         run.tracker.text(run.settings, "config.yaml")
 
     run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
+    if state.guard is not None and state.guard.best is not None:
+        _save_best(run, state, training)
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, state.step)
+
+
+def _save_best(run: Run, state: RunState, training: dict[str, Any]) -> None:
+    """The adapter of the state with the highest robust accuracy on held-out pictures, in a folder of its own."""
+    assert state.guard is not None
+    guard, folder = state.guard, os.path.join(run.config.run.output, "adapter_best")
+    best: dict[str, Any] = guard.best or {}
+    step, score = best["step"], best["robust_accuracy"]
+
+    def save() -> None:
+        try:
+            saved, facts = run.states.read(step)
+        except UserError as error:
+            run.say(f"warning: no {folder}: {error}")
+            return
+        kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
+        tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
+        then = training | {"batches": step, "updates": facts["updates"], "held_out": best}
+        save_adapter(state.engine.model, folder, state=tensors, training=then)
+        run.tracker.artifact(folder, "adapter_best")
+
+    run.ranks.on_main(save, f"run.output: no adapter_best in {run.config.run.output}")
+    run.say(f"best under {guard.attack} on held-out pictures: {score:.2%} at batch {step}, {folder}")
 
 
 def _provenance(config: Config, state: RunState) -> dict[str, Any]:
@@ -61,7 +90,7 @@ def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
         backbone=model.info.name,
         adapter=adapter,
     )
-    results = evaluator.run(model, build_eval_stream(config, validation, model.info, run.ranks))
+    results = evaluator.run(model, build_eval_stream(config, validation, model.info, run.ranks, n=config.evaluation.n))
 
     def write() -> None:
         print(table(results), file=sys.stdout, flush=True)

@@ -28,12 +28,14 @@ _MAY_CHANGE = {
     "distributed",
     "deepspeed",
     "run",
+    "guard",
     "evaluation",
     "tracking",
     "plugins",
     "data.workers",
     "data.train",
     "data.validation",
+    "data.held_out",
     "data.max_bad_samples",
     "data.connections",
     "data.request_seconds",
@@ -95,7 +97,7 @@ class Run:
         output, states = self.config.run.output, self.config.run.states
         os.makedirs(output, exist_ok=True)
         if states is not None:
-            store.write(urls.join(states, "config.yaml"), self.settings.encode())
+            store.write(urls.join(store.writable_folder(states), "config.yaml"), self.settings.encode())
         store.write(urls.join(output, "config.yaml"), resolved.encode())
         self.say(self.settings)
 
@@ -166,6 +168,8 @@ def start_run(config: Config) -> Iterator[Run]:
             yield run
             status = "FINISHED"
         finally:
-            run.settle()
-            run.tracker.finish(status if stop.signal is None else "KILLED")
+            try:
+                run.settle()
+            finally:
+                run.tracker.finish(status if stop.signal is None else "KILLED")
     stop_ranks()

@@ -9,6 +9,7 @@ from torch import Tensor
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.errors import SharedUserError, UserError
+from fulllora_dist.guard import Guard
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import Phases
@@ -28,11 +29,12 @@ class RunState:
         stopped: a stop was asked for and the state is saved.
         stream: the training batches.
         phases: how it trains when.
+        guard: looks at held-out pictures, where there are some.
     """
 
-    def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, phases: Phases):
+    def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, phases: Phases, guard: Guard | None = None):
         config = run.config
-        self._run, self.stream, self.phases = run, stream, phases
+        self._run, self.stream, self.phases, self.guard = run, stream, phases, guard
         self.total_steps = phases.total_steps
         self.step = 0
         self.shown: dict[str, str] = {}
@@ -86,16 +88,26 @@ class RunState:
         last = self.step == self.total_steps
         if last or self.step % self._run.config.run.log_every == 0:
             self._log(metrics)
+        best = self._look(last)
         # one vote for both: a signal, and rank 0's word on saving
         vote = self._run.ranks.max((self._run.stop.signal or 0) << 1 | self._wants_state())
         if stop := vote >> 1:
             self._run.stop.hear(stop)  # a scheduler may signal one node alone: every rank leaves in the same way
+            self._run.states.hurry()
             self.stopped = True
-        if last or self.stopped or vote & 1:
+        if last or self.stopped or best or vote & 1:
             self.save()
         if last or self.stopped:
             self._run.settle()
             self._run.ranks.barrier()  # a rank that leaves now leaves a whole state behind
+
+    def _look(self, last: bool) -> bool:
+        """Whether the guard has looked, and it was never better. Not while updates are skipped: nothing has changed."""
+        if self.guard is None or not (last or self.guard.due(self.step)) or self.engine.skipped_in_a_row:
+            return False
+        score = self.guard.look(self.engine, self.step)
+        self._run.tracker.log({"guard/robust_accuracy": score}, self.step)
+        return self.guard.best is not None and self.guard.best["step"] == self.step
 
     def _wants_state(self) -> bool:
         """Whether a state is due on rank 0. It waits until the one before is written, and while updates are skipped:
@@ -145,14 +157,16 @@ class RunState:
         run = self._run
         trainable = self.engine.state()
         if not all(t.isfinite().all() for t in trainable.tensors["master"].values()):
-            raise UserError(
+            raise SharedUserError(
                 f"the adapter is not finite at batch {self.step}; start with a lower optim.lr in another output folder"
             )
         slots = {name: run.ranks.gather(tensor) for name, tensor in self.phases.slot_state(self.step).items()}
         if run.ranks.is_main:
             tensors = {f"{kind}/{name}": t for kind, named in trainable.tensors.items() for name, t in named.items()}
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
+            best = None if self.guard is None else self.guard.best
             facts = {
+                "best": best,
                 "updates": trainable.updates,
                 "skipped": trainable.skipped,
                 "stream": self.stream.state_dict(),
@@ -160,7 +174,7 @@ class RunState:
                 "config": run.config.model_dump(mode="json"),
                 "backbone_sha256": self.engine.model.info.sha256,
             }
-            run.states.write(self.step, tensors, facts)
+            run.states.write(self.step, tensors, facts, None if best is None else best["step"])
         self._saved_step, self._saved_at, self._due = self.step, time.monotonic(), False
 
 

@@ -19,6 +19,7 @@ from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import is_main_process
 from fulllora_dist.errors import run_entry
 from fulllora_dist.finish import finish
+from fulllora_dist.guard import build_guard
 from fulllora_dist.phases import build_phases
 from fulllora_dist.planning import estimate
 from fulllora_dist.run import start_run
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} pictures fill none, others each epoch")
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
-        state = RunState(run, model, stream, phases)  # resumes where there is something to resume
+        guard = build_guard(config, model.info, run.ranks, run.saved and run.saved[1].get("best"))
+        state = RunState(run, model, stream, phases, guard)  # resumes where there is something to resume
         for batch in run.progress(state):
             metrics = phases.step(state.engine, batch, state.step)
             state.advance(metrics)

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -28,7 +29,13 @@ _RANGE = 8 << 20
 _AHEAD = 3
 
 T = TypeVar("T")
+_hurry = threading.Event()
 _logger = logging.getLogger(__name__)
+
+
+def stop_retrying() -> None:
+    """This process ends soon: from now on nothing is tried again, in other threads too."""
+    _hurry.set()
 
 
 def persistent(call: Callable[[], T], url: str) -> T:
@@ -45,11 +52,12 @@ def persistent(call: Callable[[], T], url: str) -> T:
             meaning = urls.explained(error, url)
             if isinstance(meaning, UserError):
                 raise meaning from error
-            if time.monotonic() + pause > deadline:
-                raise UserError(f"{meaning} (tried for {PATIENCE_SECONDS:.0f} s)") from error
+            if _hurry.is_set() or time.monotonic() + pause > deadline:
+                tried = PATIENCE_SECONDS - max(0.0, deadline - time.monotonic())
+                raise UserError(f"{meaning} (tried for {tried:.0f} s)") from error
             if pause == _FIRST_PAUSE:
                 _logger.warning("%s; trying again for %.0f s", meaning, PATIENCE_SECONDS)
-        time.sleep(pause)
+        _hurry.wait(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 

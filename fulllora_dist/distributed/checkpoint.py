@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from safetensors import SafetensorError
@@ -54,8 +54,16 @@ def _digest(content: bytes, facts: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def write_state(place: str, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> str:
-    """Publish the state of `step` under `place` and delete all but the `keep` newest. Returns its path or URL.
+def write_state(
+    place: str,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    keep: int,
+    spared: Collection[int] = (),
+) -> str:
+    """Publish the state of `step` under `place`. Of the older ones delete all but the `keep` - 1 newest and, besides,
+    those of the steps `spared`. Returns its path or URL.
 
     Args:
         place: a folder, or an s3:// or gs:// URL.
@@ -72,7 +80,7 @@ def write_state(place: str, step: int, tensors: Mapping[str, Tensor], facts: Map
     publish = _publish_objects if urls.is_remote(place) else _publish_folder
     publish(place, final, {TENSORS: content, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()})
     # newer ones were passed over as damaged: they do not count, or they would push this one out
-    older = [path for path in list_states(place) if step_of(path) < step]
+    older = [path for path in list_states(place) if step_of(path) < step and step_of(path) not in spared]
     for old in older[keep - 1 :]:
         with contextlib.suppress(OSError, UserError):  # the new one is whole; the next one tries again
             _delete(old)
@@ -106,17 +114,18 @@ def _delete_unfinished(folder: str) -> None:
 def _publish_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
     for path, names in _folders(place).items():
         if DESCRIPTION not in names or path == final:  # unfinished, or damaged and made again
-            _delete(path)
+            _delete(path, names)
     for name in (TENSORS, DESCRIPTION):
         store.write(f"{final}/{name}", files[name])
 
 
-def _delete(path: str) -> None:
+def _delete(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)) -> None:
+    """`names`: what is there of a state in a bucket."""
     if not urls.is_remote(path):
         shutil.rmtree(path)
         return
     fs = urls.filesystem(path)
-    for name in (DESCRIPTION, TENSORS):  # without the first it is no state any more, whatever happens next
+    for name in sorted(names):  # without its description it is no state any more, whatever happens next
         url = f"{path}/{name}"
         store.persistent(lambda url=url: fs.rm_file(url), path)  # type: ignore[misc]
 
@@ -155,12 +164,13 @@ def read_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         DamagedState: missing files, changed bytes.
         UserError: a format version this program does not know, a bucket that does not answer.
+        OSError: a disk that does not answer: that is no damage, and another attempt may find it whole.
     """
     try:
         files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)
         facts, content = json.loads(files[DESCRIPTION]), files[TENSORS]
         version, sha256 = facts["format_version"], facts.pop("sha256")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
         raise DamagedState(f"{path} is incomplete ({error})") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
@@ -187,12 +197,12 @@ def _read_objects(path: str) -> dict[str, bytes]:
     return {name: store.read(f"{path}/{name}") for name in (DESCRIPTION, TENSORS) if name in names}
 
 
-def read_newest_state(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, list[str]]:
-    """The newest state that is whole, or None, and a line for each damaged one that was passed over."""
-    damaged: list[str] = []
+def read_newest_state(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, dict[str, str]]:
+    """The newest state that is whole, or None; and of each damaged one that was passed over its path and a line."""
+    damaged: dict[str, str] = {}
     for path in list_states(*places):
         try:
             return read_state(path), damaged
         except DamagedState as error:
-            damaged.append(str(error))
+            damaged[path] = str(error)
     return None, damaged

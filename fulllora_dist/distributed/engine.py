@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,6 +237,19 @@ class Engine:
         tensors = self._ema or self._full_masters()
         return {name: t.detach().cpu().float().clone() for name, t in tensors.items()}
 
+    @contextmanager
+    def as_saved(self) -> Iterator[AdaptedModel]:
+        """The model with the tensors of `adapter`; afterwards, bit for bit, with its own. A collective."""
+        if not self._ema:
+            yield self.model
+            return
+        own = {name: tensor.clone() for name, tensor in self._full_masters().items()}
+        self._show(self._ema)
+        try:
+            yield self.model
+        finally:
+            self._show(own)
+
     # -- parameters and optimizer state at any stage --------------------------------------------------------------
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -254,6 +268,16 @@ class Engine:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: safe_get_full_fp32_param(p) for name, p in self._named.items()}
+
+    def _show(self, tensors: dict[str, Tensor]) -> None:
+        """Compute with these; the masters that the optimizer steps are others, or set back before it does."""
+        if self._stage < 3:
+            self.model.load_trainable(tensors)
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(self._named.values()), modifier_rank=0):
+            self.model.load_trainable(tensors)
 
     def _moment(self, parameter: torch.nn.Parameter, key: str) -> Tensor:
         if self._stage == 0:

@@ -61,7 +61,7 @@ class StopRequest:
             self._deferred = False
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        again, self._received = self._received is not None, self._received or number
+        again, self._received = self.signal is not None, self._received or number
         if not self._deferred and not again:
             raise SystemExit(128 + number)
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fulllora_dist.config import DistributedSettings, OptimSettings
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.data.write import make_shards
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.methods import Method
@@ -150,3 +154,17 @@ def train(ranks: Ranks, engine: Engine, method: Method | Phases, data: Sequence[
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
+
+
+def noise_shards(folder: Path, seed: int, brighter: int = 0) -> str:
+    """Shards in `folder` of 24 noise pictures of three classes, each so many grey levels brighter than the one before.
+    Returns where they lie."""
+    root, shards = folder / "pictures", folder / "shards"
+    rng = np.random.default_rng(seed)
+    for label in range(3):
+        (root / f"class{label}").mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256 - 2 * brighter, (16, 16, 3), dtype=np.uint8) + np.uint8(label * brighter)
+            Image.fromarray(pixels).save(root / f"class{label}" / f"{i}.png")
+    make_shards(root, shards, samples_per_shard=9, progress=False)
+    return str(shards)

@@ -101,7 +101,7 @@ def test_a_full_disk(server: RankServer, shards: str, disk: Path) -> None:
     found, damaged = read_newest_state(str(disk / "again" / "states"))
     assert found is not None
     assert found[1]["step"] == 2
-    assert damaged == []
+    assert not damaged
     (error, _), other = server.run(2, _run, _config(disk / "third", shards, "standard", 0), {})
     assert error == other[0]
     assert "No space left on device" in error, "refused before it trains"
@@ -162,7 +162,8 @@ def test_states_in_a_bucket(
     # another machine, the newest state damaged, and a folder that a killed writer left behind
     client.put_object(Bucket=BUCKET, Key=f"{prefix}00000004/state.safetensors", Body=b"x")  # type: ignore[attr-defined]
     client.put_object(Bucket=BUCKET, Key=f"{prefix}00000005/state.safetensors", Body=b"x")  # type: ignore[attr-defined]
-    found, (line,) = read_newest_state(place)
+    found, damaged = read_newest_state(place)
+    (line,) = damaged.values()
     assert found is not None
     assert found[1]["step"] == 3
     assert f"{place}/00000004 is damaged" in line

@@ -19,6 +19,7 @@ from fulllora_dist.distributed.checkpoint import list_states, read_state
 from fulllora_dist.distributed.preemption import StopRequest
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
+from fulllora_dist.guard import build_guard
 from fulllora_dist.phases import build_phases
 from fulllora_dist.run import Run
 from fulllora_dist.run_state import RunState
@@ -66,7 +67,8 @@ def _start(ranks: Ranks, settings: dict) -> tuple[Run, RunState]:
     model = build_model(config)
     stream = build_stream(config, model.info, ranks)
     phases = build_phases(config, stream.steps_per_epoch)
-    return run, RunState(run, model, stream, phases)
+    guard = build_guard(config, model.info, ranks, run.saved and run.saved[1]["best"])
+    return run, RunState(run, model, stream, phases, guard)
 
 
 def _train(ranks: Ranks, settings: dict, until: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def _train(config: Config, ranks: Ranks) -> object:
 
 
 def _evaluate(config: Config, ranks: Ranks) -> object:
-    return build_eval_stream(config, config.data.train, INFO, ranks)
+    return build_eval_stream(config, config.data.train, INFO, ranks, n=None)
 
 
 def _refusal(ranks: Ranks, folders: list[str], build: Callable[[Config, Ranks], object]) -> str:

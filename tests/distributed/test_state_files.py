@@ -45,13 +45,13 @@ def _is_state(found: tuple[dict[str, Tensor], dict[str, Any]] | None, step: int)
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
-    assert read_newest_state(str(tmp_path / "none")) == (None, [])
+    assert read_newest_state(str(tmp_path / "none")) == (None, {})
     for step in (5, 90, 100):  # 90 sorts after 100 as text
         _write(tmp_path, step)
     assert [int(Path(path).name) for path in list_states(str(tmp_path))] == [100, 90]
     found, damaged = read_newest_state(str(tmp_path))
     assert _is_state(found, 100)
-    assert damaged == []
+    assert not damaged
     assert sorted(os.listdir(tmp_path)) == ["00000090", "00000100"]
 
 
@@ -139,7 +139,8 @@ def test_damaged_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
         read_state(newest)
     found, damaged = read_newest_state(str(tmp_path))
     assert _is_state(found, 1)
-    (line,) = damaged
+    ((path, line),) = damaged.items()
+    assert path == newest
     assert newest in line
     assert "\n" not in line
 

@@ -1,0 +1,78 @@
+"""Robust accuracy on pictures held out of the training data, every so many batches, and when it was best."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fulllora_dist.attacks.threat import threat_model
+from fulllora_dist.build import build_eval_stream, load_index
+from fulllora_dist.config import Config
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.data.index import Index
+from fulllora_dist.distributed.engine import Engine
+from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.evaluation import Evaluator
+from fulllora_dist.models.backbone import BackboneInfo
+
+
+@dataclass
+class _Kept:
+    """The batches of an `EvalStream`, held in memory: they are few and looked at again and again."""
+
+    ids: np.ndarray
+    index: Index
+    batches: list[Batch]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+class Guard:
+    """PGD on the same held-out pictures each time, from the same starts: what differs is the adapter alone.
+
+    An adapter that is chosen by the validation set looks too good there; these pictures are in neither set.
+
+    Attributes:
+        best: {"step", "robust_accuracy", "of"}: the highest figure so far, the first of equal ones; None before there
+            is one. `of` says what was looked at.
+    """
+
+    def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Ranks, best: dict[str, Any] | None):
+        settings, setting = config.guard, "data.held_out"
+        n = min(settings.n, len(load_index(held_out, setting)))
+        stream = build_eval_stream(config, held_out, model, ranks, n=n, setting=setting)
+        self._pictures = _Kept(stream.ids, stream.index, list(stream))
+        self.attack = f"pgd{settings.steps}"
+        threat = threat_model(config.threat.norm, config.threat.eps)
+        self._evaluator = Evaluator([self.attack], threat, ranks, seed=config.run.seed, progress=False)
+        self._every = settings.every
+        self._of = [stream.index.hash, len(stream.ids), self.attack]
+        # figures of other pictures, or under another attack, cannot be compared
+        self.best = best if best is not None and best["of"] == self._of else None
+
+    def due(self, step: int) -> bool:
+        """Whether to look after that many batches."""
+        return step % self._every == 0
+
+    def look(self, engine: Engine, step: int) -> float:
+        """Robust accuracy of what would be saved now; `best` is up to date then. A collective."""
+        with engine.as_saved() as model:
+            score = self._evaluator.run(model, self._pictures)["attacks"][self.attack]["accuracy"]
+        if self.best is None or score > self.best["robust_accuracy"]:
+            self.best = {"step": step, "robust_accuracy": score, "of": self._of}
+        return score
+
+
+def build_guard(config: Config, model: BackboneInfo, ranks: Ranks, best: dict[str, Any] | None) -> Guard | None:
+    """None where no pictures are held out.
+
+    Args:
+        best: of the state that the run goes on from.
+    """
+    held_out = config.data.held_out
+    return None if held_out is None else Guard(config, held_out, model, ranks, best)

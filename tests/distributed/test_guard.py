@@ -1,0 +1,124 @@
+"""Held-out pictures in the midst of training: right figures, the best state kept, and the training as without them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import EPS, STAGES, noise_shards
+from harness import RankServer
+from test_resume import BATCHES, _config, _train_all
+
+from fulllora_dist.build import build_model, check_inputs
+from fulllora_dist.config import Config
+from fulllora_dist.data.decode import EvalTransform
+from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.distributed.checkpoint import list_states, read_state
+from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation import evaluate
+
+ALL_STATES = [("run", "save_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Pictures from which something can be learned."""
+    return noise_shards(tmp_path_factory.mktemp("bright"), seed=0, brighter=40)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Others of the same kind."""
+    return noise_shards(tmp_path_factory.mktemp("bright"), seed=1, brighter=40)
+
+
+def _guarded(output: Path, shards: str, held_out: str, stage: int, every: int, *more: tuple[str, str, Any]) -> dict:
+    settings = [*ALL_STATES, ("data", "held_out", held_out), *more]
+    config = _config(output, shards, "pgd", stage, settings)
+    config["evaluation"] = {"batch_size": 5}  # 24 pictures: padding, and an odd number of batches
+    config["guard"] = {"every": every, "steps": STEPS}
+    return config
+
+
+def _states(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    return {int(Path(path).name): read_state(path) for path in list_states(str(output / "states"))}
+
+
+def _figures(output: Path) -> dict[int, float]:
+    points = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {p["step"]: p["guard/robust_accuracy"] for p in points if "guard/robust_accuracy" in p}
+
+
+def _figure_of(config: dict, average: dict[str, torch.Tensor], held_out: str) -> float:
+    """Of an adapter on its own, in this process."""
+    model = build_model(Config.model_validate(config))
+    model.load_trainable(average)
+    info = model.info
+    transform = EvalTransform(info.image_size, info.crop_pct, info.interpolation, crop_mode=info.crop_mode)
+    stream = EvalStream(held_out, batch_size=5, transform=transform)
+    return evaluate(model, stream, attacks=[f"pgd{STEPS}"], eps=EPS)["attacks"][f"pgd{STEPS}"]["accuracy"]
+
+
+def test_figures_and_training_at_every_stage(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
+    guarded = {stage: _guarded(tmp_path / f"guarded{stage}", shards, held_out, stage, every=1) for stage in STAGES}
+    plain = {stage: _config(tmp_path / f"plain{stage}", shards, "pgd", stage, ALL_STATES) for stage in STAGES}
+    server.run(2, _train_all, [(run, BATCHES) for run in (*guarded.values(), *plain.values())], timeout=300)
+    for stage in STAGES:
+        states, others = _states(tmp_path / f"guarded{stage}"), _states(tmp_path / f"plain{stage}")
+        for step in range(1, BATCHES + 1):
+            mine, theirs = states[step][0], others[step][0]
+            assert mine.keys() == theirs.keys()
+            assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()), (stage, step)
+        figures = _figures(tmp_path / f"guarded{stage}")
+        assert figures.keys() == set(range(1, BATCHES + 1))
+        for step, figure in figures.items():
+            average = {n.removeprefix("ema/"): t for n, t in states[step][0].items() if n.startswith("ema/")}
+            assert figure == _figure_of(guarded[stage], average, held_out), (stage, step)
+        assert len(set(figures.values())) > 1, stage
+
+
+def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
+    """Besides the newest, also by a run that was cut short."""
+    few = [("run", "keep_states", 1), ("run", "save_every", 2)]
+    whole, cut = (_guarded(tmp_path / name, shards, held_out, 1, 1, *few) for name in ("whole", "cut"))
+    server.run(2, _train_all, [(whole, BATCHES), (cut, 5)])
+    server.run(2, _train_all, [(cut, BATCHES)])
+    figures = _figures(tmp_path / "whole")
+    assert figures == _figures(tmp_path / "cut")
+    assert figures.keys() == set(range(1, BATCHES + 1))
+    best = max(figures, key=lambda step: (figures[step], -step))
+    assert len(set(figures.values())) > 1
+    assert best < BATCHES, "the newest is kept anyway"
+    for name in ("whole", "cut"):
+        states = _states(tmp_path / name)
+        assert states.keys() == {best, BATCHES}
+        found = states[BATCHES][1]["best"]
+        assert (found["step"], found["robust_accuracy"]) == (best, figures[best])
+
+
+def test_figures_under_another_attack_are_not_compared(
+    server: RankServer, shards: str, held_out: str, tmp_path: Path
+) -> None:
+    config = _guarded(tmp_path, shards, held_out, 1, every=4)
+    server.run(2, _train_all, [(config, 5)])
+    assert _figures(tmp_path).keys() == {4}
+    best = _states(tmp_path)[5][1]["best"]
+    assert best["of"][-2:] == [24, f"pgd{STEPS}"]
+    config["guard"]["steps"] = 40  # none can be more often right under it
+    server.run(2, _train_all, [(config, BATCHES)])
+    stronger = _states(tmp_path)[BATCHES][1]["best"]
+    assert _figures(tmp_path).keys() == {4, BATCHES}, "the last one too"
+    assert stronger["robust_accuracy"] <= best["robust_accuracy"]
+    assert (stronger["step"], stronger["of"][-1]) == (BATCHES, "pgd40")
+
+
+@pytest.mark.parametrize("same", ["train", "validation"])
+def test_pictures_that_are_not_held_out_are_refused(shards: str, held_out: str, tmp_path: Path, same: str) -> None:
+    config = _guarded(tmp_path, shards, held_out, 1, 1)
+    config["data"]["validation"] = held_out
+    check_inputs(Config.model_validate(config | {"data": config["data"] | {"validation": None}}), world=2)
+    config["data"]["held_out"] = config["data"][same]
+    with pytest.raises(UserError, match=f"data.held_out: it is data.{same}"):
+        check_inputs(Config.model_validate(config), world=2)

@@ -1,0 +1,146 @@
+"""How a run finds and keeps its states: other settings of places, damage, trouble that passes, the end in a hurry."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fulllora_dist import states
+from fulllora_dist.config import RunSettings
+from fulllora_dist.data import store
+from fulllora_dist.distributed.checkpoint import DESCRIPTION, TENSORS, list_states
+from fulllora_dist.errors import UserError
+from fulllora_dist.states import States
+
+Said = list[str]
+
+
+def _states(output: Path, **settings: Any) -> tuple[States, Said]:
+    said: Said = []
+    return States(RunSettings(output=str(output), **settings), said.append), said
+
+
+def _write(kept: States, step: int, best: int | None = None) -> bool:
+    kept.write(step, {"a": torch.tensor([step])}, {"best": best and {"step": best}}, best)
+    return kept.settle()
+
+
+def _steps(place: Path) -> list[int]:
+    return [int(Path(path).name) for path in list_states(str(place))]
+
+
+def _found(kept: States) -> int | None:
+    found = kept.find()
+    return found and found[1]["step"]
+
+
+def test_found_wherever_an_attempt_before_put_them(tmp_path: Path) -> None:
+    output, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    _write(_states(output)[0], 3)
+    kept, _ = _states(output, states=str(elsewhere))
+    assert _found(kept) == 3
+    assert _write(kept, 4)
+    assert _steps(elsewhere) == [4]
+    (output / "config.yaml").write_text(f"run: {{states: {elsewhere}}}")  # as that attempt left it
+    assert _found(_states(output)[0]) == 4
+    assert _found(_states(output, states=f"file://{elsewhere}")[0]) == 4
+    (output / "config.yaml").write_text("run: [")
+    assert _found(_states(output)[0]) == 3
+
+
+def test_a_folder_that_does_not_answer_is_not_damage(tmp_path: Path) -> None:
+    """To go back would throw away what is there, and to begin anew the metrics too."""
+    kept, said = _states(tmp_path)
+    for step in (1, 2):
+        _write(kept, step)
+    newest = tmp_path / "states" / "00000002" / DESCRIPTION
+    content = newest.read_bytes()
+    newest.unlink()
+    newest.mkdir()  # reading it is an OSError, for root too
+    with pytest.raises(IsADirectoryError):
+        kept.find()
+    newest.rmdir()
+    newest.write_bytes(content)
+    assert _found(kept) == 2
+    assert not said
+
+
+def test_damaged_ones_do_not_count(tmp_path: Path) -> None:
+    kept, _ = _states(tmp_path)
+    for step in (10, 20):
+        _write(kept, step)
+    (tmp_path / "states" / "00000020" / TENSORS).write_bytes(b"")
+    kept, said = _states(tmp_path)
+    assert _found(kept) == 10
+    (line,) = said
+    assert "00000020 is damaged" in line
+    assert line.endswith("going on from an older state")
+    _write(kept, 25)
+    assert _steps(tmp_path / "states") == [25, 20, 10], "two whole ones"
+    (tmp_path / "states" / "00000025" / TENSORS).write_bytes(b"")
+    assert _found(_states(tmp_path)[0]) == 10
+    (tmp_path / "states" / "00000010" / TENSORS).write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 3 states"):
+        _states(tmp_path)[0].find()
+
+
+def test_the_best_one_stays_until_a_better_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, _ = _states(tmp_path, keep_states=1)
+    for step in (1, 2, 3):
+        _write(kept, step, best=2 if step > 1 else 1)
+    assert _steps(tmp_path / "states") == [3, 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(states, "write_state", lambda *_: os.listdir("/nowhere"))
+        assert not _write(kept, 4, best=4)
+    _write(kept, 5, best=4)
+    assert _steps(tmp_path / "states") == [5, 2]
+    kept, _ = _states(tmp_path, keep_states=1)
+    kept.find()
+    _write(kept, 6, best=6)
+    _write(kept, 7, best=6)
+    assert _steps(tmp_path / "states") == [7, 6]
+
+
+def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
+    _write(_states(tmp_path / "other")[0], 3, best=3)
+    kept, _ = _states(tmp_path / "run", resume_from=str(tmp_path / "other" / "states" / "00000003"))
+    found = kept.find()
+    assert found is not None
+    assert found[1]["best"] is None
+
+
+def test_in_a_hurry_the_disk_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bucket that fails is tried for minutes, which a scheduler does not wait for."""
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_MAX_ATTEMPTS": "1",
+        "FSSPEC_S3_ENDPOINT_URL": "http://127.0.0.1:9",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(store, "_hurry", type(store._hurry)())
+    assert store.PATIENCE_SECONDS >= 60
+    kept, said = _states(tmp_path, states="s3://bucket/run")
+    began = time.monotonic()
+    kept.write(1, {"a": torch.ones(1)}, {})
+    time.sleep(1)
+    assert not kept.idle, "it is still trying"
+    kept.hurry()
+    kept.write(2, {"a": torch.ones(1)}, {})
+    assert kept.settle()
+    assert time.monotonic() - began < 40
+    assert _steps(tmp_path / "states") == [2, 1]
+    assert ["it is in" in line for line in said] == [True, True]
+
+
+def test_whatever_happens_to_a_state_the_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> str:
+        raise MemoryError("of 8 GB")
+
+    monkeypatch.setattr(states, "write_state", no_memory)
+    kept, said = _states(tmp_path)
+    assert not _write(kept, 1)
+    assert "MemoryError of 8 GB; the newest is none" in said[0]
