@@ -25,8 +25,10 @@ from fulllora_dist.distributed.checkpoint import list_states, read_state
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.evaluation import Evaluator
+from fulllora_dist.run_state import RunState
 
 TRAINING = ("attack", "backward", "before rename", "after rename")
+FIRST_STATE = 2
 WINDOW = 5  # batches of an attempt within which it is killed
 
 
@@ -38,12 +40,14 @@ class Kill(NamedTuple):
     nth: int
 
 
-def _hook(rank: int, log: Path, kill: Kill | None) -> None:
-    """Log the phases of this process from now on, and end in one of them."""
+def _hook(rank: int, log: Path, kill: Kill | None, after: int = 0) -> None:
+    """Log the phases of this process from batch `after` on, and end in one of them."""
     seen: Counter[str] = Counter()
-    evaluating = False
+    evaluating, batches = False, 0
 
     def note(phase: str) -> None:
+        if batches < after:
+            return
         seen[phase] += 1
         here = Kill(rank, phase, seen[phase])
         with open(log, "a") as file:
@@ -71,6 +75,14 @@ def _hook(rank: int, log: Path, kill: Kill | None) -> None:
     around(Engine, "backward", after="backward")  # the gradient is there, the update is not
     around(os, "rename", before="before rename", after="after rename")
     around(Evaluator, "run", before="evaluation")
+    advance = RunState.advance
+
+    def counted(state: RunState, metrics: dict[str, torch.Tensor]) -> None:
+        nonlocal batches
+        advance(state, metrics)
+        batches += 1
+
+    RunState.advance = counted  # type: ignore[method-assign]
 
 
 def _attempt(ranks: Ranks, config: str, log: Path, kill: Kill | None) -> int:
@@ -81,7 +93,7 @@ def _attempt(ranks: Ranks, config: str, log: Path, kill: Kill | None) -> int:
 
 
 def _attempt_short(ranks: Ranks, settings: dict, log: Path, kill: Kill) -> None:
-    _hook(ranks.rank, log, kill)
+    _hook(ranks.rank, log, kill, after=FIRST_STATE + 1)
     _train(ranks, settings, BATCHES)
 
 
@@ -107,6 +119,10 @@ def _final(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     metrics = [{key: value for key, value in line.items() if key != "time"} for line in lines]
     evaluation = {key: value for key, value in evaluation.items() if key != "adapter"}
     return tensors | adapter, {"facts": kept, "metrics": metrics, "evaluation": evaluation}
+
+
+def _newest(output: Path) -> int:
+    return int(Path(list_states(str(output / "states"))[0]).name)
 
 
 def _draw(counts: Counter[tuple[int, str]], batches: int, each: int) -> list[Kill]:
@@ -153,18 +169,26 @@ def test_a_chain_of_kills(server: RankServer, shards: str, tmp_path: Path, each:
 
 @pytest.mark.long
 def test_every_method_at_every_stage(server: RankServer, shards: str, tmp_path: Path) -> None:
-    """A kill each, in a phase that is drawn."""
+    """A kill each, in a phase that is drawn, when there is a state to go on from."""
     rng, log = random.Random(1), tmp_path / "log"
     outputs = {case: (tmp_path / f"{case}-whole", tmp_path / f"{case}-killed") for case in ALL}
     settings: dict[Any, Sequence[dict]] = {
-        case: [_config(output, shards, *case, [("run", "save_every", 2)]) for output in outputs[case]] for case in ALL
+        case: [_config(output, shards, *case, [("run", "save_every", FIRST_STATE)]) for output in outputs[case]]
+        for case in ALL
     }
     server.run(2, _train_all, [(settings[case][0], BATCHES) for case in ALL], timeout=60 + 20 * len(ALL))
     drawn: Counter[str] = Counter()
     for case in ALL:
         phase = rng.choice([p for p in TRAINING if p != "attack" or case[0] != "standard"])
         rank = 0 if "rename" in phase else rng.choice([0, 1])
-        _killed(server, _attempt_short, settings[case][1], log, Kill(rank, phase, rng.randint(1, 2)))
+        _killed(
+            server,
+            _attempt_short,
+            settings[case][1],
+            log,
+            Kill(rank, phase, 1 if "rename" in phase else rng.randint(1, 2)),
+        )
+        assert FIRST_STATE <= _newest(outputs[case][1]) < BATCHES, "it goes on from a state, and has batches left"
         drawn[phase] += 1
     assert min(drawn[phase] for phase in TRAINING) >= 2
     server.run(2, _train_all, [(settings[case][1], BATCHES) for case in ALL], timeout=60 + 20 * len(ALL))
