@@ -69,7 +69,9 @@ class Run:
         resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         self.settings = urls.redacted(resolved)
         ranks.on_main(lambda: self._open_output(resolved), f"run.output: {config.run.output} cannot be written")
-        self.tracker = Tracker(config, ranks.is_main, facts.get("mlflow_run_id"), facts.get("step", 0))
+        begun = facts.get("mlflow_run_id"), facts.get("step", 0)
+        tracker = ranks.on_main(lambda: Tracker(config, True, *begun), f"run.output: metrics in {config.run.output}")
+        self.tracker = tracker or Tracker(config, False, *begun)
 
     def say(self, text: str) -> None:
         """A line for people, from rank 0, on stderr (stdout belongs to results)."""

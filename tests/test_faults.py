@@ -62,7 +62,7 @@ def test_signals_stop_it_and_a_second_one_ends_it_at_once(config: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", [signal.SIGUSR2])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR2])
 def test_the_exit_code_names_the_signal(config: Path, kind: signal.Signals) -> None:
     output = config.parent / kind.name
     process = start(config, f"run.output={output}", *LONG, "tracking.enabled=false", ranks=1)

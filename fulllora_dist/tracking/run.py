@@ -14,9 +14,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from fulllora_dist.config import Config
+from fulllora_dist.data.index_file import published
 from fulllora_dist.data.urls import redacted
 
 METRICS = "metrics.jsonl"
@@ -108,11 +110,12 @@ class Tracker:
         if not os.path.exists(self._path):
             return
         with open(self._path) as file:
-            # the final evaluation comes after the last state and is made again
-            lines = [line for line in file if _step_of(line) <= step and '"eval/' not in line]
-        with open(self._path + ".tmp", "w") as file:
-            file.writelines(lines)
-        os.replace(self._path + ".tmp", self._path)
+            found = file.readlines()
+        # the final evaluation comes after the last state and is made again
+        lines = [line for line in found if _step_of(line) <= step and '"eval/' not in line]
+        if len(lines) < len(found):
+            with published(Path(self._path)) as whole:
+                whole.write("".join(lines).encode())
 
     def _open(self, config: Config) -> None:
         # defaults would hold a dead server's caller for four minutes
