@@ -1,6 +1,9 @@
 # Everything runs in .venv, which the first command makes. `make demo` and `make test` are all a newcomer needs.
 PYTHON ?= python3
 BIN := .venv/bin
+# two at a time, the tests of a file after one another: most use one core. Real ranks have a thread each
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo test test-long lint
 
@@ -8,10 +11,11 @@ demo: .venv/installed
 	@$(BIN)/python tools/demo.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(PYTEST) $(PARALLEL)
 
 test-long: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
+	$(PYTEST) -m long $(PARALLEL) --ignore tests/launching
+	$(PYTEST) -m long tests/launching
 
 lint: .venv/installed
 	$(BIN)/ruff check .

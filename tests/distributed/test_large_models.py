@@ -26,8 +26,10 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(p.stem for size in ("large", "huge") for p in ROOT.glob(f"configs/imagenet_vit_{size}_*.yaml"))
+STAGES = (1, 3)
 UPDATES = 2
 BLOCKS = 4
+WHOLE = [("imagenet_vit_large_n_fgsm", 1), ("imagenet_vit_huge_n_fgsm", 3)]  # with their ZeRO stage
 # the shortest attack of each kind; Free's replays are its updates
 SHORTEST = {"pgd": ["method.steps=1"], "free": [f"method.replays={UPDATES}"]}
 
@@ -43,13 +45,9 @@ def _config(name: str, stage: int) -> Config:
     ]
     path = str(ROOT / "configs" / f"{name}.yaml")
     method = load_config(path).method.name
-    if not _is_whole(name):
+    if (name, stage) not in WHOLE:
         overrides.append(f"model.architecture={{depth: {BLOCKS}}}")
     return load_config(path, overrides + SHORTEST.get(method, []))
-
-
-def _is_whole(name: str) -> bool:
-    return name.endswith("n_fgsm")
 
 
 def _phase(config: Config) -> Phase:
@@ -58,13 +56,14 @@ def _phase(config: Config) -> Phase:
 
 
 @functools.lru_cache(maxsize=1)
-def _built(name: str) -> AdaptedModel:
-    return build_model(_config(name, 1))
+def _built(name: str, stage: int) -> AdaptedModel:
+    return build_model(_config(name, stage))
 
 
 def _prepare(name: str, stage: int, folder: str) -> AdaptedModel:
     """Built once for all configs of one model."""
-    return _built(next(other for other in CONFIGS if _same_model(_config(other, 1), _config(name, 1))))
+    cases = [(other, stage) for stage in STAGES for other in CONFIGS]
+    return _built(*next(case for case in cases if _same_model(_config(*case), _config(name, stage))))
 
 
 def _same_model(a: Config, b: Config) -> bool:
@@ -115,7 +114,7 @@ def test_there_are_configs() -> None:
     assert len(CONFIGS) == 9
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_steps(server: RankServer, tmp_path: Path, name: str, stage: int) -> None:
     results = server.run(2, _step, name, stage, str(tmp_path), timeout=600, prepare=_prepare)
@@ -129,7 +128,7 @@ def test_steps(server: RankServer, tmp_path: Path, name: str, stage: int) -> Non
         assert all(torch.equal(found["adapter"][n], t) for n, t in saved.items())
         assert 0.045 < found["share"] <= 0.05
     assert description["backbone"]["name"] == _config(name, stage).model.backbone
-    if stage == 1 and _is_whole(name):
+    if stage == 1 and (name, stage) in WHOLE:
         loaded = load(str(tmp_path), precision="fp32")
         with torch.no_grad():
             assert torch.equal(loaded(_picture(0) / 255), results[0]["logits"])
