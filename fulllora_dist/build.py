@@ -3,7 +3,7 @@
 import os
 
 from fulllora_dist.config import Config, DataSettings
-from fulllora_dist.data.decode import EvalTransform, TrainTransform
+from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.randaugment import RandAugment
@@ -11,7 +11,7 @@ from fulllora_dist.data.ranges import ReadPolicy
 from fulllora_dist.distributed.engine import check_batch
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation import Evaluator
+from fulllora_dist.evaluation import Evaluator, eval_transform
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 
@@ -188,12 +188,7 @@ def build_eval_stream(
     stream = EvalStream(
         folder,
         batch_size=config.evaluation.batch_size,
-        transform=EvalTransform(
-            size=model.image_size,
-            crop_pct=data.crop_pct or model.crop_pct,
-            interpolation=data.interpolation or model.interpolation,
-            crop_mode=model.crop_mode,
-        ),
+        transform=eval_transform(model, data.crop_pct, data.interpolation),
         n=n,
         world=ranks.world,
         rank=ranks.rank,

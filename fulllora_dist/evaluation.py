@@ -22,6 +22,7 @@ from fulllora_dist.data.index_file import published
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
+from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.pixels import parse_size
 
@@ -233,6 +234,18 @@ def _score(correct: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> d
     }
 
 
+def eval_transform(
+    info: BackboneInfo, crop_pct: float | None = None, interpolation: str | None = None
+) -> EvalTransform:
+    """The crop that a backbone was evaluated with, but for what is given."""
+    return EvalTransform(
+        size=info.image_size,
+        crop_pct=crop_pct or info.crop_pct,
+        interpolation=interpolation or info.interpolation,
+        crop_mode=info.crop_mode,
+    )
+
+
 def evaluate(
     model: nn.Module,
     data: str | Path | EvalBatches,
@@ -268,13 +281,7 @@ def evaluate(
             raise UserError(
                 "evaluate: a folder needs a model of create_model or load, which knows its crop; give an EvalStream"
             )
-        transform = EvalTransform(
-            size=info.image_size,
-            crop_pct=info.crop_pct,
-            interpolation=info.interpolation,
-            crop_mode=info.crop_mode,
-        )
-        data = EvalStream(data, batch_size=batch_size, transform=transform, n=n, workers=workers)
+        data = EvalStream(data, batch_size=batch_size, transform=eval_transform(info), n=n, workers=workers)
     if eps is None and norm != "linf":
         raise UserError(f"eps: norm {norm} has no default; give a length in pixels of [0, 1], e.g. 0.5")
     try:

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fulllora_dist.data.index_file import STALE_SECONDS
 from fulllora_dist.errors import UserError
 
 _KEEP = 0.9  # share of the cap that is left after making room, so that it is not made for every file
-_STALE = 600.0  # seconds after which a temporary file belongs to a process that was killed
 
 
 class RangeCache:
@@ -109,7 +109,7 @@ class RangeCache:
                 with suppress(FileNotFoundError):
                     facts = entry.stat()
                     if entry.name.startswith("."):
-                        if time.time() - facts.st_mtime > _STALE:
+                        if time.time() - facts.st_mtime > STALE_SECONDS:
                             os.unlink(entry)
                         continue
                     yield facts.st_mtime, facts.st_size, entry.path

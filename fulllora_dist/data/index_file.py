@@ -26,7 +26,8 @@ _DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "|u1"}
 _NAMES = {np.dtype(numpys): name for name, numpys in _DTYPES.items()}
 _CHECKSUM = "sha256"
 _CHECKSUM_BYTES = 32
-_STALE = 600.0  # seconds without a write after which a temporary file belongs to a process that was killed
+STALE_SECONDS = 600.0
+"""Without a write, after which a temporary file belongs to a process that was killed."""
 
 
 class DamagedIndex(UserError):
@@ -41,7 +42,7 @@ def published(path: Path) -> Iterator[BinaryIO]:
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > _STALE:
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:

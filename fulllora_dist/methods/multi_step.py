@@ -19,6 +19,7 @@ from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods.base import MethodSettings, PerturbedStep
 from fulllora_dist.methods.ramps import ramp
+from fulllora_dist.models.backbone import patch_size
 from fulllora_dist.pixels import Size
 from fulllora_dist.rng import sample_rng
 
@@ -106,10 +107,10 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 
 
 def _patch_of(backbone: nn.Module) -> int:
-    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    size = patch_size(backbone)
     if size is None:
         raise UserError("method.mask_patch: this backbone does not tell its patch size; a number of pixels is right")
-    return size if isinstance(size, int) else size[0]
+    return size[0]
 
 
 class Weakened:

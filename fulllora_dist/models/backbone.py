@@ -301,10 +301,16 @@ def _converted(family: Family, weights: dict[str, Tensor], backbone: nn.Module) 
 
 
 def _check_input_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
-    patch = timm.layers.to_2tuple(backbone.patch_embed.patch_size) if sizes else (1, 1)
+    patch = patch_size(backbone)
     for size in sizes:
-        if size % patch[0] or size % patch[1]:
+        if patch is not None and (size % patch[0] or size % patch[1]):
             raise UserError(f"phases.image_size: {size} is no multiple of {name}'s patches of {patch[0]} pixels")
+
+
+def patch_size(backbone: nn.Module) -> tuple[int, int] | None:
+    """Height and width of its patches in pixels; None where it does not tell."""
+    size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
+    return None if size is None else timm.layers.to_2tuple(size)
 
 
 def _load(
