@@ -10,11 +10,16 @@ the same run. Afterwards:
 docs/cluster.md has it all, with containers and site profiles.
 """
 
+import sys
+from pathlib import Path
+
+# its own repository, whatever else is installed
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import os
 import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
 from fulllora_dist.errors import UserError, run_entry

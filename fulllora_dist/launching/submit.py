@@ -40,6 +40,9 @@ exit $code"""
 """The end of the batch script. It asks for the requeue because scontrol may be missing in the tasks' container."""
 
 
+_KEPT_PATH = '"${PYTHONPATH:+:$PYTHONPATH}"'  # as the batch script's shell expands it
+
+
 class _ScriptWriter(SlurmExecutor):
     """Writes the batch script on machines without SLURM too."""
 
@@ -114,6 +117,8 @@ def check(settings: list[str], asked: Resources, executor: ExecutorName, evaluat
         raise UserError(f"--evaluate: --executor {executor} has no queue; run evaluate.py when the training is done")
     if asked.signal_seconds >= asked.time * 60:
         raise UserError(f"--signal-seconds: {asked.signal_seconds} leave nothing of --time {asked.time} minutes")
+    if ":" in str(Path(config.run.output).absolute()):
+        raise UserError(f"run.output: {config.run.output}: ':' would end the folder's name in the jobs' PYTHONPATH")
     check_inputs(config, world)
     if evaluation is not None:
         evaluate = entry_point("evaluate")
@@ -143,10 +148,15 @@ def _entries(config: Config, folder: Path, evaluation: list[str] | None) -> list
     return entries
 
 
-def _python(asked: Resources, folder: Path) -> str:
-    """Python with the launch's own copy of the package."""
+def _python(asked: Resources, folder: Path, after: str = _KEPT_PATH) -> str:
+    """Python with the launch's own copy of the package before everything else: `python -m` alone would begin with the
+    working directory, which may be a repository.
+
+    Args:
+        after: what follows the copy in PYTHONPATH, as the command takes it.
+    """
     python = asked.python or shlex.quote(sys.executable)
-    return f"env PYTHONPATH={shlex.quote(str(folder / CODE))} {python}"
+    return f"env PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(folder / CODE))}{after} {python}"
 
 
 def _executor(
@@ -156,7 +166,8 @@ def _executor(
         os.environ["SUBMITIT_FOLDER"] = str(folder)  # of a job, where a process of its own would set it
         return DebugExecutor(folder)
     if name == "local":
-        local = LocalExecutor(folder, python=_python(asked, folder))
+        above = os.environ.get("PYTHONPATH")  # no shell expands it
+        local = LocalExecutor(folder, python=_python(asked, folder, shlex.quote(f":{above}") if above else ""))
         local.update_parameters(
             tasks_per_node=asked.gpus_per_node,
             gpus_per_node=asked.gpus_per_node if asked.gpus else 0,

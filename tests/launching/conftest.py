@@ -63,11 +63,11 @@ class Site:
         temporary.write_text(json.dumps(orders))
         os.replace(temporary, self.folder / "orders.json")
 
-    def launch(self, *arguments: str, code: int | None = 0, timeout: float = 240) -> str:
+    def launch(self, *arguments: str, code: int | None = 0, timeout: float = 240, cwd: Path | None = None) -> str:
         """launch.py's stdout and stderr."""
         done = subprocess.run(
             [sys.executable, LAUNCH, *arguments],
-            cwd=self.folder,
+            cwd=cwd or self.folder,
             env=os.environ | self.environment,
             stdin=subprocess.DEVNULL,  # the debug executor opens a debugger on what fails
             capture_output=True,

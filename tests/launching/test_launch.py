@@ -41,7 +41,8 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
     (srun,) = re.findall(r"^srun .*$", train, re.MULTILINE)
     for part in ("--kill-on-bad-exit=1", "--cpus-per-task=2", "--mpi=none", "'--container-image=some image'"):
         assert f" {part} " in srun
-    assert "env PYTHONPATH=" in srun, "the jobs have the launch's own copy of the package"
+    code = site.folder / "unused" / "launches" / "NEXT" / "code"
+    assert f' env PYTHONSAFEPATH=1 PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}" ' in srun
     assert "#SBATCH --dependency=afterok:TRAIN" in evaluate
     assert "#SBATCH --kill-on-invalid-dep=yes" in evaluate
     assert not (site.folder / "unused").exists()
@@ -57,6 +58,7 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
         (["--gpus-per-node", "3"], "optim.batch_size: 8 does not divide by 3 ranks"),
         (["optim.lr=-1"], "config.yaml: optim.lr: "),
         (["--evaluate"], "data.validation is not set"),
+        (["run.output=a:b"], "run.output: a:b: ':' would end the folder's name"),
         (["data.train=/nowhere"], "data.train: /nowhere/index.safetensors: no index there"),
         (["--executor", "local", "--nodes", "2"], "--nodes: --executor local has one machine, not 2"),
         (["--executor", "debug", "--gpus-per-node", "2"], "--gpus-per-node: --executor debug runs one task"),
@@ -115,6 +117,19 @@ def test_the_debug_executor_takes_the_same_path_in_one_process(site: Site) -> No
     (site.folder / "orders.json").write_text('{"fail": [0, 0]}')
     said = site.launch(*CONFIG, "run.output=broken", "optim.epochs=1", "--executor", "debug", code=1)
     assert said.splitlines()[-1].startswith("failed: RuntimeError: no more room on the shelf")
+
+
+def test_jobs_use_their_own_copy_of_the_code_wherever_they_are_launched(site: Site) -> None:
+    """In the repository's root, and with its package in PYTHONPATH."""
+    site.order()
+    output = site.folder / "rooted"
+    config = ["--config", str(site.folder / "config.yaml"), f"plugins=[{site.folder}/paced.py]"]
+    site.launch(
+        *config, f"run.output={output}", "optim.epochs=1", "--executor", "local", "--no-gpus", "--wait", cwd=ROOT
+    )
+    launch = output / "launches" / "001"
+    note = json.loads((launch / "attempts.jsonl").read_text().splitlines()[0])
+    assert note["code"] == str(launch / "code" / "fulllora_dist")
 
 
 @pytest.mark.long
