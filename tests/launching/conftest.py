@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fulllora_dist.launching.jobs import live_jobs
+from fulllora_dist.launching.jobs import run_jobs
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "jobs" / "launch.py")
@@ -110,5 +110,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     shutil.copy(Path(__file__).with_name("paced.py"), folder)
     yield Site(folder)
     for launches in folder.glob("*/launches"):  # what a failed test left running in the background
-        for job in live_jobs(str(launches.parent)):
-            job.cancel()
+        for job in run_jobs(str(launches.parent)):
+            if job.alive:
+                job.cancel()
