@@ -77,7 +77,7 @@ class Attempt:
             note(f"stopped by {signal.Signals(code - 128).name}", **_reached(environment, self.entry))
         else:
             note("finished")
-        if code - 128 in REQUEUE_SIGNALS and environment.global_rank == 0 and stuck(environment):
+        if code - 128 in REQUEUE_SIGNALS and environment.global_rank == 0 and _stuck(environment):
             line = f"gave up: {PATIENCE} attempts without progress; give more --time"
             note(line)
             print(f"error: {line}", file=sys.stderr, flush=True)
@@ -149,7 +149,7 @@ def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
     return {"step": step_of(states[0]) if states else None}
 
 
-def stuck(environment: JobEnvironment) -> bool:
+def _stuck(environment: JobEnvironment) -> bool:
     """Whether the last attempts of this job were all stopped for a requeue at the same step."""
     notes = [note for note in read_attempts(environment.paths.folder, environment.job_id) if note["event"] != "started"]
     signals = {f"stopped by {number.name}" for number in REQUEUE_SIGNALS}
@@ -168,8 +168,10 @@ def _leave_with_reason(environment: JobEnvironment, line: str, code: int) -> Non
     """Leave one line where submitit would leave a traceback, for `status` and --wait."""
     with contextlib.suppress(OSError), temporary_save_path(environment.paths.result_pickle) as path:
         cloudpickle_dump(("error", line), path)
-    time.sleep(1)  # a rank that others lost is reported first
-    _exit(code)
+    try:
+        time.sleep(1)  # a rank that others lost is reported first
+    finally:  # srun's SIGTERM may come meanwhile
+        _exit(code)
 
 
 def _leave_after_traceback() -> None:

@@ -141,9 +141,9 @@ def _jobs(output: str, only: Path | None = None) -> Iterator[RunJob]:
         if only is not None and folder != only:
             continue
         record = read_record(folder)
+        executor, host = record["executor"], record.get("host", os.uname().nodename)  # older ones have none
         for job in record["jobs"]:
-            executor = record["executor"]
-            known = _slurm_facts(job["id"]) if executor == "slurm" else _local_facts(folder, job["id"], record["host"])
+            known = _slurm_facts(job["id"]) if executor == "slurm" else _local_facts(folder, job["id"], host)
             yield RunJob(folder, job["id"], job["entry"], job["tasks"], executor, **known)
 
 

@@ -84,7 +84,7 @@ def _amiss(config: Config, jobs: list[RunJob]) -> list[str]:
     newest = [job for job in jobs if job.folder == jobs[-1].folder]
     ended = [job for job in newest if not job.alive and not _cancelled(job)]
     lines = [f"job {job.id}: {failure}" for job in ended if (failure := job.failure())]
-    if any(job.alive for job in jobs):
+    if any(job.alive or job.state == "UNKNOWN" for job in jobs):
         return lines
     run = _tracked_as_running(config)
     if run is not None:

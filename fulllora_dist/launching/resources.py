@@ -81,7 +81,7 @@ def read_profile(name: str, folder: str) -> dict[str, Any]:
         if isinstance(values, dict) and isinstance(values.get("time"), int):  # YAML takes 4:00:00 for one of base 60
             with open(path) as file:
                 written: Any = yaml.compose(file, yaml.SafeLoader)
-            values["time"] = {key.value: value.value for key, value in written.value}["time"]
+            values["time"] = next((value.value for key, value in written.value if key.value == "time"), values["time"])
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"--profile: {path} is no valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):
