@@ -33,6 +33,8 @@ PATIENCE = 3
 """Attempts in a row that may end at the same batch before the job is not requeued any more."""
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """They say that the time is nearly up. SIGTERM may as well be somebody who wants the job to end."""
+WILL_GO_ON = frozenset(f"stopped by {number.name}" for number in REQUEUE_SIGNALS)
+"""Events of attempts.jsonl after which a job is requeued."""
 _PACKAGE = Path(__file__).parents[1]
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
 
@@ -152,9 +154,8 @@ def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
 def _stuck(environment: JobEnvironment) -> bool:
     """Whether the last attempts of this job were all stopped for a requeue at the same step."""
     notes = [note for note in read_attempts(environment.paths.folder, environment.job_id) if note["event"] != "started"]
-    signals = {f"stopped by {number.name}" for number in REQUEUE_SIGNALS}
     last = notes[-PATIENCE:]
-    told = all(note["event"] in signals and "step" in note for note in last)
+    told = all(note["event"] in WILL_GO_ON and "step" in note for note in last)
     return told and len(last) == PATIENCE and len({note["step"] for note in last}) == 1
 
 

@@ -13,7 +13,7 @@ import psutil
 from submitit import SlurmJob
 from submitit.core.utils import JobPaths, pickle_load
 
-from fulllora_dist.launching.attempt import REQUEUE_SIGNALS
+from fulllora_dist.launching.attempt import WILL_GO_ON
 from fulllora_dist.launching.folder import launch_folders, read_attempts, read_record
 
 # SLURM's words for jobs that run, will run, or run again
@@ -36,8 +36,6 @@ _ALIVE = frozenset(
         "RESV_DEL_HOLD",
     ]
 )
-
-_GOES_ON = {f"stopped by {number.name}" for number in REQUEUE_SIGNALS}
 
 
 @dataclass(frozen=True)
@@ -182,7 +180,7 @@ def _local_facts(folder: Path, job: str, host: str) -> dict[str, str]:
     last = notes[-1]["event"] if notes else ""
     ends = {"finished": "COMPLETED", "stopped": "CANCELLED", "failed:": "FAILED", "gave": "FAILED"}
     said = ends.get(last.partition(" ")[0])
-    if not here and (said is None or last in _GOES_ON):  # numbers of processes mean nothing on another machine
+    if not here and (said is None or last in WILL_GO_ON):  # numbers of processes mean nothing on another machine
         return {"state": "UNKNOWN", "nodes": host}
     return {"state": said or "FAILED"}
 
