@@ -23,21 +23,33 @@ def run_entry(main: Callable[[], int | None]) -> None:
     """
     try:
         code = main()
-    except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
+    except Exception as error:
+        answer = exit_answer(error)
+        if answer is None:
+            raise
+        line, code = answer
+        if line is not None:
+            print(line, file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(code)  # no clean-up that could wait for ranks still in a collective
+    sys.exit(code or 0)
+
+
+def exit_answer(error: Exception) -> tuple[str | None, int] | None:
+    """How an entry point ends by an exception: the line for stderr, None where another rank says it, and the exit code.
+    None for one that deserves its traceback."""
+    rank = int(os.environ.get("RANK", "0"))
+    if isinstance(error, UserError):
         met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
         if rank and isinstance(error, SharedUserError):
             time.sleep(1)  # the launcher ends all ranks as soon as one has: rank 0 speaks for all, and first
         elif rank == 0 or met:
-            print(f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(2)  # no clean-up that could wait for ranks still in a collective
-    except RuntimeError as error:
+            return (f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}"), 2
+        return None, 2
+    if isinstance(error, RuntimeError):
         from fulllora_dist.distributed.ranks import lost_contact
 
         line = lost_contact(error)
-        if line is None:
-            raise
-        print(f"error on rank {os.environ.get('RANK', '0')}: {line}", file=sys.stderr, flush=True)
-        os._exit(1)
-    sys.exit(code or 0)
+        if line is not None:
+            return f"error on rank {rank}: {line}", 1
+    return None

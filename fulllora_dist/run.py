@@ -84,7 +84,7 @@ class Run:
         def find() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             found = self.states.find()
             if found is not None:
-                _check_same_run(self.config, found[1]["config"], self.config.run.output)
+                check_same_run(self.config, found[1]["config"], self.config.run.output)
             return found
 
         found = self.ranks.on_main(find, "run.output: its states cannot be read")
@@ -134,7 +134,11 @@ class Run:
                         break
 
 
-def _check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
+def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
+    """Raises:
+    UserError: a state with the config `saved` is of another run.
+    """
+
     def compare(now: dict[str, Any], before: dict[str, Any], prefix: str) -> None:
         for key in now.keys() | before.keys():
             name = prefix + key

@@ -10,15 +10,20 @@ the same run. Afterwards:
 docs/cluster.md has it all, with containers and site profiles.
 """
 
+import sys
+from pathlib import Path
+
+# its own repository, whatever else is installed
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import argparse
 import os
 import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
 from fulllora_dist.errors import UserError, run_entry
-from fulllora_dist.launching.jobs import live_jobs, wait
+from fulllora_dist.launching.jobs import run_jobs, wait
 from fulllora_dist.launching.report import find_runs, newest_job, status
 from fulllora_dist.launching.resources import Resources, read_profile, resources
 from fulllora_dist.launching.submit import EXECUTORS, check, script, submit
@@ -34,7 +39,7 @@ def main() -> int:
     settings = ["--config", args.config, *args.overrides]
     profile = read_profile(args.profile, PROFILES) if args.profile else {}
     asked = resources(profile, given(args))
-    evaluation = None if args.evaluate is None else shlex.split(args.evaluate)
+    evaluation = None if args.evaluate is None else evaluate_arguments(args.evaluate)
     if args.dry_run:
         config = check(settings, asked, args.executor, evaluation)
         print(script(config, asked, evaluation))
@@ -44,8 +49,6 @@ def main() -> int:
     if args.executor == "debug":
         try:
             return jobs[0].results()[0]
-        except UserError:
-            raise
         except Exception as error:
             print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
             return 1
@@ -78,9 +81,7 @@ def report(argv: list[str]) -> int:
     if args.command == "status":
         print("\n\n".join(map(status, found)))
     elif args.command == "cancel":
-        for job in reversed(live_jobs(args.run)):  # the evaluation first, or it would be started or fail
-            job.cancel()
-            print(f"cancelled job {job.id} ({job.entry})")
+        cancel(args.run, found)
     else:
         log = newest_job(args.run, args.of).log(args.task)
         if not log.exists():
@@ -88,6 +89,39 @@ def report(argv: list[str]) -> int:
         sys.stdout.flush()
         os.execvp("tail", ["tail", "-n", str(args.lines), *(["-F"] if args.follow else []), str(log)])
     return 0
+
+
+def cancel(run: str, found: list[str]) -> None:
+    """Raises:
+    UserError: these are several runs, or it is not known whether a job is alive.
+    """
+    if found != [run]:
+        raise UserError(f"{run} holds {len(found)} runs; give the one to cancel, e.g. {found[0]}")
+    jobs = run_jobs(run)
+    alive = [job for job in reversed(jobs) if job.alive]  # the evaluation first, or it would be started or fail
+    for job in alive:
+        job.cancel()
+        print(f"cancelled job {job.id} ({job.entry})")
+    unknown = [job.id for job in jobs if job.state == "UNKNOWN"]
+    if unknown:
+        raise UserError(f"whether job {', '.join(unknown)} of {run} is alive is not known here; it is not cancelled")
+    if not alive:
+        print(f"no job of {run} is alive")
+
+
+def evaluate_arguments(text: str) -> list[str]:
+    """Of --evaluate, as a shell takes them.
+
+    Raises:
+        UserError: a quote is open, or it is a setting that was meant for the training.
+    """
+    try:
+        arguments = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--evaluate: {text!r} is no command line ({error})") from None
+    if arguments and not arguments[0].startswith("-"):
+        raise UserError(f"--evaluate: {text!r} is no argument of evaluate.py; put settings before --evaluate")
+    return arguments
 
 
 def launch_arguments() -> argparse.ArgumentParser:

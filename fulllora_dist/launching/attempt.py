@@ -7,6 +7,7 @@ knows whether to requeue. A run finds its own newest state, so the pickle that s
 """
 
 import atexit
+import contextlib
 import json
 import os
 import runpy
@@ -17,14 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from submitit import JobEnvironment
+from submitit.core.utils import cloudpickle_dump, temporary_save_path
 from submitit.helpers import TorchDistributedEnvironment
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
+from fulllora_dist.data import store
+from fulllora_dist.distributed.checkpoint import list_states, step_of
 from fulllora_dist.distributed.preemption import StopRequest
+from fulllora_dist.errors import exit_answer
+from fulllora_dist.launching.folder import ATTEMPTS, read_attempts, read_settings
+from fulllora_dist.states import state_places
 
-ATTEMPTS = "attempts.jsonl"
+PATIENCE = 3
+"""Attempts in a row that may end at the same batch before the job is not requeued any more."""
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """They say that the time is nearly up. SIGTERM may as well be somebody who wants the job to end."""
+WILL_GO_ON = frozenset(f"stopped by {number.name}" for number in REQUEUE_SIGNALS)
+"""Events of attempts.jsonl after which a job is requeued."""
 _PACKAGE = Path(__file__).parents[1]
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
 
@@ -55,9 +65,25 @@ class Attempt:
                 code = int(stop.code or 0)
             except Exception as error:
                 note(f"failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
-                _leave_after_traceback()
-                raise
-        note(f"stopped by {signal.Signals(code - 128).name}" if code > 128 else "finished")
+                answer = exit_answer(error)
+                if answer is None:
+                    _leave_after_traceback()
+                    raise
+                line, code = answer
+                if line is not None:
+                    print(line, file=sys.stderr, flush=True)
+                if environment.cluster != "debug":
+                    _leave_with_reason(environment, line or str(error), code)
+                return code
+        if code > 128:
+            note(f"stopped by {signal.Signals(code - 128).name}", **_reached(environment, self.entry))
+        else:
+            note("finished")
+        if code - 128 in REQUEUE_SIGNALS and environment.global_rank == 0 and _stuck(environment):
+            line = f"gave up: {PATIENCE} attempts without progress; give more --time"
+            note(line)
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            _leave_with_reason(environment, line, 1)
         if code and environment.cluster != "debug":
             self._leave(environment, code)
         return code
@@ -100,15 +126,53 @@ class _Notes:
         self._always = {"job": environment.job_id, "entry": entry, "restart": restart}
 
     def __call__(self, event: str, **more: Any) -> None:
-        if self._path is not None:
+        if self._path is None:
+            return
+        try:
             with open(self._path, "a") as file:
                 file.write(json.dumps({"time": time.time(), **self._always, "event": event, **more}) + "\n")
+        except OSError as error:  # a full disk must not fail a run that is done
+            print(f"warning: {self._path}: {error.strerror}; '{event}' is not noted", file=sys.stderr, flush=True)
+
+
+def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
+    """The newest state's step for the note of an attempt that was stopped, None where there is none; nothing where it
+    cannot be told."""
+    if environment.global_rank or environment.cluster == "debug":
+        return {}
+    if entry != "train":
+        return {"step": None}
+    store.stop_retrying()  # the scheduler does not wait
+    try:
+        states = list_states(*state_places(read_settings(environment.paths.folder).run))
+    except Exception as error:  # of a bucket, say: the run is saved, and the note can do without
+        print(f"warning: the newest state is not known: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return {}
+    return {"step": step_of(states[0]) if states else None}
+
+
+def _stuck(environment: JobEnvironment) -> bool:
+    """Whether the last attempts of this job were all stopped for a requeue at the same step."""
+    notes = [note for note in read_attempts(environment.paths.folder, environment.job_id) if note["event"] != "started"]
+    last = notes[-PATIENCE:]
+    told = all(note["event"] in WILL_GO_ON and "step" in note for note in last)
+    return told and len(last) == PATIENCE and len({note["step"] for note in last}) == 1
 
 
 def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no clean-up that could wait for other ranks
+
+
+def _leave_with_reason(environment: JobEnvironment, line: str, code: int) -> None:
+    """Leave one line where submitit would leave a traceback, for `status` and --wait."""
+    with contextlib.suppress(OSError), temporary_save_path(environment.paths.result_pickle) as path:
+        cloudpickle_dump(("error", line), path)
+    try:
+        time.sleep(1)  # a rank that others lost is reported first
+    finally:  # srun's SIGTERM may come meanwhile
+        _exit(code)
 
 
 def _leave_after_traceback() -> None:

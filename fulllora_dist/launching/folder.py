@@ -10,23 +10,28 @@ is edited while they wait, and what became of them.
     *_log.out      output of each task, over all attempts of its job
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from fulllora_dist.config import Config
-from fulllora_dist.launching.attempt import ATTEMPTS
+from fulllora_dist.config import Config, RunSettings, TrackingSettings
+from fulllora_dist.errors import UserError
 
+ATTEMPTS = "attempts.jsonl"
 LAUNCHES = "launches"
 RECORD = "launch.json"
 CONFIG = "config.yaml"
 CODE = "code"
+LOCK = ".lock"
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -36,13 +41,51 @@ def launch_folders(output: str) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name))
 
 
+@contextmanager
+def launching(output: str) -> Iterator[None]:
+    """One launch of a run at a time; nothing is left of a first one that fails.
+
+    Raises:
+        UserError: the output folder cannot be written.
+    """
+    launches = Path(output).absolute() / LAUNCHES
+    while True:
+        try:
+            launches.mkdir(parents=True, exist_ok=True)
+            lock = open(launches / LOCK, "w")  # noqa: SIM115 (it stays open while the launch goes on)
+        except FileNotFoundError:
+            continue  # another launch that failed took the folder away
+        except OSError as error:
+            raise UserError(f"run.output: {output} cannot be written ({error.strerror})") from None
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(lock.name), os.fstat(lock.fileno())):
+                break
+        lock.close()
+    with lock:
+        try:
+            yield
+        finally:
+            if os.listdir(launches) == [LOCK]:
+                shutil.rmtree(launches)
+
+
 def make_folder(config: Config) -> Path:
     """The next launch's folder with its snapshot of code and config."""
     launches = Path(config.run.output).absolute() / LAUNCHES
-    launches.mkdir(parents=True, exist_ok=True)
     number = max((int(path.name) for path in launches.glob("[0-9]*")), default=0) + 1
     folder = launches / f"{number:03d}"
     folder.mkdir()
+    try:
+        _fill(folder, config)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    return folder
+
+
+def _fill(folder: Path, config: Config) -> None:
     code = folder / CODE
     shutil.copytree(_PACKAGE, code / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     plugins = []
@@ -53,7 +96,6 @@ def make_folder(config: Config) -> Path:
     values = config.model_dump(mode="json") | {"plugins": plugins}
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
     _write_git(folder)
-    return folder
 
 
 def _write_git(folder: Path) -> None:
@@ -85,7 +127,30 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_attempts(folder: Path, job: str) -> list[dict[str, Any]]:
-    """What attempts.jsonl says of a job, in order."""
+    """What attempts.jsonl says of a job, in order. A line may be torn, where the disk was full or the node died."""
     path = folder / ATTEMPTS
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [note for note in map(json.loads, lines) if note["job"] == job]
+    notes = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            note = json.loads(line)
+            if isinstance(note, dict) and note.get("job") == job:
+                notes.append(note)
+    return notes
+
+
+def read_settings(folder: Path) -> Config:
+    """`run` and `tracking` alone of a launch's config. Its plugins are code of that launch, which is not imported.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = folder / CONFIG
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        parts: dict[str, Any] = {
+            "run": RunSettings.model_validate(values["run"]),
+            "tracking": TrackingSettings.model_validate(values["tracking"]),
+        }
+        return Config.model_construct(**parts)
+    except Exception as error:  # of the disk, YAML, or another version's settings
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:150]})") from None

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import psutil
 from submitit import SlurmJob
 from submitit.core.utils import JobPaths, pickle_load
 
+from fulllora_dist.launching.attempt import WILL_GO_ON
 from fulllora_dist.launching.folder import launch_folders, read_attempts, read_record
 
 # SLURM's words for jobs that run, will run, or run again
@@ -91,7 +93,10 @@ class RunJob:
 
     def _error_file(self, task: int) -> Path | None:
         path = self.paths(task).result_pickle
-        return path if path.exists() and pickle_load(path)[0] == "error" else None
+        try:
+            return path if pickle_load(path)[0] == "error" else None
+        except (OSError, EOFError, UnpicklingError):  # none, or the disk was full
+            return None
 
     def _first_bad_exit(self) -> tuple[int, str] | None:
         """Task and how it ended, as srun tells it of the last attempt."""
@@ -107,11 +112,6 @@ def run_jobs(output: str) -> list[RunJob]:
     return list(_jobs(output))
 
 
-def live_jobs(output: str) -> list[RunJob]:
-    """Those that run or will run."""
-    return [job for job in _jobs(output) if job.alive]
-
-
 def wait(folder: Path, seconds: float = 5.0) -> list[RunJob]:
     """The jobs of a launch at their end, through all requeues. Asks the scheduler every few seconds.
 
@@ -119,18 +119,29 @@ def wait(folder: Path, seconds: float = 5.0) -> list[RunJob]:
     """
     output = str(folder.parents[1])
     while True:
-        jobs = [job for job in _jobs(output) if job.folder == folder]
+        jobs = list(_jobs(output, only=folder))
         if not any(job.alive or job.state == "UNKNOWN" for job in jobs):
             return jobs
         time.sleep(seconds)
 
 
-def _jobs(output: str) -> Iterator[RunJob]:
+def newest_launch(output: str, entry: str) -> list[RunJob]:
+    """The job of a kind in the newest launch that has one, without asking for the others."""
+    for folder in reversed(launch_folders(output)):
+        if any(job["entry"] == entry for job in read_record(folder)["jobs"]):
+            return [job for job in _jobs(output, only=folder) if job.entry == entry]
+    return []
+
+
+def _jobs(output: str, only: Path | None = None) -> Iterator[RunJob]:
+    """The scheduler is asked as each comes."""
     for folder in launch_folders(output):
+        if only is not None and folder != only:
+            continue
         record = read_record(folder)
+        executor, host = record["executor"], record.get("host", os.uname().nodename)  # older ones have none
         for job in record["jobs"]:
-            executor = record["executor"]
-            known = _slurm_facts(job["id"]) if executor == "slurm" else _local_facts(folder, job["id"])
+            known = _slurm_facts(job["id"]) if executor == "slurm" else _local_facts(folder, job["id"], host)
             yield RunJob(folder, job["id"], job["entry"], job["tasks"], executor, **known)
 
 
@@ -160,14 +171,18 @@ def _said(*command: str) -> str:
         return ""
 
 
-def _local_facts(folder: Path, job: str) -> dict[str, str]:
+def _local_facts(folder: Path, job: str, host: str) -> dict[str, str]:
     """Of a local or debug job, by its process and what its last attempt said."""
-    if _controller(folder, job) is not None:
+    here = host == os.uname().nodename
+    if here and _controller(folder, job) is not None:
         return {"state": "RUNNING", "nodes": os.uname().nodename}
     notes = read_attempts(folder, job)
     last = notes[-1]["event"] if notes else ""
-    ends = {"finished": "COMPLETED", "stopped": "CANCELLED"}
-    return {"state": ends.get(last.partition(" ")[0], "FAILED")}
+    ends = {"finished": "COMPLETED", "stopped": "CANCELLED", "failed:": "FAILED", "gave": "FAILED"}
+    said = ends.get(last.partition(" ")[0])
+    if not here and (said is None or last in WILL_GO_ON):  # numbers of processes mean nothing on another machine
+        return {"state": "UNKNOWN", "nodes": host}
+    return {"state": said or "FAILED"}
 
 
 def _controller(folder: Path, job: str) -> psutil.Process | None:

@@ -6,11 +6,10 @@ import time
 from pathlib import Path
 
 from fulllora_dist.config import Config
-from fulllora_dist.config_file import load_config
 from fulllora_dist.distributed.checkpoint import list_states, step_of
 from fulllora_dist.errors import UserError
-from fulllora_dist.launching.folder import CONFIG, LAUNCHES, launch_folders, read_attempts
-from fulllora_dist.launching.jobs import RunJob, run_jobs
+from fulllora_dist.launching.folder import LAUNCHES, launch_folders, read_attempts, read_settings
+from fulllora_dist.launching.jobs import RunJob, newest_launch, run_jobs
 from fulllora_dist.states import state_places
 from fulllora_dist.tracking.run import METRICS
 
@@ -23,7 +22,8 @@ def find_runs(path: str) -> list[str]:
     Raises:
         UserError: there is none.
     """
-    found = [path] if launch_folders(path) else sorted(str(p.parents[0]) for p in Path(path).glob(f"*/{LAUNCHES}"))
+    runs = [path] if launch_folders(path) else sorted(str(p.parents[0]) for p in Path(path).glob(f"*/{LAUNCHES}"))
+    found = [run for run in runs if launch_folders(run)]
     if not found:
         raise UserError(f"{path}: no run here was launched; give a run's output folder, or the folder of several")
     return found
@@ -32,20 +32,24 @@ def find_runs(path: str) -> list[str]:
 def status(output: str) -> str:
     """A line on the run, a table of its jobs, and a line on each thing that is amiss."""
     jobs = run_jobs(output)
-    config = load_config(str(jobs[-1].folder / CONFIG))
-    # seen from here: it may have been launched from another folder
-    config = config.model_copy(update={"run": config.run.model_copy(update={"output": output})})
     rows = [_COLUMNS, *(_row(job) for job in jobs)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"{output}: {_progress(config)}", *table, *_amiss(config, jobs)])
+    try:
+        config = read_settings(jobs[-1].folder)
+        # seen from here: it may have been launched from another folder
+        config = config.model_copy(update={"run": config.run.model_copy(update={"output": output})})
+        progress, amiss = _progress(config), _amiss(config, jobs)
+    except (UserError, OSError) as error:  # a bucket that does not answer costs this line, not the table
+        progress, amiss = str(error), []
+    return "\n".join([f"{output}: {progress}", *table, *amiss])
 
 
 def newest_job(output: str, entry: str = "train") -> RunJob:
     """Raises:
     UserError: the run has none of that kind.
     """
-    jobs = [job for job in run_jobs(output) if job.entry == entry]
+    jobs = newest_launch(output, entry)
     if not jobs:
         raise UserError(f"{output}: no {entry} job was launched here")
     return jobs[-1]
@@ -78,8 +82,9 @@ def _progress(config: Config) -> str:
 
 def _amiss(config: Config, jobs: list[RunJob]) -> list[str]:
     newest = [job for job in jobs if job.folder == jobs[-1].folder]
-    lines = [f"job {job.id}: {failure}" for job in newest if not job.alive and (failure := job.failure())]
-    if any(job.alive for job in jobs):
+    ended = [job for job in newest if not job.alive and not _cancelled(job)]
+    lines = [f"job {job.id}: {failure}" for job in ended if (failure := job.failure())]
+    if any(job.alive or job.state == "UNKNOWN" for job in jobs):
         return lines
     run = _tracked_as_running(config)
     if run is not None:
@@ -88,6 +93,12 @@ def _amiss(config: Config, jobs: list[RunJob]) -> list[str]:
             "The next attempt goes on with it; the same launch.py command starts one"
         )
     return lines
+
+
+def _cancelled(job: RunJob) -> bool:
+    """By somebody's wish, after saving: its exit code is no failure."""
+    notes = read_attempts(job.folder, job.id)
+    return job.state == "CANCELLED" and bool(notes) and notes[-1]["event"].startswith("stopped by")
 
 
 def _tracked_as_running(config: Config) -> str | None:

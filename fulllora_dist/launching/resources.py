@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError
@@ -77,6 +78,10 @@ def read_profile(name: str, folder: str) -> dict[str, Any]:
         raise UserError(f"--profile: {path} does not exist; known: {', '.join(known)}, or the path of a YAML file")
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        if isinstance(values, dict) and isinstance(values.get("time"), int):  # YAML takes 4:00:00 for one of base 60
+            with open(path) as file:
+                written: Any = yaml.compose(file, yaml.SafeLoader)
+            values["time"] = next((value.value for key, value in written.value if key.value == "time"), values["time"])
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise UserError(f"--profile: {path} is no valid YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(values, dict):

@@ -1,6 +1,7 @@
 """From a config and resources to jobs, through submitit's executors."""
 
 import io
+import json
 import os
 import shlex
 import shutil
@@ -19,11 +20,15 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from fulllora_dist.build import check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config, parser
+from fulllora_dist.data import urls
+from fulllora_dist.distributed.checkpoint import DESCRIPTION, list_states
 from fulllora_dist.errors import UserError
 from fulllora_dist.launching.attempt import REQUEUE_SIGNALS, Attempt, entry_point
-from fulllora_dist.launching.folder import CODE, CONFIG, make_folder, write_record
-from fulllora_dist.launching.jobs import live_jobs
+from fulllora_dist.launching.folder import CODE, CONFIG, launching, make_folder, write_record
+from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.resources import Resources
+from fulllora_dist.run import check_same_run
+from fulllora_dist.states import state_places
 
 ExecutorName = Literal["slurm", "local", "debug"]
 EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
@@ -38,6 +43,9 @@ esac
 [ -n "${{again-}}" ] && scontrol requeue "$SLURM_JOB_ID"
 exit $code"""
 """The end of the batch script. It asks for the requeue because scontrol may be missing in the tasks' container."""
+
+
+_KEPT_PATH = '"${PYTHONPATH:+:$PYTHONPATH}"'  # as the batch script's shell expands it
 
 
 class _ScriptWriter(SlurmExecutor):
@@ -69,12 +77,39 @@ def submit(
         UserError: the settings are bad, a job of the run is alive, or the scheduler refuses.
     """
     config = check(settings, asked, executor, evaluation)
-    if live := live_jobs(config.run.output):
-        raise UserError(f"run.output: job {live[0].id} of {config.run.output} is {live[0].state}; cancel it first")
+    if executor == "slurm" and shutil.which("srun") is None:
+        raise UserError("--executor slurm: there is no srun here; submit on a login node, or take --executor local")
+    with launching(config.run.output):
+        refuse_second(config.run.output)
+        return _submit(config, settings, asked, executor, command, evaluation)
+
+
+def refuse_second(output: str) -> None:
+    """Raises:
+    UserError: a job of the run is alive, or may be.
+    """
+    for job in run_jobs(output):
+        if job.alive:
+            raise UserError(f"run.output: job {job.id} of {output} is {job.state}; cancel it first")
+        if job.executor == "local" and job.state == "UNKNOWN":
+            raise UserError(
+                f"run.output: whether job {job.id} of {output} is alive, only {job.nodes} knows; launch there"
+            )
+
+
+def _submit(
+    config: Config,
+    settings: list[str],
+    asked: Resources,
+    executor: ExecutorName,
+    command: list[str],
+    evaluation: list[str] | None,
+) -> tuple[Path, list[Job[int]]]:
     folder = make_folder(config)
     record: dict[str, Any] = {
         "command": command,
         "executor": executor,
+        "host": os.uname().nodename,
         "resources": asked.model_dump(mode="json"),
         "jobs": [],
     }
@@ -83,17 +118,19 @@ def submit(
     if executor == "debug":  # this process has the code, and plugins of these names, already
         entries = [("train", settings)]
     for entry, arguments in entries:
-        runner = _executor(config, asked, executor, folder, entry, after=jobs[-1].job_id if jobs else None)
         try:
+            runner = _executor(config, asked, executor, folder, entry, after=jobs[-1].job_id if jobs else None)
             with redirect_stderr(io.StringIO()), _detached() if executor == "local" else nullcontext():
                 jobs.append(runner.submit(Attempt(entry, arguments)))
-        except (FailedJobError, FailedSubmissionError, subprocess.CalledProcessError) as error:
+            record["jobs"].append({"id": jobs[-1].job_id, "entry": entry, "tasks": asked.nodes * asked.gpus_per_node})
+            write_record(folder, record)
+        except BaseException as error:
             for job in jobs:
                 job.cancel()
             shutil.rmtree(folder)
-            raise UserError(f"{executor} refuses the job: {_said(error)}") from None
-        record["jobs"].append({"id": jobs[-1].job_id, "entry": entry, "tasks": asked.nodes * asked.gpus_per_node})
-        write_record(folder, record)
+            if isinstance(error, FailedJobError | FailedSubmissionError | subprocess.CalledProcessError):
+                raise UserError(f"{executor} refuses the job: {_said(error)}") from None
+            raise
     return folder, jobs
 
 
@@ -112,13 +149,31 @@ def check(settings: list[str], asked: Resources, executor: ExecutorName, evaluat
         raise UserError(f"--nodes: --executor {executor} has one machine, not {asked.nodes}")
     if executor != "slurm" and evaluation is not None:
         raise UserError(f"--evaluate: --executor {executor} has no queue; run evaluate.py when the training is done")
+    if executor != "slurm" and asked.setup:
+        raise UserError(f"--setup: --executor {executor} has no batch script to run it; run it in this shell before")
     if asked.signal_seconds >= asked.time * 60:
         raise UserError(f"--signal-seconds: {asked.signal_seconds} leave nothing of --time {asked.time} minutes")
+    if executor != "debug" and ":" in str(Path(config.run.output).absolute()):
+        raise UserError(f"run.output: {config.run.output}: ':' would end the folder's name in the jobs' PYTHONPATH")
     check_inputs(config, world)
+    _check_states(config)
     if evaluation is not None:
         evaluate = entry_point("evaluate")
         evaluate["check_inputs"](evaluate["read_arguments"]([*settings, *evaluation])[1], adapter=None)
     return config
+
+
+def _check_states(config: Config) -> None:
+    """The run's own newest state, as far as it is on a disk, refuses what the job would refuse after its time in the
+    queue. One that cannot be read is the job's to judge."""
+    places = [place for place in state_places(config.run) if not urls.is_remote(place)]
+    try:
+        states = list_states(*places)
+        saved = json.loads((Path(states[0]) / DESCRIPTION).read_text())["config"] if states else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if saved is not None:
+        check_same_run(config, saved, config.run.output)
 
 
 def script(config: Config, asked: Resources, evaluation: list[str] | None) -> str:
@@ -143,10 +198,15 @@ def _entries(config: Config, folder: Path, evaluation: list[str] | None) -> list
     return entries
 
 
-def _python(asked: Resources, folder: Path) -> str:
-    """Python with the launch's own copy of the package."""
+def _python(asked: Resources, folder: Path, after: str = _KEPT_PATH) -> str:
+    """Python with the launch's own copy of the package before everything else: `python -m` alone would begin with the
+    working directory, which may be a repository.
+
+    Args:
+        after: what follows the copy in PYTHONPATH, as the command takes it.
+    """
     python = asked.python or shlex.quote(sys.executable)
-    return f"env PYTHONPATH={shlex.quote(str(folder / CODE))} {python}"
+    return f"env PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(folder / CODE))}{after} {python}"
 
 
 def _executor(
@@ -156,7 +216,12 @@ def _executor(
         os.environ["SUBMITIT_FOLDER"] = str(folder)  # of a job, where a process of its own would set it
         return DebugExecutor(folder)
     if name == "local":
-        local = LocalExecutor(folder, python=_python(asked, folder))
+        above = os.environ.get("PYTHONPATH")  # no shell expands it
+        python = _python(asked, folder, shlex.quote(f":{above}") if above else "")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if asked.gpus and visible is not None:  # submitit counts from 0
+            python = f"env CUDA_VISIBLE_DEVICES={shlex.quote(visible)} {python}"
+        local = LocalExecutor(folder, python=python)
         local.update_parameters(
             tasks_per_node=asked.gpus_per_node,
             gpus_per_node=asked.gpus_per_node if asked.gpus else 0,
@@ -165,8 +230,6 @@ def _executor(
             stderr_to_stdout=True,
         )
         return local
-    if shutil.which("srun") is None:
-        raise UserError("--executor slurm: there is no srun here; submit on a login node, or take --executor local")
     slurm = SlurmExecutor(folder, python=_python(asked, folder))
     slurm.update_parameters(**_slurm_parameters(config, asked, entry, after))
     return slurm
@@ -196,10 +259,16 @@ def _slurm_parameters(config: Config, asked: Resources, entry: str, after: str |
     """submitit's names for them. `after`: the job whose success is waited for."""
     cpus = asked.cpus_per_task or config.data.workers + 1
     name = Path(config.run.output).absolute().name
+    # sbatch takes either, and submitit's own are these: a user's setting takes the place of ours
+    more: dict[str, Any] = {name.replace("-", "_"): value for name, value in asked.sbatch.items()}
+    if "open_mode" in more:  # the one that submitit writes with a hyphen
+        more["open-mode"] = more.pop("open_mode")
     # a cluster's default may be that jobs are not requeued
-    more: dict[str, Any] = {"requeue": True}
+    more = {"requeue": True} | more
     if after is not None:
-        more |= {"dependency": f"afterok:{after}", "kill-on-invalid-dep": "yes"}
+        wanted = [f"afterok:{after}", *([str(more["dependency"])] if "dependency" in more else [])]
+        more = {"kill_on_invalid_dep": "yes"} | more | {"dependency": ",".join(wanted)}
+    left_out = {name for name, value in more.items() if str(value).lower() == "false"}
     optional = {
         "partition": asked.partition,
         "account": asked.account,
@@ -208,7 +277,7 @@ def _slurm_parameters(config: Config, asked: Resources, entry: str, after: str |
         "mem": asked.mem,
         "gpus_per_node": asked.gpus_per_node if asked.gpus else None,
     }
-    return {
+    parameters = {
         "job_name": name if entry == "train" else f"{name}-{entry}",
         "nodes": asked.nodes,
         "ntasks_per_node": asked.gpus_per_node,
@@ -220,9 +289,10 @@ def _slurm_parameters(config: Config, asked: Resources, entry: str, after: str |
         "teardown": [_REQUEUE],
         # the first rank that ends badly ends the others, who would wait for it. srun does not take sbatch's CPUs
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *asked.srun],
-        "additional_parameters": more | dict(asked.sbatch),
+        "additional_parameters": {key: value for key, value in more.items() if key not in left_out},
         **{key: value for key, value in optional.items() if value is not None},
     }
+    return {key: value for key, value in parameters.items() if key not in left_out}
 
 
 def _said(error: Exception) -> str:

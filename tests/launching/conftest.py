@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fulllora_dist.launching.jobs import live_jobs
+from fulllora_dist.launching.jobs import run_jobs
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "jobs" / "launch.py")
@@ -63,11 +63,11 @@ class Site:
         temporary.write_text(json.dumps(orders))
         os.replace(temporary, self.folder / "orders.json")
 
-    def launch(self, *arguments: str, code: int | None = 0, timeout: float = 240) -> str:
+    def launch(self, *arguments: str, code: int | None = 0, timeout: float = 240, cwd: Path | None = None) -> str:
         """launch.py's stdout and stderr."""
         done = subprocess.run(
             [sys.executable, LAUNCH, *arguments],
-            cwd=self.folder,
+            cwd=cwd or self.folder,
             env=os.environ | self.environment,
             stdin=subprocess.DEVNULL,  # the debug executor opens a debugger on what fails
             capture_output=True,
@@ -110,5 +110,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     shutil.copy(Path(__file__).with_name("paced.py"), folder)
     yield Site(folder)
     for launches in folder.glob("*/launches"):  # what a failed test left running in the background
-        for job in live_jobs(str(launches.parent)):
-            job.cancel()
+        for job in run_jobs(str(launches.parent)):
+            if job.alive:
+                job.cancel()

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -13,11 +14,14 @@ import pytest
 import yaml
 from submitit import JobEnvironment
 
+from fulllora_dist.config_file import load_config
 from fulllora_dist.errors import UserError
 from fulllora_dist.launching.attempt import join_ranks
+from fulllora_dist.launching.folder import launching, make_folder
 from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.report import find_runs
 from fulllora_dist.launching.resources import Resources, minutes, read_profile, resources
+from fulllora_dist.launching.submit import submit
 from tests.launching.conftest import LAUNCH, ROOT, STEPS, Site
 
 CONFIG = ["--config", "config.yaml"]
@@ -41,7 +45,8 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
     (srun,) = re.findall(r"^srun .*$", train, re.MULTILINE)
     for part in ("--kill-on-bad-exit=1", "--cpus-per-task=2", "--mpi=none", "'--container-image=some image'"):
         assert f" {part} " in srun
-    assert "env PYTHONPATH=" in srun, "the jobs have the launch's own copy of the package"
+    code = site.folder / "unused" / "launches" / "NEXT" / "code"
+    assert f' env PYTHONSAFEPATH=1 PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}" ' in srun
     assert "#SBATCH --dependency=afterok:TRAIN" in evaluate
     assert "#SBATCH --kill-on-invalid-dep=yes" in evaluate
     assert not (site.folder / "unused").exists()
@@ -57,6 +62,10 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
         (["--gpus-per-node", "3"], "optim.batch_size: 8 does not divide by 3 ranks"),
         (["optim.lr=-1"], "config.yaml: optim.lr: "),
         (["--evaluate"], "data.validation is not set"),
+        (["--evaluate", "optim.lr=1"], "--evaluate: 'optim.lr=1' is no argument of evaluate.py; put settings before"),
+        (["--evaluate", "--attacks 'clean"], '--evaluate: "--attacks \'clean" is no command line (No closing'),
+        (["--executor", "local", "--setup", "module load cuda"], "--setup: --executor local has no batch script"),
+        (["run.output=a:b"], "run.output: a:b: ':' would end the folder's name"),
         (["data.train=/nowhere"], "data.train: /nowhere/index.safetensors: no index there"),
         (["--executor", "local", "--nodes", "2"], "--nodes: --executor local has one machine, not 2"),
         (["--executor", "debug", "--gpus-per-node", "2"], "--gpus-per-node: --executor debug runs one task"),
@@ -66,16 +75,83 @@ def test_bad_input_is_refused_before_anything_is_queued(
     site: Site, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(site.folder)
-    plain = ["plugins=[]", "method=pgd", "run.output=unused", "--dry-run"]
+    plain = ["plugins=[]", "method=pgd", "run.output=unused"]
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *plain, *arguments])
     with pytest.raises(UserError, match="^" + re.escape(message)):
         runpy.run_path(LAUNCH)["main"]()
+    assert not list(site.folder.glob("unused*")), "nothing is queued, nothing is left"
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(site: Site) -> None:
     said = site.launch(*CONFIG, "run.output=unused", "--executor", "slurm", "--nodes", "3", code=2)
     assert said.startswith("error: optim.batch_size: 8 does not divide by 3 ranks")
     assert len(said.splitlines()) == 1
+
+
+def test_settings_of_sbatch_take_the_place_of_ours(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(site.folder)
+    plain = ["plugins=[]", "method=pgd", "run.output=unused", "data.validation=shards", "--dry-run", "--evaluate="]
+    asked = ["dependency=singleton", "cpus-per-task=7", "requeue=false", "exclusive=false", "open_mode=truncate"]
+    options = [part for name in asked for part in ("--sbatch", name)]
+    monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *plain, *options])
+    runpy.run_path(LAUNCH)["main"]()
+    train, evaluate = (
+        re.findall(r"#SBATCH --(\S+)", text) for text in capsys.readouterr().out.split("#!/bin/bash")[1:]
+    )
+    assert [flag for flag in train if re.match("cpus|requeue|exclusive|open|dep", flag)] == [
+        "cpus-per-task=7", "dependency=singleton", "open-mode=truncate"
+    ]  # fmt: skip
+    assert "dependency=afterok:TRAIN,singleton" in evaluate
+
+
+def test_settings_that_contradict_the_saved_run_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(site.folder)
+    settings = ["plugins=[]", "method=pgd", "run.output=saved"]
+    saved = load_config("config.yaml", [*settings, "optim.lr=0.5"]).model_dump(mode="json")
+    state = site.folder / "saved" / "states" / "10"
+    state.mkdir(parents=True)
+    (state / "state.json").write_text(json.dumps({"config": saved}))
+    monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *settings])
+    with pytest.raises(UserError, match=r"saved holds a run with optim.lr=0.5, now it is 0.001"):
+        runpy.run_path(LAUNCH)["main"]()
+
+
+def test_a_launch_that_fails_leaves_nothing(site: Site, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No srun; then a plugin that is gone; then a disk that is read-only for one file."""
+    monkeypatch.chdir(site.folder)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    settings = [*CONFIG, "plugins=[]", "method=pgd", f"run.output={tmp_path}/run"]
+    with pytest.raises(UserError, match="there is no srun here"):
+        submit(settings, Resources(), "slurm", [])
+    assert not (tmp_path / "run").exists()
+    config = load_config("config.yaml", settings[2:]).model_copy(update={"plugins": ("/nowhere/gone.py",)})
+    with pytest.raises(FileNotFoundError), launching(config.run.output):
+        make_folder(config)
+    monkeypatch.setattr("fulllora_dist.launching.submit.write_record", lambda *_: os.mkdir("/nowhere/at/all"))
+    with pytest.raises(FileNotFoundError):
+        submit(settings, Resources(), "debug", [])
+    assert os.listdir(tmp_path / "run") == []
+    (tmp_path / "run" / "launches").mkdir()
+    with pytest.raises(UserError, match="no run here was launched"):
+        find_runs(str(tmp_path))
+
+
+def test_launches_of_one_run_take_turns(tmp_path: Path) -> None:
+    second = threading.Event()
+
+    def launch() -> None:
+        with launching(str(tmp_path)):
+            second.set()
+
+    thread = threading.Thread(target=launch)
+    with launching(str(tmp_path)):
+        thread.start()
+        assert not second.wait(0.3)
+    assert second.wait(10), "also where the first one failed and took the folder away"
+    thread.join()
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_run_that_was_never_launched_is_named(tmp_path: Path) -> None:
@@ -90,6 +166,8 @@ def test_profiles_name_what_is_wrong(tmp_path: Path) -> None:
         resources({"sbatch": "exclusive"}, {})
     with pytest.raises(UserError, match=r"known: example, or the path of a YAML file"):
         read_profile("nowhere", str(ROOT / "jobs" / "profiles"))
+    (tmp_path / "time.yaml").write_text("time: 4:00:00")
+    assert resources(read_profile(str(tmp_path / "time.yaml"), ""), {}).time == 240, "YAML's own number is 14400"
     (tmp_path / "list.yaml").write_text("- gpu")
     with pytest.raises(UserError, match=r"list.yaml is empty or a list"):
         read_profile(str(tmp_path / "list.yaml"), "")
@@ -115,6 +193,19 @@ def test_the_debug_executor_takes_the_same_path_in_one_process(site: Site) -> No
     (site.folder / "orders.json").write_text('{"fail": [0, 0]}')
     said = site.launch(*CONFIG, "run.output=broken", "optim.epochs=1", "--executor", "debug", code=1)
     assert said.splitlines()[-1].startswith("failed: RuntimeError: no more room on the shelf")
+
+
+def test_jobs_use_their_own_copy_of_the_code_wherever_they_are_launched(site: Site) -> None:
+    """In the repository's root, and with its package in PYTHONPATH."""
+    site.order()
+    output = site.folder / "rooted"
+    config = ["--config", str(site.folder / "config.yaml"), f"plugins=[{site.folder}/paced.py]"]
+    site.launch(
+        *config, f"run.output={output}", "optim.epochs=1", "--executor", "local", "--no-gpus", "--wait", cwd=ROOT
+    )
+    launch = output / "launches" / "001"
+    note = json.loads((launch / "attempts.jsonl").read_text().splitlines()[0])
+    assert note["code"] == str(launch / "code" / "fulllora_dist")
 
 
 @pytest.mark.long

@@ -21,8 +21,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from fulllora_dist.distributed.ranks import free_port
-
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "munge", "mariadb-server")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "mariadb-install-db", "sbatch")
 NODES = 2
@@ -100,8 +98,10 @@ class Cluster:
         paths |= {"log-file": folder / "log" / "munged.log", "seed-file": folder / "munge.seed"}
         self._daemon("munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in paths.items()))
         self._await("munged", lambda: self._fine("munge", "-S", str(socket_path), "-n"))
-        database, dbd = free_port(), free_port()
-        self._configure(socket_path, dbd)
+        from fulllora_dist.distributed.ranks import free_port  # --install and --help need nothing but Python
+
+        database, dbd, *ports = (free_port() for _ in range(NODES + 3))
+        self._configure(socket_path, dbd, ports)
         self._start_accounting(socket_path, database, dbd)
         self._daemon("slurmctld", "-D", "-c")
         self._await("slurmctld", lambda: " is UP" in self._said("scontrol", "ping"))
@@ -159,9 +159,8 @@ class Cluster:
     def _fine(self, *command: str) -> bool:
         return bool(self._said(*command))
 
-    def _configure(self, munge: Path, dbd: int) -> None:
+    def _configure(self, munge: Path, dbd: int, ports: Sequence[int]) -> None:
         folder, host = self.folder, socket.gethostname().partition(".")[0]
-        ports = [free_port() for _ in range(NODES + 1)]
         # cred_expire: how long a requeued job waits for its next start. FirstJobId: submitit takes jobs by their number
         text = f"""
             ClusterName=test
@@ -274,4 +273,7 @@ def main(command: Sequence[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] in ([], ["--help"], ["-h"]):
         sys.exit(__doc__)
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except NoSlurm as reason:
+        sys.exit(f"error: {reason}")

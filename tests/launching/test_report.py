@@ -1,0 +1,223 @@
+"""What attempts leave behind, and what `status` and `cancel` make of it."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from submitit import DebugExecutor
+
+from fulllora_dist.errors import UserError
+from fulllora_dist.launching import attempt, jobs
+from fulllora_dist.launching.attempt import Attempt
+from fulllora_dist.launching.folder import read_attempts
+from fulllora_dist.launching.jobs import RunJob, newest_launch, wait
+from fulllora_dist.launching.report import find_runs, status
+from fulllora_dist.launching.resources import Resources
+from fulllora_dist.launching.submit import _executor, refuse_second
+from tests.launching.conftest import LAUNCH, ROOT
+
+STOPPED = 128 + signal.SIGUSR2
+
+
+def launched(run: Path, number: int = 1, host: str = os.uname().nodename, executor: str = "local") -> Path:
+    """A launch of a run whose job's process is gone."""
+    folder = run / "launches" / f"{number:03d}"
+    folder.mkdir(parents=True)
+    job = {"id": f"99999999{number}", "entry": "train", "tasks": 1}
+    (folder / "launch.json").write_text(json.dumps({"executor": executor, "host": host, "jobs": [job]}))
+    settings = {"run": {"output": str(run)}, "tracking": {"enabled": False}, "plugins": ["/nowhere/method.py"]}
+    (folder / "config.yaml").write_text(json.dumps(settings))
+    return folder
+
+
+def noted(folder: Path, *events: str, **more: Any) -> None:
+    lines = [{"job": "999999991", "time": 0, "event": event, **more} for event in events]
+    with open(folder / "attempts.jsonl", "a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+@pytest.fixture
+def one_attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run an entry point that ends in some way as the one task of a local job; the exit code."""
+
+    def exit_by(code: int) -> None:
+        raise SystemExit(code)
+
+    def run(folder: Path, end: Callable[[], int], entry: str = "train") -> int:
+        values = {"EXECUTOR": "local", "FOLDER": folder, "LOCAL_JOB_ID": "999999991", "LOCAL_NTASKS": 1}
+        values |= {"LOCAL_JOB_NUM_NODES": 1, "LOCAL_NODEID": 0, "LOCAL_GLOBALID": 0, "LOCAL_LOCALID": 0}
+        for name, value in values.items():
+            monkeypatch.setenv(f"SUBMITIT_{name}", str(value))
+        monkeypatch.setattr(attempt, "join_ranks", lambda _: None)
+        monkeypatch.setattr(attempt, "entry_point", lambda _: {"main": lambda _: end()})
+        monkeypatch.setattr(attempt, "_exit", exit_by)
+        monkeypatch.setattr(attempt.store, "stop_retrying", lambda: None)
+        with pytest.raises(SystemExit) as left:
+            Attempt(entry, [])()
+        return left.value.code
+
+    return run
+
+
+def test_a_job_without_progress_gives_up(tmp_path: Path, one_attempt: Callable[..., int]) -> None:
+    """A state each time, then none any more."""
+    folder = launched(tmp_path)
+
+    def saved(step: int) -> int:
+        (tmp_path / "states" / str(step)).mkdir(parents=True, exist_ok=True)
+        return STOPPED
+
+    codes = [one_attempt(folder, lambda step=step: saved(step)) for step in (5, 9, 9, 12, 12, 12)]
+    requeue = attempt.LOCAL_REQUEUE_RETURN_CODE
+    assert codes == [requeue] * 5 + [1]
+    said = status(str(tmp_path))
+    assert "FAILED" in said
+    assert said.endswith("task 0: gave up: 3 attempts without progress; give more --time")
+
+
+def test_an_evaluation_longer_than_an_attempt_gives_up(tmp_path: Path, one_attempt: Callable[..., int]) -> None:
+    folder = launched(tmp_path)
+    codes = [one_attempt(folder, lambda: STOPPED, entry="evaluate") for _ in range(3)]
+    assert codes[-1] == 1
+    assert codes[1] != 1
+
+
+def test_a_bucket_that_does_not_answer_is_no_lack_of_progress(
+    tmp_path: Path, one_attempt: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = launched(tmp_path)
+
+    def silent(*_: str) -> list[str]:
+        raise UserError("the bucket does not answer")
+
+    monkeypatch.setattr(attempt, "list_states", silent)
+    assert 1 not in [one_attempt(folder, lambda: STOPPED) for _ in range(4)]
+
+
+def test_a_mistake_inside_a_job_is_one_line_and_exit_code_2(
+    tmp_path: Path, one_attempt: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = launched(tmp_path)
+
+    def mistake() -> int:
+        raise UserError("data.train: it is gone")
+
+    assert one_attempt(folder, mistake) == 2
+    assert capsys.readouterr().err == "error: data.train: it is gone\n"
+    assert status(str(tmp_path)).endswith("job 999999991: task 0: error: data.train: it is gone")
+
+
+def test_a_mistake_opens_no_debugger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def mistake(_: list[str]) -> int:
+        raise UserError("data.train: it is gone")
+
+    monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
+    monkeypatch.setattr(attempt, "join_ranks", lambda _: None)
+    monkeypatch.setattr(attempt, "entry_point", lambda _: {"main": mistake})
+    monkeypatch.setattr("pdb.post_mortem", lambda: pytest.fail("a debugger"))
+    assert DebugExecutor(tmp_path).submit(Attempt("train", [])).results() == [2]
+    assert "error: data.train: it is gone\n" in capsys.readouterr().err
+
+
+def test_a_full_disk_costs_a_note_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = SimpleNamespace(folder=tmp_path / "gone")
+    note = attempt._Notes(SimpleNamespace(paths=paths, global_rank=0, job_id="1"), "train")  # type: ignore[arg-type]
+    note("finished")
+    assert capsys.readouterr().err.count("'finished' is not noted") == 1
+
+
+def test_torn_files_are_passed_over(tmp_path: Path) -> None:
+    folder = launched(tmp_path)
+    with open(folder / "attempts.jsonl", "w") as file:
+        file.write('{"job": "999999991", "ti\n17\n')
+    noted(folder, "finished")
+    assert [note["event"] for note in read_attempts(folder, "999999991")] == ["finished"]
+    job = RunJob(folder, "999999991", "train", 1, "local", "FAILED")
+    job.paths(0).result_pickle.write_bytes(b"\x80\x05\x95")
+    assert job.failure() is None
+
+
+def test_status_needs_no_plugin_and_what_is_unreadable_costs_a_line(tmp_path: Path) -> None:
+    """Plugins of one name are other code in each launch."""
+    for run in ("one", "two"):
+        noted(launched(tmp_path / run), "finished")
+    (tmp_path / "two" / "launches" / "001" / "config.yaml").write_text("run: [")
+    one, two = map(status, find_runs(str(tmp_path)))
+    assert one.splitlines()[0] == f"{tmp_path}/one: no state yet"
+    assert "config.yaml cannot be read" in two.splitlines()[0]
+    assert "COMPLETED" in two
+
+
+def test_a_cancelled_job_is_nothing_amiss(tmp_path: Path) -> None:
+    folder = launched(tmp_path)
+    log = RunJob(folder, "999999991", "train", 1, "local", "").log()
+    log.write_text("Starting with JobEnvironment\nsrun: error: n1: task 0: Exited with exit code 143\n")
+    noted(folder, "started")
+    assert "Exited with exit code 143" in status(str(tmp_path))
+    noted(folder, "stopped by SIGTERM")
+    assert "CANCELLED" in status(str(tmp_path))
+    assert "exit code" not in status(str(tmp_path))
+
+
+def test_cancel_says_what_it_does_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of several runs; none alive; a local run of another machine, which is not launched twice either."""
+    noted(launched(tmp_path / "done"), "finished")
+    launched(tmp_path / "away", host="elsewhere")
+    main = runpy.run_path(LAUNCH)["main"]
+    monkeypatch.setattr("sys.argv", ["launch.py", "cancel", str(tmp_path)])
+    with pytest.raises(UserError, match=f"{tmp_path} holds 2 runs; give the one to cancel, e.g. {tmp_path}/away"):
+        main()
+    monkeypatch.setattr("sys.argv", ["launch.py", "cancel", str(tmp_path / "done")])
+    main()
+    assert capsys.readouterr().out == f"no job of {tmp_path}/done is alive\n"
+    monkeypatch.setattr("sys.argv", ["launch.py", "cancel", str(tmp_path / "away")])
+    with pytest.raises(UserError, match=r"whether job 999999991 of .* is alive is not known here"):
+        main()
+    with pytest.raises(UserError, match=r"only elsewhere knows; launch there"):
+        refuse_second(str(tmp_path / "away"))
+    refuse_second(str(tmp_path / "done"))
+
+
+def test_only_the_launch_in_question_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (launched(tmp_path, number, executor="slurm") for number in (1, 2))
+    asked = []
+
+    def facts(job: str) -> dict[str, str]:
+        asked.append(job)
+        return {"state": "COMPLETED"}
+
+    monkeypatch.setattr(jobs, "_slurm_facts", facts)
+    assert [job.folder for job in newest_launch(str(tmp_path), "train")] == [second]
+    assert [job.folder for job in wait(first)] == [first]
+    assert asked == ["999999992", "999999991"]
+
+
+def test_a_local_run_has_the_gpus_of_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit would count from 0."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    for gpus in (True, False):
+        runner = _executor(None, Resources(gpus=gpus), "local", tmp_path, "train", None)  # type: ignore[arg-type]
+        assert ("env CUDA_VISIBLE_DEVICES=2,3 " in runner.python) is gpus
+
+
+def test_the_cluster_for_tests_needs_plain_python_to_install(tmp_path: Path) -> None:
+    script = [sys.executable, "-S", str(ROOT / "tests" / "services" / "slurm.py")]
+    said = subprocess.run([*script, "--help"], capture_output=True, text=True, check=False)
+    assert "A SLURM cluster on loopback" in said.stdout + said.stderr
+    assert "Traceback" not in said.stderr
+    without = {"PATH": str(tmp_path)}  # sbatch is in none of the folders that are searched besides
+    said = subprocess.run([*script, "true"], capture_output=True, text=True, check=False, env=without)
+    assert said.stderr.startswith("error: ")
+    assert len(said.stderr.splitlines()) == 1
