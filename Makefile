@@ -14,8 +14,7 @@ test: lint
 	$(PYTEST) $(PARALLEL)
 
 test-long: .venv/installed
-	$(PYTEST) -m long $(PARALLEL) --ignore tests/launching
-	$(PYTEST) -m long tests/launching
+	$(PYTEST) -m long $(PARALLEL)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The ready configs of ViT-L/16 and ViT-H/14 really step: random weights, two ranks, one picture each.
 
-One config of each backbone at full depth, the others at full width and four blocks: they differ in training alone.
+The largest at full depth, the others at full width and four blocks: one such step takes minutes on a processor.
 """
 
 import functools
@@ -29,7 +29,7 @@ CONFIGS = sorted(p.stem for size in ("large", "huge") for p in ROOT.glob(f"confi
 STAGES = (1, 3)
 UPDATES = 2
 BLOCKS = 4
-WHOLE = [("imagenet_vit_large_n_fgsm", 1), ("imagenet_vit_huge_n_fgsm", 3)]  # with their ZeRO stage
+WHOLE = [("imagenet_vit_huge_n_fgsm", 3)]  # with its ZeRO stage
 # the shortest attack of each kind; Free's replays are its updates
 SHORTEST = {"pgd": ["method.steps=1"], "free": [f"method.replays={UPDATES}"]}
 
@@ -128,7 +128,7 @@ def test_steps(server: RankServer, tmp_path: Path, name: str, stage: int) -> Non
         assert all(torch.equal(found["adapter"][n], t) for n, t in saved.items())
         assert 0.045 < found["share"] <= 0.05
     assert description["backbone"]["name"] == _config(name, stage).model.backbone
-    if stage == 1 and (name, stage) in WHOLE:
+    if stage == 1 and "n_fgsm" in name:  # once a backbone, for it is built again
         loaded = load(str(tmp_path), precision="fp32")
         with torch.no_grad():
             assert torch.equal(loaded(_picture(0) / 255), results[0]["logits"])
