@@ -1,5 +1,6 @@
 """A run that goes on from its state ends like one that was never cut short."""
 
+import json
 import os
 import shutil
 import signal
@@ -93,6 +94,11 @@ def _last(output: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {k: v for k, v in facts.items() if k not in ("config", "sha256")}
 
 
+def _losses(output: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines}
+
+
 def _expected_tensors(method: str) -> set[str]:
     return {"master", "exp_avg", "exp_avg_sq", "ema"} | ({"slots"} if method == "free" else set())
 
@@ -139,7 +145,7 @@ MOVES = [
 
 
 def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path) -> None:
-    """Other stage, ranks and accumulation: the same adapter but for rounding, Free's delta included."""
+    """Other stage, ranks and accumulation: the same losses and adapter but for rounding, Free's delta included."""
     before: dict[int, list] = {1: [], 2: []}
     after: dict[int, list] = {1: [], 2: []}
     outputs = []
@@ -158,6 +164,9 @@ def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path)
     for (whole, moved), move in zip(outputs, MOVES, strict=True):
         (a, facts_a), (b, facts_b) = _last(whole), _last(moved)
         assert facts_a == facts_b
+        losses = [_losses(output) for output in (whole, moved)]
+        assert losses[0].keys() == losses[1].keys()
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6, rel=0), move
         # the bias of k's LN has no gradient but rounding, which Adam amplifies (test_parity.py)
         live = [{n: t for n, t in tensors.items() if not n.endswith("k.norm.bias")} for tensors in (a, b)]
         slots = [[tensors.pop(n) for n in list(tensors) if n.startswith("slots/")] for tensors in live]
