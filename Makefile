@@ -14,7 +14,8 @@ test: lint
 	$(PYTEST) $(PARALLEL)
 
 test-long: .venv/installed
-	$(PYTEST) -m long $(PARALLEL)
+	$(PYTEST) -m long $(PARALLEL) --ignore tests/launching
+	$(PYTEST) -m long tests/launching
 
 lint: .venv/installed
 	$(BIN)/ruff check .

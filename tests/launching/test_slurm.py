@@ -111,7 +111,8 @@ def test_a_preempted_run_goes_on_where_it_was(cluster: Cluster, site: Site, refe
 
 
 def test_a_run_outlives_its_time_limit(cluster: Cluster, site: Site, reference: str) -> None:
-    job = start(site, "limited", "--time", "1", "--signal-seconds", "10", batches=1)
+    # on a busy machine a start alone takes most of a minute, and three attempts without a batch end the job
+    job = start(site, "limited", "--time", "2", "--signal-seconds", "20", batches=1, seconds=4)
     until(lambda: "stopped by SIGUSR2" in site.events("limited"), "the signal")
     finish(cluster, site, "limited", job, reference)
     assert int(fact(cluster, job, "Restarts")) >= 1
