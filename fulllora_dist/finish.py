@@ -20,7 +20,6 @@ def finish(run: Run, state: RunState) -> None:
     output = run.config.run.output
     adapter = os.path.join(output, "adapter")
     tensors = state.engine.adapter()
-
     training = _provenance(run.config, state)
 
     def save() -> None:
@@ -31,16 +30,14 @@ def finish(run: Run, state: RunState) -> None:
     run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
     if state.guard is not None and state.guard.best is not None:
-        _save_best(run, state, training)
+        _save_best(run, state, state.guard.attack, state.guard.best, training)
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, state.step)
 
 
-def _save_best(run: Run, state: RunState, training: dict[str, Any]) -> None:
+def _save_best(run: Run, state: RunState, attack: str, best: dict[str, Any], training: dict[str, Any]) -> None:
     """The adapter of the state with the highest robust accuracy on held-out pictures, in a folder of its own."""
-    assert state.guard is not None
-    guard, folder = state.guard, os.path.join(run.config.run.output, "adapter_best")
-    best: dict[str, Any] = guard.best or {}
+    folder = os.path.join(run.config.run.output, "adapter_best")
     step, score = best["step"], best["robust_accuracy"]
 
     def save() -> None:
@@ -56,7 +53,7 @@ def _save_best(run: Run, state: RunState, training: dict[str, Any]) -> None:
         run.tracker.artifact(folder, "adapter_best")
 
     run.ranks.on_main(save, f"run.output: no adapter_best in {run.config.run.output}")
-    run.say(f"best under {guard.attack} on held-out pictures: {score:.2%} at batch {step}, {folder}")
+    run.say(f"best under {attack} on held-out pictures: {score:.2%} at batch {step}, {folder}")
 
 
 def _provenance(config: Config, state: RunState) -> dict[str, Any]:

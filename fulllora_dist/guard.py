@@ -42,7 +42,7 @@ class Guard:
             is one. `of` says what was looked at.
     """
 
-    def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Ranks, best: dict[str, Any] | None):
+    def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Ranks):
         settings, setting = config.guard, "data.held_out"
         n = min(settings.n, len(load_index(held_out, setting)))
         stream = build_eval_stream(config, held_out, model, ranks, n=n, setting=setting)
@@ -52,7 +52,10 @@ class Guard:
         self._evaluator = Evaluator([self.attack], threat, ranks, seed=config.run.seed, progress=False)
         self._every = settings.every
         self._of = [stream.index.hash, len(stream.ids), self.attack]
-        # figures of other pictures, or under another attack, cannot be compared
+        self.best: dict[str, Any] | None = None
+
+    def resume(self, best: dict[str, Any] | None) -> None:
+        """Go on from a state's `best`. Figures of other pictures, or under another attack, cannot be compared."""
         self.best = best if best is not None and best["of"] == self._of else None
 
     def due(self, step: int) -> bool:
@@ -68,11 +71,7 @@ class Guard:
         return score
 
 
-def build_guard(config: Config, model: BackboneInfo, ranks: Ranks, best: dict[str, Any] | None) -> Guard | None:
-    """None where no pictures are held out.
-
-    Args:
-        best: of the state that the run goes on from.
-    """
+def build_guard(config: Config, model: BackboneInfo, ranks: Ranks) -> Guard | None:
+    """None where no pictures are held out."""
     held_out = config.data.held_out
-    return None if held_out is None else Guard(config, held_out, model, ranks, best)
+    return None if held_out is None else Guard(config, held_out, model, ranks)

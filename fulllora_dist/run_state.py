@@ -66,6 +66,8 @@ class RunState:
                 f"these have {str(model.info.sha256)[:12]}; give the same backbone to resume"
             )
         self.stream.load_state_dict(facts["stream"])
+        if self.guard is not None:
+            self.guard.resume(facts.get("best"))
         self.step = self._saved_step = facts["step"]
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} pictures fill none, others each epoch")
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
-        guard = build_guard(config, model.info, run.ranks, run.saved and run.saved[1].get("best"))
+        guard = build_guard(config, model.info, run.ranks)
         state = RunState(run, model, stream, phases, guard)  # resumes where there is something to resume
         for batch in run.progress(state):
             metrics = phases.step(state.engine, batch, state.step)

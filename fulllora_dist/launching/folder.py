@@ -35,9 +35,14 @@ LOCK = ".lock"
 _PACKAGE = Path(__file__).parents[1]
 
 
+def launches_of(output: str) -> Path:
+    """The folder of all launches of a run."""
+    return Path(output).absolute() / LAUNCHES
+
+
 def launch_folders(output: str) -> list[Path]:
     """Of a run's launches, the first one first."""
-    folders = (path for path in (Path(output).absolute() / LAUNCHES).glob("[0-9]*") if (path / RECORD).exists())
+    folders = (path for path in launches_of(output).glob("[0-9]*") if (path / RECORD).exists())
     return sorted(folders, key=lambda path: int(path.name))
 
 
@@ -48,7 +53,7 @@ def launching(output: str) -> Iterator[None]:
     Raises:
         UserError: the output folder cannot be written.
     """
-    launches = Path(output).absolute() / LAUNCHES
+    launches = launches_of(output)
     while True:
         try:
             launches.mkdir(parents=True, exist_ok=True)
@@ -73,7 +78,7 @@ def launching(output: str) -> Iterator[None]:
 
 def make_folder(config: Config) -> Path:
     """The next launch's folder with its snapshot of code and config."""
-    launches = Path(config.run.output).absolute() / LAUNCHES
+    launches = launches_of(config.run.output)
     number = max((int(path.name) for path in launches.glob("[0-9]*")), default=0) + 1
     folder = launches / f"{number:03d}"
     folder.mkdir()

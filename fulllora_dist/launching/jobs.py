@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -107,11 +106,6 @@ class RunJob:
         return (int(found[2]), f"{found[3]} on {found[1]}") if found else None
 
 
-def run_jobs(output: str) -> list[RunJob]:
-    """All jobs of a run, the first one first."""
-    return list(_jobs(output))
-
-
 def wait(folder: Path, seconds: float = 5.0) -> list[RunJob]:
     """The jobs of a launch at their end, through all requeues. Asks the scheduler every few seconds.
 
@@ -119,7 +113,7 @@ def wait(folder: Path, seconds: float = 5.0) -> list[RunJob]:
     """
     output = str(folder.parents[1])
     while True:
-        jobs = list(_jobs(output, only=folder))
+        jobs = run_jobs(output, only=folder)
         if not any(job.alive or job.state == "UNKNOWN" for job in jobs):
             return jobs
         time.sleep(seconds)
@@ -129,20 +123,22 @@ def newest_launch(output: str, entry: str) -> list[RunJob]:
     """The job of a kind in the newest launch that has one, without asking for the others."""
     for folder in reversed(launch_folders(output)):
         if any(job["entry"] == entry for job in read_record(folder)["jobs"]):
-            return [job for job in _jobs(output, only=folder) if job.entry == entry]
+            return [job for job in run_jobs(output, only=folder) if job.entry == entry]
     return []
 
 
-def _jobs(output: str, only: Path | None = None) -> Iterator[RunJob]:
-    """The scheduler is asked as each comes."""
+def run_jobs(output: str, only: Path | None = None) -> list[RunJob]:
+    """All jobs of a run, the first one first, or those of one launch; the scheduler is asked for no others."""
+    jobs = []
     for folder in launch_folders(output):
         if only is not None and folder != only:
             continue
         record = read_record(folder)
-        executor, host = record["executor"], record.get("host", os.uname().nodename)  # older ones have none
+        executor, host = record["executor"], record["host"]
         for job in record["jobs"]:
             known = _slurm_facts(job["id"]) if executor == "slurm" else _local_facts(folder, job["id"], host)
-            yield RunJob(folder, job["id"], job["entry"], job["tasks"], executor, **known)
+            jobs.append(RunJob(folder, job["id"], job["entry"], job["tasks"], executor, **known))
+    return jobs
 
 
 def _slurm_facts(job: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from fulllora_dist.data import urls
 from fulllora_dist.distributed.checkpoint import DESCRIPTION, list_states
 from fulllora_dist.errors import UserError
 from fulllora_dist.launching.attempt import REQUEUE_SIGNALS, Attempt, entry_point
-from fulllora_dist.launching.folder import CODE, CONFIG, launching, make_folder, write_record
+from fulllora_dist.launching.folder import CODE, CONFIG, launches_of, launching, make_folder, write_record
 from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.resources import Resources
 from fulllora_dist.run import check_same_run
@@ -178,7 +178,7 @@ def _check_states(config: Config) -> None:
 
 def script(config: Config, asked: Resources, evaluation: list[str] | None) -> str:
     """The batch scripts that would be submitted."""
-    folder = Path(config.run.output).absolute() / "launches" / "NEXT"
+    folder = launches_of(config.run.output) / "NEXT"
     scripts: list[str] = []
     for entry, _ in _entries(config, folder, evaluation):
         runner = _ScriptWriter(folder, python=_python(asked, folder))

@@ -68,7 +68,7 @@ def _start(ranks: Ranks, settings: dict) -> tuple[Run, RunState]:
     model = build_model(config)
     stream = build_stream(config, model.info, ranks)
     phases = build_phases(config, stream.steps_per_epoch)
-    guard = build_guard(config, model.info, ranks, run.saved and run.saved[1]["best"])
+    guard = build_guard(config, model.info, ranks)
     return run, RunState(run, model, stream, phases, guard)
 
 
