@@ -8,15 +8,18 @@ import pytest
 import torch
 from cases import EPS, STAGES, noise_shards
 from harness import RankServer
-from test_resume import BATCHES, _config, _train_all
+from safetensors.torch import load_file
+from test_resume import BATCHES, _config, _start, _train_all
 
 from fulllora_dist.build import build_model, check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.checkpoint import list_states, read_state
+from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import evaluate
+from fulllora_dist.finish import finish
 
 ALL_STATES = [("run", "save_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
 STEPS = 3
@@ -40,6 +43,10 @@ def _guarded(output: Path, shards: str, held_out: str, stage: int, every: int, *
     config["evaluation"] = {"batch_size": 5}  # 24 pictures: padding, and an odd number of batches
     config["guard"] = {"every": every, "steps": STEPS}
     return config
+
+
+def _finish(ranks: Ranks, settings: dict) -> None:
+    finish(*_start(ranks, settings))
 
 
 def _states(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
@@ -96,6 +103,10 @@ def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, 
         assert states.keys() == {best, BATCHES}
         found = states[BATCHES][1]["best"]
         assert (found["step"], found["robust_accuracy"]) == (best, figures[best])
+    server.run(2, _finish, cut)
+    adapter = load_file(tmp_path / "cut" / "adapter_best" / "adapter.safetensors")
+    assert adapter
+    assert all(torch.equal(tensor, states[best][0][f"ema/{name}"]) for name, tensor in adapter.items())
 
 
 def test_figures_under_another_attack_are_not_compared(
