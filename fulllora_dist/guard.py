@@ -1,35 +1,19 @@
 """Robust accuracy on pictures held out of the training data, every so many batches, and when it was best."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
+from fulllora_dist.attacks.pgd import attacked, pgd
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.build import build_eval_stream, load_index
 from fulllora_dist.config import Config
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.data.index import Index
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.evaluation import Evaluator
 from fulllora_dist.models.backbone import BackboneInfo
-
-
-@dataclass
-class _Kept:
-    """The batches of an `EvalStream`, held in memory: they are few and looked at again and again."""
-
-    ids: np.ndarray
-    index: Index
-    batches: list[Batch]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
+from fulllora_dist.models.finetune import AdaptedModel
 
 
 class Guard:
@@ -46,12 +30,12 @@ class Guard:
         settings, setting = config.guard, "data.held_out"
         n = min(settings.n, len(load_index(held_out, setting)))
         stream = build_eval_stream(config, held_out, model, ranks, n=n, setting=setting)
-        self._pictures = _Kept(stream.ids, stream.index, list(stream))
+        self._batches = list(stream)  # in memory: they are few and looked at again and again
+        self._n = len(stream.ids)
         self.attack = f"pgd{settings.steps}"
-        threat = threat_model(config.threat.norm, config.threat.eps)
-        self._evaluator = Evaluator([self.attack], threat, ranks, seed=config.run.seed, progress=False)
-        self._every = settings.every
-        self._of = [stream.index.hash, len(stream.ids), self.attack]
+        self._threat = threat_model(config.threat.norm, config.threat.eps)
+        self._ranks, self._seed, self._settings = ranks, config.run.seed, settings
+        self._of = [stream.index.hash, self._n, self.attack]
         self.best: dict[str, Any] | None = None
 
     def resume(self, best: dict[str, Any] | None) -> None:
@@ -60,15 +44,41 @@ class Guard:
 
     def due(self, step: int) -> bool:
         """Whether to look after that many batches."""
-        return step % self._every == 0
+        return step % self._settings.every == 0
 
     def look(self, engine: Engine, step: int) -> float:
         """Robust accuracy of what would be saved now; `best` is up to date then. A collective."""
         with engine.as_saved() as model:
-            score = self._evaluator.run(model, self._pictures)["attacks"][self.attack]["accuracy"]
+            score = self._robust_accuracy(model)
         if self.best is None or score > self.best["robust_accuracy"]:
             self.best = {"step": step, "robust_accuracy": score, "of": self._of}
         return score
+
+    def _robust_accuracy(self, model: AdaptedModel) -> float:
+        """Each rank has equally many batches, so that collectives inside the model (ZeRO-3) meet."""
+        with attacked(model):
+            correct = torch.stack([self._correct(model, batch.to(self._ranks.device)) for batch in self._batches]).sum()
+        return int(self._ranks.sum(correct.cpu())) / self._n
+
+    def _correct(self, model: AdaptedModel, batch: Batch) -> Tensor:
+        """How many of a batch are right under the attack that an evaluation of that name makes, int64 scalar."""
+        x, steps, eps = batch.pixels(), self._settings.steps, self._threat.eps
+        if eps > 0:
+            x = pgd(
+                model,
+                x,
+                batch.labels,
+                eps=eps,
+                norm=self._threat.norm,
+                steps=steps,
+                step_size=min(2.5 * eps / steps, eps),
+                seed=self._seed,
+                ids=batch.ids,
+                purpose=f"eval/{self.attack}",
+            )
+        with torch.no_grad():
+            right = model(x).argmax(dim=1) == batch.labels
+        return (right & batch.mask).sum()
 
 
 def build_guard(config: Config, model: BackboneInfo, ranks: Ranks) -> Guard | None:
