@@ -9,6 +9,7 @@ from fulllora_dist.build import build_eval_stream
 from fulllora_dist.config import Config
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import Evaluator, table, write_evaluation
+from fulllora_dist.guard import Guard
 from fulllora_dist.models.adapter_file import load, save_adapter
 from fulllora_dist.run import Run
 from fulllora_dist.run_state import RunState
@@ -30,15 +31,21 @@ def finish(run: Run, state: RunState) -> None:
     run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
     if state.guard is not None and state.guard.best is not None:
-        _save_best(run, state, state.guard.attack, state.guard.best, training)
+        _save_best(run, state, state.guard.best, training)
+        run.say(_best_and_last(state.guard))
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, state.step)
 
 
-def _save_best(run: Run, state: RunState, attack: str, best: dict[str, Any], training: dict[str, Any]) -> None:
+def _best_and_last(guard: Guard) -> str:
+    better = "; adapter_best/ is the more robust one (robust overfitting)" if guard.overfitted else ""
+    return f"adapter: {guard.described()}{better}"
+
+
+def _save_best(run: Run, state: RunState, best: dict[str, Any], training: dict[str, Any]) -> None:
     """The adapter of the state with the highest robust accuracy on held-out pictures, in a folder of its own."""
     folder = os.path.join(run.config.run.output, "adapter_best")
-    step, score = best["step"], best["robust_accuracy"]
+    step = best["step"]
 
     def save() -> None:
         try:
@@ -53,7 +60,7 @@ def _save_best(run: Run, state: RunState, attack: str, best: dict[str, Any], tra
         run.tracker.artifact(folder, "adapter_best")
 
     run.ranks.on_main(save, f"run.output: no adapter_best in {run.config.run.output}")
-    run.say(f"best under {attack} on held-out pictures: {score:.2%} at batch {step}, {folder}")
+    run.say(f"adapter_best: {folder}, of batch {step}")
 
 
 def _provenance(config: Config, state: RunState) -> dict[str, Any]:
@@ -66,6 +73,7 @@ def _provenance(config: Config, state: RunState) -> dict[str, Any]:
         "seed": config.run.seed,
         "batches": state.step,
         "updates": state.engine.updates,
+        "rollbacks": state.rollbacks,
         "data": {
             "index": state.stream.index.hash,
             "classes": list(state.stream.index.classes),

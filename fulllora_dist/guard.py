@@ -1,5 +1,8 @@
 """Robust accuracy on pictures held out of the training data, every so many batches, and when it was best."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +18,23 @@ from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 
+_FEWEST = 10  # pictures that have to be right at the best look, before fewer of them are a collapse
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a look has found.
+
+    Attributes:
+        robust_accuracy: of what would be saved now.
+        keep: whether the state is to be kept: the best so far, or the newest good one.
+        collapsed: whether a collapse is to be answered.
+    """
+
+    robust_accuracy: float
+    keep: bool
+    collapsed: bool
+
 
 class Guard:
     """PGD on the same held-out pictures each time, from the same starts: what differs is the adapter alone.
@@ -22,8 +42,11 @@ class Guard:
     An adapter that is chosen by the validation set looks too good there; these pictures are in neither set.
 
     Attributes:
+        attack: its name, as in an evaluation.
         best: {"step", "robust_accuracy", "of"}: the highest figure so far, the first of equal ones; None before there
             is one. `of` says what was looked at.
+        last: {"step", "robust_accuracy"} of the newest look.
+        good: step of the newest good state, to which a run goes back; None where it never does.
     """
 
     def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Ranks):
@@ -35,24 +58,78 @@ class Guard:
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
         self._ranks, self._seed, self._settings = ranks, config.run.seed, settings
+        self._save_every = config.run.save_every
         self._of = [stream.index.hash, self._n, self.attack]
+        self._least = least_that_counts(self._n, model.num_classes)
         self.best: dict[str, Any] | None = None
+        self.last: dict[str, Any] | None = None
+        self.good: int | None = None
+        self._fallen = False
 
-    def resume(self, best: dict[str, Any] | None) -> None:
-        """Go on from a state's `best`. Figures of other pictures, or under another attack, cannot be compared."""
-        self.best = best if best is not None and best["of"] == self._of else None
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to know besides `best`."""
+        return {"last": self.last, "good": self.good, "fallen": self._fallen}
+
+    def resume(self, best: dict[str, Any] | None, rest: Mapping[str, Any]) -> None:
+        """Go on from a state's `best` and `state_dict`. Figures of other pictures, or under another attack, cannot be
+        compared."""
+        if best is None or best["of"] != self._of:
+            best, rest = None, {}
+        self.best, self.last, self.good = best, rest.get("last", best), rest.get("good")
+        self._fallen = rest.get("fallen", False)
 
     def due(self, step: int) -> bool:
         """Whether to look after that many batches."""
         return step % self._settings.every == 0
 
-    def look(self, engine: Engine, step: int) -> float:
-        """Robust accuracy of what would be saved now; `best` is up to date then. A collective."""
+    def look(self, engine: Engine, step: int) -> Look:
+        """Look at what would be saved now; the attributes are up to date then. A collective."""
         with engine.as_saved() as model:
-            score = self._robust_accuracy(model)
-        if self.best is None or score > self.best["robust_accuracy"]:
-            self.best = {"step": step, "robust_accuracy": score, "of": self._of}
-        return score
+            return self.judge(self._robust_accuracy(model), step)
+
+    def judge(self, score: float, step: int) -> Look:
+        """What a robust accuracy of `score` after `step` batches means.
+
+        The good state is one that was looked at, and which one it is follows from the figures and `run.save_every`
+        alone, not from when the writing of a state was done: a run that goes back does so to the same state always.
+        """
+        self.last = {"step": step, "robust_accuracy": score}
+        best = self.best is None or score > self.best["robust_accuracy"]
+        if best:
+            self.best = self.last | {"of": self._of}
+        assert self.best is not None
+        highest = self.best["robust_accuracy"]
+        fallen = highest >= self._least and score < self._settings.collapse_below * highest
+        warns = self._settings.on_collapse == "warn"
+        collapsed = fallen and not (warns and self._fallen)
+        self._fallen = fallen
+        keep = best
+        if not (warns or fallen):
+            keep |= self.good is None or step // self._save_every > self.good // self._save_every
+            if keep:
+                self.good = step
+        return Look(score, keep, collapsed)
+
+    @property
+    def overfitted(self) -> bool:
+        """Whether the last look is below the best by more than two standard errors of the best: robust overfitting."""
+        if self.best is None or self.last is None:
+            return False
+        best = self.best["robust_accuracy"]
+        return best - self.last["robust_accuracy"] > 2 * math.sqrt(best * (1 - best) / self._n)
+
+    def described(self) -> str:
+        """Last and best look, for people; after a look."""
+        assert self.best is not None
+        assert self.last is not None
+        last, best = (f"{100 * x['robust_accuracy']:.1f} % at batch {x['step']}" for x in (self.last, self.best))
+        return f"{self.attack} on {self._n} held-out pictures: {last}, best {best}"
+
+    @property
+    def good_steps(self) -> list[int]:
+        """Steps of the states that a run may go back to, the one to try first first."""
+        best = None if self.best is None else self.best["step"]
+        return list(dict.fromkeys(step for step in (self.good, best) if step is not None))
 
     def _robust_accuracy(self, model: AdaptedModel) -> float:
         """Each rank has equally many batches, so that collectives inside the model (ZeRO-3) meet."""
@@ -85,3 +162,10 @@ def build_guard(config: Config, model: BackboneInfo, ranks: Ranks) -> Guard | No
     """None where no pictures are held out."""
     held_out = config.data.held_out
     return None if held_out is None else Guard(config, held_out, model, ranks)
+
+
+def least_that_counts(n: int, classes: int) -> float:
+    """Robust accuracy from which on a best look can be fallen below: ten pictures, and two standard deviations above
+    that of guessing. Less is noise, and half of it too."""
+    chance = 1 / classes
+    return max(_FEWEST / n, chance + 2 * math.sqrt(chance * (1 - chance) / n))

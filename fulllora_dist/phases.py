@@ -5,8 +5,8 @@ batches are counted through, so that a run with phases resumes as any other.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.methods.base import WeightStep
+from fulllora_dist.methods.multi_step import MultiStep
+from fulllora_dist.methods.pgd import PGDSettings
 from fulllora_dist.methods.ramps import Ramps
 
 
@@ -25,12 +27,14 @@ class Phase:
 
     Attributes:
         image_size: side in pixels, None for the model's own.
+        safer: how it goes on after a collapse, which may be the method itself.
     """
 
     first: int
     end: int
     image_size: int | None
     method: Method
+    safer: Method
 
     @property
     def updates(self) -> int:
@@ -49,15 +53,25 @@ class Phases:
     def prepare(self, backbone: nn.Module, image_size: int) -> None:
         """`Method.prepare` of each phase, before the first batch; `image_size` is the model's own."""
         for phase in self.phases:
-            phase.method.prepare(backbone, phase.image_size or image_size, phase.first)
+            for method in {phase.method, phase.safer}:
+                method.prepare(backbone, phase.image_size or image_size, phase.first)
 
     def at(self, step: int) -> Phase:
         """The phase of batch `step`; at the run's end the last one."""
         return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
 
-    def left(self, step: int) -> Iterator[Phase]:
-        """The phases from batch `step` on."""
-        return (phase for phase in self.phases if step < phase.end)
+    def safer_from(self, step: int) -> "Phases":
+        """The same run with the safer methods from batch `step` on: as many updates, and as many batches unless they
+        make another number of updates from each."""
+        phases = [phase for phase in self.phases if phase.end <= step]
+        for phase in self.phases[len(phases) :]:
+            if phase.first < step:
+                phases.append(replace(phase, end=step))
+            first = phases[-1].end if phases else 0
+            updates = (phase.end - max(step, phase.first)) * phase.method.updates_per_batch
+            batches = math.ceil(updates / phase.safer.updates_per_batch)
+            phases.append(replace(phase, first=first, end=first + batches, method=phase.safer))
+        return Phases(phases)
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
         """`Method.step` of the batch's phase."""
@@ -96,9 +110,32 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
                 f"phases.{i}.share: {wanted.share:g} of {updates:g} updates leaves no batch for this phase, as those "
                 "before it end with whole batches; a larger share or more optim.epochs is right"
             )
-        phases.append(Phase(first, first + batches, wanted.image_size, method))
+        safer = _safer(method, config)
+        phases.append(Phase(first, first + batches, wanted.image_size, method, safer))
         first, made = phases[-1].end, made + phases[-1].updates
     ramps = Ramps(round(config.threat.warmup * first), round(config.threat.step_warmup * first), first)
     for phase in phases:
-        phase.method.ramps = ramps
+        phase.method.ramps = phase.safer.ramps = ramps
+    guard = config.guard
+    if guard.on_collapse == "rollback" and guard.safer_lr == 1 and all(p.safer is p.method for p in phases):
+        raise UserError(
+            f"guard.safer_lr: 1 leaves nothing safer after a rollback, as the method stays {config.method.name}; "
+            "a smaller number is right, or another guard.safer_method"
+        )
     return Phases(phases)
+
+
+def _safer(method: Method, config: Config) -> Method:
+    """What a phase's method becomes after a collapse.
+
+    Raises:
+        UserError: that method keeps something for each slot, which a state from before the rollback would not have.
+    """
+    choice = config.guard.safer_method
+    if choice is None:
+        if isinstance(method, MultiStep):
+            return method
+        choice = PGDSettings()
+    if METHODS[choice.name].slot_state is not Method.slot_state:
+        raise UserError(f"guard.safer_method: {choice.name} keeps a perturbation of each picture; pgd is right")
+    return METHODS[choice.name](choice, method.threat, config.run.seed, targets=config.targets)

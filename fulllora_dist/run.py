@@ -122,16 +122,19 @@ class Run:
             mininterval=1.0,
         )
         with bar, self.stop.deferred():
-            for phase in state.phases.left(state.step):
+            while state.step < state.total_steps:
+                phase = state.phases.at(state.step)
                 state.stream.resize(phase.image_size or state.engine.model.info.image_size)
                 for batch in state.stream:
+                    before = state.step
                     yield batch.to(self.ranks.device)
                     bar.set_postfix(state.shown, refresh=False)
-                    bar.update(size)
+                    bar.update((state.step - before) * size)
                     if state.stopped:
                         return
-                    if state.step >= phase.end:
+                    if state.step >= phase.end or state.step <= before:  # the next phase, or back in an earlier one
                         break
+                bar.total = state.total_steps * size
 
 
 def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:

@@ -2,14 +2,16 @@
 
 import math
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fulllora_dist.config import GuardSettings
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.errors import SharedUserError, UserError
-from fulllora_dist.guard import Guard
+from fulllora_dist.guard import Guard, Look
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import Phases
@@ -23,19 +25,20 @@ class RunState:
 
     Attributes:
         step: batches trained on since the beginning of the run.
-        total_steps: batches of the whole run.
         engine: the model under DeepSpeed.
         shown: last loss and accuracy, for the progress bar.
         stopped: a stop was asked for and the state is saved.
         stream: the training batches.
         phases: how it trains when.
         guard: looks at held-out pictures, where there are some.
+        rollbacks: {"at", "to", "safer_method", "safer_lr"} of each time that it went back after a collapse: batches,
+            and how it went on.
     """
 
     def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, phases: Phases, guard: Guard | None = None):
         config = run.config
         self._run, self.stream, self.phases, self.guard = run, stream, phases, guard
-        self.total_steps = phases.total_steps
+        self.rollbacks: list[dict[str, Any]] = []
         self.step = 0
         self.shown: dict[str, str] = {}
         self.stopped = False
@@ -51,9 +54,10 @@ class RunState:
             config.distributed,
             config.deepspeed,
             run.ranks,
-            phases.total_updates,
+            self.phases.total_updates,
             trainable,
         )
+        self.engine.lr_scale = self._lr_scale()
         self._skipped = self.engine.skipped
         self._due = False
         self._saved_at = time.monotonic()
@@ -65,24 +69,41 @@ class RunState:
                 f"model.checkpoint: the run began with weights {facts['backbone_sha256'][:12]}, "
                 f"these have {str(model.info.sha256)[:12]}; give the same backbone to resume"
             )
+        self.rollbacks = facts.get("rollbacks", [])
+        if self.rollbacks:
+            check_safer(self.rollbacks[-1], self._run.config.guard)
+            self.phases = self.phases.safer_from(min(rollback["to"] for rollback in self.rollbacks))
+        trainable, slots = self._go_to(tensors, facts)
+        if slots:
+            size = len(next(iter(slots.values()))) // self._run.ranks.world
+            first = size * self._run.ranks.rank
+            self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
+        self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
+        return trainable
+
+    def _go_to(self, tensors: dict[str, Tensor], facts: dict) -> tuple[TrainableState, dict[str, Tensor]]:
+        """Take over a state's position; its trainable part, and what its method kept for each slot."""
         self.stream.load_state_dict(facts["stream"])
         if self.guard is not None:
-            self.guard.resume(facts.get("best"))
+            self.guard.resume(facts.get("best"), facts.get("guard", {}))
         self.step = self._saved_step = facts["step"]
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             parts.setdefault(kind, {})[rest] = tensor
         slots = parts.pop("slots", {})
-        if slots:
-            size = len(next(iter(slots.values()))) // self._run.ranks.world
-            first = size * self._run.ranks.rank
-            self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
-        self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
-        return TrainableState(facts["updates"], parts, facts.get("skipped", 0))
+        return TrainableState(facts["updates"], parts, facts.get("skipped", 0)), slots
+
+    @property
+    def total_steps(self) -> int:
+        """Batches of the whole run."""
+        return self.phases.total_steps
+
+    def _lr_scale(self) -> float:
+        return math.prod(rollback["safer_lr"] for rollback in self.rollbacks)
 
     def advance(self, metrics: dict[str, Tensor]) -> None:
-        """Count the batch that was trained on; log, save and stop where it is time."""
+        """Count the batch that was trained on; log, save, stop and go back where it is time."""
         self.step += 1
         self.stream.commit(self.step)
         self.stream.count_bad(self._run.ranks.union)
@@ -90,26 +111,94 @@ class RunState:
         last = self.step == self.total_steps
         if last or self.step % self._run.config.run.log_every == 0:
             self._log(metrics)
-        best = self._look(last)
+        look = self._look(last)
+        if look is not None and look.collapsed and self._answer_collapse():
+            return
         # one vote for both: a signal, and rank 0's word on saving
         vote = self._run.ranks.max((self._run.stop.signal or 0) << 1 | self._wants_state())
         if stop := vote >> 1:
             self._run.stop.hear(stop)  # a scheduler may signal one node alone: every rank leaves in the same way
             self._run.states.hurry()
             self.stopped = True
-        if last or self.stopped or best or vote & 1:
+        if last or self.stopped or (look is not None and look.keep) or vote & 1:
             self.save()
         if last or self.stopped:
             self._run.settle()
             self._run.ranks.barrier()  # a rank that leaves now leaves a whole state behind
 
-    def _look(self, last: bool) -> bool:
-        """Whether the guard has looked, and it was never better. Not while updates are skipped: nothing has changed."""
+    def _look(self, last: bool) -> Look | None:
+        """What the guard has found, where it has looked. Not while updates are skipped: nothing has changed."""
         if self.guard is None or not (last or self.guard.due(self.step)) or self.engine.skipped_in_a_row:
+            return None
+        look = self.guard.look(self.engine, self.step)
+        points = {"robust_accuracy": look.robust_accuracy}
+        if self._run.config.guard.on_collapse == "rollback":
+            points["rollbacks"] = len(self.rollbacks)
+        if last and (best := self.guard.best) is not None:
+            points |= {
+                "best_robust_accuracy": best["robust_accuracy"],
+                "best_step": best["step"],
+                "last_robust_accuracy": look.robust_accuracy,
+            }
+        self._run.tracker.log({f"guard/{name}": value for name, value in points.items()}, self.step)
+        return look
+
+    def _answer_collapse(self) -> bool:
+        """As `guard.on_collapse` says; whether the run went back.
+
+        Raises:
+            SharedUserError: the run ends here, or cannot go back.
+        """
+        assert self.guard is not None
+        run, settings = self._run, self._run.config.guard
+        what = f"collapse at batch {self.step}: {self.guard.described()}"
+        if settings.on_collapse == "warn":
+            run.say(f"warning: {what}; guard.on_collapse=stop would end the run here, rollback go back to a good state")
             return False
-        score = self.guard.look(self.engine, self.step)
-        self._run.tracker.log({"guard/robust_accuracy": score}, self.step)
-        return self.guard.best is not None and self.guard.best["step"] == self.step
+        if settings.on_collapse == "rollback" and len(self.rollbacks) < settings.max_rollbacks:
+            self._go_back(what, self.guard.good_steps)
+            return True
+        run.settle()
+        name, advice = "max_rollbacks", "a safer guard.safer_method or a lower optim.lr in another folder is right"
+        if settings.on_collapse == "stop":
+            name, advice = (
+                "on_collapse",
+                "with guard.on_collapse=rollback the same command goes on from there",
+            )
+        raise SharedUserError(
+            f"guard.{name}: {getattr(settings, name)}: {what}; the newest good state is that of batch "
+            f"{self.guard.good_steps[0]}; {advice}"
+        )
+
+    def _go_back(self, what: str, good: list[int]) -> None:
+        """To the first of the states `good` that is whole, and on from there with the safer setting.
+
+        Neither that state nor an older one is touched: killed before the next state is written, the run finds the same
+        collapse and goes back again."""
+        run, guard = self._run, self._run.config.guard
+        number = len(self.rollbacks) + 1
+
+        def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+            tensors, facts = run.states.go_back(good)
+            run.tracker.go_back(facts["step"], f"metrics_before_rollback_{number}.jsonl")
+            return tensors, facts
+
+        found = run.ranks.on_main(read, f"guard.on_collapse: rollback: {what}; its states cannot be deleted")
+        tensors = run.ranks.share_tensors(found and found[0])
+        facts = run.ranks.share(found and found[1])
+        method = guard.safer_method and guard.safer_method.model_dump(mode="json")
+        rollback = {"at": self.step, "to": facts["step"], "safer_method": method, "safer_lr": guard.safer_lr}
+        self.rollbacks = [*self.rollbacks, rollback]
+        self.phases = self.phases.safer_from(facts["step"])
+        trainable, _ = self._go_to(tensors, facts)  # a safer method keeps nothing for the slots
+        self.engine.restore(trainable)
+        self.engine.total_updates, self.engine.lr_scale = self.phases.total_updates, self._lr_scale()
+        self._skipped = self.engine.skipped
+        self._due = True  # what happened is to be in a state soon
+        run.say(
+            f"warning: {what}; back to batch {self.step}, on with {self.phases.at(self.step).method.settings.name} and "
+            f"{self._lr_scale():g} of the learning rate (rollback {number} of {guard.max_rollbacks})"
+        )
 
     def _wants_state(self) -> bool:
         """Whether a state is due on rank 0. It waits until the one before is written, and while updates are skipped:
@@ -169,6 +258,8 @@ class RunState:
             best = None if self.guard is None else self.guard.best
             facts = {
                 "best": best,
+                "guard": {} if self.guard is None else self.guard.state_dict(),
+                "rollbacks": self.rollbacks,
                 "updates": trainable.updates,
                 "skipped": trainable.skipped,
                 "stream": self.stream.state_dict(),
@@ -176,8 +267,21 @@ class RunState:
                 "config": run.config.model_dump(mode="json"),
                 "backbone_sha256": self.engine.model.info.sha256,
             }
-            run.states.write(self.step, tensors, facts, None if best is None else best["step"])
+            run.states.write(self.step, tensors, facts)
         self._saved_step, self._saved_at, self._due = self.step, time.monotonic(), False
+
+
+def check_safer(rollback: dict[str, Any], settings: GuardSettings) -> None:
+    """Raises:
+    UserError: the run went on from its last rollback with another safer setting than this.
+    """
+    now = settings.model_dump(mode="json")
+    for key in ("safer_method", "safer_lr"):
+        if now[key] != rollback[key]:
+            raise UserError(
+                f"guard.{key}: the run went back to batch {rollback['to']} and on with {rollback[key]}, now it is "
+                f"{now[key]}; take that again"
+            )
 
 
 def _start_from(model: AdaptedModel, folder: str) -> None:

@@ -1,7 +1,7 @@
 """The states of one run, as rank 0 keeps them: the newest is found, others are written beside the training."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +14,7 @@ from fulllora_dist.config import RunSettings
 from fulllora_dist.data import store, urls
 from fulllora_dist.distributed.checkpoint import (
     DamagedState,
+    delete_state,
     list_states,
     read_newest_state,
     read_state,
@@ -50,6 +51,12 @@ def _places_before(output: str) -> list[str]:
     return [] if states is None else [states if urls.is_remote(states) else urls.local_path(states)]
 
 
+def kept_besides(facts: Mapping[str, Any]) -> frozenset[int]:
+    """Steps of the best and the good state, where a state's facts name some."""
+    best, good = facts.get("best"), facts.get("guard", {}).get("good")
+    return frozenset(step for step in (best and best["step"], good) if step is not None)
+
+
 class States:
     """Finds and writes states; used on rank 0 alone.
 
@@ -65,11 +72,11 @@ class States:
         self._settings, self._say = settings, say
         self._places, self._found_in = _places(settings), state_places(settings)
         self.newest: int | None = None
-        self._best: int | None = None  # the newest of the best ones that is whole
+        self._kept: frozenset[int] = frozenset()  # whole ones that are kept besides the newest
         self._damaged: set[int] = set()
         self._hurried = False
         self._thread = ThreadPoolExecutor(1, "states")
-        self._writing: tuple[int, int | None, Future[list[str]]] | None = None
+        self._writing: tuple[int, frozenset[int], Future[list[str]]] | None = None
 
     def find(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The run's own newest whole state, else the one it was told to start from, else None.
@@ -90,14 +97,13 @@ class States:
             self._say(f"warning: {urls.redacted(line)}; going on from an older state")
         if found is not None:
             self.newest = found[1]["step"]
-            best = found[1].get("best")
-            self._best = best and best["step"]
+            self._kept = kept_besides(found[1])
         elif self._settings.resume_from is not None:
             try:
                 found = read_state(self._settings.resume_from)
             except DamagedState as error:
                 raise UserError(f"run.resume_from: {error}") from None
-            found[1].update(mlflow_run_id=None, best=None)  # that run and its states go on elsewhere
+            found[1].update(mlflow_run_id=None, best=None, guard={})  # that run and its states go on elsewhere
         return found
 
     @property
@@ -123,32 +129,57 @@ class States:
             reason = error if found else "it is not there"
             raise UserError(f"the state of batch {step}: {reason}") from None
 
-    def write(
-        self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], best: int | None = None
-    ) -> None:
+    def go_back(self, steps: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read the first of the states of `steps` that is whole, and then delete all that are newer.
+
+        Raises:
+            UserError: none is whole, and nothing was deleted; or one cannot be deleted.
+            OSError: a disk that does not answer, or a state that cannot be deleted.
+        """
+        self.settle()
+        reasons = []
+        for step in steps:
+            try:
+                found = self.read(step)
+                break
+            except UserError as error:
+                reasons.append(str(error))
+        else:
+            raise UserError(f"no good state to go back to: {'; '.join(reasons)}")
+        # newest first: whatever is left after a kill is older than the collapse, which is then found again
+        for path in list_states(*self._found_in):
+            if step_of(path) > step and step_of(path) not in self._damaged:
+                delete_state(path)
+        self.newest = step
+        self._kept = frozenset(kept for kept in self._kept if kept <= step)
+        return found
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Begin to write a state, in a thread; one that is still being written comes first.
 
         Args:
             tensors: copies of one's own, on the host.
-            best: step of a state that is kept besides the newest.
+            facts: with what they say of a best and a good state, which are kept besides the newest.
         """
         self.settle()
-        # the best one before is spared too, until the new one is whole
-        spared = self._damaged | {kept for kept in (best, self._best) if kept is not None}
-        self._writing = step, best, self._thread.submit(self._write, step, tensors, facts, spared)
+        kept = kept_besides(facts)
+        # those before are spared too, until the new ones are whole
+        spared = self._damaged | kept | self._kept
+        self._writing = step, kept, self._thread.submit(self._write, step, tensors, facts, spared)
 
     def settle(self) -> bool:
         """Wait for the state that is being written and report what became of it; whether it is whole."""
         if self._writing is None:
             return False
-        (step, best, future), self._writing = self._writing, None
+        (step, kept, future), self._writing = self._writing, None
         failed = future.result()
         whole = len(failed) < len(self._places)
         if whole:
             self.newest = step
             self._damaged.discard(step)  # made again
-            if best == step:
-                self._best = best
+            self._kept |= kept & {step}
+            if kept <= self._kept:
+                self._kept = kept
         if failed:
             instead = f"it is in {self._places[-1]}" if whole else f"the newest is {self.described()}"
             self._say(f"warning: the state of batch {step} is not saved: {'; '.join(failed)}; {instead}")

@@ -83,7 +83,7 @@ def write_state(
     older = [path for path in list_states(place) if step_of(path) < step and step_of(path) not in spared]
     for old in older[keep - 1 :]:
         with contextlib.suppress(OSError, UserError):  # the new one is whole; the next one tries again
-            _delete(old)
+            delete_state(old)
     return final
 
 
@@ -114,13 +114,17 @@ def _delete_unfinished(folder: str) -> None:
 def _publish_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
     for path, names in _folders(place).items():
         if DESCRIPTION not in names or path == final:  # unfinished, or damaged and made again
-            _delete(path, names)
+            delete_state(path, names)
     for name in (TENSORS, DESCRIPTION):
         store.write(f"{final}/{name}", files[name])
 
 
-def _delete(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)) -> None:
-    """`names`: what is there of a state in a bucket."""
+def delete_state(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)) -> None:
+    """Delete a state by its path or URL; `names`: what is there of it in a bucket.
+
+    Raises:
+        OSError, UserError: it cannot be deleted.
+    """
     if not urls.is_remote(path):
         shutil.rmtree(path)
         return

@@ -104,6 +104,7 @@ class Engine:
         updates: optimizer updates made: the place in the learning rate schedule.
         skipped: updates that were not made, as the loss or gradient of a rank was not finite; all skip together.
         skipped_in_a_row: the last of them, since one was made.
+        lr_scale: factor of the whole learning rate schedule.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Engine:
         self.updates = state.updates if state is not None else 0
         self.skipped = state.skipped if state is not None else 0
         self.skipped_in_a_row = 0
+        self.lr_scale = 1.0
         self.total_updates = total_updates
         self._optim = optim
         self._stage = settings.zero_stage
@@ -135,10 +137,21 @@ class Engine:
         self._engine = _start_deepspeed(model, self._optimizer(), settings, optim, extra, ranks)
         self._set_checkpointing(self._checkpointing == "all")
         self._ema: dict[str, Tensor] = {}
-        self._prepare_moments(state)
-        if optim.ema:
-            source = state.tensors["ema"] if state is not None and "ema" in state.tensors else self._full_masters()
-            self._ema = {name: tensor.to(ranks.device, torch.float32, copy=True) for name, tensor in source.items()}
+        self._prepare_moments()
+        if state is not None:
+            self._load_moments(state)
+        self._begin_average(state)
+
+    def restore(self, state: TrainableState) -> None:
+        """Go back to `state` in place, and be from then on what an engine that was made from it is. A collective."""
+        self.updates, self.skipped, self.skipped_in_a_row = state.updates, state.skipped, 0
+        own = self._on_device(state.tensors["master"])
+        self._show(own)
+        if self._stage > 0:
+            for name, parameter in self._named.items():
+                self._set_master(parameter, own[name])
+        self._load_moments(state)
+        self._begin_average(state)
 
     @property
     def attack_view(self) -> AdaptedModel:
@@ -172,7 +185,7 @@ class Engine:
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         """The micro-batches of one optimizer update, which is made after the last one's backward, or skipped."""
-        rate = learning_rate(self.updates, self.total_updates, self._optim)
+        rate = self.lr_scale * learning_rate(self.updates, self.total_updates, self._optim)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         for micro in batch.split(self._accumulation):
@@ -286,25 +299,42 @@ class Engine:
 
         return safe_get_full_optimizer_state(parameter, key)
 
-    def _prepare_moments(self, state: TrainableState | None) -> None:
-        """Give the optimizer the moments it holds after `state.updates` updates, or zeros.
+    def _prepare_moments(self) -> None:
+        """Give the optimizer the moments it holds before its first update: zeros.
 
-        Zeros are set too, instead of leaving it to the first step: DeepSpeed links the optimizer's state to the
-        parameters after the first *group* has stepped, and the second group's is then missing for good.
+        They are not left to the first step: DeepSpeed links the optimizer's state to the parameters after the first
+        *group* has stepped, and the second group's is then missing for good.
         """
-        zero = self._engine.optimizer
-        inner = zero if self._stage == 0 else zero.optimizer
+        inner = self._inner_optimizer()
         for flat in self._flat_masters():
             inner.state[flat] = {
-                "step": torch.tensor(float(self.updates), dtype=torch.float32),
+                "step": torch.tensor(0.0, dtype=torch.float32),
                 **{key: torch.zeros_like(flat) for key in MOMENTS},
             }
         if self._stage in (1, 2):
-            zero._lazy_init_hp_params_optimizer_state()
-        if state is not None:
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _load_moments(self, state: TrainableState) -> None:
+        """The moments that the optimizer holds after `state.updates` updates."""
+        inner = self._inner_optimizer()
+        for flat in self._flat_masters():
+            inner.state[flat]["step"].fill_(float(state.updates))
+        for key in MOMENTS:
+            moments = self._on_device(state.tensors[key])
             for name, parameter in self._named.items():
-                for key in MOMENTS:
-                    self._set_moment(parameter, key, state.tensors[key][name].to(self.ranks.device))
+                self._set_moment(parameter, key, moments[name])
+
+    def _begin_average(self, state: TrainableState | None) -> None:
+        """The average where one is kept: the state's, else the parameters as they are."""
+        if self._optim.ema:
+            source = state.tensors["ema"] if state is not None and "ema" in state.tensors else self._full_masters()
+            self._ema = {n: t.to(self.ranks.device, torch.float32, copy=True) for n, t in source.items()}
+
+    def _on_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.ranks.device) for name, tensor in tensors.items()}
+
+    def _inner_optimizer(self) -> Any:
+        return self._engine.optimizer if self._stage == 0 else self._engine.optimizer.optimizer
 
     def _flat_masters(self) -> list[Tensor]:
         """The tensors that the inner optimizer steps: parameters at stage 0, flat partitions of this rank above."""
@@ -323,9 +353,24 @@ class Engine:
         else:
             from deepspeed.utils import safe_set_local_optimizer_state
 
-            size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-            flat = F.pad(value.flatten(), (0, size * self.ranks.world - value.numel()))  # DeepSpeed pads the last part
-            safe_set_local_optimizer_state(parameter, flat[self.ranks.rank * size :][:size], key)
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+
+    def _set_master(self, parameter: torch.nn.Parameter, value: Tensor) -> None:
+        """What the optimizer steps, at ZeRO 1 to 3, where it is another tensor than what the model computes with."""
+        if self._stage < 3:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+
+    def _own_part(self, parameter: torch.nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a tensor of full shape at ZeRO-3."""
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        flat = F.pad(value.flatten(), (0, size * self.ranks.world - value.numel()))  # DeepSpeed pads the last part
+        return flat[self.ranks.rank * size :][:size]
 
     def _average(self) -> None:
         """ema <- decay ema + (1 - decay) master; the decay rises from 0 so that the start is forgotten."""

@@ -8,6 +8,7 @@ attempt; an attempt that found no store, or was killed before it came back, leav
 
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -90,6 +91,17 @@ class Tracker:
 
         self._guarded(send)
 
+    def go_back(self, step: int, kept_in: str) -> None:
+        """The run goes back to `step`: later points move to a file of the name `kept_in` in the output folder, and the
+        steps are logged again. MLflow keeps those that it has."""
+        if not self._active:
+            return
+        self._append()
+        dropped = self._cut_back(step)
+        with published(Path(self._path).with_name(kept_in)) as file:
+            file.write("".join(dropped).encode())
+        self._pending = [point for point in self._pending if point[3] <= step]
+
     def artifact(self, path: str, folder: str | None = None) -> None:
         """A file or folder of the run, kept with it."""
         if self._client is not None:
@@ -106,16 +118,18 @@ class Tracker:
         if self._client is not None:
             self._guarded(lambda: self._client.set_terminated(self.run_id, status))
 
-    def _cut_back(self, step: int) -> None:
+    def _cut_back(self, step: int) -> list[str]:
+        """Drop the lines after `step`; they are returned."""
         if not os.path.exists(self._path):
-            return
+            return []
         with open(self._path) as file:
             found = file.readlines()
         # the final evaluation comes after the last state and is made again
-        lines = [line for line in found if _step_of(line) <= step and '"eval/' not in line]
-        if len(lines) < len(found):
+        stays = [_step_of(line) <= step and '"eval/' not in line for line in found]
+        if not all(stays):
             with published(Path(self._path)) as whole:
-                whole.write("".join(lines).encode())
+                whole.write("".join(itertools.compress(found, stays)).encode())
+        return [line for line, kept in zip(found, stays, strict=True) if not kept]
 
     def _open(self, config: Config) -> None:
         # defaults would hold a dead server's caller for four minutes

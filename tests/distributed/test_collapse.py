@@ -1,0 +1,191 @@
+"""A collapse of robust accuracy: noticed in time, and answered as configured, at every ZeRO stage.
+
+The figures are scripted, the rest is real: which arms collapse by themselves is measured by tools/collapse.py.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import noise_shards
+from harness import RankServer
+from test_guard import _guarded, _states
+from test_resume import BATCHES, _start, _train
+
+from fulllora_dist.config import Config
+from fulllora_dist.distributed.checkpoint import write_state
+from fulllora_dist.distributed.engine import Engine
+from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.errors import SharedUserError
+from fulllora_dist.finish import finish
+from fulllora_dist.guard import Guard, Look
+
+# {factor of the learning rate, which tells the attempts apart: {batch: robust accuracy}}; looks at even batches
+ONCE = {1.0: {2: 0.7, 4: 0.2}, 0.5: {4: 0.6, 6: 0.65}}
+TWICE = {1.0: {2: 0.7, 4: 0.2}, 0.5: {4: 0.1}, 0.25: {4: 0.6, 6: 0.75}}
+FOR_GOOD = {1.0: {2: 0.7, 4: 0.2, 6: 0.1}}
+
+Script = dict[float, dict[int, float]]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return noise_shards(tmp_path_factory.mktemp("train"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return noise_shards(tmp_path_factory.mktemp("held_out"), seed=1)
+
+
+def _collapsing(output: Path, shards: str, held_out: str, stage: int, answer: str, *more: tuple[str, str, Any]) -> dict:
+    """FGSM without a random start, states after every batch, looks after every second."""
+    config = _guarded(output, shards, held_out, stage, 2, ("optim", "lr", 3e-3), *more)
+    config["method"] = {"name": "n_fgsm", "noise": 0}
+    config["guard"] |= {"on_collapse": answer}
+    config["run"]["keep_states"] = 1
+    return config
+
+
+def _run(ranks: Ranks, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
+    """As train.py does, with looks that find what the script says; falling over after batch `until` of a run that
+    went back. Batches of each attempt, or the line that ended it."""
+    real = Guard.look
+    seen: list[int] = []
+    said: list[str] = []
+
+    def look(guard: Guard, engine: Engine, step: int) -> Look:
+        before = dict(vars(guard))
+        real(guard, engine, step)  # a real one, for its collectives
+        vars(guard).update(before)
+        return guard.judge(script[engine.lr_scale].get(step, 0.6), step)
+
+    Guard.look = look  # type: ignore[method-assign]
+    try:
+        run, state = _start(ranks, settings)
+        run.say = said.append  # type: ignore[method-assign]
+        for batch in run.progress(state):
+            if state.rollbacks and state.step == until:
+                break
+            state.advance(state.phases.step(state.engine, batch, state.step))
+            seen.append(state.step)
+        if with_end:
+            finish(run, state)
+        run.settle()
+    except SharedUserError as error:
+        return str(error)
+    finally:
+        Guard.look = real  # type: ignore[method-assign]
+    return seen, said
+
+
+def _run_all(ranks: Ranks, runs: Sequence[tuple]) -> list:
+    return [_run(ranks, *run) for run in runs]
+
+
+def _train_both(ranks: Ranks, runs: Sequence[tuple], plain: Sequence[dict]) -> list:
+    found = _run_all(ranks, runs)
+    for settings in plain:
+        _train(ranks, settings, BATCHES)
+    return found
+
+
+def _left(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[dict]]:
+    """The newest state and the metrics, without times."""
+    tensors, facts = _states(output)[max(_states(output))]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    kept = {key: value for key, value in facts.items() if key not in ("config", "sha256")}
+    return tensors, kept, [{key: value for key, value in line.items() if key != "time"} for line in lines]
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[name]) for name, tensor in a.items())
+
+
+@pytest.mark.parametrize("stages", [(0, 3), pytest.param((1, 2), marks=pytest.mark.long)])
+def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Path, stages: Sequence[int]) -> None:
+    """The rest of the run is that of a plain run with the safer setting from the good state, bit for bit; so is one
+    that was killed after it went back, or (at the first stage) before that was in a state."""
+    runs = {
+        (name, stage): _collapsing(tmp_path / f"{name}{stage}", shards, held_out, stage, "rollback")
+        for name, at in (("whole", stages), ("late", stages), ("early", stages[:1]))
+        for stage in at
+    }
+    until = {"whole": None, "late": 3, "early": 2}
+    first = [(run, ONCE, until[name]) for (name, _), run in runs.items()]
+    found = server.run(2, _run_all, first, timeout=300)[0]
+    for seen, said in found[: len(stages)]:
+        assert seen == [1, 2, 3, 2, 3, 4, 5, 6]
+        assert sum("back to batch 2, on with pgd and 0.5 of the learning rate" in line for line in said) == 1
+    plain = [_plain(runs["whole", stage], tmp_path / f"plain{stage}") for stage in stages]
+    again = [(run, ONCE) for (name, _), run in runs.items() if name != "whole"]
+    rest = server.run(2, _train_both, again, plain, timeout=300)[0]
+    assert [seen for seen, _ in rest] == [[4, 5, 6]] * len(stages) + [[3, 2, 3, 4, 5, 6]]
+    for stage in stages:
+        tensors, facts, points = _left(tmp_path / f"whole{stage}")
+        assert [(rollback["at"], rollback["to"]) for rollback in facts["rollbacks"]] == [(4, 2)]
+        assert _same(tensors, _states(tmp_path / f"plain{stage}")[6][0]), stage
+        for name in ("late", "early") if stage == stages[0] else ("late",):
+            left = _left(tmp_path / f"{name}{stage}")
+            assert _same(tensors, left[0]), (stage, name)
+            assert (facts, points) == left[1:], (stage, name)
+        assert [line["step"] for line in points if "train/loss" in line] == [1, 2, 3, 4, 5, 6], "each once"
+        before = (tmp_path / f"whole{stage}" / "metrics_before_rollback_1.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in before] == [3, 4, 4], "two batches and the look"
+
+
+def _plain(settings: dict, output: Path) -> dict:
+    """The config of a run that is safe from the beginning, with the good state of `settings`'s run as its newest."""
+    safe = settings | {"method": {"name": "pgd"}, "optim": settings["optim"] | {"lr": settings["optim"]["lr"] / 2}}
+    safe |= {"run": settings["run"] | {"output": str(output)}, "guard": settings["guard"] | {"on_collapse": "warn"}}
+    tensors, facts = _states(Path(settings["run"]["output"]))[2]
+    facts = {key: value for key, value in facts.items() if key not in ("step", "format_version")}
+    facts["config"] = Config.model_validate(safe).model_dump(mode="json")
+    write_state(str(output / "states"), 2, tensors, facts, keep=9)
+    return safe
+
+
+def _method(collapsing: dict, name: str, **epochs: float) -> dict:
+    return collapsing | {"method": {"name": name, "replays": 2}, "optim": collapsing["optim"] | epochs}
+
+
+def test_other_answers(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
+    def make(name: str, answer: str, **guard: Any) -> dict:
+        config = _collapsing(tmp_path / name, shards, held_out, 1, answer)
+        return config | {"guard": config["guard"] | guard}
+
+    free = _method(make("free", "rollback"), "free", epochs=4)
+    runs = [
+        (make("warn", "warn"), FOR_GOOD, None, True),
+        (make("stop", "stop"), FOR_GOOD),
+        (make("twice", "rollback"), TWICE),
+        (make("most", "rollback", max_rollbacks=1), TWICE),
+        (free, ONCE, 5),
+    ]
+    warned, stopped, twice, most, _ = server.run(2, _run_all, runs, timeout=300)[0]
+
+    assert warned[0] == [1, 2, 3, 4, 5, 6]
+    assert (
+        sum("collapse at batch 4: pgd3 on 24 held-out pictures: 20.0 % at batch 4, best 70.0 %" in x for x in warned[1])
+        == 1
+    )
+    assert sum("collapse" in line for line in warned[1]) == 1, "once"
+    assert any("10.0 % at batch 6, best 70.0 % at batch 2; adapter_best/ is the more robust" in x for x in warned[1])
+    (last,) = [line for line in _left(tmp_path / "warn")[2] if "guard/best_step" in line]
+    assert (last["step"], last["guard/best_step"], last["guard/last_robust_accuracy"]) == (6, 2, 0.1)
+
+    assert stopped.startswith("guard.on_collapse: stop: collapse at batch 4: ")
+    assert "the newest good state is that of batch 2;" in stopped
+    assert {2, 3} <= _states(tmp_path / "stop").keys(), "nothing is lost"
+
+    assert twice[0] == [1, 2, 3, 2, 3, 2, 3, 4, 5, 6]
+    assert [r["safer_lr"] for r in _left(tmp_path / "twice")[1]["rollbacks"]] == [0.5, 0.5]
+    assert most.startswith("guard.max_rollbacks: 1: collapse at batch 4: ")
+
+    # Free makes two updates of a batch, PGD one: as many updates, and what Free kept for the slots is not needed
+    (seen, _), (went_on, _) = server.run(2, _run_all, [(free, ONCE), (make("stop", "rollback"), ONCE)], timeout=300)[0]
+    assert seen == [6, 7, 8, 9, 10]
+    assert _left(tmp_path / "free")[1]["updates"] == 12
+    assert went_on == [2, 3, 4, 5, 6] or went_on == [2, 3, 4, 5, 6][-len(went_on) :]
