@@ -165,7 +165,7 @@ def build_guard(config: Config, model: BackboneInfo, ranks: Ranks) -> Guard | No
 
 
 def least_that_counts(n: int, classes: int) -> float:
-    """Robust accuracy from which on a best look can be fallen below: ten pictures, and two standard deviations above
-    that of guessing. Less is noise, and half of it too."""
+    """Robust accuracy from which on a best look can be fallen below: ten pictures, and four standard deviations above
+    that of guessing, as the best of many looks is a lucky one. Less is noise, and half of it too."""
     chance = 1 / classes
-    return max(_FEWEST / n, chance + 2 * math.sqrt(chance * (1 - chance) / n))
+    return max(_FEWEST / n, chance + 4 * math.sqrt(chance * (1 - chance) / n))
