@@ -1,35 +1,18 @@
 """Robust accuracy on pictures held out of the training data, every so many batches, and when it was best."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+import torch
+from torch import nn
 
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.build import build_eval_stream, load_index
 from fulllora_dist.config import Config
-from fulllora_dist.data.batch import Batch
-from fulllora_dist.data.index import Index
+from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.evaluation import Evaluator
+from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.models.backbone import BackboneInfo
-
-
-@dataclass
-class _Kept:
-    """The batches of an `EvalStream`, held in memory: they are few and looked at again and again."""
-
-    ids: np.ndarray
-    index: Index
-    batches: list[Batch]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
 
 
 class Guard:
@@ -44,14 +27,14 @@ class Guard:
 
     def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Ranks):
         settings, setting = config.guard, "data.held_out"
-        n = min(settings.n, len(load_index(held_out, setting)))
-        stream = build_eval_stream(config, held_out, model, ranks, n=n, setting=setting)
-        self._pictures = _Kept(stream.ids, stream.index, list(stream))
+        self._n = n = min(settings.n, len(load_index(held_out, setting)))
+        stream = build_eval_stream(config, held_out, model, ranks, subset=Subset(n), setting=setting)
+        self._batches = list(stream)  # few, and looked at again and again
         self.attack = f"pgd{settings.steps}"
-        threat = threat_model(config.threat.norm, config.threat.eps)
-        self._evaluator = Evaluator([self.attack], threat, ranks, seed=config.run.seed, progress=False)
+        self._threat = threat_model(config.threat.norm, config.threat.eps)
+        self._ranks, self._seed = ranks, config.run.seed
         self._every = settings.every
-        self._of = [stream.index.hash, len(stream.ids), self.attack]
+        self._of = [stream.index.hash, n, self.attack]
         self.best: dict[str, Any] | None = None
 
     def resume(self, best: dict[str, Any] | None) -> None:
@@ -62,10 +45,20 @@ class Guard:
         """Whether to look after that many batches."""
         return step % self._every == 0
 
+    def _accuracy(self, model: nn.Module) -> float:
+        """Every rank has equally many batches, as the forward passes of ZeRO-3 are collectives."""
+        attack, right = EvalAttack.parse(self.attack), torch.tensor(0)
+        for kept in self._batches:
+            batch = kept.to(self._ranks.device)
+            x, y = batch.pixels(), batch.labels
+            hits = attack.right(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
+            right += int((hits & batch.mask).sum())
+        return int(self._ranks.sum(right)) / self._n
+
     def look(self, engine: Engine, step: int) -> float:
         """Robust accuracy of what would be saved now; `best` is up to date then. A collective."""
         with engine.as_saved() as model:
-            score = self._evaluator.run(model, self._pictures)["attacks"][self.attack]["accuracy"]
+            score = self._accuracy(model)
         if self.best is None or score > self.best["robust_accuracy"]:
             self.best = {"step": step, "robust_accuracy": score, "of": self._of}
         return score
