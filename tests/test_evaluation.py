@@ -103,7 +103,8 @@ def plain_loop(model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, name: str, s
     """PGD of Madry et al. for one picture after the other: whether each is still right under every restart."""
     correct = []
     for i in range(len(x)):
-        own, right = x[i : i + 1], True
+        own = x[i : i + 1]
+        right = bool(model(own).argmax() == y[i])  # the picture is in the ball, too
         for restart in range(restarts):
             start = sample_rng(7, f"eval/{name}/start/{restart}", 0, ids[i : i + 1]).uniform(own.shape[1:])
             adv = (own + (2 * start - 1) * EPS).clamp(0, 1)

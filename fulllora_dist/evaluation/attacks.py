@@ -70,9 +70,11 @@ class EvalAttack:
         """Forward and backward passes a picture, at most, the prediction included; the measure of progress."""
         if self.kind == "autoattack":
             return 1 + sum(_PARTS[part] for part in self.parts)
+        if self.kind == "clean":
+            return 1
         if self.kind == "fgsm":
-            return 3
-        return 1 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
+            return 4
+        return 2 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
 
     def check_classes(self, classes: int) -> None:
         """Raises UserError: the attack's loss looks at more logits than there are."""
@@ -90,12 +92,15 @@ class EvalAttack:
         return self._examples(model, x, y, threat, seed, ids)[0]
 
     def right(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
-        """bool [B]: whether the prediction is right in spite of the attack. For AutoAttack that is its own verdict: it
-        may end at the very boundary, where another batch would round to the other side."""
+        """bool [B]: whether the prediction is right for the picture and for its adversarial example: the picture is in
+        the ball, too. For AutoAttack that is its own verdict: it may end at the very boundary, where another batch
+        would round to the other side."""
         examples, right = self._examples(model, x, y, threat, seed, ids)
         if right is None:
             with torch.no_grad(), attacked(model):
                 right = model(examples).argmax(dim=1) == y
+                if examples is not x:
+                    right &= model(x).argmax(dim=1) == y
         return right
 
     def _examples(

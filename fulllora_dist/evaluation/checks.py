@@ -51,10 +51,9 @@ class Examined:
     seed: int
 
     def standing(self, attack: str, threat: Threat | None = None) -> Tensor:
-        """bool [B]: what an attack leaves right, of what is right without."""
+        """bool [B]: what an attack leaves right."""
         made = EvalAttack.parse(attack)
-        right = made.right(self.model, self.x, self.y, threat=threat or self.threat, seed=self.seed, ids=self.ids)
-        return right & self.right
+        return made.right(self.model, self.x, self.y, threat=threat or self.threat, seed=self.seed, ids=self.ids)
 
     @cached_property
     def right(self) -> Tensor:
