@@ -10,6 +10,12 @@ from typing import Any
 from fulllora_dist.errors import UserError
 
 
+def pieces_done(output: str | Path) -> int:
+    """Lines of all evaluations under way whose evaluation*.json is to lie in a folder: whether they get on."""
+    files = Path(output).glob("evaluation*.json.partial/*/rank-*.jsonl")
+    return sum(file.read_bytes().count(b"\n") for file in files)
+
+
 class Partial:
     """Results of finished pieces of work by their names, a line each in a file of this rank alone.
 
