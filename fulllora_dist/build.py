@@ -2,16 +2,18 @@
 
 import os
 
+from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.config import Config, DataSettings
 from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.randaugment import RandAugment
 from fulllora_dist.data.ranges import ReadPolicy
+from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.engine import check_batch
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation import Evaluator, eval_transform
+from fulllora_dist.evaluation import Evaluator, eval_transform, parse_attacks
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 
@@ -34,7 +36,31 @@ def check_settings(config: Config, world: int) -> None:
             f"targets: pictures are mixed in pairs, but {micro} a rank and micro-batch are an odd number; "
             "take another optim.batch_size or distributed.grad_accumulation"
         )
-    Evaluator.parse(config.evaluation.attacks)
+    check_evaluation(config)
+
+
+def check_evaluation(config: Config) -> Subset:
+    """What is evaluated, from settings that say no nonsense.
+
+    Raises:
+        UserError: unknown attacks, an eps that is none, several subsets.
+    """
+    settings = config.evaluation
+    parse_attacks(settings.attacks)
+    threats(config)
+    return Subset(settings.n, settings.first, settings.ids)
+
+
+def threats(config: Config) -> list[Threat]:
+    """The ball of the run, and those of evaluation.eps.
+
+    Raises:
+        UserError: an eps that is none.
+    """
+    try:
+        return [threat_model(config.threat.norm, eps) for eps in (config.threat.eps, *config.evaluation.eps)]
+    except UserError as error:
+        raise UserError(f"evaluation.{error}") from None
 
 
 def check_files(config: Config) -> None:
@@ -58,8 +84,8 @@ def check_files(config: Config) -> None:
                 "make both with the same class folders"
             )
     validation, held_out = indexes.get("data.validation"), indexes.get("data.held_out")
-    if validation is not None and (config.evaluation.n or 0) > len(validation):
-        raise UserError(f"evaluation.n: {config.evaluation.n} is more than the {len(validation)} pictures there are")
+    if validation is not None:
+        check_evaluation(config).of(validation, "data.validation")
     for name, other in (("data.train", train), ("data.validation", validation)):
         if held_out is not None and other is not None and held_out.hash == other.hash:
             raise UserError(f"data.held_out: it is {name}; hold pictures out with make_shards.py --holdout")
@@ -175,13 +201,13 @@ def build_eval_stream(
     model: BackboneInfo,
     ranks: Ranks,
     *,
-    n: int | None,
+    subset: Subset,
     setting: str = "data.validation",
 ) -> EvalStream:
     """Evaluation batches of this rank.
 
     Args:
-        n: of so many pictures; None takes all.
+        subset: of these pictures.
         setting: what names the folder, for messages.
     """
     data = config.data
@@ -189,7 +215,7 @@ def build_eval_stream(
         folder,
         batch_size=config.evaluation.batch_size,
         transform=eval_transform(model, data.crop_pct, data.interpolation),
-        n=n,
+        subset=subset,
         world=ranks.world,
         rank=ranks.rank,
         workers=data.workers,
@@ -199,3 +225,18 @@ def build_eval_stream(
     _check_same(stream.index, ranks, setting)
     check_classes(stream.index, model, setting)
     return stream
+
+
+def build_evaluator(config: Config, model: BackboneInfo, ranks: Ranks, adapter: str | None) -> Evaluator:
+    """The evaluation of a config, in fp32."""
+    first, *more = threats(config)
+    return Evaluator(
+        config.evaluation.attacks,
+        first,
+        ranks,
+        more=more,
+        seed=config.run.seed,
+        check=config.evaluation.check,
+        backbone=model.name,
+        adapter=adapter,
+    )

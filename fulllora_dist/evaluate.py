@@ -15,13 +15,12 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from fulllora_dist.attacks.threat import threat_model
-from fulllora_dist.build import build_eval_stream, build_model, load_index
+from fulllora_dist.build import build_eval_stream, build_evaluator, build_model, check_evaluation, load_index
 from fulllora_dist.config import AdapterSettings, Config
 from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
 from fulllora_dist.errors import UserError, run_entry
-from fulllora_dist.evaluation import Evaluator, table, write_evaluation
+from fulllora_dist.evaluation import table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import DESCRIPTION, load
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -32,11 +31,11 @@ def check_inputs(config: Config, adapter: str | None) -> str:
     Raises:
         UserError: naming the setting.
     """
-    Evaluator.parse(config.evaluation.attacks)
+    subset = check_evaluation(config)
     folder = config.data.validation
     if folder is None:
         raise UserError("data.validation is not set; give the folder of shards to evaluate on")
-    load_index(folder, "data.validation")
+    subset.of(load_index(folder, "data.validation"), "data.validation")
     if adapter is not None and adapter.startswith("models:"):
         raise UserError(f"--adapter: {adapter} names a registry; give the adapter's folder")
     if adapter is not None and "://" not in adapter and not os.path.exists(os.path.join(adapter, DESCRIPTION)):
@@ -67,19 +66,32 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     arguments = parser(__doc__ or "")
     arguments.add_argument("--adapter", metavar="FOLDER", help="what save_adapter wrote; left out: the bare backbone")
     arguments.add_argument(
-        "--attacks", metavar="A,B", help="evaluation.attacks: clean, pgdK, cwK, pgdKxR with R restarts"
+        "--attacks",
+        metavar="A,B",
+        help="evaluation.attacks: clean, fgsm, pgdK, cwK, dlrK, pgdKxR with R restarts, autoattack, apgd-ce+square",
     )
     arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
-    arguments.add_argument("--eps", metavar="K/255", help="threat.eps")
+    arguments.add_argument("--first", metavar="N", help="evaluation.first: the first N pictures")
+    arguments.add_argument("--ids", metavar="FILE", help="evaluation.ids: a file with an id or a picture's name a line")
+    arguments.add_argument("--eps", metavar="K/255,...", help="threat.eps, and evaluation.eps where there are several")
     arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf or l2")
-    arguments.add_argument("--output", metavar="FILE", help="where evaluation.json goes; left out: the table alone")
+    arguments.add_argument(
+        "--output",
+        metavar="FILE",
+        help="where evaluation.json goes, with figures beside it; the same command goes on after a kill. Left out: the "
+        "table alone",
+    )
     args = arguments.parse_intermixed_args(argv)
     if args.norm is not None and args.eps is None:
         raise UserError("--norm: the balls of linf and l2 have no common size; give --eps too")
+    eps, *more = args.eps.split(",") if args.eps else (None,)
     short = {
         "evaluation.attacks": args.attacks and f"[{args.attacks}]",
         "evaluation.n": args.n,
-        "threat.eps": args.eps,
+        "evaluation.first": args.first,
+        "evaluation.ids": args.ids,
+        "threat.eps": eps,
+        "evaluation.eps": f"[{','.join(more)}]" if more else None,
         "threat.norm": args.norm,
     }
     overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
@@ -93,19 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     ranks = start_ranks(config.distributed.timeout_minutes)
     model = build_evaluated(config, args.adapter).to(ranks.device)
-    stream = build_eval_stream(config, folder, model.info, ranks, n=config.evaluation.n)
-    evaluator = Evaluator(
-        config.evaluation.attacks,
-        threat_model(config.threat.norm, config.threat.eps),
-        ranks,
-        seed=config.run.seed,
-        backbone=model.info.name,
-        adapter=args.adapter,
-    )
-    results = evaluator.run(model, stream)
+    stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
+    evaluator = build_evaluator(config, model.info, ranks, args.adapter)
+    results = evaluator.run(model, stream, partial=args.output and f"{args.output}.partial")
     if ranks.is_main:
         if args.output:
             write_evaluation(results, args.output)
+            write_figures(results, args.output)
         print(table(results), flush=True)
     stop_ranks()
 

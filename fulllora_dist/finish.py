@@ -4,11 +4,10 @@ import os
 import sys
 from typing import Any
 
-from fulllora_dist.attacks.threat import threat_model
-from fulllora_dist.build import build_eval_stream
+from fulllora_dist.build import build_eval_stream, build_evaluator, check_evaluation
 from fulllora_dist.config import Config
 from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation import Evaluator, table, write_evaluation
+from fulllora_dist.evaluation import table, write_evaluation, write_figures
 from fulllora_dist.guard import Guard
 from fulllora_dist.models.adapter_file import load, save_adapter
 from fulllora_dist.run import Run
@@ -87,22 +86,17 @@ def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
     """On all ranks, each with a full fp32 replica made from the saved file: what is reported is what is shipped."""
     config = run.config
     model = load(adapter, checkpoint=config.model.checkpoint).to(run.ranks.device)
-    evaluator = Evaluator(
-        config.evaluation.attacks,
-        threat_model(config.threat.norm, config.threat.eps),
-        run.ranks,
-        seed=config.run.seed,
-        backbone=model.info.name,
-        adapter=adapter,
-    )
-    results = evaluator.run(model, build_eval_stream(config, validation, model.info, run.ranks, n=config.evaluation.n))
+    path = os.path.join(config.run.output, "evaluation.json")
+    evaluator = build_evaluator(config, model.info, run.ranks, adapter)
+    stream = build_eval_stream(config, validation, model.info, run.ranks, subset=check_evaluation(config))
+    results = evaluator.run(model, stream, partial=f"{path}.partial")
 
     def write() -> None:
         print(table(results), file=sys.stdout, flush=True)
-        path = os.path.join(config.run.output, "evaluation.json")
         write_evaluation(results, path)
         run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in results["attacks"].items()}, step)
         run.tracker.commit(step)
-        run.tracker.artifact(path)
+        for file in (path, *write_figures(results, path)):
+            run.tracker.artifact(str(file))
 
     run.ranks.on_main(write, f"run.output: no evaluation.json in {config.run.output}")

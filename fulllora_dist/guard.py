@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fulllora_dist.attacks.pgd import attacked, pgd
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.build import build_eval_stream, load_index
 from fulllora_dist.config import Config
-from fulllora_dist.data.batch import Batch
+from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -52,7 +51,7 @@ class Guard:
     def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Ranks):
         settings, setting = config.guard, "data.held_out"
         n = min(settings.n, len(load_index(held_out, setting)))
-        stream = build_eval_stream(config, held_out, model, ranks, n=n, setting=setting)
+        stream = build_eval_stream(config, held_out, model, ranks, subset=Subset(n), setting=setting)
         self._batches = list(stream)  # in memory: they are few and looked at again and again
         self._n = len(stream.ids)
         self.attack = f"pgd{settings.steps}"
@@ -132,30 +131,14 @@ class Guard:
         return list(dict.fromkeys(step for step in (self.good, best) if step is not None))
 
     def _robust_accuracy(self, model: AdaptedModel) -> float:
-        """Each rank has equally many batches, so that collectives inside the model (ZeRO-3) meet."""
-        with attacked(model):
-            correct = torch.stack([self._correct(model, batch.to(self._ranks.device)) for batch in self._batches]).sum()
-        return int(self._ranks.sum(correct.cpu())) / self._n
-
-    def _correct(self, model: AdaptedModel, batch: Batch) -> Tensor:
-        """How many of a batch are right under the attack that an evaluation of that name makes, int64 scalar."""
-        x, steps, eps = batch.pixels(), self._settings.steps, self._threat.eps
-        if eps > 0:
-            x = pgd(
-                model,
-                x,
-                batch.labels,
-                eps=eps,
-                norm=self._threat.norm,
-                steps=steps,
-                step_size=min(2.5 * eps / steps, eps),
-                seed=self._seed,
-                ids=batch.ids,
-                purpose=f"eval/{self.attack}",
-            )
-        with torch.no_grad():
-            right = model(x).argmax(dim=1) == batch.labels
-        return (right & batch.mask).sum()
+        """Every rank has equally many batches, as the forward passes of ZeRO-3 are collectives."""
+        attack, right = EvalAttack.parse(self.attack), torch.tensor(0)
+        for kept in self._batches:
+            batch = kept.to(self._ranks.device)
+            x, y = batch.pixels(), batch.labels
+            hits = attack.right(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
+            right += int((hits & batch.mask).sum())
+        return int(self._ranks.sum(right)) / self._n
 
 
 def build_guard(config: Config, model: BackboneInfo, ranks: Ranks) -> Guard | None:

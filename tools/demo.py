@@ -28,6 +28,7 @@ from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.ranks import free_port
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.evaluation import EvalAttack, evaluate
@@ -104,7 +105,9 @@ def draw(config: Config, models: dict[str, AdaptedModel], scores: Scores, title:
     assert config.data.validation is not None
     eps = config.threat.eps
     transform = EvalTransform(size=SIDE, crop_pct=1.0)
-    (first,) = EvalStream(config.data.validation, batch_size=10, transform=transform, n=10)  # one of each class
+    (first,) = EvalStream(
+        config.data.validation, batch_size=10, transform=transform, subset=Subset(10)
+    )  # one of each class
     chosen = [int((first.labels == label).nonzero()) for label in PICTURES]
     x, y, ids = first.pixels()[chosen], first.labels[chosen], first.ids[chosen]
     stream = EvalStream(config.data.validation, batch_size=50, transform=transform)

@@ -31,12 +31,22 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
     return (others.amax(dim=1) - own).sum()
 
 
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """-(z_y - max_{j != y} z_j) / (z_(1) - z_(3)), summed, with z_(k) the k-th largest: the difference of logits ratio
+    (Croce and Hein, arXiv 2003.01690, eq. 6), which no scale or shift of the logits changes. Three classes or more."""
+    first, _, third = logits.topk(3, dim=1).values.unbind(dim=1)
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return ((others.amax(dim=1) - own) / (first - third + 1e-12)).sum()
+
+
 def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
     """KL(softmax(clean) || softmax(logits)), summed: what TRADES' attack raises."""
     return F.kl_div(F.log_softmax(logits, dim=1), F.log_softmax(clean, dim=1), reduction="sum", log_target=True)
 
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin}
+LossName = Literal["ce", "margin", "dlr"]
+LOSSES: dict[LossName, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
 @contextmanager
@@ -108,7 +118,7 @@ def pgd(
     step_size: float,
     norm: Norm = "linf",
     restarts: int = 1,
-    loss: Literal["ce", "margin"] = "ce",
+    loss: LossName = "ce",
     random_start: bool = True,
     seed: int = 0,
     step: int = 0,
@@ -126,7 +136,7 @@ def pgd(
         steps: forward and backward passes a restart.
         restarts: random starts; a sample keeps the first example that fools the model, else the last.
             More than one costs one more forward pass each.
-        loss: "ce", or "margin" for the loss of Carlini and Wagner.
+        loss: "ce", "margin" for the loss of Carlini and Wagner, or "dlr" for the difference of logits ratio.
         random_start: uniform in the ball, else `x` itself.
         seed, step, ids, purpose: key the start (`sample_rng`); ids defaults to 0..B-1.
 

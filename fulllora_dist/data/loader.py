@@ -4,9 +4,11 @@ What is read ahead is never counted. The trainer says with `commit` how many glo
 iteration starts there, and a saved state holds nothing else that changes.
 """
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fulllora_dist.data.parts import BadSample, Part, Parts, Transform, read_ahe
 from fulllora_dist.data.progress import Progress, Work, check_batch_size, check_rank
 from fulllora_dist.data.ranges import ReadPolicy
 from fulllora_dist.data.reader import ShardReader
+from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.urls import redacted
 from fulllora_dist.errors import SharedUserError, UserError
 
@@ -176,15 +179,23 @@ class _EvalWorks:
 
 
 class EvalStream:
-    """Every sample once over all ranks, equally many batches on each; padding has mask False, id -1 and black pixels.
+    """Every sample once over all ranks. Nothing stands in for a bad picture: it ends the evaluation.
 
-    The samples that share a batch are the same at any number of ranks: batch i goes to rank i mod world. `slot` is the
-    place of a batch's first sample in `ids`. Nothing stands in for a bad picture: it ends the evaluation.
+    An iteration yields equally many batches on each rank: batch i goes to rank i mod world, and padding has mask False,
+    id -1 and black pixels. `read` gives any of `batches` to whoever asks, without padding. The samples that share a
+    batch are the same at any number of ranks.
 
     Args:
-        where, transform, world, rank, workers, prefetch, pin_memory, policy: as for `TrainStream`.
+        where, transform, world, rank, workers, prefetch, pin_memory, policy: as for `TrainStream`; `read` has threads
+            instead of the worker processes.
         batch_size: of each batch on each rank.
-        n: evaluate only so many samples, balanced over the classes; all if None.
+        subset: which samples; all if None.
+
+    Attributes:
+        index: of the data.
+        ids: int64 [n], all samples over all ranks, ascending.
+        batches: int64 arrays of ids, the batches of all ranks in order.
+        digest: hash of the samples, their cut into batches, and the transform.
     """
 
     def __init__(
@@ -193,7 +204,7 @@ class EvalStream:
         *,
         batch_size: int,
         transform: Transform,
-        n: int | None = None,
+        subset: Subset | None = None,
         world: int = 1,
         rank: int = 0,
         workers: int = 0,
@@ -206,20 +217,19 @@ class EvalStream:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: a positive number is right")
         self.index = Index.load(where)
-        n = len(self.index) if n is None else n
-        if not 1 <= n <= len(self.index):
-            raise UserError(f"n {n}: {redacted(where)} has {len(self.index)} samples to evaluate on")
-        reader = ShardReader(self.index, policy)
-        reader.check(world, rank)
-        # int64 [n]: all sample ids over all ranks, ascending
-        self.ids = np.sort(plan.stratified_order(self.index.labels)[:n])
-        self._batches = plan.eval_batches(self.ids, batch_size, world, rank)
-        self._parts = Parts(reader, self.index, transform, 0, _EvalWorks(self._batches))
+        self.ids = (subset or Subset()).of(self.index, redacted(str(where)))
+        self.batches = [self.ids[i : i + batch_size] for i in range(0, len(self.ids), batch_size)]
+        facts = f"{self.index.hash} {batch_size} {transform!r} ".encode() + self.ids.tobytes()
+        self.digest = hashlib.sha256(facts).hexdigest()
+        self._reader = ShardReader(self.index, policy)
+        self._reader.check(world, rank)
+        self._own = plan.eval_batches(self.ids, batch_size, world, rank)
+        self._parts = Parts(self._reader, self.index, transform, 0, _EvalWorks(self._own))
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 
     def __len__(self) -> int:
-        """Batches on this rank, the same on every rank."""
-        return len(self._batches)
+        """Batches of an iteration on this rank, the same on every rank."""
+        return len(self._own)
 
     def __iter__(self) -> Iterator[Batch]:
         seen = 0
@@ -227,3 +237,13 @@ class EvalStream:
             yield _joined([part], self._pin_memory)
             seen += 1
         assert seen == len(self), f"{seen} of {len(self)} batches came"
+
+    def read(self, ids: np.ndarray) -> Batch:
+        """The pictures of `ids` (int64 [B]), with neither padding nor processes. One call at a time.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        with ThreadPoolExecutor(max(1, self._workers), "decode") as threads:
+            part = self._parts.read(Work(0, 0, ids, ids), threads)
+        return _joined([part], self._pin_memory)

@@ -3,6 +3,7 @@
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -72,6 +73,20 @@ class Parts(IterableDataset):
                 yield self._part(work, read)
         except UserError as error:
             yield error
+
+    def read(self, work: Work, threads: Executor) -> Part:
+        """The part of one work without spares: the bytes one after another, the pictures decoded by `threads`.
+
+        Raises:
+            UserError: a sample cannot be used.
+        """
+        ids = work.ids.tolist()
+        for _, read in self._reader.ahead(iter([work])):
+            contents = {sample_id: read(sample_id) for sample_id in ids}
+        pictures = threads.map(lambda sample_id: self._picture(work.epoch, sample_id, contents.__getitem__), ids)
+        fields = [torch.from_numpy(array) for array in (self._index.labels[work.ids], work.ids.copy())]
+        mask = torch.ones(len(ids), dtype=torch.bool)
+        return Part(Batch(torch.stack(list(pictures)), fields[0], fields[1], mask, work.slot), ())
 
     def _part(self, work: Work, read: Read) -> Part:
         images = torch.zeros(len(work.ids), 3, self._transform.size, self._transform.size, dtype=torch.uint8)

@@ -20,6 +20,22 @@ T = TypeVar("T")
 _processes: list[tuple[str, int]] = []
 
 
+class Counters:
+    """Whole numbers by name that all ranks add to, one after the other; each begins at 0. Where `store` is None there
+    is one rank alone."""
+
+    def __init__(self, store: dist.Store | None):
+        self._store = store
+        self._own: dict[str, int] = {}
+
+    def add(self, name: str, amount: int) -> int:
+        """The number after adding `amount`; no other rank gets this one in between."""
+        if self._store is not None:
+            return self._store.add(name, amount)
+        self._own[name] = self._own.get(name, 0) + amount
+        return self._own[name]
+
+
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands.
@@ -117,6 +133,16 @@ class Ranks:
         set_timeout = getattr(groups, "set_timeout", None) or groups._set_pg_timeout
         for group in groups._world.pg_map:
             set_timeout(self.patience, group)
+
+    def counters(self) -> Counters:
+        """New ones, at zero. Rank 0 serves them: it may leave only when no rank counts any more."""
+        if self.world == 1:
+            return Counters(None)
+        host = os.environ["MASTER_ADDR"]  # of rank 0
+        options: dict[str, Any] = {"timeout": self.patience, "wait_for_workers": False}
+        served = dist.TCPStore(host, 0, is_master=True, **options) if self.is_main else None
+        port = self.share(served and served.port)
+        return Counters(served or dist.TCPStore(host, port, is_master=False, **options))
 
     def barrier(self) -> None:
         if self.world > 1:

@@ -26,6 +26,7 @@ from fulllora_dist.data import store
 from fulllora_dist.distributed.checkpoint import list_states, step_of
 from fulllora_dist.distributed.preemption import StopRequest
 from fulllora_dist.errors import exit_answer
+from fulllora_dist.evaluation.partial import pieces_done
 from fulllora_dist.launching.folder import ATTEMPTS, read_attempts, read_settings
 from fulllora_dist.states import state_places
 
@@ -136,27 +137,27 @@ class _Notes:
 
 
 def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
-    """The newest state's step for the note of an attempt that was stopped, None where there is none; nothing where it
-    cannot be told."""
+    """For the note of an attempt that was stopped: the newest state's step, None where there is none, and how far the
+    evaluation is; nothing where it cannot be told."""
     if environment.global_rank or environment.cluster == "debug":
         return {}
-    if entry != "train":
-        return {"step": None}
     store.stop_retrying()  # the scheduler does not wait
     try:
-        states = list_states(*state_places(read_settings(environment.paths.folder).run))
+        run = read_settings(environment.paths.folder).run
+        evaluated = pieces_done(run.output)
+        states = list_states(*state_places(run)) if entry == "train" else []
     except Exception as error:  # of a bucket, say: the run is saved, and the note can do without
         print(f"warning: the newest state is not known: {' '.join(str(error).split())[:200]}", file=sys.stderr)
         return {}
-    return {"step": step_of(states[0]) if states else None}
+    return {"step": step_of(states[0]) if states else None, "evaluated": evaluated}
 
 
 def _stuck(environment: JobEnvironment) -> bool:
-    """Whether the last attempts of this job were all stopped for a requeue at the same step."""
+    """Whether the last attempts of this job were all stopped for a requeue at the same place."""
     notes = [note for note in read_attempts(environment.paths.folder, environment.job_id) if note["event"] != "started"]
     last = notes[-PATIENCE:]
-    told = all(note["event"] in WILL_GO_ON and "step" in note for note in last)
-    return told and len(last) == PATIENCE and len({note["step"] for note in last}) == 1
+    told = all(note["event"] in WILL_GO_ON and "evaluated" in note for note in last)
+    return told and len(last) == PATIENCE and len({(note["step"], note["evaluated"]) for note in last}) == 1
 
 
 def _exit(code: int) -> None:

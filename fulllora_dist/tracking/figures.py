@@ -4,6 +4,7 @@ The colours are of Okabe and Ito's eight, which colour-blind readers can tell ap
 marks, too.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 RIGHT, WRONG = "#0072B2", "#D55E00"
 _GREY = "#555555"
+_STYLES = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (_GREY, "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-")]
 
 
 @dataclass(frozen=True)
@@ -103,21 +105,23 @@ def _draw_examples(
             _verdict(row[2 + 2 * j], [(model.name, classes[after], after == label)])
 
 
-def _draw_curves(axes: Axes, curves: Sequence[Curve], trained_eps: float | None, attack: str) -> None:
-    styles = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (_GREY, "^", ":")]
-    for curve, (color, marker, line) in zip(curves, styles, strict=False):
+def _draw_curves(
+    axes: Axes, curves: Sequence[Curve], trained_eps: float | None, attack: str, norm: str = "linf"
+) -> None:
+    unit = 255 if norm == "linf" else 1
+    for curve, (color, marker, line) in zip(curves, itertools.cycle(_STYLES)):
         eps = sorted(curve.scores)
-        levels = [255 * e for e in eps]
+        levels = [unit * e for e in eps]
         accuracy, low, high = (
             np.array([100 * curve.scores[e][key] for e in eps]) for key in ("accuracy", "low", "high")
         )
         axes.fill_between(levels, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=curve.name)
     if trained_eps is not None:
-        axes.axvline(255 * trained_eps, color=_GREY, linewidth=1, linestyle=(0, (2, 2)))
+        axes.axvline(unit * trained_eps, color=_GREY, linewidth=1, linestyle=(0, (2, 2)))
         axes.annotate(
             f"trained at {in_255ths(trained_eps)}",
-            (255 * trained_eps, 103),
+            (unit * trained_eps, 103),
             textcoords="offset points",
             xytext=(4, 0),
             fontsize=9,
@@ -126,14 +130,16 @@ def _draw_curves(axes: Axes, curves: Sequence[Curve], trained_eps: float | None,
         )
     axes.set_ylim(-3, 107)
     axes.set_xlim(left=0)
-    axes.set_xticks(sorted({round(255 * e, 2) for curve in curves for e in curve.scores}))
-    axes.set_xlabel("eps: largest change of a pixel, in 1/255 of its range", fontsize=11)
+    axes.set_xticks(sorted({round(unit * e, 2) for curve in curves for e in curve.scores}))
+    change = "largest change of a pixel, in 1/255 of its range" if norm == "linf" else "L2 length of the change"
+    axes.set_xlabel(f"eps: {change}", fontsize=11)
     axes.set_ylabel(f"accuracy under {attack}, % (band: 95 % interval)", fontsize=11)
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     # above the axes, where no line can be
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(curves), frameon=False, fontsize=12)
+    columns = min(len(curves), 3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=12)
 
 
 def adversarial_examples(
@@ -156,15 +162,55 @@ def adversarial_examples(
     return figure
 
 
-def robustness_curve(curves: Sequence[Curve], *, trained_eps: float | None = None, attack: str = "PGD-20") -> Figure:
-    """Robust accuracy against eps, with 95 % intervals, for up to three models (the backbone first).
+def robustness_curve(
+    curves: Sequence[Curve], *, trained_eps: float | None = None, attack: str = "PGD-20", norm: str = "linf"
+) -> Figure:
+    """Robust accuracy against eps, with 95 % intervals, for a few models (the backbone first) or attacks.
 
     Args:
         trained_eps: marked where given, in pixels of [0, 1].
         attack: its name for the axis.
+        norm: of eps, "linf" or "l2".
     """
     figure = Figure(figsize=(6.5, 4.5), dpi=120, layout="constrained")
-    _draw_curves(figure.subplots(), curves, trained_eps, attack)
+    _draw_curves(figure.subplots(), curves, trained_eps, attack, norm)
+    return figure
+
+
+def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], caption: str) -> Figure:
+    """Accuracy of each class, the least robust on top: a bar for the last attack, a mark for each of the others. Of
+    many classes the 20 least and the 20 most robust ones.
+
+    Args:
+        per_class: {attack: {class: (right, n)}}; classes without a picture are left out.
+        caption: what the numbers are of.
+    """
+    attacks = list(per_class)
+    shown = {
+        name: [100 * per_class[attack][name][0] / n for attack in attacks]
+        for name, (_, n) in per_class[attacks[-1]].items()
+        if n
+    }
+    names = sorted(shown, key=lambda name: shown[name][::-1])
+    total = len(names)
+    if total > 40:
+        names = [*names[:20], *names[-20:]]
+    figure = Figure(figsize=(7.5, 1.6 + 0.27 * len(names)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(names)) + np.where(np.arange(len(names)) >= 20, 1 if total > 40 else 0, 0)
+    axes.barh(places, [shown[name][-1] for name in names], color=RIGHT, height=0.7, label=attacks[-1])
+    for number, (attack, (color, marker, _)) in enumerate(zip(attacks[:-1], itertools.cycle(_STYLES))):
+        values = [shown[name][number] for name in names]
+        axes.scatter(values, places, color=color, marker=marker, zorder=3, clip_on=False, label=attack)
+    axes.set_yticks(places, [str(name) for name in names], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    left_out = f", {total - 40} classes in between left out" if total > 40 else ""
+    axes.set_xlabel(f"accuracy, %   ({caption}{left_out})", fontsize=10)
+    axes.grid(axis="x", alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=min(len(attacks), 4), frameon=False)
     return figure
 
 

@@ -24,6 +24,7 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.reader import DamagedSample
+from fulllora_dist.data.subset import Subset
 from fulllora_dist.errors import UserError
 
 SIDE = 24
@@ -184,7 +185,7 @@ def test_bad_settings_are_refused(shards, settings: dict, message: str) -> None:
 @pytest.mark.parametrize("n", [None, 10])
 def test_evaluation_sees_every_sample_once_in_the_same_company(shards, tar_contents, world: int, n: int | None) -> None:
     transform = EvalTransform(SIDE, crop_pct=1.0)
-    settings = {"batch_size": 5, "transform": transform, "n": n, "world": world}
+    settings = {"batch_size": 5, "transform": transform, "subset": Subset(n), "world": world}
     streams = [EvalStream(shards, **settings, rank=rank, workers=int(world == 2)) for rank in range(world)]
     per_rank = [list(stream) for stream in streams]
     assert {len(batches) for batches in per_rank} == {len(streams[0])}

@@ -11,6 +11,7 @@ from fulllora_dist.build import build_eval_stream, build_stream
 from fulllora_dist.config import Config
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.indexing import index_shards
+from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo
@@ -25,7 +26,7 @@ def _train(config: Config, ranks: Ranks) -> object:
 
 
 def _evaluate(config: Config, ranks: Ranks) -> object:
-    return build_eval_stream(config, config.data.train, INFO, ranks, n=None)
+    return build_eval_stream(config, config.data.train, INFO, ranks, subset=Subset())
 
 
 def _refusal(ranks: Ranks, folders: list[str], build: Callable[[Config, Ranks], object]) -> str:

@@ -15,6 +15,7 @@ import pytest
 from submitit import DebugExecutor
 
 from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation.partial import Partial
 from fulllora_dist.launching import attempt, jobs
 from fulllora_dist.launching.attempt import Attempt
 from fulllora_dist.launching.folder import read_attempts
@@ -88,6 +89,16 @@ def test_an_evaluation_longer_than_an_attempt_gives_up(tmp_path: Path, one_attem
     codes = [one_attempt(folder, lambda: STOPPED, entry="evaluate") for _ in range(3)]
     assert codes[-1] == 1
     assert codes[1] != 1
+
+
+def test_an_evaluation_that_gets_on_does_not(tmp_path: Path, one_attempt: Callable[..., int]) -> None:
+    folder = launched(tmp_path)
+
+    def a_batch_more() -> int:
+        Partial(tmp_path / "evaluation.json.partial", "of this model", 0).keep("pgd20", [1, 0])
+        return STOPPED
+
+    assert 1 not in [one_attempt(folder, a_batch_more, entry="evaluate") for _ in range(4)]
 
 
 def test_a_bucket_that_does_not_answer_is_no_lack_of_progress(

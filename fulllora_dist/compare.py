@@ -1,0 +1,136 @@
+"""Two evaluations of the same pictures: the difference in accuracy with its uncertainty."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation.report import size_in
+
+SAME = ("norm", "precision", "data")
+"""What two evaluations must have in common to be compared."""
+
+
+def read_evaluation(path: str | Path) -> dict[str, Any]:
+    """An evaluation.json.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        found = json.loads(Path(path).read_text())
+        n = len(found["ids"])
+        whole = all(len(score["correct"]) == n for _, _, score in _scores(found))
+        if n and whole and {"eps", "norm", "precision", "warnings"} <= found.keys():
+            return found
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{path} is no evaluation.json; evaluate.py --output writes one")
+
+
+def _scores(found: Mapping[str, Any]) -> list[tuple[float, str, Mapping[str, Any]]]:
+    """(eps, attack, score); `clean` has eps 0."""
+    points = [{"eps": found["eps"], "attacks": found["attacks"]}, *found.get("more_eps", ())]
+    return [
+        (0.0 if name == "clean" else float(point["eps"]), name, score)
+        for point in points
+        for name, score in point["attacks"].items()
+    ]
+
+
+def compare(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    *,
+    attacks: Sequence[str] | None = None,
+    shared: bool = False,
+    samples: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """B minus A on each attack and eps that both have.
+
+    The interval is the percentile one of a paired bootstrap: pictures are drawn with replacement, each with both its
+    results (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). As only the numbers of pictures
+    that A alone and B alone have right matter, they are drawn from their multinomial distribution, which is the same.
+    p is that of McNemar's exact test.
+
+    Args:
+        a, b: in the form of evaluation.json.
+        attacks: of these alone.
+        shared: compare the ids that both have, where they are not the same.
+        samples: of the bootstrap.
+
+    Returns:
+        {"n", "norm", "rows": [{"attack", "eps", "a", "b": accuracies, "difference", "low", "high" (shares of 1),
+        "only_a", "only_b": pictures that only one has right, "p"}], "warnings": [of both]}.
+
+    Raises:
+        UserError: other pictures, norm, precision or data; nothing in common.
+    """
+    for what in SAME:
+        if a.get(what) != b.get(what):
+            raise UserError(f"{what} of A is {a.get(what)}, of B {b.get(what)}: they cannot be compared")
+    ids, in_a, in_b = np.intersect1d(a["ids"], b["ids"], assume_unique=True, return_indices=True)
+    if not (len(ids) == len(a["ids"]) == len(b["ids"])) and not shared:
+        raise UserError(
+            f"A has {len(a['ids'])} pictures, B {len(b['ids'])}, and {len(ids)} of them are the same; evaluate both on "
+            "the same ones, or compare those with --shared"
+        )
+    if not len(ids):
+        raise UserError("A and B have no picture in common; evaluate both on the same ones")
+    theirs = {(eps, name): score for eps, name, score in _scores(b)}
+    both = [(eps, name, score) for eps, name, score in _scores(a) if (eps, name) in theirs]
+    chosen = [row for row in both if attacks is None or row[1] in attacks]
+    if not chosen or (attacks is not None and set(attacks) - {name for _, name, _ in chosen}):
+        shown = ", ".join(sorted({f"{name} at {eps:.4g}" for eps, name, _ in both})) or "nothing"
+        raise UserError(f"--attack: {', '.join(attacks or ()) or 'none'} is not in both; in common they have {shown}")
+    rng = np.random.default_rng(seed)
+    rows = []
+    for eps, name, score in chosen:
+        first = np.array(score["correct"])[in_a].astype(bool)
+        second = np.array(theirs[eps, name]["correct"])[in_b].astype(bool)
+        rows.append({"attack": name, "eps": eps, **_difference(first, second, samples, rng)})
+    warnings = [f"{label}: {line}" for label, found in (("A", a), ("B", b)) for line in found["warnings"]]
+    return {"n": len(ids), "norm": a["norm"], "rows": rows, "warnings": warnings}
+
+
+def _difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random.Generator) -> dict[str, float]:
+    n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
+    drawn = rng.multinomial(n, np.array([only_a, only_b, n - only_a - only_b]) / n, size=samples)
+    low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / n, [2.5, 97.5])
+    p = binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return {
+        "a": float(a.mean()),
+        "b": float(b.mean()),
+        "difference": (only_b - only_a) / n,
+        "low": float(low),
+        "high": float(high),
+        "only_a": only_a,
+        "only_b": only_b,
+        "p": float(p),
+    }
+
+
+def comparison_table(found: Mapping[str, Any]) -> str:
+    """What `compare` found, for people."""
+    head = ("attack", "eps", "A %", "B %", "B - A (95 %)", "A alone", "B alone", "p")
+    lines = [head]
+    for row in found["rows"]:
+        interval = f"{100 * row['difference']:+.2f} ({100 * row['low']:+.2f} to {100 * row['high']:+.2f})"
+        size = "" if row["eps"] == 0 else size_in(found["norm"], row["eps"]).rpartition(" ")[2]
+        numbers = (f"{100 * row['a']:.2f}", f"{100 * row['b']:.2f}", interval)
+        lines.append((row["attack"], size, *numbers, str(row["only_a"]), str(row["only_b"]), f"{row['p']:.2g}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    table = [
+        "  ".join(
+            cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([f"n = {found['n']}, {found['norm']}", "", *table, *(f"warning: {w}" for w in found["warnings"])])

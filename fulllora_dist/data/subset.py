@@ -1,0 +1,98 @@
+"""Which samples of an index are evaluated: all, the first n, n drawn evenly over the classes, or those of a file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from fulllora_dist.data import plan, store, urls
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.scan import IMAGE_EXTENSIONS
+from fulllora_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Subset:
+    """At most one of the three is given; none is all samples.
+
+    Attributes:
+        n: so many, drawn evenly over the classes; always the same ones.
+        first: the first so many in the order of the index.
+        ids: path or URL of a text file with one sample a line: its id (a whole number), or the name of its picture with
+            or without folders and extension, as in RobustBench's list of 5,000 ImageNet pictures. What follows a blank
+            in a line (a label), empty lines and lines that begin with # are passed over.
+    """
+
+    n: int | None = None
+    first: int | None = None
+    ids: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.n, self.first, self.ids)) > 1:
+            raise UserError("evaluation.n, evaluation.first and evaluation.ids: one of them is right")
+
+    def of(self, index: Index, where: str) -> np.ndarray:
+        """int64 [n], ascending.
+
+        Args:
+            where: the index, for messages.
+
+        Raises:
+            UserError: more samples than there are, a file that cannot be read, a line that fits no or several samples.
+        """
+        if self.ids is not None:
+            return _listed(self.ids, index, where)
+        for name, n in (("n", self.n), ("first", self.first)):
+            if n is not None and not 1 <= n <= len(index):
+                raise UserError(f"evaluation.{name}: {n}; {where} has {len(index)} samples to evaluate on")
+        if self.first is not None:
+            return np.arange(self.first)
+        order = plan.stratified_order(index.labels)
+        return np.sort(order if self.n is None else order[: self.n])
+
+
+def _listed(file: str, index: Index, where: str) -> np.ndarray:
+    lines = [line.split()[0] for line in _lines(file) if line.strip() and not line.lstrip().startswith("#")]
+    if not lines:
+        raise UserError(f"evaluation.ids: {urls.redacted(file)} names no sample")
+    numbers = all(line.isdigit() for line in lines)
+    ids = [int(line) for line in lines] if numbers else _by_name(lines, index, file, where)
+    if outside := [i for i in ids if i >= len(index)]:
+        raise UserError(f"evaluation.ids: {urls.redacted(file)} has id {outside[0]}; {where} has {len(index)} samples")
+    if len(set(ids)) < len(ids):
+        twice = next(line for i, line in enumerate(lines) if ids.index(ids[i]) < i)
+        raise UserError(f"evaluation.ids: {urls.redacted(file)} names {twice} twice")
+    return np.array(sorted(ids), dtype=np.int64)
+
+
+def _lines(file: str) -> list[str]:
+    try:
+        content = store.read(file) if urls.is_remote(file) else Path(file).read_bytes()
+        return content.decode().splitlines()
+    except OSError as error:
+        raise UserError(f"evaluation.ids: {urls.redacted(file)} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"evaluation.ids: {urls.redacted(file)} is no text; a sample a line is right") from None
+
+
+def _bare(name: str) -> str:
+    """Without folders and the extension of a picture."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix.lstrip(".").lower() in IMAGE_EXTENSIONS else path.name
+
+
+def _by_name(names: Sequence[str], index: Index, file: str, where: str) -> list[int]:
+    """By the key as it is written, or by the picture's bare name where that is unique."""
+    keys = {index.key(i): i for i in range(len(index))}
+    bare: dict[str, int | None] = {}
+    for key, i in keys.items():
+        bare[_bare(key)] = None if _bare(key) in bare else i
+    ids = []
+    for name in names:
+        found = keys.get(name, bare.get(_bare(name)))
+        if found is None:
+            what = "several samples" if _bare(name) in bare else "no sample"
+            raise UserError(f"evaluation.ids: {name} of {urls.redacted(file)} is {what} of {where}")
+        ids.append(found)
+    return ids

@@ -1,0 +1,194 @@
+"""The attacks of an evaluation, by their names in the settings."""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.fgsm import single_step
+from fulllora_dist.attacks.pgd import LossName, attacked, pgd
+from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.errors import UserError
+from fulllora_dist.rng import base_key
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""The four parts of the standard AutoAttack, in its order."""
+_PARTS: dict[str, int] = {"apgd-ce": 200, "apgd-t": 1800, "fab-t": 1800, "square": 5000}  # forward and backward passes
+_PARTS |= {"apgd-dlr": 200, "fab": 200}
+_ITERATED = re.compile(r"(pgd|cw|dlr)([1-9]\d*)(?:x([1-9]\d*))?")
+_LOSSES: dict[str, LossName] = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
+_KNOWN = (
+    "clean, fgsm, autoattack, parts of it (apgd-ce, apgd-t, fab-t, square; several: apgd-ce+square), and pgdK, cwK and "
+    "dlrK for K steps, with restarts pgdKxR, e.g. clean,pgd20,cw20,pgd50x5,autoattack"
+)
+
+
+@dataclass(frozen=True)
+class EvalAttack:
+    """An attack by its name.
+
+    Attributes:
+        name: `clean`; `fgsm` (Goodfellow et al.: one step of eps from the picture); `pgdK` (cross-entropy), `cwK` (the
+            margin loss of Carlini and Wagner) or `dlrK` (the difference of logits ratio) under PGD, K steps, with `xR`
+            behind it the best of R random starts; `autoattack`, the standard version (Croce and Hein, arXiv
+            2003.01690); or parts of AutoAttack joined by +, with the standard version's parameters.
+        kind: how it is made.
+        steps, loss, restarts: of PGD.
+        parts: of AutoAttack, in the order in which they run.
+    """
+
+    name: str
+    kind: Literal["clean", "fgsm", "pgd", "autoattack"]
+    steps: int = 0
+    loss: LossName = "ce"
+    restarts: int = 1
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, name: str) -> "EvalAttack":
+        """Raises UserError for a name that means nothing."""
+        if name == "clean":
+            return cls(name, "clean")
+        if name == "fgsm":
+            return cls(name, "fgsm")
+        parts = STANDARD if name == "autoattack" else tuple(name.split("+"))
+        if all(part in _PARTS for part in parts) and len(set(parts)) == len(parts):
+            return cls(name, "autoattack", parts=parts)
+        match = _ITERATED.fullmatch(name)
+        if match is None:
+            raise UserError(f"evaluation.attacks: {name!r} is no attack; known: {_KNOWN}")
+        kind, steps, restarts = match.groups()
+        return cls(name, "pgd", int(steps), _LOSSES[kind], int(restarts or 1))
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes a picture, at most, the prediction included; the measure of progress."""
+        if self.kind == "autoattack":
+            return 1 + sum(_PARTS[part] for part in self.parts)
+        if self.kind == "clean":
+            return 1
+        if self.kind == "fgsm":
+            return 4
+        return 2 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
+
+    def check_classes(self, classes: int) -> None:
+        """Raises UserError: the attack's loss looks at more logits than there are."""
+        needed = 4 if "apgd-t" in self.parts else 3 if "apgd-dlr" in self.parts or self.loss == "dlr" else 2
+        if classes < needed:
+            raise UserError(
+                f"evaluation.attacks: {self.name} needs {needed} classes or more, the model has {classes}; "
+                "pgd20, cw20 or apgd-ce+square do without"
+            )
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
+        """Adversarial examples for `x` (`pgd` says the shapes). PGD takes steps of 2.5 eps / K as Madry et al. do, at
+        most eps; its random start is keyed by (seed, attack, id), AutoAttack's generator by (seed, attack, eps, all
+        ids). torch's own generator is as it was."""
+        return self._examples(model, x, y, threat, seed, ids)[0]
+
+    def right(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
+        """bool [B]: whether the prediction is right for the picture and for its adversarial example: the picture is in
+        the ball, too. For AutoAttack that is its own verdict: it may end at the very boundary, where another batch
+        would round to the other side."""
+        examples, right = self._examples(model, x, y, threat, seed, ids)
+        if right is None:
+            with torch.no_grad(), attacked(model):
+                right = model(examples).argmax(dim=1) == y
+                if examples is not x:
+                    right &= model(x).argmax(dim=1) == y
+        return right
+
+    def _examples(
+        self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, ids: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.kind == "clean" or threat.eps == 0:
+            return x, None
+        if self.kind == "fgsm":
+            eps, norm = threat.eps, threat.norm
+            return single_step(model, x, y, eps=eps, noise=0, step_size=eps, project=True, norm=norm, ids=ids), None
+        if self.kind == "autoattack":
+            return _autoattack(self, model, x, y, threat, seed, ids)
+        step_size = min(2.5 * threat.eps / self.steps, threat.eps)
+        found = pgd(
+            model,
+            x,
+            y,
+            eps=threat.eps,
+            norm=threat.norm,
+            steps=self.steps,
+            step_size=step_size,
+            restarts=self.restarts,
+            loss=self.loss,
+            seed=seed,
+            ids=ids,
+            purpose=f"eval/{self.name}",
+        )
+        return found, None
+
+
+def parse_attacks(names: Sequence[str]) -> list[EvalAttack]:
+    """The attacks by their names. Raises UserError for unknown, repeated or no attacks."""
+    parsed = [EvalAttack.parse(name) for name in names]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"evaluation.attacks: {','.join(names) or 'nothing'}; name each attack once, e.g. clean,pgd20")
+    return parsed
+
+
+def autoattack_seed(name: str, threat: Threat, seed: int, ids: Tensor) -> int:
+    """What torch's generator is seeded with for this attack on the batch of these ids."""
+    batch = ",".join(map(str, ids.tolist()))
+    return base_key(seed, f"eval/{name}/{threat.norm}/{threat.eps!r}/{batch}", 0) >> 1  # torch takes 63 bits
+
+
+def _autoattack(
+    attack: EvalAttack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The official code on one batch: (examples, whether each picture survives)."""
+    number = autoattack_seed(attack.name, threat, seed, ids)
+    with own_generator(x.device), attacked(model), _silent():
+        adversary = official_autoattack(model, threat, attack.parts, number, x.device, _outputs(model, x))
+        examples, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
+    return examples, predicted == y
+
+
+def official_autoattack(
+    model: nn.Module, threat: Threat, parts: Sequence[str], seed: int, device: torch.device, classes: int
+) -> Any:
+    """pyautoattack's `AutoAttack`, standard version, reduced to `parts`. Where there are fewer than ten classes its
+    targeted attacks take all wrong ones, instead of nine."""
+    from pyautoattack import AutoAttack
+
+    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    adversary = AutoAttack(model, norm=norm, eps=threat.eps, version="standard", device=device, seed=seed)
+    adversary.attacks_to_run = list(parts)
+    targets = min(9, classes - 1)
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+    return adversary
+
+
+@contextmanager
+def own_generator(device: torch.device) -> Iterator[None]:
+    """Seeds and draws of torch's generators inside are forgotten afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """pyautoattack's remarks on each batch; `checks` looks at the whole."""
+    logger = logging.getLogger("auto-attack")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _outputs(model: nn.Module, x: Tensor) -> int:
+    with torch.no_grad():
+        return model(x[:1]).shape[1]

@@ -1,0 +1,338 @@
+"""Robust accuracy: every sample attacked once, counted exactly over all ranks, with its uncertainty."""
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from fulllora_dist.attacks.pgd import attacked
+from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.plan import stratified_order
+from fulllora_dist.distributed.ranks import Counters, Ranks
+from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation import checks
+from fulllora_dist.evaluation.attacks import EvalAttack, parse_attacks
+from fulllora_dist.evaluation.partial import Partial
+from fulllora_dist.evaluation.score import score
+
+_KEPT = 4096  # decoded pictures of each rank: attacks come to the same batches one after the other
+_CHECK_BATCH = 16  # passes of Square a picture make a small batch worth while
+_CHECK_PASSES = 500  # of a picture under all checks
+
+
+class EvalPictures(Protocol):
+    """What is evaluated: `data.loader.EvalStream`, or anything alike.
+
+    Attributes:
+        batches: int64 arrays, the ids of each batch; every sample in one of them.
+        index: class names and the labels by id.
+        digest: differs where the pictures of these ids or the batches do.
+    """
+
+    batches: list[np.ndarray]
+    index: Index
+    digest: str
+
+    def read(self, ids: np.ndarray) -> Batch:
+        """The pictures of these ids."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """What a rank takes at a time: one attack at one eps on one batch, or the checks (attack None)."""
+
+    name: str
+    attack: EvalAttack | None
+    radius: int  # number of the threat
+    ids: np.ndarray
+
+    @property
+    def passes(self) -> int:
+        return len(self.ids) * (_CHECK_PASSES if self.attack is None else self.attack.passes)
+
+
+class Evaluator:
+    """Accuracy under each attack, in the form of evaluation.json (docs/evaluation.md).
+
+    Ranks take piece after piece, each an attack on a batch, the costliest attacks first: none waits for another, and
+    what a piece gives depends on its own name alone. Each rank has a full replica of the model, in which a forward pass
+    is no collective.
+
+    Args:
+        attacks: names, see `EvalAttack`.
+        threat: the ball of perturbations.
+        ranks: those that share the work.
+        more: further balls, for robust accuracy against eps.
+        seed: of the random starts.
+        check: on how many pictures, drawn evenly over the classes, symptoms are looked for; 0 looks for none.
+        backbone, adapter: names for the report.
+        precision: what the model computes in, for the report.
+        progress: whether rank 0 shows a bar.
+
+    Raises:
+        UserError: unknown or repeated attacks.
+    """
+
+    def __init__(
+        self,
+        attacks: Sequence[str],
+        threat: Threat,
+        ranks: Ranks,
+        *,
+        more: Sequence[Threat] = (),
+        seed: int = 0,
+        check: int = 0,
+        backbone: str | None = None,
+        adapter: str | None = None,
+        precision: str = "fp32",
+        progress: bool = True,
+    ):
+        self._attacks = parse_attacks(attacks)
+        self._threats = [threat, *(other for other in more if other != threat)]
+        self._ranks = ranks
+        self._seed = seed
+        self._check = check
+        self._shows = progress and ranks.is_main
+        self._facts = {"precision": precision, "backbone": backbone, "adapter": adapter}
+
+    def run(self, predict: nn.Module, pictures: EvalPictures, partial: str | Path | None = None) -> dict[str, Any]:
+        """Evaluate, on all ranks together.
+
+        Args:
+            predict: fp32 pixels [B, 3, H, W] in [0, 1] -> logits [B, classes], on `ranks.device`; put into evaluation
+                mode for the time.
+            partial: folder for what is done, from which a run that was killed goes on; emptied at the end.
+
+        Returns:
+            On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids": [n], "data":
+            hash of the index, "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1 in the order of ids],
+            "per_class": {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}], "checks": {check: its numbers},
+            "warnings": [lines]}. low and high bound Wilson's 95 % interval.
+
+        Raises:
+            UserError: the model has not as many outputs as the data has classes, or too few for an attack.
+        """
+        ids = np.sort(np.concatenate(pictures.batches))
+        if len(np.unique(ids)) < len(ids):
+            raise UserError("evaluation: a sample is in two batches")
+        self._check_outputs(predict, pictures)
+        done = Partial(partial, self._fingerprint(predict, pictures, partial), self._ranks.rank)
+        known = dict(self._ranks.union(list(done.found().items())))
+        pieces = self._pieces(pictures, ids)
+        left = [piece for piece in pieces if piece.name not in known]
+        own: dict[str, Any] = {}
+        progress = _Progress(pieces, left, known, self._ranks.counters(), self._shows)
+        with progress, attacked(predict), progress.seen(predict):
+            for piece, batch in self._turns(left, pictures, progress.counters):
+                own[piece.name] = result = self._do(predict, piece, batch.to(self._ranks.device))
+                done.keep(piece.name, result)
+                progress.add(piece, result)
+        known |= dict(self._ranks.union(list(own.items())))
+        results = self._results(pictures.index, ids, pieces, known)
+        self._ranks.barrier()  # every rank has the results: none is needed any more
+        done.forget()
+        return results
+
+    def _check_outputs(self, predict: nn.Module, pictures: EvalPictures) -> None:
+        batch = pictures.read(pictures.batches[0][:1]).to(self._ranks.device)
+        with torch.no_grad(), attacked(predict):
+            outputs = predict(batch.pixels()).shape[1]
+        classes = len(pictures.index.classes)
+        if outputs != classes:
+            raise UserError(
+                f"the data has {classes} classes, the model {outputs} outputs; set model.num_classes={classes} "
+                "for a new head, or model.classes to rows of the checkpoint's"
+            )
+        for attack in self._attacks:
+            attack.check_classes(outputs)
+
+    def _fingerprint(self, predict: nn.Module, pictures: EvalPictures, partial: str | Path | None) -> str:
+        """Of all that a piece's result depends on besides its name."""
+        if partial is None:
+            return ""
+        digest = hashlib.sha256(f"{pictures.digest} {self._seed} {self._check}".encode())
+        for name, tensor in predict.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _pieces(self, pictures: EvalPictures, ids: np.ndarray) -> list[_Piece]:
+        """All of them, the costliest first, so that the last ones, which some ranks may have to wait for, are short."""
+        pieces = []
+        for attack in self._attacks:
+            threats = self._threats[:1] if attack.kind == "clean" else self._threats
+            for number, threat in enumerate(threats):
+                for batch in pictures.batches:
+                    name = f"{attack.name} {threat.norm} {threat.eps!r} {int(batch[0])}"
+                    pieces.append(_Piece(name, attack, number, batch))
+        if self._check and self._threats[0].eps:
+            chosen = ids[stratified_order(pictures.index.labels[ids])[: self._check]]
+            cut = [chosen[i : i + _CHECK_BATCH] for i in range(0, len(chosen), _CHECK_BATCH)]
+            threat = self._threats[0]
+            name = f"checks {threat.norm} {threat.eps!r}"
+            pieces += [_Piece(f"{name} {i}", None, 0, np.sort(batch)) for i, batch in enumerate(cut)]
+        return sorted(pieces, key=lambda piece: -piece.passes / len(piece.ids))
+
+    def _turns(
+        self, pieces: list[_Piece], pictures: EvalPictures, counters: Counters
+    ) -> Iterator[tuple[_Piece, Batch]]:
+        """The pieces that this rank gets, with their pictures; the next ones are read meanwhile."""
+        kept: OrderedDict[bytes, Batch] = OrderedDict()
+
+        def take() -> tuple[_Piece, Batch] | None:
+            turn = counters.add("taken", 1) - 1
+            if turn >= len(pieces):
+                return None
+            piece = pieces[turn]
+            key = piece.ids.tobytes()
+            batch = kept.pop(key, None) or pictures.read(piece.ids)
+            kept[key] = batch
+            while sum(map(len, kept.values())) > _KEPT:
+                kept.popitem(last=False)
+            return piece, batch
+
+        with ThreadPoolExecutor(1, "pictures") as reader:
+            coming = reader.submit(take)
+            while (taken := coming.result()) is not None:
+                coming = reader.submit(take)
+                yield taken
+
+    def _do(self, predict: nn.Module, piece: _Piece, batch: Batch) -> Any:
+        """Of an attack 0 or 1 for each id; of the checks their numbers."""
+        threat, x = self._threats[piece.radius], batch.pixels()
+        if piece.attack is None:
+            examined = checks.Examined(predict, x, batch.labels, batch.ids, threat, self._seed)
+            return {name: check(examined) for name, check in checks.CHECKS.items()}
+        right = piece.attack.right(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
+        return right.int().tolist()
+
+    def _results(self, index: Index, ids: np.ndarray, pieces: list[_Piece], known: dict[str, Any]) -> dict[str, Any]:
+        scores: list[dict[str, Any]] = [{} for _ in self._threats]
+        for number, attacks in enumerate(scores):
+            for attack in self._attacks:
+                correct = np.full(len(ids), -1)
+                for piece in pieces:
+                    if (piece.attack, piece.radius) == (attack, number):
+                        correct[np.searchsorted(ids, piece.ids)] = known[piece.name]
+                if number == 0 or attack.kind != "clean":
+                    assert (correct >= 0).all(), f"{attack.name}: {(correct < 0).sum()} of {len(ids)} samples not seen"
+                    attacks[attack.name] = score(correct, index.labels[ids], index.classes)
+        measured = checks.joined([known[piece.name] for piece in pieces if piece.attack is None])
+        warnings = checks.warnings(measured)
+        if self._facts["precision"] != "fp32":
+            warnings.append(
+                f"precision: computed in {self._facts['precision']}; a figure to report is computed in fp32"
+            )
+        first = self._threats[0]
+        return {
+            "n": len(ids),
+            "eps": first.eps,
+            "norm": first.norm,
+            **self._facts,
+            "seed": self._seed,
+            "data": index.hash,
+            "ids": ids.tolist(),
+            "attacks": scores[0],
+            "more_eps": [
+                {"eps": threat.eps, "attacks": attacks}
+                for threat, attacks in zip(self._threats[1:], scores[1:], strict=True)
+            ],
+            "checks": measured,
+            "warnings": warnings,
+        }
+
+
+class _Progress:
+    """A bar over the passes of all ranks on rank 0, with the figures so far; brought up to date by each forward pass,
+    at most once a second."""
+
+    def __init__(
+        self, pieces: list[_Piece], left: list[_Piece], known: dict[str, Any], counters: Counters, shows: bool
+    ):
+        self.counters = counters
+        total, to_do = (sum(piece.passes for piece in some) for some in (pieces, left))
+        self._before = {"passes": total - to_do}
+        for piece in pieces:
+            if piece.name in known:
+                self._count(self._before, piece, known[piece.name])
+        self._names = {self._name(piece): None for piece in pieces if piece.attack}
+        self._shown_at = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            initial=total - to_do,
+            desc="evaluation",
+            unit="pass",
+            unit_scale=True,
+            disable=not shows,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    @staticmethod
+    def _name(piece: _Piece) -> str:
+        return f"{piece.attack.name if piece.attack else 'checks'}#{piece.radius}"
+
+    def _count(self, into: dict[str, int], piece: _Piece, result: Any) -> None:
+        if piece.attack is not None:
+            for what, number in (("seen", len(result)), ("right", sum(result))):
+                key = f"{what} {self._name(piece)}"
+                into[key] = into.get(key, 0) + number
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show()
+        self._bar.close()
+
+    @contextmanager
+    def seen(self, predict: nn.Module) -> Iterator[None]:
+        """Inside, forward passes keep the bar alive through a long attack."""
+
+        def tick(*_: object) -> None:
+            if time.monotonic() - self._shown_at > 1:
+                self._show()
+
+        handle = predict.register_forward_hook(tick)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def add(self, piece: _Piece, result: Any) -> None:
+        """A piece is done on this rank."""
+        self.counters.add("passes", piece.passes)
+        counted: dict[str, int] = {}
+        self._count(counted, piece, result)
+        for key, number in counted.items():
+            self.counters.add(key, number)
+
+    def _show(self) -> None:
+        self._shown_at = time.monotonic()
+        if self._bar.disable:
+            return
+        shares = {name: (self._now(f"right {name}"), self._now(f"seen {name}")) for name in self._names}
+        several = any(name.endswith("#1") for name in self._names)
+        figures = {
+            name if several else name.partition("#")[0]: f"{right / seen:.1%}"
+            for name, (right, seen) in shares.items()
+            if seen
+        }
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.n = self._now("passes")
+        self._bar.refresh()
+
+    def _now(self, key: str) -> int:
+        return self._before.get(key, 0) + self.counters.add(key, 0)

@@ -1,0 +1,88 @@
+"""Robust accuracy of a model, in this process: what `fulllora_dist.evaluate` is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fulllora_dist.attacks.threat import Norm, threat_model
+from fulllora_dist.data.decode import EvalTransform
+from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.subset import Subset
+from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation.evaluator import EvalPictures, Evaluator
+from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.pixels import parse_size
+
+
+def eval_transform(
+    info: BackboneInfo, crop_pct: float | None = None, interpolation: str | None = None
+) -> EvalTransform:
+    """The crop that a backbone was evaluated with, but for what is given."""
+    return EvalTransform(
+        size=info.image_size,
+        crop_pct=crop_pct or info.crop_pct,
+        interpolation=interpolation or info.interpolation,
+        crop_mode=info.crop_mode,
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    data: str | Path | EvalPictures,
+    *,
+    attacks: Sequence[str] = ("clean", "pgd20"),
+    eps: float | str | None = None,
+    norm: Norm = "linf",
+    n: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    check: int = 0,
+    workers: int = 0,
+) -> dict[str, Any]:
+    """Accuracy of `model` under each attack, in this process, on the device where the model lies.
+
+    Args:
+        model: an adapted model, or any module from pixels in [0, 1] to logits.
+        data: folder of shards, cropped as the adapted model's backbone asks for; a module of one's own needs a stream.
+        attacks: `clean`, `fgsm`, `pgdK`, `cwK`, `dlrK`, `pgdKxR`, `autoattack`: see `EvalAttack`.
+        eps: radius in pixels of [0, 1]; None is 4/255 for "linf", for "l2" there is no default.
+        norm: "linf" or "l2".
+        n: how many pictures, drawn evenly over the classes; None takes all.
+        check: on how many pictures symptoms of masked gradients are looked for; 0 looks for none.
+        workers: decoding threads.
+
+    Returns:
+        See `Evaluator.run`.
+
+    Raises:
+        UserError: unknown attacks, no shards there, classes that do not fit the model.
+    """
+    info = model.info if isinstance(model, AdaptedModel) else None
+    if isinstance(data, (str, Path)):
+        if info is None:
+            raise UserError(
+                "evaluate: a folder needs a model of create_model or load, which knows its crop; give an EvalStream"
+            )
+        data = EvalStream(
+            data, batch_size=batch_size, transform=eval_transform(info), subset=Subset(n), workers=workers
+        )
+    if eps is None and norm != "linf":
+        raise UserError(f"eps: norm {norm} has no default; give a length in pixels of [0, 1], e.g. 0.5")
+    try:
+        radius = parse_size("4/255" if eps is None else eps)
+    except ValueError as error:
+        raise UserError(f"eps: {error}") from None
+    assert isinstance(radius, float)
+    parameter = next(model.parameters(), torch.empty(0))
+    ranks = Ranks(0, 1, parameter.device, control=None)
+    name = info.name if info else type(model).__name__
+    in_bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    threat = threat_model(norm, radius)
+    precision = "bf16" if in_bf16 else "fp32"
+    evaluator = Evaluator(attacks, threat, ranks, seed=seed, check=check, backbone=name, precision=precision)
+    return evaluator.run(model, data)

@@ -1,0 +1,84 @@
+"""evaluation.json, and what people read of it: a table, and figures beside the file."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fulllora_dist.data.index_file import published
+from fulllora_dist.tracking.figures import Curve, per_class_bars, robustness_curve
+
+
+def write_evaluation(results: Mapping[str, Any], path: str | Path) -> None:
+    """evaluation.json, whole or not at all; its folder is made where there is none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with published(path) as file:
+        file.write((json.dumps(results) + "\n").encode())
+
+
+def write_figures(results: Mapping[str, Any], path: str | Path) -> list[Path]:
+    """Figures beside evaluation.json: accuracy of each class, and robust accuracy against eps where there are several.
+
+    Args:
+        path: of evaluation.json.
+
+    Returns:
+        The files: evaluation_classes.png, evaluation_eps.png.
+    """
+    path, attacks = Path(path), results["attacks"]
+    files = [path.with_name(f"{path.stem}_classes.png")]
+    per_class_bars({name: score["per_class"] for name, score in attacks.items()}, caption(results)).savefig(files[0])
+    if results["more_eps"]:
+        figure = robustness_curve(_curves(results), trained_eps=None, attack="attack", norm=results["norm"])
+        files.append(path.with_name(f"{path.stem}_eps.png"))
+        figure.savefig(files[1])
+    return files
+
+
+def _curves(results: Mapping[str, Any]) -> list[Curve]:
+    """Of each attack, from its accuracy without one."""
+    points = [{"eps": results["eps"], "attacks": results["attacks"]}, *results["more_eps"]]
+    clean = results["attacks"].get("clean")
+    at_zero = {} if clean is None else {0.0: clean}
+    return [
+        Curve(name, at_zero | {point["eps"]: point["attacks"][name] for point in points})
+        for name in results["attacks"]
+        if name != "clean"
+    ]
+
+
+def caption(results: Mapping[str, Any]) -> str:
+    """What the figures are of, in a line."""
+    return f"n = {results['n']}, {size_in(results['norm'], results['eps'])}, {results['precision']}"
+
+
+def size_in(norm: str, eps: float) -> str:
+    """A radius as the field writes it: Linf in grey levels, L2 as a length."""
+    return f"{norm} eps = {eps * 255:.4g}/255" if norm == "linf" else f"{norm} eps = {eps:.4g}"
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results for people: each attack with its interval, other eps, the classes, and the warnings."""
+    attacks: Mapping[str, Any] = results["attacks"]
+    width = max(len("attack"), *(len(name) for name in attacks))
+    lines = [caption(results), ""]
+    lines.append(f"{'attack':<{width}}  accuracy %  95 % interval")
+    for name, score in attacks.items():
+        lines.append(f"{name:<{width}}  {_with_interval(score)}")
+    for point in results["more_eps"]:
+        lines += ["", size_in(results["norm"], point["eps"])]
+        lines += [f"{name:<{width}}  {_with_interval(score)}" for name, score in point["attacks"].items()]
+    per_class = {name: score["per_class"] for name, score in attacks.items()}
+    first = next(iter(per_class.values()))
+    wide = max(len("class"), *(len(str(name)) for name in first))
+    lines += ["", f"{'class':<{wide}}      n  " + "  ".join(f"{name:>{max(6, len(name))}}" for name in attacks)]
+    for label, (_, n) in first.items():
+        if n:
+            cells = (f"{100 * per_class[name][label][0] / n:>{max(6, len(name))}.1f}" for name in attacks)
+            lines.append(f"{label:<{wide}}  {n:>5}  " + "  ".join(cells))
+    return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])
+
+
+def _with_interval(score: Mapping[str, Any]) -> str:
+    return f"{100 * score['accuracy']:>10.2f}  {100 * score['low']:.1f} to {100 * score['high']:.1f}"

@@ -1,0 +1,157 @@
+"""The evaluation on ranks that take pieces by turns: the same figures, no rank idle, and on after a kill."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cases import SIDE, build_model
+from harness import RankError, RankServer
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.data.decode import EvalTransform
+from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.evaluation import EvalAttack, Evaluator
+
+EPS = 0.2 / 255
+ATTACKS = ["clean", "fgsm", "pgd3x2", "apgd-ce"]
+STANDARD = ["clean", "autoattack"]
+
+
+class Sensitive(nn.Module):
+    """On it the attacks of `ATTACKS` leave some pictures right, and differ in which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build_model().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = torch.randn(x[0].numel(), 3, generator=torch.Generator().manual_seed(3))
+        return self.model(x)[:, :3] + 0.6 * torch.sin(x.flatten(1) @ waves)
+
+
+def _stream(shards: str) -> EvalStream:
+    return EvalStream(shards, batch_size=5, transform=EvalTransform(size=SIDE, crop_pct=1.0))
+
+
+def _log_turns(rank: int, log: Path | None, kill: int, pause: float) -> None:
+    """Write down which rank attacks which batch with what; be slow, or end at the n-th piece."""
+    right, count = EvalAttack.right, 0
+
+    def logged(attack: EvalAttack, *args: Any, **kwargs: Any) -> Tensor:
+        nonlocal count
+        count += 1
+        if count == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(pause)
+        result = right(attack, *args, **kwargs)
+        if log is not None:
+            line = json.dumps([rank, attack.name, kwargs["threat"].eps, kwargs["ids"].tolist()]) + "\n"
+            with open(log, "a") as file:
+                file.write(line)
+        return result
+
+    EvalAttack.right = logged  # type: ignore[method-assign]
+
+
+def _evaluate(
+    ranks: Ranks,
+    shards: str,
+    attacks: list[str],
+    check: int = 0,
+    partial: str | None = None,
+    log: Path | None = None,
+    kill: tuple[int, int] = (0, 0),
+    pauses: tuple[float, float] = (0, 0),
+) -> dict[str, Any]:
+    _log_turns(ranks.rank, log, kill[1] if ranks.rank == kill[0] else 0, pauses[ranks.rank])
+    before = torch.get_rng_state()
+    more = [Linf(EPS / 2), Linf(2 * EPS)]
+    evaluator = Evaluator(attacks, Linf(EPS), ranks, more=more, seed=3, check=check, progress=False)
+    results = evaluator.run(Sensitive(), _stream(shards), partial)
+    assert torch.equal(torch.get_rng_state(), before)
+    return results
+
+
+def _turns(log: Path) -> list[list[Any]]:
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("attacks", [ATTACKS, pytest.param(STANDARD, marks=pytest.mark.long)])
+def test_two_ranks_equal_one(server: RankServer, shards: str, attacks: list[str]) -> None:
+    """Sample for sample, at each eps, and in what the checks measure."""
+    (one,) = server.run(1, _evaluate, shards, attacks, 6, timeout=500)
+    two = server.run(2, _evaluate, shards, attacks, 6, timeout=500)
+    assert two == [one, one]
+    assert one["ids"] == list(range(24))
+    assert [point["eps"] for point in one["more_eps"]] == [EPS / 2, 2 * EPS]
+    assert "clean" not in one["more_eps"][0]["attacks"], "it has no eps"
+    assert one["checks"]["restarts"].keys() == {"n", *(f"restart_{k}" for k in range(1, 6))}
+    found = [tuple(score["correct"]) for score in one["attacks"].values()]
+    assert len(set(found)) >= min(3, len(found)), "the attacks differ, or equality shows little"
+    robust = [point["attacks"][attacks[-1]]["accuracy"] for point in (one["more_eps"][0], one, one["more_eps"][1])]
+    assert robust == sorted(robust, reverse=True)
+    assert robust[0] > robust[-1]
+
+
+def test_a_slow_rank_gets_less(server: RankServer, shards: str, tmp_path: Path) -> None:
+    """Of 5 batches x 3 eps x 2 attacks; the fast rank does not wait for the slow one but at the end."""
+    log = tmp_path / "log"
+    server.run(2, _evaluate, shards, ["pgd1", "pgd2"], 0, None, log, (0, 0), (0.0, 0.4))
+    turns = _turns(log)
+    assert len(turns) == len({json.dumps(turn[1:]) for turn in turns}) == 30
+    assert 1 <= sum(turn[0] == 1 for turn in turns) <= 8
+    assert next(turn[1] for turn in turns if turn[0] == 0) == "pgd2", "the costliest first"
+
+
+def test_on_after_a_kill_at_the_batch_where_it_was(server: RankServer, shards: str, tmp_path: Path) -> None:
+    (whole,) = server.run(1, _evaluate, shards, ATTACKS, 6)
+    log, partial = tmp_path / "log", str(tmp_path / "evaluation.json.partial")
+    for kill in ((0, 14), (1, 8)):  # the checks have 8 attacks of their own
+        with pytest.raises(RankError):
+            server.run(2, _evaluate, shards, ATTACKS, 6, partial, log, kill, (0.05, 0.05))
+    (file, *_) = Path(partial).rglob("rank-*.jsonl")
+    with open(file, "ab") as cut_short:
+        cut_short.write(b'{"name": "pgd3x2 linf 0.0')
+    before = _turns(log)
+    log.unlink()
+    results = server.run(2, _evaluate, shards, ATTACKS, 6, partial, log)
+    assert results == [whole, whole]
+    kept = {json.dumps(turn[1:]) for turn in before if turn[1] in ATTACKS}
+    again = {json.dumps(turn[1:]) for turn in _turns(log)} & kept
+    assert len(kept) >= 6
+    assert len(again) <= 2, "what was under way when its rank was killed"
+    assert not Path(partial).exists()
+
+
+def test_another_model_begins_anew(server: RankServer, shards: str, tmp_path: Path) -> None:
+    """Results of other weights lie there, and are neither used nor lost."""
+    partial = str(tmp_path / "partial")
+    with pytest.raises(RankError):
+        server.run(1, _evaluate, shards, ["pgd2"], 0, partial, None, (0, 3))
+    kept = {path: path.read_bytes() for path in Path(partial).rglob("*.jsonl")}
+    assert kept
+    server.run(1, _evaluate_other, shards, partial)
+    assert {path: path.read_bytes() for path in Path(partial).rglob("*.jsonl")} == kept
+
+
+def _evaluate_other(ranks: Ranks, shards: str, partial: str) -> None:
+    model = Sensitive()
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    log: list[str] = []
+    right = EvalAttack.right
+
+    def logged(attack: EvalAttack, *args: Any, **kwargs: Any) -> Tensor:
+        log.append(attack.name)
+        return right(attack, *args, **kwargs)
+
+    EvalAttack.right = logged  # type: ignore[method-assign]
+    Evaluator(["pgd2"], Linf(EPS), ranks, progress=False, seed=3).run(model, _stream(shards), partial)
+    assert len(log) == 5

@@ -1,0 +1,129 @@
+"""AutoAttack as we call it against the official code alone, and the other new attacks against written-out ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import EPS, PICTURES, stream
+from pyautoattack import AutoAttack
+from torch import Tensor
+
+import fulllora_dist as fd
+from fulllora_dist.attacks.threat import L2, Linf
+from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.evaluation.attacks import autoattack_seed
+from tests.tiny import CLASSES, tiny
+
+SMALL = 12
+OFFICIAL = {"linf": "Linf", "l2": "L2"}
+
+
+def _alone(
+    model: fd.AdaptedModel, x: Tensor, y: Tensor, eps: float, norm: str, parts: list[str], seed: int, batch_size: int
+) -> list[int]:
+    """The official evaluation, its targeted attacks with the three wrong classes that there are."""
+    adversary = AutoAttack(model, norm=OFFICIAL[norm], eps=eps, version="standard", seed=seed)
+    adversary.attacks_to_run = parts
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = CLASSES - 1
+    _, predicted = adversary.run_standard_evaluation(x, y, batch_size=batch_size)
+    return (predicted == y).int().tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "eps"),
+    [
+        ("apgd-ce", "linf", EPS),
+        ("apgd-t", "linf", EPS / 2),
+        ("fab-t", "l2", 0.6),
+        pytest.param("square+apgd-ce", "l2", 0.6, marks=pytest.mark.long),
+    ],
+)
+def test_parts_equal_the_official_code(
+    healthy: dict[str, fd.AdaptedModel], pictures: Path, name: str, norm: str, eps: float
+) -> None:
+    """Batch by batch, each with its own seed."""
+    model, batches = healthy["full_at"], stream(pictures, SMALL, batch_size=SMALL // 2)
+    found = evaluate(model, batches, attacks=("clean", name), eps=eps, norm=norm, seed=5)["attacks"]  # type: ignore[arg-type]
+    expected: list[int] = []
+    for batch in map(batches.read, batches.batches):
+        threat = {"linf": Linf, "l2": L2}[norm](eps)
+        seed = autoattack_seed(name, threat, 5, batch.ids)
+        parts = name.split("+")
+        expected += _alone(model, batch.pixels(), batch.labels, eps, norm, parts, seed, len(batch))
+    assert found[name]["correct"] == expected
+    assert 0 < sum(expected) <= sum(found["clean"]["correct"])
+
+
+@pytest.mark.long
+def test_the_standard_version_on_200_pictures(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+    """The official evaluation puts what is still right into new batches, so that other random numbers fall on it."""
+    model, batches = healthy["full_at"], stream(pictures)
+    found = evaluate(model, batches, attacks=("clean", "pgd20", "autoattack"), eps=EPS)["attacks"]
+    (whole,) = stream(pictures, batch_size=PICTURES)
+    expected = _alone(
+        model, whole.pixels(), whole.labels, EPS, "linf", ["apgd-ce", "apgd-t", "fab-t", "square"], 3, batch_size=50
+    )
+    ours = found["autoattack"]["correct"]
+    assert sum(a != b for a, b in zip(ours, expected, strict=True)) <= 2
+    assert sum(ours) <= sum(found["pgd20"]["correct"]) < sum(found["clean"]["correct"])
+    assert sum(ours) > 0
+
+
+def test_the_generator_of_training_is_untouched(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+    before = torch.get_rng_state()
+    evaluate(healthy["full_at"], stream(pictures, 4), attacks=("apgd-ce+fab-t",), eps=EPS, check=4)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seeds_differ_by_name_ball_and_batch() -> None:
+    ids = torch.arange(4)
+    keys = [("autoattack", Linf(EPS), 0, ids), ("square", Linf(EPS), 0, ids), ("autoattack", L2(EPS), 0, ids)]
+    keys += [
+        ("autoattack", Linf(0.1), 0, ids),
+        ("autoattack", Linf(EPS), 1, ids),
+        ("autoattack", Linf(EPS), 0, ids + 1),
+    ]
+    assert len({autoattack_seed(*key) for key in keys}) == len(keys)
+
+
+def test_fgsm_is_one_step_from_the_picture(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+    model, batch = healthy["standard"], stream(pictures, 8).read(stream(pictures, 8).ids)
+    x = batch.pixels().requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), batch.labels), x)
+    expected = (x.detach() + EPS * gradient.sign()).clamp(0, 1)
+    made = EvalAttack.parse("fgsm")(model, x.detach(), batch.labels, threat=Linf(EPS), seed=0, ids=batch.ids)
+    torch.testing.assert_close(made, expected)
+
+
+def test_dlr_has_no_scale(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+    """Where cross-entropy's gradient is rounded to zero, it still finds the way."""
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1e5 * healthy["full_at"](x) + 7
+
+    found = [
+        evaluate(model, stream(pictures), attacks=("pgd10", "dlr10"), eps=EPS)["attacks"]
+        for model in (healthy["full_at"], Scaled())
+    ]
+    accuracy = [{name: score["accuracy"] for name, score in scores.items()} for scores in found]
+    assert accuracy[1]["dlr10"] == pytest.approx(accuracy[0]["dlr10"], abs=0.01)
+    assert accuracy[1]["pgd10"] > accuracy[0]["pgd10"] + 0.05
+
+
+@pytest.mark.parametrize(("name", "needed"), [("autoattack", 4), ("apgd-dlr", 3), ("dlr5", 3)])
+def test_too_few_classes_are_refused(name: str, needed: int) -> None:
+    with pytest.raises(UserError, match=f"{name} needs {needed} classes"):
+        EvalAttack.parse(name).check_classes(needed - 1)
+    EvalAttack.parse(name).check_classes(needed)
+
+
+def test_clean_mistakes_are_no_robustness(pictures: Path) -> None:
+    """An attack may push a wrong prediction to the right class: the picture itself is in the ball."""
+    model = tiny(seed=1)
+    scores = evaluate(model, stream(pictures), attacks=("clean", "fgsm", "cw5x2"), eps=0.3)["attacks"]
+    clean = scores["clean"]["correct"]
+    for name in ("fgsm", "cw5x2"):
+        assert all(right <= before for right, before in zip(scores[name]["correct"], clean, strict=True))

@@ -1,0 +1,154 @@
+"""Each check warns of a model that was built to have its symptom, and is quiet on three healthy ones."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import EPS, HEALTHY, stream
+from torch import Tensor, nn
+
+import fulllora_dist as fd
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.evaluation import evaluate
+from fulllora_dist.evaluation.checks import CHECKS
+
+LEVELS = 32 / 255
+
+
+class Around(nn.Module):
+    """Of a healthy model, and broken in `forward`."""
+
+    def __init__(self, model: nn.Module, pictures: tuple[Tensor, Tensor]):
+        super().__init__()
+        self.model = model
+        x, y = pictures
+        self.means = torch.stack([x[y == label].mean(dim=0) for label in range(4)]).flatten(1)
+
+
+class Saturated(Around):
+    """Logits so far apart that cross-entropy's gradient is zero in fp32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e4 * self.model(x)
+
+
+class Detached(Around):
+    """A step in the midst that passes no gradient: PGD stays where it starts, Square does not care."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x.detach()) + 0 * x.sum()
+
+
+class NearestMean(Around):
+    """Without a gradient, too, and noise does not change what is near: PGD fools it at no eps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -torch.cdist(x.detach().flatten(1), self.means).square() + 0 * x.sum()
+
+
+class Trench(Around):
+    """Pixels of a picture lie on a coarse grid, so the model knows how far a perturbation went along a direction. The
+    margin falls a little, rises again, and is negative at the edge of the ball: small steps stay in between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta = x - (x / LEVELS).round().detach() * LEVELS
+        pattern = torch.ones(x[0].numel()).view(x.shape[1:])
+        pattern.view(-1)[::2] = -1
+        t = (delta * pattern).flatten(1).mean(dim=1) / EPS
+        dip = torch.where(t < 0.25, 1 - 2 * t.clamp_min(-0.1), 0.5 + 2 * (t - 0.25))
+        margin = torch.where(t > 0.85, -1, dip)
+        own = torch.nn.functional.one_hot(torch.cdist(x.detach().flatten(1), self.means).argmin(dim=1), 4)
+        return own * margin[:, None]
+
+
+class Rough(Around):
+    """Waves shorter than eps: each start ends in another valley."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        waves = torch.randn(x[0].numel(), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        flat = x.flatten(1).double()
+        return -0.5 * torch.cdist(flat, self.means.double()).square() + 4 * torch.sin(2 * flat @ waves)
+
+
+class Noisy(Around):
+    """Noise in each forward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x + 0.1 * torch.randn_like(x))
+
+
+class Shifted:
+    """Pictures that somebody has normalised before."""
+
+    def __init__(self, pictures: Any):
+        self._pictures = pictures
+        self.batches, self.index, self.digest = pictures.batches, pictures.index, "shifted"
+
+    def read(self, ids: np.ndarray) -> Batch:
+        batch = self._pictures.read(ids)
+        return replace(batch, images=(batch.pixels() - 0.5) / 0.25)
+
+
+class OnAGrid(Shifted):
+    """Pictures of few grey levels."""
+
+    def read(self, ids: np.ndarray) -> Batch:
+        batch = self._pictures.read(ids)
+        return replace(batch, images=((batch.pixels() / LEVELS).round() * LEVELS).clamp(0, 7 * LEVELS))
+
+
+SICK: dict[str, tuple[type[Around] | None, type[Shifted] | None]] = {
+    "pixels": (None, Shifted),
+    "determinism": (Noisy, None),
+    "zero_gradients": (Saturated, None),
+    "single_step": (Trench, OnAGrid),
+    "huge_eps": (NearestMean, None),
+    "restarts": (Rough, None),
+    "square": (Detached, None),
+}
+
+
+def _look(model: nn.Module, pictures: Any) -> dict[str, Any]:
+    return evaluate(model, pictures, attacks=("clean",), eps=EPS, check=50)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_symptom_is_seen(
+    check: str, healthy: dict[str, fd.AdaptedModel], training: tuple[Tensor, Tensor], pictures: Path
+) -> None:
+    broken, other = SICK[check]
+    model: nn.Module = broken(healthy["standard"], training) if broken else healthy["standard"]
+    found = _look(model, other(stream(pictures)) if other else stream(pictures))
+    assert [line for line in found["warnings"] if line.startswith(f"{check}: ")], (found["checks"], found["warnings"])
+    assert found["attacks"]["clean"]["accuracy"] > 0.5 or check == "pixels", "it is right without an attack"
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_models_are_left_alone(name: str, healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+    found = _look(healthy[name], stream(pictures))
+    assert found["warnings"] == []
+    assert found["checks"].keys() == CHECKS.keys()
+    assert found["checks"]["huge_eps"]["n"] >= 15, "right often enough for a symptom to show"
+
+
+def test_without_checks_none_is_made(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+    found = evaluate(healthy["standard"], stream(pictures, 8), attacks=("clean",), eps=EPS)
+    assert (found["checks"], found["warnings"]) == ({}, [])
+    at_zero = evaluate(healthy["standard"], stream(pictures, 8), attacks=("clean",), eps=0, check=8)
+    assert at_zero["checks"] == {}
+
+
+def test_bf16_is_said(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+    class InBf16(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return healthy["standard"](x) * self.scale
+
+    found = evaluate(InBf16(), stream(pictures, 8), attacks=("clean",), eps=EPS)
+    assert found["warnings"] == ["precision: computed in bf16; a figure to report is computed in fp32"]

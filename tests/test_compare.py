@@ -1,0 +1,139 @@
+"""The paired comparison against a bootstrap written out, a simulation of its coverage, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fulllora_dist.compare import compare, comparison_table, read_evaluation
+from fulllora_dist.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+
+
+def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **facts: Any) -> dict[str, Any]:
+    """In the form of evaluation.json, as far as it is compared."""
+    n = len(robust)
+    attacks = {"clean": {"correct": (np.ones(n, int) if clean is None else clean).tolist()}}
+    attacks["pgd20"] = {"correct": robust.astype(int).tolist()}
+    found = {"n": n, "eps": 4 / 255, "norm": "linf", "precision": "fp32", "data": "hash", "warnings": []}
+    return {**found, "ids": list(range(n)), "attacks": attacks, "more_eps": [], **facts}
+
+
+def pair(n: int, seed: int = 0, gain: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """Correlated results: most pictures are as hard for the one as for the other."""
+    rng = np.random.default_rng(seed)
+    hard, luck = rng.random(n), rng.random((2, n))
+    return hard + 0.3 * luck[0] < 0.6, hard + 0.3 * luck[1] < 0.6 + gain
+
+
+def robust_row(found: dict[str, Any]) -> dict[str, Any]:
+    return next(row for row in found["rows"] if row["attack"] == "pgd20")
+
+
+def test_equals_a_bootstrap_over_pictures() -> None:
+    a, b = pair(400)
+    row = robust_row(compare(evaluation(a), evaluation(b), samples=40_000))
+    rng = np.random.default_rng(1)
+    drawn = rng.integers(len(a), size=(20_000, len(a)))
+    differences = b[drawn].mean(axis=1) - a[drawn].mean(axis=1)
+    low, high = np.percentile(differences, [2.5, 97.5])
+    assert row["difference"] == pytest.approx(b.mean() - a.mean())
+    assert (row["low"], row["high"]) == pytest.approx((low, high), abs=0.003)
+    unpaired = 1.96 * np.sqrt(a.var() / len(a) + b.var() / len(b))
+    assert row["high"] - row["low"] < 1.6 * unpaired, "paired, it is narrower"
+
+
+def test_covers_the_truth() -> None:
+    """In 95 % of repetitions, up to the error of 400 of them (1.1 points)."""
+    truth = np.subtract(*[side.mean() for side in pair(400_000, seed=1000)][::-1])
+    inside = 0
+    for seed in range(400):
+        a, b = pair(200, seed)
+        row = robust_row(compare(evaluation(a), evaluation(b), samples=1000))
+        inside += row["low"] <= truth <= row["high"]
+    assert 0.915 <= inside / 400 <= 0.985
+
+
+def test_the_other_way_round_and_with_itself() -> None:
+    a, b = (evaluation(side) for side in pair(300))
+    there, back = robust_row(compare(a, b)), robust_row(compare(b, a))
+    assert back["difference"] == -there["difference"]
+    assert (back["only_a"], back["only_b"], back["p"]) == (there["only_b"], there["only_a"], there["p"])
+    assert back["low"] == pytest.approx(-there["high"], abs=0.01)
+    same = robust_row(compare(a, a))
+    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+
+
+def test_each_eps_and_warnings() -> None:
+    a, b = pair(100)
+    more = [{"eps": 8 / 255, "attacks": {"pgd20": {"correct": a.astype(int).tolist()}}}]
+    found = compare(evaluation(a, more_eps=more), evaluation(b, more_eps=more, warnings=["square: masked"]))
+    assert [(row["attack"], round(row["eps"] * 255)) for row in found["rows"]] == [
+        ("clean", 0),
+        ("pgd20", 4),
+        ("pgd20", 8),
+    ]
+    assert found["rows"][2]["difference"] == 0
+    assert found["warnings"] == ["B: square: masked"]
+    assert "4/255" in comparison_table(found)
+
+
+def test_clean_is_compared_at_any_eps() -> None:
+    a, b = pair(100)
+    found = compare(evaluation(a), evaluation(b, eps=8 / 255))
+    assert [row["attack"] for row in found["rows"]] == ["clean"]
+
+
+def test_shared_ids_are_paired_by_id() -> None:
+    a, b = pair(100)
+    first, second = evaluation(a), evaluation(b[50:], ids=list(range(50, 100)), n=50)
+    with pytest.raises(UserError, match=r"A has 100 pictures, B 50, and 50 of them are the same; .*--shared"):
+        compare(first, second)
+    row = robust_row(compare(first, second, shared=True))
+    assert row["difference"] == pytest.approx(b[50:].mean() - a[50:].mean())
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"norm": "l2"}, "norm of A is linf, of B l2"),
+        ({"precision": "bf16"}, "precision of A is fp32, of B bf16"),
+        ({"data": "other"}, "data of A is hash, of B other"),
+        ({"ids": list(range(100, 200))}, "0 of them are the same"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(facts: dict[str, Any], message: str) -> None:
+    a, b = pair(100)
+    with pytest.raises(UserError, match=message):
+        compare(evaluation(a), evaluation(b, **facts))
+
+
+def test_an_attack_that_one_has_not_is_refused() -> None:
+    a, b = pair(100)
+    with pytest.raises(UserError, match=r"--attack: cw20 is not in both; in common they have clean at 0, pgd20 at"):
+        compare(evaluation(a), evaluation(b), attacks=["cw20"])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"ids": [1], "attacks": {"clean": {"correct": []}}, "eps": 0}'])
+def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(UserError, match=r"a.json is no evaluation.json"):
+        read_evaluation(tmp_path / "a.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_evaluation(tmp_path / "b.json")
+
+
+def test_command_line(tmp_path: Path) -> None:
+    for name, side in zip("ab", pair(200), strict=True):
+        (tmp_path / f"{name}.json").write_text(json.dumps(evaluation(side)))
+    command = [sys.executable, str(ROOT / "tools" / "compare_evaluations.py"), "a.json", "b.json"]
+    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["n"] == 200
+    failed = subprocess.run([*command, "--attack", "cw"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (failed.returncode, len(failed.stderr.splitlines())) == (2, 1)
