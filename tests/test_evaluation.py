@@ -316,6 +316,30 @@ def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, mode
     assert json.loads(output.read_text()) == {**here, "backbone": "vit_tiny_patch16_224.augreg_in21k"}
 
 
+def test_listed_pictures_at_several_eps(experiment: Path, shards: Path) -> None:
+    (experiment / "ids.txt").write_text("31\n2\n17\n5\n")
+    adapter, output = str(experiment / "adapter"), experiment / "listed.json"
+    arguments = ["--adapter", adapter, "--ids", str(experiment / "ids.txt"), "--eps", "4/255,8/255", "--output"]
+    process = start("--config", str(experiment / "config.yaml"), *arguments, str(output))
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    found = json.loads(output.read_text())
+    assert found["ids"] == [2, 5, 17, 31]
+    listed = EvalStream(
+        shards,
+        batch_size=4,
+        transform=EvalTransform(size=SIDE, crop_pct=1.0),
+        subset=Subset(ids=str(experiment / "ids.txt")),
+    )
+    loaded = fd.load(adapter)
+    for eps, attacks in [(EPS, found["attacks"]), *((point["eps"], point["attacks"]) for point in found["more_eps"])]:
+        alone = evaluate(loaded, listed, attacks=("pgd4",), eps=eps, seed=7)
+        assert attacks["pgd4"] == alone["attacks"]["pgd4"]
+    assert [point["eps"] for point in found["more_eps"]] == [8 / 255]
+    assert (experiment / "listed_eps.png").is_file()
+    assert not (experiment / "listed.json.partial").exists()
+
+
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> None:
     """Others import a package of that name; a script's own folder comes first on sys.path."""
@@ -341,6 +365,10 @@ def entry() -> ModuleType:
     [
         (["--attacks", "clean,fsgm"], r"evaluation.attacks: 'fsgm' is no attack"),
         (["--eps", "4"], r"threat.eps: .*4/255"),
+        (["--eps", "4/255,400/255"], r"evaluation.eps: .*"),
+        (["--first", "40"], r"evaluation.first: 40; .* has 33 samples"),
+        (["--first", "4", "--n", "4"], r"evaluation.n, evaluation.first and evaluation.ids: one of them is right"),
+        (["--ids", "nowhere.txt"], r"evaluation.ids: nowhere.txt cannot be read"),
         (["--norm", "l2"], r"--norm: .* no common size; give --eps too"),
         (["--n", "0"], r"evaluation.n: .*greater than or equal to 1"),
         (["--adapter", "models:/robust@champion"], r"--adapter: models:/robust@champion .*give the adapter's folder"),

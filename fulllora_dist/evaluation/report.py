@@ -5,7 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from timm.data import ImageNetInfo
+
 from fulllora_dist.data.index_file import published
+from fulllora_dist.intervals import wilson
 from fulllora_dist.tracking.figures import Curve, per_class_bars, robustness_curve
 
 
@@ -28,12 +31,25 @@ def write_figures(results: Mapping[str, Any], path: str | Path) -> list[Path]:
     """
     path, attacks = Path(path), results["attacks"]
     files = [path.with_name(f"{path.stem}_classes.png")]
-    per_class_bars({name: score["per_class"] for name, score in attacks.items()}, caption(results)).savefig(files[0])
+    per_class = {
+        name: {_described(label): counts for label, counts in score["per_class"].items()}
+        for name, score in attacks.items()
+    }
+    per_class_bars(per_class, caption(results)).savefig(files[0])
     if results["more_eps"]:
         figure = robustness_curve(_curves(results), trained_eps=None, attack="attack", norm=results["norm"])
         files.append(path.with_name(f"{path.stem}_eps.png"))
         figure.savefig(files[1])
     return files
+
+
+def _described(label: str) -> str:
+    """A WordNet id of ImageNet with the first of its names; other classes as they are."""
+    names = ImageNetInfo("imagenet-22k")
+    try:
+        return f"{names.label_name_to_description(label).split(',')[0]} ({label})"
+    except KeyError:
+        return label
 
 
 def _curves(results: Mapping[str, Any]) -> list[Curve]:
@@ -72,11 +88,14 @@ def table(results: Mapping[str, Any]) -> str:
     per_class = {name: score["per_class"] for name, score in attacks.items()}
     first = next(iter(per_class.values()))
     wide = max(len("class"), *(len(str(name)) for name in first))
-    lines += ["", f"{'class':<{wide}}      n  " + "  ".join(f"{name:>{max(6, len(name))}}" for name in attacks)]
+    header = "  ".join(f"{name:>{max(6, len(name))}}" for name in attacks)
+    *_, last = attacks
+    lines += ["", f"{'class':<{wide}}      n  {header}  95 % interval of {last}"]
     for label, (_, n) in first.items():
         if n:
             cells = (f"{100 * per_class[name][label][0] / n:>{max(6, len(name))}.1f}" for name in attacks)
-            lines.append(f"{label:<{wide}}  {n:>5}  " + "  ".join(cells))
+            low, high = wilson(per_class[last][label][0], n)
+            lines.append(f"{label:<{wide}}  {n:>5}  {'  '.join(cells)}  {100 * low:.1f} to {100 * high:.1f}")
     return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])
 
 

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
+
+from fulllora_dist.intervals import wilson
 
 
 def score(correct: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
@@ -16,11 +17,11 @@ def score(correct: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> di
         labels: int64 [n].
     """
     right, n = int(correct.sum()), len(correct)
-    interval = binomtest(right, n).proportion_ci(confidence_level=0.95, method="wilson")
+    low, high = wilson(right, n)
     return {
         "accuracy": right / n,
-        "low": float(interval.low),
-        "high": float(interval.high),
+        "low": low,
+        "high": high,
         "correct": correct.tolist(),
         "per_class": {
             name: [int(correct[labels == label].sum()), int((labels == label).sum())]

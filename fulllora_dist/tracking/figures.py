@@ -13,8 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
+from fulllora_dist.intervals import wilson
+
 RIGHT, WRONG = "#0072B2", "#D55E00"
-_GREY = "#555555"
+_GREY, _BAR = "#555555", "#9CCBE8"
 _STYLES = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (_GREY, "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-")]
 
 
@@ -178,8 +180,8 @@ def robustness_curve(
 
 
 def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], caption: str) -> Figure:
-    """Accuracy of each class, the least robust on top: a bar for the last attack, a mark for each of the others. Of
-    many classes the 20 least and the 20 most robust ones.
+    """Accuracy of each class, the least robust on top: a bar with its 95 % interval for the last attack, a mark for
+    each of the others. Of many classes the 20 least and the 20 most robust ones.
 
     Args:
         per_class: {attack: {class: (right, n)}}; classes without a picture are left out.
@@ -198,10 +200,22 @@ def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], capti
     figure = Figure(figsize=(7.5, 1.6 + 0.27 * len(names)), dpi=110, layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(names)) + np.where(np.arange(len(names)) >= 20, 1 if total > 40 else 0, 0)
-    axes.barh(places, [shown[name][-1] for name in names], color=RIGHT, height=0.7, label=attacks[-1])
+    heights = np.array([shown[name][-1] for name in names])
+    bounds = 100 * np.array([wilson(*per_class[attacks[-1]][name]) for name in names])
+    axes.barh(
+        places,
+        heights,
+        xerr=np.abs(bounds.T - heights),
+        error_kw={"ecolor": _GREY, "elinewidth": 1, "capsize": 2},
+        color=_BAR,
+        height=0.7,
+        label=f"{attacks[-1]} (with 95 % interval)",
+    )
     for number, (attack, (color, marker, _)) in enumerate(zip(attacks[:-1], itertools.cycle(_STYLES))):
         values = [shown[name][number] for name in names]
-        axes.scatter(values, places, color=color, marker=marker, zorder=3, clip_on=False, label=attack)
+        axes.scatter(
+            values, places, color=color, marker=marker, edgecolor="white", s=45, zorder=3, clip_on=False, label=attack
+        )
     axes.set_yticks(places, [str(name) for name in names], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
