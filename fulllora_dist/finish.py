@@ -25,7 +25,6 @@ def finish(run: Run, state: RunState) -> None:
     def save() -> None:
         save_adapter(state.engine.model, adapter, state=tensors, training=training)
         run.tracker.artifact(adapter, "adapter")
-        run.tracker.text(run.settings, "config.yaml")
 
     run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")

@@ -234,12 +234,13 @@ class RunState:
         names = list(metrics)
         total = self._run.ranks.sum(torch.stack([metrics[name].double() for name in names]))
         means = dict(zip(names, (total / self._run.ranks.world).tolist(), strict=True))
-        means = {name: value for name, value in means.items() if math.isfinite(value)}  # a skipped update has no loss
-        self.shown = {name: f"{value:.3f}" for name, value in means.items()}
+        # a skipped update has no loss
+        self.shown = {name: f"{value:.3f}" for name, value in means.items() if math.isfinite(value)}
         means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
         if (norm := self.engine.gradient_norm()) is not None:
             means["gradient_norm"] = norm
         self._run.tracker.log({f"train/{name}": value for name, value in means.items()}, self.step)
+        self._run.gather_samples()
 
     def save(self) -> None:
         """Begin to write the state, once a step. A collective."""
