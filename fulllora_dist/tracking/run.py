@@ -69,8 +69,7 @@ class Tracker:
         self._outbox.begin(run_id, step)
         self._metrics = self._outbox.metrics
         self._first_sample = next((line["time"] for line in self._outbox.system), None)
-        run_name = settings.run_name or os.path.basename(os.path.abspath(output))
-        self._shipper = Shipper(self._outbox, self.uri, settings.experiment, run_name, _say)
+        self._shipper = Shipper(self._outbox, self.uri, settings.experiment, run_name(config), _say)
         self._drawing = ThreadPoolExecutor(1, "pictures")
         self._begin_attempt(config, step, hosts)
         self._shipper.start()
@@ -235,6 +234,11 @@ class Tracker:
         if kind not in self._warned:
             _say(line)
         self._warned.add(kind)
+
+
+def run_name(config: Config) -> str:
+    """The MLflow run's, where it is made."""
+    return config.tracking.run_name or os.path.basename(os.path.abspath(config.run.output))
 
 
 def _say(line: str) -> None:
