@@ -161,11 +161,12 @@ def is_artifact(event: Line) -> bool:
 
 
 def patient_client(uri: str) -> Any:
-    """An `MlflowClient` whose calls end within a minute or so."""
+    """An `MlflowClient` whose calls fail soon, and once; trying again is ours, and so is stdout."""
     # defaults would hold a dead server's caller for four minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     return MlflowClient(uri)

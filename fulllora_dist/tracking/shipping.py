@@ -95,10 +95,9 @@ class Shipper:
     def _failed(self, error: Exception) -> None:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
-            reason = redacted(" ".join(str(error).split()))[:200] or type(error).__name__
             self._say(
-                f"warning: MLflow at {redacted(self._uri)} does not take what it is sent ({reason}); it is kept in "
-                f"{self._outbox.output} and tried again"
+                f"warning: MLflow at {redacted(self._uri)} does not take what it is sent ({_reason(error)}); it is "
+                f"kept in {self._outbox.output} and tried again"
             )
 
     def _answered(self) -> None:
@@ -164,3 +163,12 @@ class Shipper:
                 outbox.save()
         if failed is not None:
             raise failed
+
+
+def _reason(error: BaseException) -> str:
+    """What lies at the bottom of it, in a line."""
+    root = error
+    while (below := root.__cause__ or root.__context__) is not None:
+        root = below
+    text = (isinstance(root, OSError) and root.strerror) or " ".join(str(root).split()) or type(root).__name__
+    return redacted(text)[:200]
