@@ -50,7 +50,6 @@ class Outbox:
         self.covered = 0
         with suppress(OSError, ValueError):
             self.covered = int((self._folder / "covered").read_text())
-        self._saved_covered = self.covered
 
     @property
     def _spools(self) -> dict[str, Spool]:
@@ -93,8 +92,7 @@ class Outbox:
                     line = json.loads(text)
                     if was_sent:
                         self._times[_content(line)] = line.pop("time")
-            self.covered = step
-            self.save_covered()
+            self.cover(step)
             self.save()
 
         self.metrics.cut(lambda line: belongs(line, step), before)
@@ -105,12 +103,15 @@ class Outbox:
         the other."""
         return self._times.get(_content(line)) if self._times else None
 
-    def save_covered(self) -> None:
-        """Write `covered`, for a process that sends after this one has ended."""
-        if self.covered != self._saved_covered:
-            with published(self._folder / "covered") as file:
-                file.write(str(self.covered).encode())
-            self._saved_covered = self.covered
+    def cover(self, step: int) -> None:
+        """A durable state covers everything up to `step`; on disk for who sends after this process has ended, without
+        waiting for the disk: where that is lost, less is sent until the run goes on.
+
+        Raises:
+            OSError: it is in memory alone.
+        """
+        self.covered = step
+        (self._folder / "covered").write_text(str(step))
 
     def is_uncovered(self, line: Line) -> bool:
         """Whether a line of metrics.jsonl has to wait for a state."""

@@ -145,7 +145,10 @@ class Tracker:
     def commit(self, step: int) -> None:
         """A durable state covers everything up to `step`: it may be sent."""
         if self._outbox is not None:
-            self._outbox.covered = step
+            try:
+                self._outbox.cover(step)
+            except OSError as error:
+                self._warn(f"warning: {self._outbox.output}: {error.strerror}; what MLflow may have is not noted there")
             self._shipper.wake()
 
     def go_back(self, step: int, kept_in: str) -> None:

@@ -111,7 +111,6 @@ class Shipper:
         Raises:
             Exception: of whatever kind, where the store fails. What was sent is noted, the rest stays where it is.
         """
-        self._outbox.save_covered()
         run = self._opened()
         self._points(run)
         self._events(run)

@@ -2,6 +2,7 @@
 thread that trains never waits for one."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,9 @@ from fulllora_dist.config import Config
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.write import make_shards
 from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.errors import UserError
 from fulllora_dist.tracking.run import Tracker
+from fulllora_dist.tracking.sync import sync
 from tests.services.mlflow_server import MlflowServer, SlowWay
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +181,9 @@ def test_artifacts_and_data(tmp_path: Path, shards: Path, serve_artifacts: bool)
             assert json.loads(found.dataset.source) == {"uri": str(shards)}
 
 
-def test_what_is_left_at_the_end_is_sent_by_a_tool(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_what_is_left_at_the_end_is_sent_by_a_tool(
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture
+) -> None:
     """The end waits no longer than it is told to, and says what to do; and the tool does it, more than once."""
     config = _config(tmp_path, f"http://127.0.0.1:{free_port()}", wait_seconds=1)
     tracker = Tracker(config, active=True)
@@ -190,26 +195,17 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(tmp_path: Path, capsys: pytes
     assert "1,500 points and 4 other entries are not sent" in said
     assert f"python tools/sync_tracking.py {config.run.output}" in said
 
+    shutil.copy(database, tmp_path)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-
-    def call(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(ROOT / "tools" / "sync_tracking.py"), *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
-
-    done = call(config.run.output, "--uri", store, "--json")
+    tool = [sys.executable, str(ROOT / "tools" / "sync_tracking.py"), config.run.output, "--uri", store, "--json"]
+    done = subprocess.run(tool, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert not found["left"]
     tracker._outbox.run_id = found["run_id"]
     _check_curves(tracker, store)
-    again = json.loads(call(config.run.output, "--uri", store, "--json").stdout)
-    assert again == found
+    assert sync(config.run.output, store, 60, print) == found, "again"
     _check_curves(tracker, store)
-    client = MlflowClient(store)
-    assert client.get_run(found["run_id"]).info.status == "FINISHED"
-
-    refused = call(str(tmp_path))
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr == (
-        f"error: {tmp_path}: no tracking/ there; give the output folder of a run with tracking.enabled=true\n"
-    )
+    assert MlflowClient(store).get_run(found["run_id"]).info.status == "FINISHED"
+    with pytest.raises(UserError, match=f"{tmp_path}: no tracking/ there; give the output folder of a run with"):
+        sync(str(tmp_path), store, 60, print)

@@ -28,14 +28,6 @@ def _config(folder: Path) -> Config:
     )
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store that has been used: making one takes seconds."""
-    folder = tmp_path_factory.mktemp("database")
-    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
 def config(tmp_path: Path, database: Path) -> Config:
     (tmp_path / "run").mkdir()
