@@ -51,7 +51,7 @@ def show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: Eval
     found = Examples(*(tensor.cpu() for tensor in (x, made, y, before, after)))
     tracker.picture("examples", lambda: _examples(found, stream.index.classes, threat.eps))
     tracker.picture("curves", lambda: training_curves(tracker.lines()))
-    norms = branch_norms(model)
+    norms = branch_norms(model.backbone)
     if norms:
         tracker.picture("adapter_norms", lambda: adapter_norms(norms))
 

@@ -157,8 +157,10 @@ def adversarial_examples(
     Returns:
         A figure; `figure.savefig(path)` writes it.
     """
-    figure = Figure(figsize=(2.0 * (1 + 2 * len(models)), 0.9 + 2.2 * len(clean)), dpi=120)
+    height = 0.9 + 2.2 * len(clean)
+    figure = Figure(figsize=(2.0 * (1 + 2 * len(models)), height), dpi=120)
     _draw_examples(figure, clean, labels, classes, models, eps)
+    figure.subplots_adjust(left=0.07, right=0.98, top=1 - 0.75 / height, bottom=0.5 / height)
     return figure
 
 

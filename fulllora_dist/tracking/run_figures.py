@@ -6,19 +6,21 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fulllora_dist.tracking.figures import GREY, RIGHT, STYLES, WRONG
+from fulllora_dist.tracking.figures import GREY, RIGHT, WRONG
 
-_TRAINING = {
+_LINES = {
     "train/accuracy": ("training batches, under their attack", GREY, "", "-"),
     "guard/clean_accuracy": ("held-out, clean", RIGHT, "s", "-"),
     "guard/robust_accuracy": ("held-out, PGD", WRONG, "o", "--"),
     "train/loss": ("training batches, under their attack", GREY, "", "-"),
 }
 """Points of metrics.jsonl that are drawn: label, colour, marker, line."""
-_NUMBERED = re.compile(r"(.*?\d+)\.(\D+)$")  # "layers.0.blocks.1", "attn.qkv.q"
-_APART = "none"
+_MANY = 60  # points, from which on the mean of a twentieth of them is drawn too
+_IN_A_BLOCK = re.compile(r"(.*\.\d+)\.(.+)")  # "layers.0.blocks.1", "attn.qkv.q"
+_OUTSIDE = "outside"
 
 
 def training_curves(lines: Iterable[Mapping[str, Any]]) -> Figure:
@@ -30,25 +32,24 @@ def training_curves(lines: Iterable[Mapping[str, Any]]) -> Figure:
     points: dict[str, tuple[list[int], list[float]]] = {}
     for line in lines:
         for name, value in line.items():
-            if name in _TRAINING or name.startswith("eval/"):
+            if name in _LINES or name.startswith("eval/"):
                 steps, values = points.setdefault(name, ([], []))
                 steps.append(line["step"])
                 values.append(value if name == "train/loss" else 100 * value)
     figure = Figure(figsize=(8, 6.5), dpi=110, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (2.2, 1)})
-    for name, (label, color, marker, dashes) in _TRAINING.items():
+    for name in _LINES:
         if name in points:
-            axes = below if name == "train/loss" else above
-            style = {"marker": marker if len(points[name][0]) <= 60 else None, "linestyle": dashes, "markersize": 5}
-            axes.plot(*points[name], color=color, label=label, linewidth=1.8, **style)
+            _draw_line(below if name == "train/loss" else above, name, *points[name])
     finals = {name: found for name, found in points.items() if name.startswith("eval/")}
-    for (name, found), (color, marker, _) in zip(finals.items(), itertools.cycle(STYLES[::-1])):
+    for (name, found), marker in zip(finals.items(), itertools.cycle("*XDPv")):
+        color = RIGHT if name == "eval/clean" else WRONG
         label = f"validation at the end, {name.removeprefix('eval/')}"
-        above.plot(*found, color=color, marker=marker, markersize=10, linestyle="", clip_on=False, label=label)
-    above.set_ylim(0, 100)
+        style = {"color": color, "markeredgecolor": "white", "markersize": 13, "zorder": 4}
+        above.plot(*found, marker=marker, linestyle="", clip_on=False, label=label, **style)
+    above.set_ylim(-3, 103)
     above.set_ylabel("accuracy, %", fontsize=11)
     below.set_ylabel("training loss", fontsize=11)
-    below.set_ylim(bottom=0)
     below.set_xlabel("batches", fontsize=11)
     below.set_xlim(left=0)
     for axes in (above, below):
@@ -61,20 +62,35 @@ def training_curves(lines: Iterable[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _draw_line(axes: Axes, name: str, steps: list[int], values: list[float]) -> None:
+    """Single batches are noisy: many of them are drawn pale, with their running mean."""
+    label, color, marker, line = _LINES[name]
+    if len(values) < _MANY:
+        axes.plot(steps, values, color=color, marker=marker, linestyle=line, linewidth=1.8, label=label)
+        return
+    if marker:
+        axes.plot(steps, values, color=color, linestyle=line, linewidth=1.8, label=label)
+        return
+    width = len(values) // 20
+    means = np.convolve(values, np.ones(width) / width, mode="valid")
+    axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
+    axes.plot(steps[width - 1 :], means, color=color, linewidth=1.8, label=f"{label} (mean of {width} points)")
+
+
 def adapter_norms(norms: Mapping[str, float]) -> Figure:
     """How much each branch adds to its layer, as a map of blocks and components.
 
     Args:
         norms: {layer: ||scale B A|| / ||W||}, as `branch_norms` gives them.
     """
-    cells = {name: _NUMBERED.match(name) for name in norms}
-    blocks = list(dict.fromkeys(match[1] if match else _APART for match in cells.values()))
+    cells = {name: _IN_A_BLOCK.match(name) for name in norms}
+    blocks = list(dict.fromkeys(match[1] if match else _OUTSIDE for match in cells.values()))
     rows = list(dict.fromkeys(match[2] if match else name for name, match in cells.items()))
     percent = np.full((len(rows), len(blocks)), np.nan)
     for name, match in cells.items():
-        row, block = (match[2], match[1]) if match else (name, _APART)
+        row, block = (match[2], match[1]) if match else (name, _OUTSIDE)
         percent[rows.index(row), blocks.index(block)] = 100 * norms[name]
-    figure = Figure(figsize=(3.2 + 0.62 * len(blocks), 1.7 + 0.42 * len(rows)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(max(6.5, 3.2 + 0.62 * len(blocks)), 1.7 + 0.42 * len(rows)), dpi=110, layout="constrained")
     axes = figure.subplots()
     shown = axes.imshow(percent, cmap="Blues", vmin=0, aspect="auto")
     middle = 0.5 * np.nanmax(percent)
