@@ -96,7 +96,7 @@ def _draw_examples(
     for i, row in enumerate(grid):
         label = int(labels[i])
         _show(row[0], clean[i])
-        row[0].set_ylabel(f"true class: {classes[label]}", fontsize=10)
+        row[0].set_ylabel(f"true class: {classes[label]}", fontsize=10 if len(classes[label]) < 12 else 8)
         _verdict(row[0], [(m.name, classes[int(m.before[i])], int(m.before[i]) == label) for m in models])
         for j, model in enumerate(models):
             _show(row[1 + 2 * j], 0.5 + magnified * (model.adversarial[i] - clean[i]))
