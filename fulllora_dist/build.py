@@ -16,6 +16,7 @@ from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import Evaluator, eval_transform, parse_attacks
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.tracking.run import Tracker
 
 
 def check_inputs(config: Config, world: int) -> None:
@@ -101,6 +102,16 @@ def load_index(where: str, setting: str) -> Index:
         return Index.load(where)
     except UserError as error:
         raise UserError(f"{setting}: {error}") from error
+
+
+def track_data(config: Config, tracker: Tracker) -> None:
+    """What the run sees, by the fingerprint of its index."""
+    if tracker.uri is None:
+        return
+    data = config.data
+    for split, where in (("train", data.train), ("validation", data.validation), ("held_out", data.held_out)):
+        if where is not None:
+            tracker.data(split, where, load_index(where, f"data.{split}"))
 
 
 def build_model(config: Config) -> AdaptedModel:

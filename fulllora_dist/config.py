@@ -227,6 +227,10 @@ class TrackingSettings(Settings):
     """MLflow experiment."""
     run_name: str | None = None
     """Name of the run; null takes the output folder's."""
+    wait_seconds: float = Field(60.0, ge=0)
+    """How long the end of a run waits for a store that does not answer; the rest is sent later (docs/tracking.md)."""
+    system_seconds: float | None = Field(15.0, gt=0)
+    """Seconds between samples of each node's CPU, memory, disk, network and GPUs; null takes none."""
 
 
 def _method(value: object) -> object:

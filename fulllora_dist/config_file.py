@@ -4,6 +4,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from omegaconf import OmegaConf
@@ -11,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 from yaml import YAMLError
 
-from fulllora_dist.config import Config
+from fulllora_dist.config import Config, RunSettings, TrackingSettings
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS, MethodSettings
 from fulllora_dist.plugins import import_plugins
@@ -47,6 +48,23 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{path}: {_explain(error, values)}") from None
+
+
+def read_frame(path: Path) -> Config:
+    """`run` and `tracking` alone of a resolved config; its plugins, which the rest may need, are not imported.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        parts: dict[str, Any] = {
+            "run": RunSettings.model_validate(values["run"]),
+            "tracking": TrackingSettings.model_validate(values["tracking"]),
+        }
+        return Config.model_construct(**parts)
+    except Exception as error:  # of the disk, YAML, or another version's settings
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:150]})") from None
 
 
 def _merge(below: Any, above: Any) -> Any:

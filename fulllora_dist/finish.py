@@ -10,6 +10,7 @@ from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import table, write_evaluation, write_figures
 from fulllora_dist.guard import Guard
 from fulllora_dist.models.adapter_file import load, save_adapter
+from fulllora_dist.pictures import show_end
 from fulllora_dist.run import Run
 from fulllora_dist.run_state import RunState
 
@@ -25,7 +26,6 @@ def finish(run: Run, state: RunState) -> None:
     def save() -> None:
         save_adapter(state.engine.model, adapter, state=tensors, training=training)
         run.tracker.artifact(adapter, "adapter")
-        run.tracker.text(run.settings, "config.yaml")
 
     run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
@@ -98,5 +98,7 @@ def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
         run.tracker.commit(step)
         for file in (path, *write_figures(results, path)):
             run.tracker.artifact(str(file))
+        show_end(run.tracker, config, model, stream)
 
     run.ranks.on_main(write, f"run.output: no evaluation.json in {config.run.output}")
+    run.gather_samples()

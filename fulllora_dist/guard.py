@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fulllora_dist.attacks.pgd import attacked
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.build import build_eval_stream, load_index
 from fulllora_dist.config import Config
@@ -17,6 +19,7 @@ from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 
+_SHOWN = 4  # pictures that people get to see
 _FEWEST = 10  # pictures that have to be right at the best look, before fewer of them are a collapse
 
 
@@ -35,6 +38,22 @@ class Look:
     collapsed: bool
 
 
+@dataclass(frozen=True)
+class Examples:
+    """A few of the pictures, on the host.
+
+    Attributes:
+        clean, adversarial: [N, 3, H, W] in [0, 1].
+        labels, before, after: int64 [N], true classes and the predictions for both.
+    """
+
+    clean: Tensor
+    adversarial: Tensor
+    labels: Tensor
+    before: Tensor
+    after: Tensor
+
+
 class Guard:
     """PGD on the same held-out pictures each time, from the same starts: what differs is the adapter alone.
 
@@ -46,6 +65,9 @@ class Guard:
             is one. `of` says what was looked at.
         last: {"step", "robust_accuracy"} of the newest look.
         good: step of the newest good state, to which a run goes back; None where it never does.
+        clean_accuracy: of the newest look; None before.
+        examples: of the newest look, of this rank's pictures.
+        classes: names of all classes.
     """
 
     def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Ranks):
@@ -63,6 +85,9 @@ class Guard:
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] | None = None
         self.good: int | None = None
+        self.clean_accuracy: float | None = None
+        self.examples: Examples | None = None
+        self.classes = stream.index.classes
         self._fallen = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,6 +134,18 @@ class Guard:
                 self.good = step
         return Look(score, keep, collapsed)
 
+    def points(self, last: bool) -> dict[str, float]:
+        """Of the newest look, by name; of the run's `last` one with the best."""
+        assert self.best is not None
+        assert self.last is not None
+        found = {"robust_accuracy": self.last["robust_accuracy"]}
+        if self.clean_accuracy is not None:
+            found["clean_accuracy"] = self.clean_accuracy
+        if last:
+            best = {"best_robust_accuracy": self.best["robust_accuracy"], "best_step": self.best["step"]}
+            found |= best | {"last_robust_accuracy": self.last["robust_accuracy"]}
+        return found
+
     @property
     def overfitted(self) -> bool:
         """Whether the last look is below the best by more than two standard errors of the best: robust overfitting."""
@@ -132,13 +169,21 @@ class Guard:
 
     def _robust_accuracy(self, model: AdaptedModel) -> float:
         """Every rank has equally many batches, as the forward passes of ZeRO-3 are collectives."""
-        attack, right = EvalAttack.parse(self.attack), torch.tensor(0)
-        for kept in self._batches:
+        attack, right = EvalAttack.parse(self.attack), torch.zeros(2, dtype=torch.int64)
+        for number, kept in enumerate(self._batches):
             batch = kept.to(self._ranks.device)
             x, y = batch.pixels(), batch.labels
-            hits = attack.right(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
-            right += int((hits & batch.mask).sum())
-        return int(self._ranks.sum(right)) / self._n
+            made = attack(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
+            with torch.no_grad(), attacked(model):
+                before, after = (model(pictures).argmax(dim=1) for pictures in (x, made))
+            clean = (before == y) & batch.mask
+            robust = clean & (after == y)  # the picture is in the ball, too
+            right += torch.stack([clean.sum(), robust.sum()]).cpu()
+            if number == 0:
+                self.examples = Examples(*(t[batch.mask][:_SHOWN].cpu() for t in (x, made, y, before, after)))
+        found = self._ranks.sum(right)
+        self.clean_accuracy = int(found[0]) / self._n
+        return int(found[1]) / self._n
 
 
 def build_guard(config: Config, model: BackboneInfo, ranks: Ranks) -> Guard | None:

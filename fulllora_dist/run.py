@@ -14,10 +14,11 @@ from fulllora_dist.config import Config
 from fulllora_dist.data import store, urls
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.preemption import StopRequest
-from fulllora_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from fulllora_dist.distributed.ranks import Ranks, hosts, start_ranks, stop_ranks
 from fulllora_dist.errors import UserError
 from fulllora_dist.states import States
 from fulllora_dist.tracking.run import Tracker
+from fulllora_dist.tracking.system import SystemSampler
 
 if TYPE_CHECKING:
     from fulllora_dist.run_state import RunState
@@ -69,9 +70,12 @@ class Run:
         resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         self.settings = urls.redacted(resolved)
         ranks.on_main(lambda: self._open_output(resolved), f"run.output: {config.run.output} cannot be written")
-        begun = facts.get("mlflow_run_id"), facts.get("step", 0)
+        own = facts if self.states.newest is not None else {}  # not of a given state
+        begun = own.get("mlflow_run_id"), own.get("step", 0), hosts()
         tracker = ranks.on_main(lambda: Tracker(config, True, *begun), f"run.output: metrics in {config.run.output}")
-        self.tracker = tracker or Tracker(config, False, *begun)
+        self.tracker = tracker or Tracker(config, False)
+        self.tracker.text(self.settings, "config.yaml")
+        self._sampler = self._sample_node()
 
     def say(self, text: str) -> None:
         """A line for people, from rank 0, on stderr (stdout belongs to results)."""
@@ -102,6 +106,19 @@ class Run:
             store.write(urls.join(store.writable_folder(states), "config.yaml"), self.settings.encode())
         store.write(urls.join(output, "config.yaml"), resolved.encode())
         self.say(self.settings)
+
+    def _sample_node(self) -> SystemSampler | None:
+        """On the first rank of each node."""
+        settings, all_hosts = self.config.tracking, hosts()
+        first = all_hosts.index(all_hosts[self.ranks.rank]) == self.ranks.rank
+        if not settings.enabled or settings.system_seconds is None or not first:
+            return None
+        return SystemSampler(all_hosts[self.ranks.rank], settings.system_seconds)
+
+    def gather_samples(self) -> None:
+        """The nodes' samples go to the tracker. A collective."""
+        if self.config.tracking.enabled and self.config.tracking.system_seconds is not None:
+            self.tracker.system(self.ranks.union(self._sampler.take() if self._sampler else []))
 
     def settle(self) -> None:
         """Wait for the state that is being written; what it covers may go to the tracker."""

@@ -15,6 +15,7 @@ from fulllora_dist.guard import Guard, Look
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import Phases
+from fulllora_dist.pictures import show_look
 from fulllora_dist.run import Run
 
 
@@ -131,16 +132,11 @@ class RunState:
         if self.guard is None or not (last or self.guard.due(self.step)) or self.engine.skipped_in_a_row:
             return None
         look = self.guard.look(self.engine, self.step)
-        points = {"robust_accuracy": look.robust_accuracy}
+        points = self.guard.points(last)
         if self._run.config.guard.on_collapse == "rollback":
             points["rollbacks"] = len(self.rollbacks)
-        if last and (best := self.guard.best) is not None:
-            points |= {
-                "best_robust_accuracy": best["robust_accuracy"],
-                "best_step": best["step"],
-                "last_robust_accuracy": look.robust_accuracy,
-            }
         self._run.tracker.log({f"guard/{name}": value for name, value in points.items()}, self.step)
+        show_look(self._run.tracker, self._run.config, self.guard, last)
         return look
 
     def _answer_collapse(self) -> bool:
@@ -234,12 +230,13 @@ class RunState:
         names = list(metrics)
         total = self._run.ranks.sum(torch.stack([metrics[name].double() for name in names]))
         means = dict(zip(names, (total / self._run.ranks.world).tolist(), strict=True))
-        means = {name: value for name, value in means.items() if math.isfinite(value)}  # a skipped update has no loss
-        self.shown = {name: f"{value:.3f}" for name, value in means.items()}
+        # a skipped update has no loss
+        self.shown = {name: f"{value:.3f}" for name, value in means.items() if math.isfinite(value)}
         means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
         if (norm := self.engine.gradient_norm()) is not None:
             means["gradient_norm"] = norm
         self._run.tracker.log({f"train/{name}": value for name, value in means.items()}, self.step)
+        self._run.gather_samples()
 
     def save(self) -> None:
         """Begin to write the state, once a step. A collective."""

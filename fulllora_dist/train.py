@@ -14,7 +14,7 @@ import os
 import signal
 from collections.abc import Sequence
 
-from fulllora_dist.build import build_model, build_stream, check_inputs
+from fulllora_dist.build import build_model, build_stream, check_inputs, track_data
 from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import is_main_process
 from fulllora_dist.errors import run_entry
@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with start_run(config) as run:
         model = build_model(config)
         run.say(str(model.report))
+        track_data(config, run.tracker)
         stream = build_stream(config, model.info, run.ranks)
         run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} pictures fill none, others each epoch")
         phases = build_phases(config, stream.steps_per_epoch)

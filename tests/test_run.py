@@ -1,41 +1,19 @@
 """The frame of a run: what it shows of its settings."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
 
-import mlflow
 import pytest
 import torch
 
 from fulllora_dist.config import Config
 from fulllora_dist.distributed.preemption import StopRequest
-from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.distributed.ranks import Ranks, free_port
 from fulllora_dist.run import Run
 
 
-class Recorder:
-    """An MLflow client that keeps what it is told."""
-
-    told: ClassVar[list[Any]] = []
-
-    def __init__(self, uri: str):
-        pass
-
-    def get_experiment_by_name(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(experiment_id="0")
-
-    def create_run(self, experiment: str, run_name: str) -> SimpleNamespace:
-        return SimpleNamespace(info=SimpleNamespace(run_id="0"))
-
-    def __getattr__(self, name: str):
-        return lambda *args: self.told.append((name, *args))
-
-
 def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(mlflow, "MlflowClient", Recorder)
     config = Config.model_validate(
         {
             "model": {"backbone": "none"},
@@ -44,17 +22,19 @@ def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
             "threat": {"eps": 0.1},
             "method": {"name": "standard"},
             "optim": {"epochs": 1},
-            "tracking": {"uri": "http://user:hunter2@mlflow"},
+            "tracking": {"uri": f"http://user:hunter2@127.0.0.1:{free_port()}", "wait_seconds": 10},
         }
     )
     run = Run(config, Ranks(0, 1, torch.device("cpu"), None), StopRequest())
-    run.tracker.text(run.settings, "config.yaml")
-    told, shown = str(Recorder.told), capsys.readouterr().err
-    assert "('log_param', '0', 'data.train', 'https://host/train?***')" in told
-    assert "'log_text'" in told
+    run.tracker.finish("FAILED")  # nobody serves there
+    shown = capsys.readouterr().err
+    told = "".join(path.read_text() for path in (tmp_path / "run" / "tracking").iterdir())
+    assert '"data.train": "https://host/train?***"' in told
+    assert "warning: MLflow at http://***@127.0.0.1" in shown
+    assert "not sent to MLflow at http://***@127.0.0.1" in shown
     for text in (told, shown):
         assert "https://host/train?***" in text
-        assert "http://***@mlflow" in text
+        assert "http://***@127.0.0.1" in text
         assert "swordfish" not in text
         assert "hunter2" not in text
     assert "https://host/train?sig=swordfish" in (tmp_path / "run" / "config.yaml").read_text()

@@ -149,6 +149,11 @@ class Ranks:
             dist.barrier(group=self.control)
 
 
+def hosts() -> list[str]:
+    """The host of every rank, once they have met."""
+    return [host for host, _ in _processes] or [socket.gethostname()]
+
+
 def is_main_process() -> bool:
     """Whether this is rank 0, also before the ranks have met."""
     return int(os.environ.get("RANK", "0")) == 0

@@ -23,7 +23,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fulllora_dist.config import Config, RunSettings, TrackingSettings
+from fulllora_dist.config import Config
+from fulllora_dist.config_file import read_frame
 from fulllora_dist.errors import UserError
 
 ATTEMPTS = "attempts.jsonl"
@@ -149,13 +150,4 @@ def read_settings(folder: Path) -> Config:
     Raises:
         UserError: it cannot be read.
     """
-    path = folder / CONFIG
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
-        parts: dict[str, Any] = {
-            "run": RunSettings.model_validate(values["run"]),
-            "tracking": TrackingSettings.model_validate(values["tracking"]),
-        }
-        return Config.model_construct(**parts)
-    except Exception as error:  # of the disk, YAML, or another version's settings
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:150]})") from None
+    return read_frame(folder / CONFIG)

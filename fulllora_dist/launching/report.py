@@ -11,7 +11,7 @@ from fulllora_dist.errors import UserError
 from fulllora_dist.launching.folder import LAUNCHES, launch_folders, read_attempts, read_settings
 from fulllora_dist.launching.jobs import RunJob, newest_launch, run_jobs
 from fulllora_dist.states import state_places
-from fulllora_dist.tracking.run import METRICS
+from fulllora_dist.tracking.outbox import METRICS
 
 _COLUMNS = ("launch", "job", "what", "state", "restarts", "time", "nodes", "last")
 
@@ -71,9 +71,10 @@ def _progress(config: Config) -> str:
     path = os.path.join(output, METRICS)
     if os.path.exists(path):
         with open(path) as file:
-            lines = [line for line in file if '"train/loss"' in line and line.endswith("\n")]
-        if lines:
-            point = json.loads(lines[-1])
+            lines = [json.loads(line) for line in file if '"train/loss"' in line and line.endswith("\n")]
+        points = [line for line in lines if "train/loss" in line]  # there it is finite
+        if points:
+            point = points[-1]
             parts.append(f"loss {point['train/loss']:.4f} at batch {point['step']} ({_clock(point['time'] / 1000)})")
     if os.path.exists(os.path.join(output, "evaluation.json")):
         parts.append("evaluated")

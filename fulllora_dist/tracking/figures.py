@@ -16,8 +16,8 @@ from torch import Tensor
 from fulllora_dist.intervals import wilson
 
 RIGHT, WRONG = "#0072B2", "#D55E00"
-_GREY, _BAR = "#555555", "#9CCBE8"
-_STYLES = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (_GREY, "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-")]
+GREY, BAR = "#555555", "#9CCBE8"
+STYLES = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (GREY, "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-")]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _draw_examples(
     for i, row in enumerate(grid):
         label = int(labels[i])
         _show(row[0], clean[i])
-        row[0].set_ylabel(f"true class: {classes[label]}", fontsize=10)
+        row[0].set_ylabel(f"true class: {classes[label]}", fontsize=10 if len(classes[label]) < 12 else 8)
         _verdict(row[0], [(m.name, classes[int(m.before[i])], int(m.before[i]) == label) for m in models])
         for j, model in enumerate(models):
             _show(row[1 + 2 * j], 0.5 + magnified * (model.adversarial[i] - clean[i]))
@@ -111,7 +111,7 @@ def _draw_curves(
     axes: Axes, curves: Sequence[Curve], trained_eps: float | None, attack: str, norm: str = "linf"
 ) -> None:
     unit = 255 if norm == "linf" else 1
-    for curve, (color, marker, line) in zip(curves, itertools.cycle(_STYLES)):
+    for curve, (color, marker, line) in zip(curves, itertools.cycle(STYLES)):
         eps = sorted(curve.scores)
         levels = [unit * e for e in eps]
         accuracy, low, high = (
@@ -120,14 +120,14 @@ def _draw_curves(
         axes.fill_between(levels, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=curve.name)
     if trained_eps is not None:
-        axes.axvline(unit * trained_eps, color=_GREY, linewidth=1, linestyle=(0, (2, 2)))
+        axes.axvline(unit * trained_eps, color=GREY, linewidth=1, linestyle=(0, (2, 2)))
         axes.annotate(
             f"trained at {in_255ths(trained_eps)}",
             (unit * trained_eps, 103),
             textcoords="offset points",
             xytext=(4, 0),
             fontsize=9,
-            color=_GREY,
+            color=GREY,
             va="center",
         )
     axes.set_ylim(-3, 107)
@@ -159,8 +159,10 @@ def adversarial_examples(
     Returns:
         A figure; `figure.savefig(path)` writes it.
     """
-    figure = Figure(figsize=(2.0 * (1 + 2 * len(models)), 0.9 + 2.2 * len(clean)), dpi=120)
+    height = 0.9 + 2.2 * len(clean)
+    figure = Figure(figsize=(2.0 * (1 + 2 * len(models)), height), dpi=120)
     _draw_examples(figure, clean, labels, classes, models, eps)
+    figure.subplots_adjust(left=0.07, right=0.98, top=1 - 0.75 / height, bottom=0.5 / height)
     return figure
 
 
@@ -206,12 +208,12 @@ def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], capti
         places,
         heights,
         xerr=np.abs(bounds.T - heights),
-        error_kw={"ecolor": _GREY, "elinewidth": 1, "capsize": 2},
-        color=_BAR,
+        error_kw={"ecolor": GREY, "elinewidth": 1, "capsize": 2},
+        color=BAR,
         height=0.7,
         label=f"{attacks[-1]} (with 95 % interval)",
     )
-    for number, (attack, (color, marker, _)) in enumerate(zip(attacks[:-1], itertools.cycle(_STYLES))):
+    for number, (attack, (color, marker, _)) in enumerate(zip(attacks[:-1], itertools.cycle(STYLES))):
         values = [shown[name][number] for name in names]
         axes.scatter(
             values, places, color=color, marker=marker, edgecolor="white", s=45, zorder=3, clip_on=False, label=attack
@@ -243,7 +245,7 @@ def demo_picture(
     """Examples on the left, curves on the right, one headline and a line of facts below it."""
     figure = Figure(figsize=(15, 1.2 + 1.9 * len(clean)), dpi=110)
     figure.suptitle(title, fontsize=17, y=0.985)
-    figure.text(0.5, 0.935, subtitle, fontsize=11, color=_GREY, ha="center", va="top")
+    figure.text(0.5, 0.935, subtitle, fontsize=11, color=GREY, ha="center", va="top")
     left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1), squeeze=False)[0]
     _draw_examples(left, clean, labels, classes, models, eps)
     left.subplots_adjust(left=0.05, right=0.99, top=0.82, bottom=0.06)

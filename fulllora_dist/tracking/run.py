@@ -1,195 +1,251 @@
-"""Metrics of a run: a file in the output folder first, MLflow second.
+"""What a run says of itself: to files in the output folder at once, to MLflow from a thread (docs/tracking.md).
 
-`metrics.jsonl` gets every point at once and is cut back to the state's step on resume. MLflow cannot delete points, so
-it gets them when a durable state covers them (`commit`): a resumed run then has no doubled or future points. A
-tracking store that fails costs a warning and never the run. What it missed is sent with the next commit of the same
-attempt; an attempt that found no store, or was killed before it came back, leaves a gap there, but none in the file.
+`metrics.jsonl` gets every point and is cut back to the state's step on resume. MLflow cannot delete points, so it gets
+them when a durable state covers them (`commit`): a resumed run then has no doubled or future points.
 """
 
 import contextlib
-import fcntl
-import itertools
 import json
 import math
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from fulllora_dist.config import Config
+from fulllora_dist.data.index import Index
 from fulllora_dist.data.index_file import published
-from fulllora_dist.data.urls import redacted
+from fulllora_dist.data.urls import is_remote, local_path, redacted
+from fulllora_dist.tracking.outbox import METRICS, Outbox, belongs
+from fulllora_dist.tracking.shipping import Shipper
+from fulllora_dist.tracking.spool import Line, Spool
 
-METRICS = "metrics.jsonl"
-RUN_ID = "mlflow_run"  # a file with the id, for an attempt that is killed before it has a state
-_BATCH = 1000  # points MLflow takes in one call
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PICTURES = "pictures"
+_VERSIONS = ("fulllora-dist", "torch", "deepspeed", "timm", "mlflow")
+_CONTEXTS = {"train": "training", "validation": "validation", "held_out": "held_out"}
+_CHANGED = " with changes"
+_KILLED_SECONDS = 5.0  # a scheduler that has sent a signal kills soon
 
 
 class Tracker:
-    """The metrics of one run over all its restarts. Does nothing but on rank 0.
+    """The metrics and artifacts of one run over all its restarts. Does nothing but on rank 0; there, no call waits for
+    the network, or for a database.
 
     Args:
         config: the run's.
         active: False on every rank but 0.
-        run_id: of the MLflow run that this one continues.
-        step: the state's; later lines of `metrics.jsonl` are dropped.
+        run_id: of the MLflow run that this one continues, where the state knows it.
+        step: of the run's own state that it goes on from, 0 where it has none; later lines of `metrics.jsonl` are
+            dropped, earlier ones that MLflow has not got are sent.
+        hosts: that of every rank.
     """
 
-    def __init__(self, config: Config, active: bool, run_id: str | None = None, step: int = 0):
-        self.run_id = run_id
+    def __init__(
+        self, config: Config, active: bool, run_id: str | None = None, step: int = 0, hosts: Sequence[str] = ()
+    ):
         self.uri: str | None = None
         self._active = active
-        self._pending: list[tuple[str, float, int, int]] = []
         self._warned: set[str] = set()
-        self._client: Any = None
+        self._outbox: Outbox | None = None
         if not active:
             return
-        self._path = os.path.join(config.run.output, METRICS)
-        self._id_path = os.path.join(config.run.output, RUN_ID)
-        self._unwritten = ""
-        self._cut_back(step)
-        if config.tracking.enabled:
-            self.uri = config.tracking_uri()
-            self._guarded(lambda: self._open(config))
+        output, settings = config.run.output, config.tracking
+        if not settings.enabled:
+            self._metrics = Spool(Path(output) / METRICS)
+            self._metrics.cut(lambda line: belongs(line, step), lambda dropped: None)
+            return
+        self.uri, self._wait = config.tracking_uri(), settings.wait_seconds
+        self._outbox = Outbox(output)
+        self._outbox.begin(run_id, step)
+        self._metrics = self._outbox.metrics
+        self._first_sample = next((line["time"] for line in self._outbox.system), None)
+        self._shipper = Shipper(self._outbox, self.uri, settings.experiment, run_name(config), _say)
+        self._drawing = ThreadPoolExecutor(1, "pictures")
+        self._begin_attempt(config, step, hosts)
+        self._shipper.start()
+
+    def _begin_attempt(self, config: Config, step: int, hosts: Sequence[str]) -> None:
+        assert self._outbox is not None
+        earlier = list(self._outbox.events)
+        self._non_finite = {name for event in earlier if event["do"] == "tags" for name in event["values"]}
+        number = 1 + sum(event == {"do": "status", "status": "RUNNING"} for event in earlier)
+        if number == 1:
+            params = {name: redacted(value) for name, value in _flat(config.model_dump(mode="json"))}
+            self._event("params", values=params)
+        self._event("status", status="RUNNING")
+        commit = _git_commit()
+        attempt = {
+            "began_at_batch": step,
+            "world_size": len(hosts),
+            "hosts": ", ".join(dict.fromkeys(hosts)),
+            "git_commit": commit,
+        }
+        tags = {
+            "output": os.path.abspath(config.run.output),
+            "git_commit": commit,
+            "mlflow.source.git.commit": commit and commit.removesuffix(_CHANGED),  # which MLflow's page shows
+            **{f"version/{name}": _version(name) for name in _VERSIONS},
+            **{f"attempt/{number}/{name}": value for name, value in attempt.items()},
+        }
+        self._event("tags", values={name: value for name, value in tags.items() if value is not None})
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None while it is not known, and where nothing is sent."""
+        return None if self._outbox is None else self._outbox.run_id
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Points at `step`; values that are not finite go to the file alone."""
+        """Points at `step`. Values that are not finite are named there, and MLflow gets a tag with the first."""
         if not self._active:
             return
-        now = int(time.time() * 1000)
-        self._unwritten += json.dumps({"step": step, "time": now, **metrics}) + "\n"
-        self._append()
-        if self._client is not None:
-            self._pending += [(k, v, now, step) for k, v in metrics.items() if math.isfinite(v)]
+        line: Line = {"step": step, "time": int(time.time() * 1000)}
+        line |= {name: value for name, value in metrics.items() if math.isfinite(value)}
+        bad = {name: str(float(value)) for name, value in metrics.items() if not math.isfinite(value)}
+        if bad:
+            line["nonfinite"] = bad
+        if self._outbox is not None:
+            line["time"] = self._outbox.earlier_time(line) or line["time"]
+            for name in bad:
+                self._tag_once(f"nonfinite/{name}", f"{bad[name]} at batch {step}")
+        self._append(self._metrics, line)
 
-    def _append(self) -> None:
-        """What a full disk did not take is tried again with the next point, and is never half a line."""
-        size = os.path.getsize(self._path) if os.path.exists(self._path) else 0
+    def _tag_once(self, name: str, value: str) -> None:
+        if name not in self._non_finite:
+            self._non_finite.add(name)
+            self._event("tags", values={name: value})
+
+    def system(self, samples: Sequence[Line]) -> None:
+        """Samples of machines, as `SystemSampler` takes them; their step is the seconds since the run's first one."""
+        if self._outbox is None or not samples:
+            return
+        for sample in samples:
+            self._first_sample = self._first_sample or sample["time"]
+            seconds = round((sample["time"] - self._first_sample) / 1000)
+            self._append(self._outbox.system, {"step": seconds, **sample})
+        self._shipper.wake()
+
+    def _append(self, spool: Spool, line: Line) -> None:
         try:
-            with open(self._path, "a") as file:
-                file.write(self._unwritten)
+            spool.append(line)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.truncate(self._path, size)
-            self._warn(f"warning: {self._path}: {error.strerror}; points are kept in memory until there is space")
-        else:
-            self._unwritten = ""
+            self._warn(
+                f"warning: {spool.path}: {error.strerror}; its lines are kept in memory until there is space",
+            )
 
     def commit(self, step: int) -> None:
-        """A durable state covers everything up to `step`: send it."""
-        ready = [point for point in self._pending if point[3] <= step]
-        if self._client is None or not ready:
-            return
-        from mlflow.entities import Metric
-
-        def send() -> None:
-            for i in range(0, len(ready), _BATCH):
-                self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in ready[i : i + _BATCH]])
-                del self._pending[: len(ready[i : i + _BATCH])]  # points are in step order
-
-        self._guarded(send)
+        """A durable state covers everything up to `step`: it may be sent."""
+        if self._outbox is not None:
+            try:
+                self._outbox.cover(step)
+            except OSError as error:
+                self._warn(f"warning: {self._outbox.output}: {error.strerror}; what MLflow may have is not noted there")
+            self._shipper.wake()
 
     def go_back(self, step: int, kept_in: str) -> None:
         """The run goes back to `step`: later points move to a file of the name `kept_in` in the output folder, and the
         steps are logged again. MLflow keeps those that it has."""
         if not self._active:
             return
-        self._append()
-        dropped = self._cut_back(step)
-        with published(Path(self._path).with_name(kept_in)) as file:
+        dropped: list[str] = []
+        if self._outbox is not None:
+            dropped = self._outbox.cut_back(step)
+        else:
+            self._metrics.cut(lambda line: belongs(line, step), lambda lines: dropped.extend(text for text, _ in lines))
+        with published(self._metrics.path.with_name(kept_in)) as file:
             file.write("".join(dropped).encode())
-        self._pending = [point for point in self._pending if point[3] <= step]
 
     def artifact(self, path: str, folder: str | None = None) -> None:
         """A file or folder of the run, kept with it."""
-        if self._client is not None:
-            log = self._client.log_artifacts if os.path.isdir(path) else self._client.log_artifact
-            self._guarded(lambda: log(self.run_id, path, folder))
+        if self._outbox is not None:
+            self._event("artifact", path=os.path.relpath(path, self._outbox.output), folder=folder)
 
     def text(self, text: str, name: str) -> None:
         """A file of that name, kept with the run."""
-        if self._client is not None:
-            self._guarded(lambda: self._client.log_text(self.run_id, text, name))
+        self._event("text", text=text, name=name)
+
+    def data(self, split: str, where: str, index: Index) -> None:
+        """What the run sees.
+
+        Args:
+            split: train, validation or held_out.
+            where: folder or URL of the shards.
+            index: theirs.
+        """
+        place = where if is_remote(where) else os.path.abspath(local_path(where))
+        facts = {"source": redacted(place), "digest": index.hash, "pictures": len(index), "classes": len(index.classes)}
+        self._event("data", name=split, context=_CONTEXTS[split], **facts)
+
+    def picture(self, name: str, draw: "Callable[[], Figure]") -> None:
+        """A PNG of that name, drawn in a thread, in the folder pictures/ of the output folder and kept with the run."""
+        if self._outbox is None:
+            return
+        path = self._outbox.output / PICTURES / f"{name}.png"
+
+        def save() -> None:
+            try:
+                path.parent.mkdir(exist_ok=True)
+                draw().savefig(path)
+                self.artifact(str(path), PICTURES)
+            except Exception as error:  # a run can do without a picture
+                self._warn(f"warning: no {path} ({type(error).__name__}: {error})")
+
+        self._drawing.submit(save)
+
+    def lines(self) -> Iterator[Line]:
+        """All of metrics.jsonl."""
+        return iter(self._metrics) if self._active else iter(())
+
+    def settle(self, seconds: float | None = None) -> bool:
+        """Wait until MLflow has all that it may have, `tracking.wait_seconds` at most; whether it has. For what comes
+        after the training and asks MLflow itself: `uri` and `run_id` say whom and for what."""
+        return self._outbox is not None and self._shipper.drain(self._wait if seconds is None else seconds)
 
     def finish(self, status: str) -> None:
-        """FINISHED, FAILED or KILLED (stopped, to be resumed)."""
-        if self._client is not None:
-            self._guarded(lambda: self._client.set_terminated(self.run_id, status))
+        """FINISHED, FAILED or KILLED (stopped, to be resumed). Waits for what is not sent as `settle` does, but not
+        long after a signal."""
+        if self._outbox is None:
+            return
+        self._drawing.shutdown()
+        self._event("status", status=status, time=int(time.time() * 1000))
+        seconds = min(self._wait, _KILLED_SECONDS) if status == "KILLED" else self._wait
+        if not self.settle(seconds):
+            output = self._outbox.output
+            _say(
+                f"tracking: {self._shipper.left()} are not sent to MLflow at {redacted(self.uri)}; they are kept in "
+                f"{output}. The next attempt of this run sends them, or: python tools/sync_tracking.py {output}"
+            )
+        self._shipper.stop()
 
-    def _cut_back(self, step: int) -> list[str]:
-        """Drop the lines after `step`; they are returned."""
-        if not os.path.exists(self._path):
-            return []
-        with open(self._path) as file:
-            found = file.readlines()
-        # the final evaluation comes after the last state and is made again
-        stays = [_step_of(line) <= step and '"eval/' not in line for line in found]
-        if not all(stays):
-            with published(Path(self._path)) as whole:
-                whole.write("".join(itertools.compress(found, stays)).encode())
-        return [line for line, kept in zip(found, stays, strict=True) if not kept]
-
-    def _open(self, config: Config) -> None:
-        # defaults would hold a dead server's caller for four minutes
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        from mlflow import MlflowClient
-
-        assert self.uri is not None
-        with _first_use_alone(self.uri):
-            client = MlflowClient(self.uri)
-            name = config.tracking.experiment
-            found = client.get_experiment_by_name(name)
-            experiment = found.experiment_id if found else client.create_experiment(name, _artifact_location(self.uri))
-        self.run_id = self.run_id or self._begun(client)
-        if self.run_id is None:
-            run_name = config.tracking.run_name or os.path.basename(os.path.abspath(config.run.output))
-            self.run_id = client.create_run(experiment, run_name=run_name).info.run_id
-            with open(self._id_path, "w") as file:
-                file.write(self.run_id)
-            for key, value in _flat(config.model_dump(mode="json")):
-                client.log_param(self.run_id, key, redacted(value))
-        else:
-            client.update_run(self.run_id, status="RUNNING")
-        client.set_tag(self.run_id, "output", os.path.abspath(config.run.output))
-        self._client = client
-
-    def _begun(self, client: Any) -> str | None:
-        """The MLflow run of an attempt that was killed before its first state: nothing was sent to it. One that has
-        points belongs to states that are lost: it has failed, and this is another."""
-        try:
-            with open(self._id_path) as file:
-                run_id = file.read()
-        except FileNotFoundError:
-            return None
-        if not client.get_run(run_id).data.metrics:
-            return run_id
-        client.set_terminated(run_id, "FAILED")
-        return None
-
-    def _guarded(self, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # whatever a tracking store does, training goes on
-            reason, where = redacted(error).split("\n")[0][:200], redacted(self.uri)
-            self._warn(f"warning: MLflow at {where} failed ({reason}); points are kept in {self._path}")
+    def _event(self, kind: str, **facts: Any) -> None:
+        if self._outbox is not None:
+            self._append(self._outbox.events, {"do": kind, **facts})
+            self._shipper.wake()
 
     def _warn(self, line: str) -> None:
         """Once a run and kind of trouble."""
         kind = line.partition("(")[0]
         if kind not in self._warned:
-            print(line, file=sys.stderr)
+            _say(line)
         self._warned.add(kind)
 
 
-def _step_of(line: str) -> float:
-    """A line that a kill cut short belongs to no step."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def run_name(config: Config) -> str:
+    """The MLflow run's, where it is made."""
+    return config.tracking.run_name or os.path.basename(os.path.abspath(config.run.output))
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -200,21 +256,24 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _artifact_location(uri: str) -> str | None:
-    """Beside a sqlite file; MLflow's default is the working directory. A server has its own."""
-    if not uri.startswith("sqlite:///"):
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
         return None
-    return "file://" + os.path.join(os.path.dirname(os.path.abspath(uri.removeprefix("sqlite:///"))), "mlruns")
 
 
-@contextlib.contextmanager
-def _first_use_alone(uri: str) -> Iterator[None]:
-    """A fresh sqlite store is migrated at first use, and two processes at once break it."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = os.path.abspath(uri.removeprefix("sqlite:///"))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _git_commit() -> str | None:
+    """Of the code that runs, with a word on changes to it; None where nobody knows. A launched run (jobs/launch.py) has
+    a copy of the code, and a note."""
+    package = Path(__file__).parents[1]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        noted = json.loads((package.parents[1] / "code.json").read_text())
+        return noted["commit"] + (_CHANGED if noted["changed"] else "")
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit, changes = (
+            subprocess.run(["git", "-C", package, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", "."))
+        )
+        return commit + (_CHANGED if changes else "")
+    return None

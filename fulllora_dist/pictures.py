@@ -1,0 +1,61 @@
+"""Pictures of a run for its tracker: what the attack does to it, its curves, where the adapter is strong."""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from fulllora_dist.attacks.threat import threat_model
+from fulllora_dist.config import Config
+from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.evaluation import EvalAttack
+from fulllora_dist.guard import Examples, Guard
+from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.lnlora import branch_norms
+from fulllora_dist.tracking.figures import Attacked, adversarial_examples
+from fulllora_dist.tracking.run import Tracker
+from fulllora_dist.tracking.run_figures import adapter_norms, training_curves
+
+_ATTACK = "pgd20"
+_SHOWN = 4
+
+
+def show_look(tracker: Tracker, config: Config, guard: Guard, last: bool) -> None:
+    """Examples and curves after looks 1, 2, 4, 8 and so on, and after the `last` one: a dozen of a long run."""
+    assert guard.last is not None
+    step = guard.last["step"]
+    number = step // config.guard.every
+    if tracker.uri is None or guard.examples is None or not (last or number & (number - 1) == 0):
+        return
+    found = guard.examples
+    tracker.picture(f"examples_{step:08d}", lambda: _examples(found, guard.classes, config.threat.eps))
+    tracker.picture("curves", lambda: training_curves(tracker.lines()))
+
+
+def show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: EvalStream) -> None:
+    """Examples of the validation set, curves, and the branches' norms, where there are branches. On one rank.
+
+    Args:
+        model: as it is shipped, whole on this rank.
+        stream: of the evaluation.
+    """
+    if tracker.uri is None:
+        return
+    device = next(model.parameters()).device
+    chosen = np.linspace(0, len(stream.ids) - 1, min(_SHOWN, len(stream.ids))).astype(int)
+    batch = stream.read(stream.ids[chosen]).to(device)
+    x, y = batch.pixels(), batch.labels
+    threat = threat_model(config.threat.norm, config.threat.eps)
+    made = EvalAttack.parse(_ATTACK)(model, x, y, threat=threat, seed=config.run.seed, ids=batch.ids)
+    with torch.no_grad():
+        before, after = (model(pictures).argmax(dim=1) for pictures in (x, made))
+    found = Examples(*(tensor.cpu() for tensor in (x, made, y, before, after)))
+    tracker.picture("examples", lambda: _examples(found, stream.index.classes, threat.eps))
+    tracker.picture("curves", lambda: training_curves(tracker.lines()))
+    norms = branch_norms(model.backbone)
+    if norms:
+        tracker.picture("adapter_norms", lambda: adapter_norms(norms))
+
+
+def _examples(found: Examples, classes: tuple[str, ...], eps: float) -> Figure:
+    model = Attacked("model", found.adversarial, found.before, found.after)
+    return adversarial_examples(found.clean, found.labels, classes, [model], eps)

@@ -1,0 +1,200 @@
+"""One run in an MLflow store: found or made, and what is written to it. Everything here may block for long."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from fulllora_dist.data import urls
+from fulllora_dist.tracking.spool import Line, points_of
+
+KEY = "fulllora_run"
+"""Tag with a name of our own, by which a run is found whose id was not heard of: the answer got lost, or the file."""
+_MOST_POINTS, _MOST_PARAMS = 1000, 100  # that MLflow takes in one call
+_LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST = 6000, 8000, 36
+_NOT_IN_A_NAME = re.compile(r"[^/\w.\- :]")
+_ARTIFACTS = ("artifact", "text")
+
+
+class Refused(Exception):
+    """What was asked for can never be done, so that trying again is no use."""
+
+
+class MlflowRun:
+    """The run of one key.
+
+    Attributes:
+        id: of the run.
+        is_new: whether it was made here.
+    """
+
+    def __init__(self, uri: str, experiment: str, name: str, key: str, run_id: str | None):
+        """Args:
+        name: for people, of a run that is made.
+        key: its name of our own.
+        run_id: where it is known.
+        """
+        client = patient_client(uri)
+        with first_use_alone(uri):
+            found = client.get_experiment_by_name(experiment)
+            number = found.experiment_id if found else client.create_experiment(experiment, artifact_location(uri))
+        self._client = client
+        self.is_new = False
+        self.id = self._known(run_id) or self._found(number, key)
+        if self.id is None:
+            self.id, self.is_new = client.create_run(number, run_name=name, tags={KEY: key}).info.run_id, True
+
+    def _known(self, run_id: str | None) -> str | None:
+        """None for one that this store has not."""
+        from mlflow.exceptions import MlflowException
+
+        if run_id is None:
+            return None
+        try:
+            return self._client.get_run(run_id).info.run_id
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def _found(self, experiment: str, key: str) -> str | None:
+        found = self._client.search_runs([experiment], f"tags.{KEY} = '{key}'")
+        return found[0].info.run_id if found else None
+
+    def log(self, lines: Iterable[Line]) -> None:
+        """The points of lines {"step", "time" in ms, name: value, ...}."""
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(_NOT_IN_A_NAME.sub("_", name), value, line["time"], line["step"])
+            for line in lines
+            for name, value in points_of(line).items()
+        ]
+        for some in _parts(points, _MOST_POINTS):
+            self._client.log_batch(self.id, metrics=some)
+
+    def do(self, event: Line, folder: str) -> None:
+        """An event as `Tracker` writes it. Doing it again changes nothing.
+
+        Args:
+            folder: that the paths of artifacts start from.
+
+        Raises:
+            Refused: it can never be done.
+        """
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._do(event, folder)
+        except FileNotFoundError as error:
+            if event["do"] != "artifact" or os.path.exists(os.path.join(folder, event["path"])):
+                raise
+            raise Refused(f"{event['path']} is not there any more") from error
+        except MlflowException as error:
+            if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"):
+                raise Refused(_line(error)) from error
+            raise
+
+    def _do(self, event: Line, folder: str) -> None:
+        client, kind = self._client, event["do"]
+        if kind == "params":
+            self._params(event["values"])
+        elif kind == "tags":
+            self._tags(event["values"])
+        elif kind == "status" and event["status"] == "RUNNING":
+            client.update_run(self.id, status="RUNNING")
+        elif kind == "status":
+            client.set_terminated(self.id, event["status"], event["time"])
+        elif kind == "data":
+            self._data(event)
+        elif kind == "text":
+            client.log_text(self.id, event["text"], event["name"])
+        elif kind == "artifact":
+            path = os.path.join(folder, event["path"])
+            log = client.log_artifacts if os.path.isdir(path) else client.log_artifact
+            log(self.id, path, event["folder"])
+        else:
+            raise Refused(f"{kind!r} is nothing that this version knows")
+
+    def _params(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, str(value)[:_LONGEST_PARAM]) for name, value in values.items()]
+        for some in _parts(params, _MOST_PARAMS):
+            self._client.log_batch(self.id, params=some)
+
+    def _tags(self, values: Mapping[str, Any]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(_NOT_IN_A_NAME.sub("_", name), str(value)[:_LONGEST_TAG]) for name, value in values.items()]
+        for some in _parts(tags, _MOST_PARAMS):
+            self._client.log_batch(self.id, tags=some)
+
+    def _data(self, event: Line) -> None:
+        """A split under a name of its own: a second one of the same name is dropped, whatever its context is."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        kind = urls.scheme_of(event["source"])
+        source = {"url" if kind.startswith("http") else "uri": event["source"]}
+        data = Dataset(
+            name=event["name"],
+            digest=event["digest"][:_LONGEST_DIGEST],
+            source_type={"file": "local", "https": "http"}.get(kind, kind),
+            source=json.dumps(source),
+            profile=json.dumps({"pictures": event["pictures"], "classes": event["classes"], "index": event["digest"]}),
+        )
+        tags = [InputTag("mlflow.data.context", event["context"])]
+        self._client.log_inputs(self.id, [DatasetInput(data, tags)])
+
+    def end(self, run_id: str, status: str) -> None:
+        """Of another run, where it is in this store."""
+        if self._known(run_id) is not None:
+            self._client.set_terminated(run_id, status)
+
+
+def is_artifact(event: Line) -> bool:
+    """Whether it goes to the store of artifacts, which may fail alone."""
+    return event["do"] in _ARTIFACTS
+
+
+def patient_client(uri: str) -> Any:
+    """An `MlflowClient` whose calls fail soon, and once; trying again is ours, and so is stdout."""
+    # defaults would hold a dead server's caller for four minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def artifact_location(uri: str) -> str | None:
+    """Beside a sqlite file; MLflow's default is the working directory. A server has its own."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return "file://" + os.path.join(os.path.dirname(os.path.abspath(uri.removeprefix("sqlite:///"))), "mlruns")
+
+
+@contextlib.contextmanager
+def first_use_alone(uri: str) -> Iterator[None]:
+    """A fresh sqlite store is migrated at first use, and two processes at once break it."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = os.path.abspath(uri.removeprefix("sqlite:///"))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _line(error: Exception) -> str:
+    return urls.redacted(" ".join(str(error).split()))[:200]

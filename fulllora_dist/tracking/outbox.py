@@ -1,0 +1,154 @@
+"""All that a run has to tell MLflow, in files of its output folder; the network is somebody else's business.
+
+metrics.jsonl           points of the training, cut back with it
+tracking/system.jsonl   points of the machines
+tracking/events.jsonl   parameters, tags, data sets, artifacts, statuses, in the order in which they are to be set
+tracking/covered        the batch up to which a durable state covers metrics.jsonl
+tracking/sent.json      the MLflow run, and how much of each of the three it has got
+"""
+
+import json
+import secrets
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fulllora_dist.data.index_file import published
+from fulllora_dist.tracking.spool import Line, Position, Spool, points_of, step_of
+
+METRICS = "metrics.jsonl"
+FOLDER = "tracking"
+
+
+class Outbox:
+    """Attributes:
+    metrics, system, events: the files.
+    key: the run's name of our own, which a store knows it by.
+    run_id, store: of MLflow, once it is known there; the id is of that store.
+    ended: {id: status} of earlier MLflow runs of this folder, to be set there.
+    covered: batch up to which a durable state covers the points: these may be sent.
+    """
+
+    def __init__(self, output: str):
+        self.output = Path(output)
+        self._folder = self.output / FOLDER
+        self._lock = threading.Lock()  # of sent.json
+        found: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            found = json.loads((self._folder / "sent.json").read_text())
+        self.key: str = found.get("key") or secrets.token_hex(16)
+        self.run_id: str | None = found.get("run_id")
+        self.store: str | None = found.get("store")
+        self.ended: dict[str, str] = found.get("ended", {})
+        self._times: dict[str, int] = found.get("times", {})
+        sent = {name: Position(*position) for name, position in found.get("sent", {}).items()}
+        self.metrics = Spool(self.output / METRICS, sent.get("metrics", Position()))
+        self.system = Spool(self._folder / "system.jsonl", sent.get("system", Position()))
+        self.events = Spool(self._folder / "events.jsonl", sent.get("events", Position()))
+        self.covered = 0
+        with suppress(OSError, ValueError):
+            self.covered = int((self._folder / "covered").read_text())
+
+    @property
+    def _spools(self) -> dict[str, Spool]:
+        return {"metrics": self.metrics, "system": self.system, "events": self.events}
+
+    def begin(self, run_id: str | None, step: int) -> None:
+        """A process of the run goes on from its state after batch `step`, 0 where there is none.
+
+        Args:
+            run_id: of MLflow, as the state says.
+        """
+        self._folder.mkdir(exist_ok=True)
+        if run_id is None and step == 0 and self.metrics.sent.size:
+            # the states are lost that covered what was sent: that run has failed, and this is another
+            if self.run_id is not None:
+                self.ended[self.run_id] = "FAILED"
+            self.key, self.run_id = secrets.token_hex(16), None
+            self._times = {}
+            self.events.cut(lambda line: False, lambda dropped: None)
+            self.system.cut(lambda line: False, lambda dropped: None)
+        else:
+            self.run_id = run_id or self.run_id
+            self.events.cut(lambda line: True, lambda dropped: None)  # but for half a line
+            self.system.cut(lambda line: True, lambda dropped: None)
+        self.cut_back(step)
+
+    def cut_back(self, step: int) -> list[str]:
+        """Training goes on from batch `step`; the lines of metrics.jsonl that are dropped. MLflow keeps those that it
+        has.
+
+        Raises:
+            OSError: a disk that does not take that.
+        """
+        found: list[str] = []
+
+        def before(dropped: list[tuple[str, bool]]) -> None:
+            for text, was_sent in dropped:
+                found.append(text)
+                with suppress(ValueError):
+                    line = json.loads(text)
+                    if was_sent:
+                        self._times[_content(line)] = line.pop("time")
+            self.cover(step)
+            self.save()
+
+        self.metrics.cut(lambda line: belongs(line, step), before)
+        return found
+
+    def earlier_time(self, line: Line) -> int | None:
+        """That of the same line, in ms, where it was sent before the training went back: MLflow then takes the one for
+        the other."""
+        return self._times.get(_content(line)) if self._times else None
+
+    def cover(self, step: int) -> None:
+        """A durable state covers everything up to `step`; on disk for who sends after this process has ended, without
+        waiting for the disk: where that is lost, less is sent until the run goes on.
+
+        Raises:
+            OSError: it is in memory alone.
+        """
+        self.covered = step
+        (self._folder / "covered").write_text(str(step))
+
+    def is_uncovered(self, line: Line) -> bool:
+        """Whether a line of metrics.jsonl has to wait for a state."""
+        return step_of(line) > self.covered
+
+    def forget_sent(self) -> None:
+        """For a store, or a run, that has got nothing yet."""
+        for spool in self._spools.values():
+            spool.rewind()
+
+    def unsent(self) -> tuple[int, int]:
+        """How many points, and how many parameters, tags, artifacts and the like, may be sent and are not."""
+        lines = [*self.metrics.unsent(until=self.is_uncovered).lines, *self.system.unsent().lines]
+        points = sum(len(points_of(line)) for line, _ in lines)
+        return points, len(self.events.unsent().lines)
+
+    def save(self) -> None:
+        """Write sent.json."""
+        with self._lock:
+            content = {
+                "key": self.key,
+                "store": self.store,
+                "run_id": self.run_id,
+                "ended": self.ended,
+                "sent": {name: [spool.sent.size, spool.sent.crc] for name, spool in self._spools.items()},
+                "times": self._times,
+            }
+            with published(self._folder / "sent.json") as file:
+                file.write(json.dumps(content).encode())
+
+
+def belongs(line: Line, step: int) -> bool:
+    """Whether a line of metrics.jsonl is of a training that is after batch `step`. The final evaluation comes after the
+    last state, and is made again."""
+    return step_of(line) <= step and not any(name.startswith("eval/") for name in line)
+
+
+def _content(line: Mapping[str, Any]) -> str:
+    """What a line says, whenever it was written."""
+    return json.dumps({name: value for name, value in line.items() if name != "time"}, sort_keys=True)

@@ -1,0 +1,239 @@
+"""Training on two ranks, tracked: what MLflow has in the end is what was trained, whatever happened to its server or to
+the ranks."""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import ARCHITECTURE, BATCH, noise_shards
+from harness import RankError, RankServer
+from mlflow import MlflowClient
+from omegaconf import OmegaConf
+
+from fulllora_dist import train
+from fulllora_dist.data.index import Index
+from fulllora_dist.distributed.ranks import Ranks, free_port
+from fulllora_dist.run_state import RunState
+from tests.services.mlflow_server import MlflowServer
+
+BATCHES = 300
+NAMES = ("loss", "accuracy", "learning_rate", "skipped", "gradient_norm")
+assert BATCHES * len(NAMES) == 1500
+
+_seen: set[tuple[str, str]] = set()
+
+
+def _config(folder: Path, shards: str, uri: str, batches: int = BATCHES, **sections: dict[str, Any]) -> Path:
+    """Of a run in `folder`; 24 pictures make three batches an epoch."""
+    values: dict[str, Any] = {
+        "model": {
+            "backbone": "vit_tiny_patch16_224",
+            "pretrained": False,
+            "num_classes": 3,
+            "image_size": 16,
+            "architecture": ARCHITECTURE,
+        },
+        "adapter": {"rank": 2},
+        "threat": {"eps": 8 / 255},
+        "method": "standard",
+        "data": {"train": shards, "workers": 0},
+        "optim": {"batch_size": BATCH, "epochs": batches / 3, "clip": 1.0},
+        "run": {"output": str(folder / "run"), "save_every": 25, "log_every": 1},
+        "evaluation": {"attacks": ["clean", "pgd2"], "check": 0},
+        "tracking": {"uri": uri, "wait_seconds": 200, "system_seconds": 0.5},
+    }
+    for section, settings in sections.items():
+        values[section] = values.get(section, {}) | settings
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+    return folder / "config.yaml"
+
+
+def _audit(event: str, args: tuple) -> None:
+    """Calls that may block, by thread; gloo's connections are no calls of Python's."""
+    connects = event == "socket.connect" and isinstance(args[1], tuple)
+    imports = event == "import" and args[0].partition(".")[0] == "mlflow"
+    if connects or imports or event == "sqlite3.connect":
+        _seen.add((event, threading.current_thread().name))
+
+
+def _train(ranks: Ranks, config: str, stops: Sequence[int], kill: int | None = None) -> tuple[set, float]:
+    """train.py on a node of its own for each rank. After the batches `stops`, rank 0 waits for the test; after `kill`
+    it is killed. What was seen of `_audit`, and the longest call of the tracker in seconds."""
+    advance, gate = RunState.advance, Path(config).with_name("gate")
+    longest = 0.0
+
+    def paced(state: RunState, metrics: dict) -> None:
+        nonlocal longest
+        tracker = state._run.tracker
+        if not hasattr(tracker, "timed"):
+            tracker.timed = True  # type: ignore[attr-defined]
+            for name in ("log", "commit", "system"):
+                setattr(tracker, name, timed(getattr(tracker, name)))
+        advance(state, metrics)
+        if ranks.rank == 0 and state.step == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if ranks.rank == 0 and state.step in stops:
+            gate.with_suffix(f".{state.step}").touch()
+            while gate.with_suffix(f".{state.step}").exists():
+                time.sleep(0.02)
+
+    def timed(call: Any) -> Any:
+        def wrapped(*args: Any) -> None:
+            nonlocal longest
+            began = time.perf_counter()
+            call(*args)
+            longest = max(longest, time.perf_counter() - began)
+
+        return wrapped
+
+    RunState.advance = paced  # type: ignore[method-assign]
+    socket.gethostname = lambda: f"node{ranks.rank}"
+    sys.addaudithook(_audit)
+    assert train.main(["--config", config]) == 0
+    return _seen, longest
+
+
+def _curve(uri: str, run_id: str, prefix: str = "") -> list[tuple[str, int, float, int]]:
+    """(name, step, value, time) of every point."""
+    client = MlflowClient(uri)
+    names = [name for name in client.get_run(run_id).data.metrics if name.startswith(prefix)]
+    return sorted(
+        (name, point.step, point.value, point.timestamp)
+        for name in names
+        for point in client.get_metric_history(run_id, name)
+    )
+
+
+def _written(output: Path) -> list[tuple[str, int, float, int]]:
+    """The same, of metrics.jsonl."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return sorted(
+        (name, line["step"], value, line["time"])
+        for line in lines
+        for name, value in line.items()
+        if name not in ("step", "time")
+    )
+
+
+def _run(uri: str, output: Path) -> Any:
+    """The one MLflow run of an output folder."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("fulllora").experiment_id
+    (run,) = [r for r in client.search_runs([experiment]) if r.data.tags["output"] == str(output)]
+    return run
+
+
+def _await(path: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.02)
+
+
+def test_a_server_that_comes_late_and_is_killed(
+    server: RankServer, shards: str, tmp_path: Path, record_property: Any
+) -> None:
+    """1,500 points in, 1,500 out, and a look at all else that a run has to tell."""
+    held_out, validation = (noise_shards(tmp_path / name, seed) for name, seed in (("held", 1), ("val", 2)))
+    with MlflowServer(tmp_path / "server") as mlflow:
+        config = _config(
+            tmp_path / "a",
+            shards,
+            mlflow.uri,
+            data={"held_out": held_out, "validation": validation},
+            guard={"every": 100, "n": 8, "steps": 1},
+        )
+        gates = [(tmp_path / "a" / f"gate.{batch}") for batch in (50, 150, 250)]
+        outcome: dict[str, Any] = {}
+
+        def train_on_two() -> None:
+            outcome["ranks"] = server.run(2, _train, str(config), [50, 150, 250], timeout=400)
+
+        training = threading.Thread(target=train_on_two)
+        training.start()
+        _await(gates[0])
+        mlflow.start()
+        gates[0].unlink()
+        _await(gates[1])
+        mlflow.kill()
+        gates[1].unlink()
+        _await(gates[2])
+        mlflow.start(wait=False)
+        gates[2].unlink()
+        training.join()
+        (seen, longest), (seen_by_one, _) = outcome["ranks"]
+        record_property("longest call of the tracker on the training thread, ms", 1000 * longest)
+
+        assert threading.main_thread().name not in {thread for _, thread in seen}
+        assert {("socket.connect", "tracking"), ("import", "tracking")} <= seen, "or the watch sees nothing"
+        assert not seen_by_one
+        output = tmp_path / "a" / "run"
+        run = _run(mlflow.uri, output)
+        run_id, tags = run.info.run_id, run.data.tags
+        curve = [point for point in _curve(mlflow.uri, run_id) if not point[0].startswith("system/")]
+        assert curve == _written(output)
+        assert Counter(name for name, *_ in curve if name.startswith("train/")) == {f"train/{n}": 300 for n in NAMES}
+
+        assert run.info.status == "FINISHED"
+        assert (tags["attempt/1/world_size"], tags["attempt/1/hosts"]) == ("2", "node0, node1")
+        assert {"version/torch", "version/deepspeed", "version/timm", "version/mlflow"} <= tags.keys()
+        assert run.data.params["optim.batch_size"] == str(BATCH)
+        for node in ("node0", "node1"):
+            sampled = _curve(mlflow.uri, run_id, f"system/{node}/")
+            assert {name.rpartition("/")[2] for name, *_ in sampled} >= {
+                "cpu_utilization_percentage",
+                "system_memory_usage_megabytes",
+                "disk_available_megabytes",
+                "network_receive_megabytes",
+            }
+            steps = [step for name, step, *_ in sampled if name.endswith("cpu_utilization_percentage")]
+            assert len(steps) > 3
+        data = {i.dataset.name: json.loads(i.dataset.profile)["index"] for i in run.inputs.dataset_inputs}
+        folders = {"train": shards, "held_out": held_out, "validation": validation}
+        assert data == {split: Index.load(folder).hash for split, folder in folders.items()}
+
+        client = MlflowClient(mlflow.uri)
+        kept = {file.path for file in client.list_artifacts(run_id)}
+        assert kept >= {"adapter", "adapter_best", "config.yaml", "evaluation.json", "evaluation_classes.png"}
+        pictures = {Path(file.path).name for file in client.list_artifacts(run_id, "pictures")}
+        looks = {f"examples_{batch:08d}.png" for batch in (100, 200, 300)}
+        assert pictures == looks | {"examples.png", "curves.png", "adapter_norms.png"}
+
+
+@pytest.mark.long
+def test_a_killed_run_ends_like_the_uninterrupted_one(server: RankServer, shards: str, tmp_path: Path) -> None:
+    """Killed where MLflow has heard of nothing, as its server is away, and once more where it has got a part."""
+    with MlflowServer(tmp_path / "server") as mlflow:
+        away = f"http://127.0.0.1:{free_port()}"
+        batches = 12
+        frame = {"run": {"output": str(tmp_path / "cut" / "run"), "save_every": 3, "log_every": 1}}
+        configs = {
+            uri: str(_config(tmp_path / name, shards, uri, batches, **frame))
+            for name, uri in (("away", away), ("here", mlflow.uri))
+        }
+        with pytest.raises(RankError):
+            server.run(2, _train, configs[away], [], 5)
+        mlflow.start()
+        with pytest.raises(RankError):
+            server.run(2, _train, configs[mlflow.uri], [], 10)
+        assert _run(mlflow.uri, tmp_path / "cut" / "run").info.status == "RUNNING"
+        server.run(2, _train, configs[mlflow.uri], [])
+        run = _run(mlflow.uri, tmp_path / "cut" / "run")
+        assert run.info.status == "FINISHED"
+        assert [run.data.tags[f"attempt/{n}/began_at_batch"] for n in (1, 2, 3)] == ["0", "3", "9"]
+        cut = _curve(mlflow.uri, run.info.run_id, "train/")
+        assert cut == _written(tmp_path / "cut" / "run")
+
+        server.run(2, _train, str(_config(tmp_path / "whole", shards, mlflow.uri, batches)), [])
+        whole = _curve(mlflow.uri, _run(mlflow.uri, tmp_path / "whole" / "run").info.run_id, "train/")
+        assert [point[:3] for point in cut] == [point[:3] for point in whole]

@@ -1,0 +1,201 @@
+"""What a killed attempt leaves in MLflow and in the output folder, and what the next one makes of it."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from fulllora_dist.config import Config
+from fulllora_dist.tracking.run import Tracker
+
+
+def _config(folder: Path) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"backbone": "vit_tiny_patch16_224"},
+            "threat": {"eps": "8/255"},
+            "method": "standard",
+            "data": {"train": "shards"},
+            "run": {"output": str(folder / "run")},
+            "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        }
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path, database: Path) -> Config:
+    (tmp_path / "run").mkdir()
+    shutil.copy(database, tmp_path)
+    return _config(tmp_path)
+
+
+def _runs(config: Config) -> dict[str, str]:
+    client = MlflowClient(config.tracking.uri)
+    found = client.search_runs([client.get_experiment_by_name(config.tracking.experiment).experiment_id])
+    return {run.info.run_id: run.info.status for run in found}
+
+
+def _points(config: Config, run_id: str | None, name: str) -> list[tuple[int, float]]:
+    history = MlflowClient(config.tracking.uri).get_metric_history(run_id, name)
+    return sorted((point.step, point.value) for point in history)
+
+
+def _killed(work: Callable[[], object]) -> None:
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def _sent(config: Config, run_id: str | None = None, step: int = 0, then: Callable[[Tracker], object] = id) -> None:
+    """An attempt that has sent what it may, does `then` and is killed."""
+
+    def work() -> None:
+        tracker = Tracker(config, active=True, run_id=run_id, step=step)
+        assert tracker.settle()
+        then(tracker)
+
+    _killed(work)
+
+
+def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
+    """Before its first state the run is known by a file; later by the state; its status is that of the last attempt."""
+    _killed(lambda: Tracker(config, active=True))  # MLflow may or may not have heard of it
+    _sent(config)
+    ((run_id, status),) = _runs(config).items()
+    assert status == "RUNNING"
+    second = Tracker(config, active=True)  # no state yet
+    assert second.run_id == run_id
+    second.log({"train/loss": 1.0}, 1)
+    second.commit(1)
+    second.finish("KILLED")
+    assert _runs(config) == {run_id: "KILLED"}
+
+    _sent(config, run_id, 1)
+    assert _runs(config) == {run_id: "RUNNING"}
+    third = Tracker(config, active=True, run_id=run_id, step=1, hosts=["a", "a", "b"])
+    third.finish("FINISHED")
+    assert _runs(config) == {run_id: "FINISHED"}
+    tags = MlflowClient(config.tracking.uri).get_run(run_id).data.tags
+    assert tags["attempt/5/world_size"] == "3"
+    assert tags["attempt/5/hosts"] == "a, b"
+    assert tags["attempt/5/began_at_batch"] == "1"
+
+    # its states are lost, so that it begins anew: what was sent stays with the old one, which says how it ended
+    _sent(config, run_id, 1)
+    anew = Tracker(config, active=True)
+    anew.settle()
+    assert anew.run_id != run_id
+    assert _runs(config) == {run_id: "FAILED", anew.run_id: "RUNNING"}
+    anew.finish("FINISHED")
+
+
+def test_what_a_killed_attempt_has_not_sent_is_sent_by_the_next(config: Config) -> None:
+    """Points that a state covers, whether or not MLflow had heard of the run; those after it are made again."""
+
+    def unsent(tracker: Tracker) -> None:
+        for step in (1, 2, 3):
+            tracker.log({"train/loss": float(step)}, step)
+
+    _killed(lambda: unsent(Tracker(config, active=True)))
+    second = Tracker(config, active=True, step=2)  # its state, which does not know MLflow's id
+    second.log({"train/loss": 30.0}, 3)
+    second.finish("KILLED")
+    assert len(_runs(config)) == 1
+    assert _points(config, second.run_id, "train/loss") == [(1, 1.0), (2, 2.0)], "no state covers the third"
+
+    # the answer to the request that made the run was lost, or the file
+    os.unlink(Path(config.run.output, "tracking", "sent.json"))
+    third = Tracker(config, active=True, run_id=second.run_id, step=3)
+    third.finish("KILLED")
+    assert third.run_id == second.run_id
+    assert _points(config, third.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 30.0)], "sent again, none doubled"
+
+
+def test_the_run_is_found_whose_making_was_not_heard_of(config: Config) -> None:
+    tracker = Tracker(config, active=True)
+    tracker.finish("KILLED")
+    path = Path(config.run.output, "tracking", "sent.json")
+    noted = json.loads(path.read_text())
+    path.write_text(json.dumps({"key": noted["key"]}))
+    again = Tracker(config, active=True)
+    again.finish("FINISHED")
+    assert _runs(config) == {tracker.run_id: "FINISHED"}
+
+
+def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
+    """A final evaluation that is repeated, and steps after a state that was lost: the same values are the same
+    points, others are further ones."""
+    first = Tracker(config, active=True)
+    for step in (1, 2, 3):
+        first.log({"train/loss": float(step), "train/accuracy": 0.5}, step)
+    first.log({"eval/clean": 0.75}, 3)
+    first.commit(3)
+    first.finish("FINISHED")
+    written = Path(config.run.output, "metrics.jsonl").read_bytes()
+
+    again = Tracker(config, active=True, run_id=first.run_id, step=1)  # the state of batch 3 is damaged
+    assert len(list(again.lines())) == 1
+    for step in (2, 3):
+        again.log({"train/loss": float(step), "train/accuracy": 0.5}, step)
+    again.log({"eval/clean": 0.75}, 3)
+    again.commit(3)
+    again.finish("FINISHED")
+    assert Path(config.run.output, "metrics.jsonl").read_bytes() == written
+    assert _points(config, first.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert _points(config, first.run_id, "eval/clean") == [(3, 0.75)]
+
+    other = Tracker(config, active=True, run_id=first.run_id, step=3)
+    other.log({"eval/clean": 0.5}, 3)  # evaluated otherwise
+    other.commit(3)
+    other.finish("FINISHED")
+    assert _points(config, first.run_id, "eval/clean") == [(3, 0.5), (3, 0.75)]
+    client = MlflowClient(config.tracking.uri)
+    assert client.get_run(first.run_id).data.metrics["eval/clean"] == 0.5, "the newest is what MLflow shows"
+
+
+def test_a_run_that_goes_back(config: Config) -> None:
+    """What MLflow has got stays there; what it has not got of the abandoned part never comes."""
+    tracker = Tracker(config, active=True)
+    for step in range(1, 7):
+        tracker.log({"train/loss": float(step)}, step)
+        if step == 4:
+            tracker.commit(4)
+            assert tracker.settle()
+    tracker.go_back(2, "before.jsonl")
+    for step in range(3, 7):
+        tracker.log({"train/loss": 10.0 * step}, step)
+    tracker.commit(6)
+    tracker.finish("FINISHED")
+    kept = [json.loads(line)["step"] for line in Path(config.run.output, "before.jsonl").read_text().splitlines()]
+    assert kept == [3, 4, 5, 6]
+    assert [line["train/loss"] for line in tracker.lines()] == [1.0, 2.0, 30.0, 40.0, 50.0, 60.0]
+    sent_before, after = [(s, float(s)) for s in (1, 2, 3, 4)], [(s, 10.0 * s) for s in (3, 4, 5, 6)]
+    assert _points(config, tracker.run_id, "train/loss") == sorted(sent_before + after)
+
+
+def test_a_disk_that_takes_half_a_line(config: Config, capsys: pytest.CaptureFixture) -> None:
+    settings = config.tracking.model_copy(update={"enabled": False})
+    tracker = Tracker(config.model_copy(update={"tracking": settings}), active=True)
+    tracker.log({"train/loss": 1.0}, 1)
+    path = Path(config.run.output, "metrics.jsonl")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
+    try:
+        for step in (2, 3):
+            tracker.log({"train/loss": 1.0}, step)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    tracker.log({"train/loss": 1.0}, 4)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
+    assert capsys.readouterr().err.count("kept in memory until there is space") == 1, "said once"
