@@ -33,13 +33,13 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
     arguments.add_argument(
         "--by",
-        type=parse_by,
         default="component,block",
         metavar="A,B",
         help="what is switched off at a time: component, block or branch (default: component,block)",
     )
     arguments.add_argument("--output", metavar="FILE", default="where.json", help="default: where.json")
     args = arguments.parse_intermixed_args(argv)
+    args.by = parse_by(args.by)
     if args.attack == "clean":
         raise UserError("--attack: clean is always measured; name one that changes pictures, e.g. pgd10")
     # of symptoms of masked gradients evaluate.py has told: here they would be looked for in each variant
