@@ -29,7 +29,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     """
     arguments = parser(__doc__ or "")
     arguments.add_argument("--adapter", metavar="FOLDER", required=True, help="what save_adapter wrote")
-    arguments.add_argument("--attack", metavar="NAME", default="pgd10", help="see evaluate.py --attacks (default: pgd10)")
+    arguments.add_argument("--attack", metavar="NAME", default="pgd10", help="of evaluate.py's (default: pgd10)")
     arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
     arguments.add_argument(
         "--by",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_dist.evaluation.report import caption, with_interval
+from fulllora_dist.tracking.branch_figure import Loss, where_robustness_sits
 
 
 def where_table(results: Mapping[str, Any]) -> str:
@@ -65,5 +66,35 @@ def _columns(rows: list[list[str]]) -> list[str]:
 
 
 def where_figure(results: Mapping[str, Any], path: str | Path) -> Path:
-    """Draw the results beside where.json."""
-    return Path(path)
+    """Draw the results beside where.json.
+
+    Args:
+        path: of where.json.
+
+    Returns:
+        The file, where.png.
+    """
+    attack = next(name for name in results["intact"] if name != "clean")
+    places = {branch["name"]: f"{branch['block']}/{branch['component']}" for branch in results["branches"]}
+    losses: dict[str, list[Loss]] = {}
+    for group in results["off"]:
+        name = places[group["branches"][0]] if group["by"] == "branch" else group["name"]
+        losses.setdefault(group["by"], []).append(Loss(name, *(_loss(group, name) for name in (attack, "clean"))))
+    (everything,) = (group for group in results["off"] if group["by"] == "all")
+    del losses["all"]
+    figure = where_robustness_sits(
+        cells(results),
+        losses,
+        attack=attack,
+        intact=results["intact"][attack]["accuracy"],
+        all_off=everything["attacks"][attack]["accuracy"],
+        caption=caption(results),
+    )
+    file = Path(path).with_suffix(".png")
+    figure.savefig(file)
+    return file
+
+
+def _loss(group: Mapping[str, Any], attack: str) -> tuple[float, float, float]:
+    score = group["attacks"][attack]
+    return score["lost"], score["lost_low"], score["lost_high"]

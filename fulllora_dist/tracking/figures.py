@@ -14,8 +14,8 @@ from matplotlib.figure import Figure, SubFigure
 from torch import Tensor
 
 RIGHT, WRONG = "#0072B2", "#D55E00"
-_GREY = "#555555"
-_STYLES = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (_GREY, "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-")]
+GREY = "#555555"
+_STYLES = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (GREY, "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-")]
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,14 @@ def _draw_curves(
         axes.fill_between(levels, low, high, color=color, alpha=0.15, linewidth=0)
         axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=curve.name)
     if trained_eps is not None:
-        axes.axvline(unit * trained_eps, color=_GREY, linewidth=1, linestyle=(0, (2, 2)))
+        axes.axvline(unit * trained_eps, color=GREY, linewidth=1, linestyle=(0, (2, 2)))
         axes.annotate(
             f"trained at {in_255ths(trained_eps)}",
             (unit * trained_eps, 103),
             textcoords="offset points",
             xytext=(4, 0),
             fontsize=9,
-            color=_GREY,
+            color=GREY,
             va="center",
         )
     axes.set_ylim(-3, 107)
@@ -229,7 +229,7 @@ def demo_picture(
     """Examples on the left, curves on the right, one headline and a line of facts below it."""
     figure = Figure(figsize=(15, 1.2 + 1.9 * len(clean)), dpi=110)
     figure.suptitle(title, fontsize=17, y=0.985)
-    figure.text(0.5, 0.935, subtitle, fontsize=11, color=_GREY, ha="center", va="top")
+    figure.text(0.5, 0.935, subtitle, fontsize=11, color=GREY, ha="center", va="top")
     left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1), squeeze=False)[0]
     _draw_examples(left, clean, labels, classes, models, eps)
     left.subplots_adjust(left=0.05, right=0.99, top=0.82, bottom=0.06)
