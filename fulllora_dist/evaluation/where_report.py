@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_dist.evaluation.report import caption, with_interval
-from fulllora_dist.tracking.branch_figure import Loss, where_robustness_sits
+from fulllora_dist.tracking.branch_figure import Loss, branch_figure
 
 
 def where_table(results: Mapping[str, Any]) -> str:
@@ -82,7 +82,7 @@ def where_figure(results: Mapping[str, Any], path: str | Path) -> Path:
         losses.setdefault(group["by"], []).append(Loss(name, *(_loss(group, name) for name in (attack, "clean"))))
     (everything,) = (group for group in results["off"] if group["by"] == "all")
     del losses["all"]
-    figure = where_robustness_sits(
+    figure = branch_figure(
         cells(results),
         losses,
         attack=attack,

@@ -21,7 +21,7 @@ class Loss:
     clean: tuple[float, float, float]
 
 
-def where_robustness_sits(
+def branch_figure(
     norms: Mapping[tuple[str, str], float | None],
     losses: Mapping[str, Sequence[Loss]],
     *,
@@ -35,7 +35,7 @@ def where_robustness_sits(
     Args:
         norms: {(block, component): norm relative to W}, in forward order; None where there is none.
         losses: {"component", "block" or "branch": groups in forward order}; of "branch" the names are
-            "block/component".
+            "block/component", and of several in one place the one that costs most is shown.
         attack: its name.
         intact, all_off: accuracy under it with all branches and with none.
         caption: what the numbers are of.
@@ -56,7 +56,8 @@ def where_robustness_sits(
     _map(axes, _grid(norms, blocks, components), blocks, components, "{:.1f}", "Blues")
     axes.set_title("size of a branch: norm of (alpha / r) B A, in % of the norm of W", fontsize=11)
     if "branch" in losses:
-        lost = {tuple(loss.name.split("/")): loss.attacked[0] for loss in losses["branch"]}
+        ascending = sorted(losses["branch"], key=lambda loss: loss.attacked[0])
+        lost = {tuple(loss.name.split("/")): loss.attacked[0] for loss in ascending}
         axes = rows[1].subplots()
         _map(axes, _grid(lost, blocks, components), blocks, components, "{:+.0f}", "Oranges")
         axes.set_title(f"points of accuracy under {attack} lost without it", fontsize=11)
