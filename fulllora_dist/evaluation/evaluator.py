@@ -1,19 +1,16 @@
 """Robust accuracy: every sample attacked once, counted exactly over all ranks, with its uncertainty."""
 
 import hashlib
-import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from fulllora_dist.attacks.pgd import attacked
 from fulllora_dist.attacks.threat import Threat
@@ -23,13 +20,13 @@ from fulllora_dist.data.plan import stratified_order
 from fulllora_dist.distributed.ranks import Counters, Ranks
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import checks
-from fulllora_dist.evaluation.attacks import EvalAttack, parse_attacks
+from fulllora_dist.evaluation.attacks import parse_attacks
 from fulllora_dist.evaluation.partial import Partial
+from fulllora_dist.evaluation.pieces import Piece, Progress
 from fulllora_dist.evaluation.score import score
 
 _KEPT = 4096  # decoded pictures of each rank: attacks come to the same batches one after the other
 _CHECK_BATCH = 16  # passes of Square a picture make a small batch worth while
-_CHECK_PASSES = 500  # of a picture under all checks
 
 
 class EvalPictures(Protocol):
@@ -47,20 +44,6 @@ class EvalPictures(Protocol):
 
     def read(self, ids: np.ndarray) -> Batch:
         """The pictures of these ids."""
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """What a rank takes at a time: one attack at one eps on one batch, or the checks (attack None)."""
-
-    name: str
-    attack: EvalAttack | None
-    radius: int  # number of the threat
-    ids: np.ndarray
-
-    @property
-    def passes(self) -> int:
-        return len(self.ids) * (_CHECK_PASSES if self.attack is None else self.attack.passes)
 
 
 class Evaluator:
@@ -124,23 +107,45 @@ class Evaluator:
         Raises:
             UserError: the model has not as many outputs as the data has classes, or too few for an attack.
         """
+        return self.run_variants(predict, {"": nullcontext}, pictures, partial)[""]
+
+    def run_variants(
+        self,
+        predict: nn.Module,
+        variants: Mapping[str, Callable[[], AbstractContextManager[None]]],
+        pictures: EvalPictures,
+        partial: str | Path | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """`run` for each of several variants of one model, whose pieces the ranks take from one pool.
+
+        Args:
+            variants: {name: opens a context in which `predict` is that variant}; outside it the model is as it was. A
+                partial result is known by this name: with the same weights it must stand for the same variant.
+
+        Returns:
+            {name: what `run` returns}.
+        """
         ids = np.sort(np.concatenate(pictures.batches))
         if len(np.unique(ids)) < len(ids):
             raise UserError("evaluation: a sample is in two batches")
         self._check_outputs(predict, pictures)
         done = Partial(partial, self._fingerprint(predict, pictures, partial), self._ranks.rank)
         known = dict(self._ranks.union(list(done.found().items())))
-        pieces = self._pieces(pictures, ids)
+        pieces = self._pieces(variants, pictures, ids)
         left = [piece for piece in pieces if piece.name not in known]
         own: dict[str, Any] = {}
-        progress = _Progress(pieces, left, known, self._ranks.counters(), self._shows)
+        progress = Progress(pieces, left, known, self._ranks.counters(), self._shows)
         with progress, attacked(predict), progress.seen(predict):
             for piece, batch in self._turns(left, pictures, progress.counters):
-                own[piece.name] = result = self._do(predict, piece, batch.to(self._ranks.device))
+                with variants[piece.variant]():
+                    own[piece.name] = result = self._do(predict, piece, batch.to(self._ranks.device))
                 done.keep(piece.name, result)
                 progress.add(piece, result)
         known |= dict(self._ranks.union(list(own.items())))
-        results = self._results(pictures.index, ids, pieces, known)
+        results = {
+            name: self._results(pictures.index, ids, [p for p in pieces if p.variant == name], known)
+            for name in variants
+        }
         self._ranks.barrier()  # every rank has the results: none is needed any more
         done.forget()
         return results
@@ -168,30 +173,29 @@ class Evaluator:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _pieces(self, pictures: EvalPictures, ids: np.ndarray) -> list[_Piece]:
+    def _pieces(self, variants: Iterable[str], pictures: EvalPictures, ids: np.ndarray) -> list[Piece]:
         """All of them, the costliest first, so that the last ones, which some ranks may have to wait for, are short."""
         pieces = []
-        for attack in self._attacks:
-            threats = self._threats[:1] if attack.kind == "clean" else self._threats
-            for number, threat in enumerate(threats):
-                for batch in pictures.batches:
-                    name = f"{attack.name} {threat.norm} {threat.eps!r} {int(batch[0])}"
-                    pieces.append(_Piece(name, attack, number, batch))
-        if self._check and self._threats[0].eps:
-            chosen = ids[stratified_order(pictures.index.labels[ids])[: self._check]]
-            cut = [chosen[i : i + _CHECK_BATCH] for i in range(0, len(chosen), _CHECK_BATCH)]
-            threat = self._threats[0]
-            name = f"checks {threat.norm} {threat.eps!r}"
-            pieces += [_Piece(f"{name} {i}", None, 0, np.sort(batch)) for i, batch in enumerate(cut)]
+        for variant in variants:
+            prefix = f"{variant}: " if variant else ""
+            for attack in self._attacks:
+                threats = self._threats[:1] if attack.kind == "clean" else self._threats
+                for number, threat in enumerate(threats):
+                    for batch in pictures.batches:
+                        name = f"{prefix}{attack.name} {threat.norm} {threat.eps!r} {int(batch[0])}"
+                        pieces.append(Piece(name, variant, attack, number, batch))
+            if self._check and self._threats[0].eps:
+                chosen = ids[stratified_order(pictures.index.labels[ids])[: self._check]]
+                cut = [chosen[i : i + _CHECK_BATCH] for i in range(0, len(chosen), _CHECK_BATCH)]
+                name = f"{prefix}checks {self._threats[0].norm} {self._threats[0].eps!r}"
+                pieces += [Piece(f"{name} {i}", variant, None, 0, np.sort(batch)) for i, batch in enumerate(cut)]
         return sorted(pieces, key=lambda piece: -piece.passes / len(piece.ids))
 
-    def _turns(
-        self, pieces: list[_Piece], pictures: EvalPictures, counters: Counters
-    ) -> Iterator[tuple[_Piece, Batch]]:
+    def _turns(self, pieces: list[Piece], pictures: EvalPictures, counters: Counters) -> Iterator[tuple[Piece, Batch]]:
         """The pieces that this rank gets, with their pictures; the next ones are read meanwhile."""
         kept: OrderedDict[bytes, Batch] = OrderedDict()
 
-        def take() -> tuple[_Piece, Batch] | None:
+        def take() -> tuple[Piece, Batch] | None:
             turn = counters.add("taken", 1) - 1
             if turn >= len(pieces):
                 return None
@@ -209,7 +213,7 @@ class Evaluator:
                 coming = reader.submit(take)
                 yield taken
 
-    def _do(self, predict: nn.Module, piece: _Piece, batch: Batch) -> Any:
+    def _do(self, predict: nn.Module, piece: Piece, batch: Batch) -> Any:
         """Of an attack 0 or 1 for each id; of the checks their numbers."""
         threat, x = self._threats[piece.radius], batch.pixels()
         if piece.attack is None:
@@ -218,7 +222,7 @@ class Evaluator:
         right = piece.attack.right(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
         return right.int().tolist()
 
-    def _results(self, index: Index, ids: np.ndarray, pieces: list[_Piece], known: dict[str, Any]) -> dict[str, Any]:
+    def _results(self, index: Index, ids: np.ndarray, pieces: list[Piece], known: dict[str, Any]) -> dict[str, Any]:
         scores: list[dict[str, Any]] = [{} for _ in self._threats]
         for number, attacks in enumerate(scores):
             for attack in self._attacks:
@@ -252,87 +256,3 @@ class Evaluator:
             "checks": measured,
             "warnings": warnings,
         }
-
-
-class _Progress:
-    """A bar over the passes of all ranks on rank 0, with the figures so far; brought up to date by each forward pass,
-    at most once a second."""
-
-    def __init__(
-        self, pieces: list[_Piece], left: list[_Piece], known: dict[str, Any], counters: Counters, shows: bool
-    ):
-        self.counters = counters
-        total, to_do = (sum(piece.passes for piece in some) for some in (pieces, left))
-        self._before = {"passes": total - to_do}
-        for piece in pieces:
-            if piece.name in known:
-                self._count(self._before, piece, known[piece.name])
-        self._names = {self._name(piece): None for piece in pieces if piece.attack}
-        self._shown_at = time.monotonic()
-        self._bar = tqdm(
-            total=total,
-            initial=total - to_do,
-            desc="evaluation",
-            unit="pass",
-            unit_scale=True,
-            disable=not shows,
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
-
-    @staticmethod
-    def _name(piece: _Piece) -> str:
-        return f"{piece.attack.name if piece.attack else 'checks'}#{piece.radius}"
-
-    def _count(self, into: dict[str, int], piece: _Piece, result: Any) -> None:
-        if piece.attack is not None:
-            for what, number in (("seen", len(result)), ("right", sum(result))):
-                key = f"{what} {self._name(piece)}"
-                into[key] = into.get(key, 0) + number
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._show()
-        self._bar.close()
-
-    @contextmanager
-    def seen(self, predict: nn.Module) -> Iterator[None]:
-        """Inside, forward passes keep the bar alive through a long attack."""
-
-        def tick(*_: object) -> None:
-            if time.monotonic() - self._shown_at > 1:
-                self._show()
-
-        handle = predict.register_forward_hook(tick)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def add(self, piece: _Piece, result: Any) -> None:
-        """A piece is done on this rank."""
-        self.counters.add("passes", piece.passes)
-        counted: dict[str, int] = {}
-        self._count(counted, piece, result)
-        for key, number in counted.items():
-            self.counters.add(key, number)
-
-    def _show(self) -> None:
-        self._shown_at = time.monotonic()
-        if self._bar.disable:
-            return
-        shares = {name: (self._now(f"right {name}"), self._now(f"seen {name}")) for name in self._names}
-        several = any(name.endswith("#1") for name in self._names)
-        figures = {
-            name if several else name.partition("#")[0]: f"{right / seen:.1%}"
-            for name, (right, seen) in shares.items()
-            if seen
-        }
-        self._bar.set_postfix(figures, refresh=False)
-        self._bar.n = self._now("passes")
-        self._bar.refresh()
-
-    def _now(self, key: str) -> int:
-        return self._before.get(key, 0) + self.counters.add(key, 0)

@@ -81,10 +81,10 @@ def table(results: Mapping[str, Any]) -> str:
     lines = [caption(results), ""]
     lines.append(f"{'attack':<{width}}  accuracy %  95 % interval")
     for name, score in attacks.items():
-        lines.append(f"{name:<{width}}  {_with_interval(score)}")
+        lines.append(f"{name:<{width}}  {with_interval(score)}")
     for point in results["more_eps"]:
         lines += ["", size_in(results["norm"], point["eps"])]
-        lines += [f"{name:<{width}}  {_with_interval(score)}" for name, score in point["attacks"].items()]
+        lines += [f"{name:<{width}}  {with_interval(score)}" for name, score in point["attacks"].items()]
     per_class = {name: score["per_class"] for name, score in attacks.items()}
     first = next(iter(per_class.values()))
     wide = max(len("class"), *(len(str(name)) for name in first))
@@ -99,5 +99,6 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])
 
 
-def _with_interval(score: Mapping[str, Any]) -> str:
+def with_interval(score: Mapping[str, Any]) -> str:
+    """Accuracy and 95 % interval in per cent, as columns of a table."""
     return f"{100 * score['accuracy']:>10.2f}  {100 * score['low']:.1f} to {100 * score['high']:.1f}"

@@ -45,12 +45,16 @@ class LNLoRABranch(nn.Module):
     """(alpha / r) B A LN(x), added to the frozen layer's output.
 
     Parameters are fp32 whatever the activations' dtype; they are folded in fp32 and cast once per call.
+
+    Attributes:
+        on: whether it adds anything; see `branches.switched_off`.
     """
 
     def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, norm: bool, eps: float):
         super().__init__()
         self.scale = alpha / rank
         self.eps = eps
+        self.on = True
         self.norm = FoldedLayerNorm(d_in) if norm else None
         self.A = nn.Parameter(torch.empty(rank, d_in))
         self.B = nn.Parameter(torch.zeros(d_out, rank))
@@ -69,6 +73,8 @@ class LNLoRABranch(nn.Module):
             x: [..., d_in], the frozen layer's input (already standardised where said so).
             y: [..., d_out], its output, of the same dtype.
         """
+        if not self.on:
+            return y
         if self.norm is None:
             down, shift = self.A, None
         else:

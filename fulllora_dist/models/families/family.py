@@ -123,6 +123,12 @@ class Family:
         """The blocks, in forward order."""
         return [m for path, m in backbone.named_modules() if any(_matches(pattern, path) for pattern in self.blocks)]
 
+    def block_of(self, path: str) -> str:
+        """The block that holds a layer, by its path; outside the blocks the first name of the layer's."""
+        names = path.split(".")
+        above = (".".join(names[: i + 1]) for i in range(len(names)))
+        return next((p for p in above if any(_matches(pattern, p) for pattern in self.blocks)), names[0])
+
     def converted(self, weights: Weights, backbone: nn.Module) -> Weights:
         """A checkpoint of this family as `load_state_dict` of `backbone` takes it."""
         convert = self.convert or getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)

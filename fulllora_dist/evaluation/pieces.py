@@ -1,0 +1,120 @@
+"""What a rank takes at a time in an evaluation, and how far all ranks are."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+from tqdm import tqdm
+
+from fulllora_dist.distributed.ranks import Counters
+from fulllora_dist.evaluation.attacks import EvalAttack
+
+_CHECK_PASSES = 500  # of a picture under all checks
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One attack at one eps on one batch, or the checks (attack None), of one variant of the model."""
+
+    name: str
+    variant: str
+    attack: EvalAttack | None
+    radius: int  # number of the threat
+    ids: np.ndarray
+
+    @property
+    def passes(self) -> int:
+        return len(self.ids) * (_CHECK_PASSES if self.attack is None else self.attack.passes)
+
+
+class Progress:
+    """A bar over the passes of all ranks on rank 0, with the figures so far of the variant that it did last; brought up
+    to date by each forward pass, at most once a second."""
+
+    def __init__(self, pieces: list[Piece], left: list[Piece], known: dict[str, Any], counters: Counters, shows: bool):
+        self.counters = counters
+        total, to_do = (sum(piece.passes for piece in some) for some in (pieces, left))
+        self._before = {"passes": total - to_do}
+        for piece in pieces:
+            if piece.name in known:
+                self._count(self._before, piece, known[piece.name])
+        self._figures = {(piece.variant, self._name(piece)): None for piece in pieces if piece.attack}
+        self._variant = pieces[0].variant
+        self._shown_at = time.monotonic()
+        self._bar = tqdm(
+            total=total,
+            initial=total - to_do,
+            desc="evaluation",
+            unit="pass",
+            unit_scale=True,
+            disable=not shows,
+            dynamic_ncols=True,
+            mininterval=0.5,
+        )
+
+    @staticmethod
+    def _name(piece: Piece) -> str:
+        return f"{piece.attack.name if piece.attack else 'checks'}#{piece.radius}"
+
+    def _count(self, into: dict[str, int], piece: Piece, result: Any) -> None:
+        if piece.attack is not None:
+            for what, number in (("seen", len(result)), ("right", sum(result))):
+                key = f"{what} {piece.variant} {self._name(piece)}"
+                into[key] = into.get(key, 0) + number
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._show()
+        self._bar.close()
+
+    @contextmanager
+    def seen(self, predict: nn.Module) -> Iterator[None]:
+        """Inside, forward passes keep the bar alive through a long attack."""
+
+        def tick(*_: object) -> None:
+            if time.monotonic() - self._shown_at > 1:
+                self._show()
+
+        handle = predict.register_forward_hook(tick)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def add(self, piece: Piece, result: Any) -> None:
+        """A piece is done on this rank."""
+        self._variant = piece.variant
+        self.counters.add("passes", piece.passes)
+        counted: dict[str, int] = {}
+        self._count(counted, piece, result)
+        for key, number in counted.items():
+            self.counters.add(key, number)
+
+    def _show(self) -> None:
+        self._shown_at = time.monotonic()
+        if self._bar.disable:
+            return
+        shares = {
+            name: (self._now(f"right {variant} {name}"), self._now(f"seen {variant} {name}"))
+            for variant, name in self._figures
+            if variant == self._variant
+        }
+        several = any(name.endswith("#1") for name in shares)
+        figures = {
+            name if several else name.partition("#")[0]: f"{right / seen:.1%}"
+            for name, (right, seen) in shares.items()
+            if seen
+        }
+        self._bar.set_postfix(figures, refresh=False)
+        self._bar.set_description(f"evaluation {self._variant}".rstrip(), refresh=False)
+        self._bar.n = self._now("passes")
+        self._bar.refresh()
+
+    def _now(self, key: str) -> int:
+        return self._before.get(key, 0) + self.counters.add(key, 0)

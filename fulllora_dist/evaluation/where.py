@@ -1,0 +1,135 @@
+"""Where robustness sits: how large each branch is beside W, and the accuracy lost without it."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial as bind
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fulllora_dist.compare import compare
+from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation.evaluator import EvalPictures, Evaluator
+from fulllora_dist.models.branches import Branch, branches_of, switched_off
+from fulllora_dist.models.finetune import AdaptedModel
+
+By = Literal["component", "block", "branch"]
+_SHARED = ("n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids", "data", "warnings")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Branches that are switched off together."""
+
+    by: str
+    name: str
+    branches: tuple[Branch, ...]
+
+    @property
+    def variant(self) -> str:
+        return f"without {self.by} {self.name}".rstrip()
+
+
+def parse_by(names: str) -> tuple[By, ...]:
+    """Ways to group branches: "component,block" -> ("component", "block").
+
+    Raises:
+        UserError: an unknown one.
+    """
+    chosen: list[By] = []
+    for name in names.split(","):
+        known = [by for by in get_args(By) if by == name]
+        if not known:
+            raise UserError(f"--by: {name!r} is unknown; known: {', '.join(get_args(By))}, several as component,block")
+        chosen += known
+    return tuple(dict.fromkeys(chosen))
+
+
+def where_robustness_sits(
+    model: AdaptedModel,
+    evaluator: Evaluator,
+    pictures: EvalPictures,
+    by: Sequence[By] = ("component", "block"),
+    partial: str | Path | None = None,
+) -> dict[str, Any]:
+    """The norm of each branch relative to W, and what each group of branches is worth.
+
+    A group is worth what is lost when it is switched off and the adversarial examples are made anew, against the model
+    without it: the same pictures, the same random starts, the attack's full knowledge of what is left. Losses of groups
+    need not add up.
+
+    Args:
+        evaluator: its attacks; all ranks together, as in `Evaluator.run`.
+        by: what is switched off at a time: every branch of a component, of a block, or each branch alone.
+        partial: see `Evaluator.run`.
+
+    Returns:
+        On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids", "data",
+        "warnings": as in evaluation.json; "branches": [{"name", "component", "block", "norm": of (alpha / r) B A,
+        "weight_norm", "relative": their ratio, None where W is zero}]; "always_on": names of the backbone's own tensors
+        that were trained, which no branch switches; "intact": {attack: score}; "off": [{"by": "all" or one of `by`,
+        "name", "branches": [their names], "relative": of all of them together, "attacks": {attack: score and "lost",
+        "lost_low", "lost_high": intact minus this, with the 95 % interval of a paired bootstrap, "p": McNemar's}}]}.
+
+    Raises:
+        UserError: the model has no branches.
+    """
+    branches = branches_of(model)
+    groups = _groups(branches, by)
+    variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"intact": nullcontext}
+    variants |= {group.variant: bind(switched_off, group.branches) for group in groups}
+    found = evaluator.run_variants(model, variants, pictures, partial)
+    intact = found["intact"]
+    norms = {branch.name: (branch.norm(), branch.weight_norm()) for branch in branches}
+
+    def relative(some: Iterable[Branch]) -> float | None:
+        ours, theirs = (math.hypot(*(norms[branch.name][i] for branch in some)) for i in (0, 1))
+        return ours / theirs if theirs else None
+
+    def losses(without: dict[str, Any]) -> dict[str, Any]:
+        rows = compare(without, intact)["rows"]
+        named = {"lost": "difference", "lost_low": "low", "lost_high": "high", "p": "p"}
+        return {
+            row["attack"]: without["attacks"][row["attack"]] | {ours: row[key] for ours, key in named.items()}
+            for row in rows
+        }
+
+    return {
+        **{key: intact[key] for key in _SHARED},
+        "branches": [
+            {
+                "name": branch.name,
+                "component": branch.component,
+                "block": branch.block,
+                "norm": norms[branch.name][0],
+                "weight_norm": norms[branch.name][1],
+                "relative": relative([branch]),
+            }
+            for branch in branches
+        ],
+        "always_on": [name for name, _ in model.report.trained],
+        "intact": intact["attacks"],
+        "off": [
+            {
+                "by": group.by,
+                "name": group.name,
+                "branches": [branch.name for branch in group.branches],
+                "relative": relative(group.branches),
+                "attacks": losses(found[group.variant]),
+            }
+            for group in groups
+        ],
+    }
+
+
+def _groups(branches: Sequence[Branch], by: Sequence[By]) -> list[_Group]:
+    """All at once, and those of each name in forward order."""
+    groups = [_Group("all", "", tuple(branches))]
+    for way in by:
+        together: dict[str, list[Branch]] = {}
+        for branch in branches:
+            key = branch.name.replace(".lnlora", "") if way == "branch" else getattr(branch, way)
+            together.setdefault(key, []).append(branch)
+        groups += [_Group(way, name, tuple(some)) for name, some in together.items()]
+    return groups

@@ -1,0 +1,71 @@
+"""Where robustness sits: the size of each branch beside W, and the accuracy lost when branches are switched off.
+
+    deepspeed --num_gpus N tools/where_robustness_sits.py --config FILE --adapter FOLDER --attack pgd10 --n 200
+
+One process: `python tools/where_robustness_sits.py ...`. Adversarial examples are made anew against each model whose
+branches are off. Prints a table, and writes where.json with where.png beside it. The same command goes on after a kill.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from fulllora_dist.build import build_eval_stream, build_evaluator, check_evaluation
+from fulllora_dist.config import Config
+from fulllora_dist.config_file import load_config, parser
+from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
+from fulllora_dist.errors import UserError, run_entry
+from fulllora_dist.evaluate import build_evaluated, check_inputs
+from fulllora_dist.evaluation import write_evaluation
+from fulllora_dist.evaluation.where import parse_by, where_robustness_sits
+from fulllora_dist.evaluation.where_report import where_figure, where_table
+from fulllora_dist.models.branches import branches_of
+
+
+def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """The command line, and the config with what the command line says of it.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    arguments = parser(__doc__ or "")
+    arguments.add_argument("--adapter", metavar="FOLDER", required=True, help="what save_adapter wrote")
+    arguments.add_argument("--attack", metavar="NAME", default="pgd10", help="of evaluate.py's (default: pgd10)")
+    arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
+    arguments.add_argument(
+        "--by",
+        default="component,block",
+        metavar="A,B",
+        help="what is switched off at a time: component, block or branch (default: component,block)",
+    )
+    arguments.add_argument("--output", metavar="FILE", default="where.json", help="default: where.json")
+    args = arguments.parse_intermixed_args(argv)
+    args.by = parse_by(args.by)
+    if args.attack == "clean":
+        raise UserError("--attack: clean is always measured; name one that changes pictures, e.g. pgd10")
+    # of symptoms of masked gradients evaluate.py has told: here they would be looked for in each variant
+    short = [f"evaluation.attacks=[clean,{args.attack}]", "evaluation.eps=[]", "evaluation.check=0"]
+    short += [f"evaluation.n={args.n}"] if args.n is not None else []
+    return args, load_config(args.config, [*args.overrides, *short])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure as the command line says."""
+    args, config = read_arguments(argv)
+    folder = check_inputs(config, args.adapter)
+    model = build_evaluated(config, args.adapter)
+    branches_of(model)  # refuses one without branches before the ranks meet
+
+    ranks = start_ranks(config.distributed.timeout_minutes)
+    model.to(ranks.device)
+    stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
+    evaluator = build_evaluator(config, model.info, ranks, args.adapter)
+    results = where_robustness_sits(model, evaluator, stream, args.by, f"{args.output}.partial")
+    if ranks.is_main:
+        write_evaluation(results, args.output)
+        where_figure(results, args.output)
+        print(where_table(results), flush=True)
+    stop_ranks()
+
+
+if __name__ == "__main__":
+    run_entry(main)
