@@ -9,11 +9,12 @@ from fulllora_dist.config import Config
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.guard import Examples, Guard
-from fulllora_dist.models.finetune import AdaptedModel
-from fulllora_dist.models.lnlora import branch_norms
+from fulllora_dist.models.branches import branches_of, by_place
+from fulllora_dist.models.finetune import WITH_BRANCHES, AdaptedModel
+from fulllora_dist.tracking.branch_figure import branch_sizes
 from fulllora_dist.tracking.figures import Attacked, adversarial_examples
 from fulllora_dist.tracking.run import Tracker
-from fulllora_dist.tracking.run_figures import adapter_norms, training_curves
+from fulllora_dist.tracking.run_figures import training_curves
 
 _ATTACK = "pgd20"
 _SHOWN = 4
@@ -51,9 +52,9 @@ def show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: Eval
     found = Examples(*(tensor.cpu() for tensor in (x, made, y, before, after)))
     tracker.picture("examples", lambda: _examples(found, stream.index.classes, threat.eps))
     tracker.picture("curves", lambda: training_curves(tracker.lines()))
-    norms = branch_norms(model.backbone)
-    if norms:
-        tracker.picture("adapter_norms", lambda: adapter_norms(norms))
+    if model.spec.finetune in WITH_BRANCHES:
+        norms = by_place((branch.block, branch.component, branch.relative()) for branch in branches_of(model))
+        tracker.picture("adapter_norms", lambda: branch_sizes(norms))
 
 
 def _examples(found: Examples, classes: tuple[str, ...], eps: float) -> Figure:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_dist.evaluation.report import caption, with_interval
+from fulllora_dist.models.branches import by_place
 from fulllora_dist.tracking.branch_figure import Loss, branch_figure
 
 
@@ -31,13 +32,9 @@ def where_table(results: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])
 
 
-def cells(results: Mapping[str, Any]) -> dict[tuple[str, str], float | None]:
-    """{(block, component): relative norm}, in forward order; where a block has a component twice, the larger one."""
-    found: dict[tuple[str, str], float | None] = {}
-    for branch in results["branches"]:
-        place = (branch["block"], branch["component"])
-        found[place] = max((v for v in (found.get(place), branch["relative"]) if v is not None), default=None)
-    return found
+def cells(results: Mapping[str, Any]) -> dict[tuple[str, ...], float | None]:
+    """{(block, component): relative norm}, in forward order."""
+    return by_place((branch["block"], branch["component"], branch["relative"]) for branch in results["branches"])
 
 
 def _norm_rows(results: Mapping[str, Any]) -> list[list[str]]:

@@ -52,6 +52,21 @@ class Branch:
         """The Frobenius norm of the frozen weight, computed in float64."""
         return torch.linalg.matrix_norm(self.weight.double()).item()
 
+    def relative(self) -> float | None:
+        """The norm of (alpha / r) B A relative to that of W; None where W is zero."""
+        whole = self.weight_norm()
+        return self.norm() / whole if whole else None
+
+
+def by_place(sizes: Iterable[tuple[str, str, float | None]]) -> dict[tuple[str, ...], float | None]:
+    """(block, component, norm relative to W) -> {(block, component): norm}; where a block has a component twice, the
+    larger one."""
+    found: dict[tuple[str, ...], float | None] = {}
+    for *place, size in sizes:
+        known = (found.get(tuple(place)), size)
+        found[tuple(place)] = max((value for value in known if value is not None), default=None)
+    return found
+
 
 def branches_of(model: AdaptedModel) -> list[Branch]:
     """All branches, in forward order, the heads' last.

@@ -11,7 +11,6 @@ normalised input x_hat, and no normalised-and-scaled copy of the activations is 
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -152,27 +151,6 @@ class LNLoRAConv2d(nn.Conv2d):
         tokens = self.lnlora(patches.transpose(1, 2), y.flatten(2).transpose(1, 2))
         # in the layout of y: sums over channels behind it then round as the bare model's do
         return tokens.transpose(1, 2).contiguous().view_as(y)
-
-
-def branch_norms(model: nn.Module) -> dict[str, float]:
-    """How much each branch adds to its layer: ||(alpha / r) B A|| / ||W||, Frobenius norms, by the layer's name; of a
-    fused projection each part by its own ("blocks.0.attn.qkv.q")."""
-    found = {}
-    for name, layer in model.named_modules():
-        if not isinstance(layer, LNLoRALinear | LNLoRAConv2d):
-            continue
-        branches: dict[str, Any] = {name: layer.lnlora}
-        weights = {name: layer.weight}
-        if isinstance(layer.lnlora, LNLoRASplit):
-            parts = [f"{name}.{part}" for part in layer.lnlora.parts]
-            branches = {f"{name}.{part}": branch for part, branch in layer.lnlora.named_children()}
-            weights = dict(zip(parts, layer.weight.chunk(len(parts)), strict=True))
-        for part, branch in branches.items():
-            a, b = branch.A.detach().double(), branch.B.detach().double()
-            # ||B A||^2 = <B^T B, A A^T>, without the product of the size of W
-            squared = ((b.t() @ b) * (a @ a.t())).sum().clamp(min=0)
-            found[part] = float(branch.scale * squared.sqrt() / weights[part].detach().double().norm())
-    return found
 
 
 def _keep_when_absent(branch: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:

@@ -21,8 +21,37 @@ class Loss:
     clean: tuple[float, float, float]
 
 
+Place = tuple[str, ...]
+"""(block, component)."""
+
+
+def branch_sizes(norms: Mapping[Place, float | None]) -> Figure:
+    """The size of each branch, as a map of blocks and components.
+
+    Args:
+        norms: {(block, component): norm relative to W}, in forward order; None where there is none.
+    """
+    blocks, components = _sides(norms)
+    size = max(8.0, 2.0 + 0.6 * len(blocks)), 1.5 + 0.33 * len(components)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    _draw_sizes(figure.subplots(), norms)
+    return figure
+
+
+def _sides(places: Iterable[Place]) -> tuple[list[str], list[str]]:
+    """Blocks and components, each once."""
+    blocks, components = zip(*places, strict=True)
+    return list(dict.fromkeys(blocks)), list(dict.fromkeys(components))
+
+
+def _draw_sizes(axes: Axes, norms: Mapping[Place, float | None]) -> None:
+    sides = _sides(norms)
+    _map(axes, _grid(norms, *sides), *sides, "{:.1f}", "Blues")
+    axes.set_title("size of a branch: norm of (alpha / r) B A, in % of the norm of W", fontsize=11)
+
+
 def branch_figure(
-    norms: Mapping[tuple[str, str], float | None],
+    norms: Mapping[Place, float | None],
     losses: Mapping[str, Sequence[Loss]],
     *,
     attack: str,
@@ -33,15 +62,14 @@ def branch_figure(
     """A map of the norms on top, the losses as bars below it; or, for `branch`, as a second map.
 
     Args:
-        norms: {(block, component): norm relative to W}, in forward order; None where there is none.
+        norms: as in `branch_sizes`.
         losses: {"component", "block" or "branch": groups in forward order}; of "branch" the names are
             "block/component", and of several in one place the one that costs most is shown.
         attack: its name.
         intact, all_off: accuracy under it with all branches and with none.
         caption: what the numbers are of.
     """
-    blocks = list(dict.fromkeys(block for block, _ in norms))
-    components = list(dict.fromkeys(component for _, component in norms))
+    blocks, components = _sides(norms)
     bars = {by: groups for by, groups in losses.items() if by != "branch"}
     maps = 2 if "branch" in losses else 1
     tallest = max((len(groups) for groups in bars.values()), default=0)
@@ -52,12 +80,10 @@ def branch_figure(
         f"{attack}: {100 * intact:.1f} % with all branches, {100 * all_off:.1f} % with none   ({caption})", fontsize=11
     )
     rows = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    axes = rows[0].subplots()
-    _map(axes, _grid(norms, blocks, components), blocks, components, "{:.1f}", "Blues")
-    axes.set_title("size of a branch: norm of (alpha / r) B A, in % of the norm of W", fontsize=11)
+    _draw_sizes(rows[0].subplots(), norms)
     if "branch" in losses:
         ascending = sorted(losses["branch"], key=lambda loss: loss.attacked[0])
-        lost = {tuple(loss.name.split("/")): loss.attacked[0] for loss in ascending}
+        lost: dict[Place, float | None] = {tuple(loss.name.split("/")): loss.attacked[0] for loss in ascending}
         axes = rows[1].subplots()
         _map(axes, _grid(lost, blocks, components), blocks, components, "{:+.0f}", "Oranges")
         axes.set_title(f"points of accuracy under {attack} lost without it", fontsize=11)
@@ -71,9 +97,7 @@ def branch_figure(
     return figure
 
 
-def _grid(
-    values: Mapping[tuple[str, ...], float | None], blocks: Sequence[str], components: Sequence[str]
-) -> np.ndarray:
+def _grid(values: Mapping[Place, float | None], blocks: Sequence[str], components: Sequence[str]) -> np.ndarray:
     """Per cent [components, blocks], NaN where there is no branch."""
     found = [[values.get((block, component)) for block in blocks] for component in components]
     return 100 * np.array([[np.nan if value is None else value for value in row] for row in found])

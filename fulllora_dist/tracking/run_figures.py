@@ -1,7 +1,6 @@
-"""Pictures of a training run: its curves, and where its adapter is strong."""
+"""Curves of a training run."""
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,8 +18,6 @@ _LINES = {
 }
 """Points of metrics.jsonl that are drawn: label, colour, marker, line."""
 _MANY = 60  # points, from which on the mean of a twentieth of them is drawn too
-_IN_A_BLOCK = re.compile(r"(.*\.\d+)\.(.+)")  # "layers.0.blocks.1", "attn.qkv.q"
-_OUTSIDE = "outside"
 
 
 def training_curves(lines: Iterable[Mapping[str, Any]]) -> Figure:
@@ -75,34 +72,3 @@ def _draw_line(axes: Axes, name: str, steps: list[int], values: list[float]) -> 
     means = np.convolve(values, np.ones(width) / width, mode="valid")
     axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.3)
     axes.plot(steps[width - 1 :], means, color=color, linewidth=1.8, label=f"{label} (mean of {width} points)")
-
-
-def adapter_norms(norms: Mapping[str, float]) -> Figure:
-    """How much each branch adds to its layer, as a map of blocks and components.
-
-    Args:
-        norms: {layer: ||scale B A|| / ||W||}, as `branch_norms` gives them.
-    """
-    cells = {name: _IN_A_BLOCK.match(name) for name in norms}
-    blocks = list(dict.fromkeys(match[1] if match else _OUTSIDE for match in cells.values()))
-    rows = list(dict.fromkeys(match[2] if match else name for name, match in cells.items()))
-    percent = np.full((len(rows), len(blocks)), np.nan)
-    for name, match in cells.items():
-        row, block = (match[2], match[1]) if match else (name, _OUTSIDE)
-        percent[rows.index(row), blocks.index(block)] = 100 * norms[name]
-    figure = Figure(figsize=(max(6.5, 3.2 + 0.62 * len(blocks)), 1.7 + 0.42 * len(rows)), dpi=110, layout="constrained")
-    axes = figure.subplots()
-    shown = axes.imshow(percent, cmap="Blues", vmin=0, aspect="auto")
-    middle = 0.5 * np.nanmax(percent)
-    for (i, j), value in np.ndenumerate(percent):
-        if np.isfinite(value):
-            color = "white" if value > middle else "black"
-            axes.text(j, i, f"{value:.3g}", ha="center", va="center", fontsize=8, color=color)
-    axes.set_xticks(range(len(blocks)), [block.replace("blocks.", "") for block in blocks], fontsize=9)
-    axes.set_yticks(range(len(rows)), rows, fontsize=9)
-    axes.set_xlabel("block", fontsize=10)
-    axes.set_title("what the adapter adds to each layer: ||scale B A|| / ||W||, %", fontsize=11)
-    figure.colorbar(shown, ax=axes, shrink=0.8)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    return figure
