@@ -1,0 +1,36 @@
+"""The end of a training run in the model registry. Nothing that goes wrong here ends the run: its adapter is on disk."""
+
+import os
+from pathlib import Path
+
+from mlflow.utils.git_utils import get_git_commit
+
+from fulllora_dist.compare import read_evaluation
+from fulllora_dist.config import Config
+from fulllora_dist.tracking.publish import Lineage, publish
+from fulllora_dist.tracking.registry import Registry
+
+
+def publish_run(config: Config, settings: str, uri: str | None, run_id: str | None) -> str:
+    """Publish the adapter of a run that has ended, with its evaluation where there is one; returns a line for people.
+
+    Args:
+        settings: the config as YAML, without what signs a URL.
+        uri: tracking store; None takes the config's.
+        run_id: of the MLflow run, None where it could not be made.
+    """
+    output = config.run.output
+    adapter, evaluation = os.path.join(output, "adapter"), os.path.join(output, "evaluation.json")
+    lineage = Lineage(run_id, settings, get_git_commit(str(Path(__file__).parent)), config.tracking.experiment)
+    try:
+        version = publish(
+            Registry(uri or config.tracking_uri(), create=True),
+            adapter,
+            evaluation=read_evaluation(evaluation) if os.path.exists(evaluation) else None,
+            name=config.tracking.model,
+            lineage=lineage,
+        )
+    except Exception as error:  # whatever a tracking store does
+        reason = " ".join(str(error).split())[:300]
+        return f"warning: not registered ({reason}); python tools/adapters.py publish {adapter} does it later"
+    return f"registered: {version.address}; python tools/adapters.py promote {version.name}/{version.number}"
