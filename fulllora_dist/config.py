@@ -227,9 +227,9 @@ class TrackingSettings(Settings):
     """MLflow experiment."""
     run_name: str | None = None
     """Name of the run; null takes the output folder's."""
-    register: bool = False
+    publish: bool = False
     """true makes the adapter a version in MLflow's model registry at the end (docs/registry.md)."""
-    model: str | None = None
+    registered_model: str | None = None
     """Name of the registered model; null takes BACKBONE-DATA-NORM-EPS."""
 
 

@@ -35,7 +35,7 @@ def finish(run: Run, state: RunState) -> None:
         run.say(_best_and_last(state.guard))
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, state.step)
-    if run.config.tracking.enabled and run.config.tracking.register:
+    if run.config.tracking.enabled and run.config.tracking.publish:
         run.ranks.on_main(lambda: run.say(_publish(run)))
 
 

@@ -27,11 +27,13 @@ _SAME = ("name", "sha256", "architecture", "image_size", "mean", "std", "num_cla
 
 @dataclass(frozen=True)
 class _Choice:
-    """Of one forward pass: the adapter of every sample, or [(adapter, int64 samples)] in a batch of `batch`."""
+    """Of one forward pass: the adapter of every sample, or [(adapter, int64 samples)] in a batch of `batch`. `inside`
+    a module that has got the adapter's own tensors already."""
 
     whole: str | None
     parts: tuple[tuple[str | None, Tensor], ...] = ()
     batch: int = 0
+    inside: bool = False
 
     def rows(self, samples: Tensor, total: int) -> Tensor:
         """The rows of these samples, where each has total / batch rows one after the other (Swin's windows)."""
@@ -43,6 +45,15 @@ class _Choice:
 
 
 _chosen: ContextVar[_Choice] = ContextVar("adapter", default=_Choice(None))  # of this thread
+
+
+@contextmanager
+def _choosing(choice: _Choice) -> Iterator[None]:
+    token = _chosen.set(choice)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 class _Switch(nn.Module):
@@ -70,17 +81,13 @@ class _OwnTensors(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tensors = nn.ModuleDict()
-        self._calling: ContextVar[bool] = ContextVar("calling", default=False)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "_OwnTensors":
-        raise UserError("a MultiAdapter cannot be copied; make another one of the same adapters")
 
     def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors[name] = nn.ParameterDict({key: nn.Parameter(value, False) for key, value in tensors.items()})
+        self.tensors[name] = nn.ParameterDict({key: nn.Parameter(value.clone()) for key, value in tensors.items()})
 
     def hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         choice = _chosen.get()
-        if self._calling.get():
+        if choice.inside:
             return output
         if not choice.parts:
             return self._call(choice.whole, module, args) if choice.whole in self.tensors else output
@@ -92,18 +99,16 @@ class _OwnTensors(nn.Module):
         return output
 
     def _call(self, name: str | None, module: nn.Module, args: tuple) -> Tensor:
-        token = self._calling.set(True)
-        try:
+        with _choosing(_Choice(name, inside=True)):
             return functional_call(module, dict(self.tensors[str(name)].items()), args)
-        finally:
-            self._calling.reset(token)
 
 
 class MultiAdapter(nn.Module):
     """pixels [B, 3, H, W] in [0, 1], fp32, and the choice of adapters -> logits [B, classes], fp32.
 
-    A batch under one adapter gives bit for bit what that adapter gives when it is loaded alone; a batch under several
-    gives it up to float rounding, as its branches meet smaller batches. Calls in several threads do not meet.
+    A batch under one adapter gives bit for bit what that adapter gives when it is loaded alone (so its tensors require
+    gradients, as there: torch chooses its kernels by that, too); a batch under several gives it up to float rounding,
+    as its branches meet smaller batches. Calls in several threads do not meet.
 
     Args:
         adapters: {name of one's own: address}; see `fulllora_dist.load`.
@@ -198,7 +203,7 @@ class MultiAdapter(nn.Module):
         for adapted in planned.report.adapted:
             path = f"{adapted.site.path}.lnlora"
             branch: nn.Module = planned.backbone.get_submodule(path)
-            branch = branch.to_empty(device=device).requires_grad_(False)
+            branch = branch.to_empty(device=device)
             own = {key: left.pop(f"{path}.{key}") for key in branch.state_dict()}
             branch.load_state_dict(own)
             self._switch(adapted.site).branches[name] = branch.train(self.training)
@@ -249,29 +254,20 @@ class MultiAdapter(nn.Module):
         Raises:
             UserError: an adapter that there is not, a list of another length than the batch.
         """
-        with self._chosen(adapter, pixels):
+        with _choosing(self._choice(adapter, pixels)):
             return self._base(pixels)
 
-    @contextmanager
-    def _chosen(self, adapter: str | Sequence[str | None] | None, pixels: Tensor) -> Iterator[None]:
+    def _choice(self, adapter: str | Sequence[str | None] | None, pixels: Tensor) -> _Choice:
         names = [adapter] if adapter is None or isinstance(adapter, str) else list(adapter)
         self._check_known(names)
         if adapter is not None and not isinstance(adapter, str) and len(names) != len(pixels):
             raise UserError(f"adapter: {len(names)} names for {len(pixels)} samples; one for each is right")
         different = list(dict.fromkeys(names))
         if len(different) == 1:
-            choice = _Choice(different[0])
-        else:
-            places = [[i for i, name in enumerate(names) if name == one] for one in different]
-            parts = tuple(
-                (one, torch.tensor(place, device=pixels.device)) for one, place in zip(different, places, strict=True)
-            )
-            choice = _Choice(None, parts, len(names))
-        token = _chosen.set(choice)
-        try:
-            yield
-        finally:
-            _chosen.reset(token)
+            return _Choice(different[0])
+        places = [[i for i, name in enumerate(names) if name == one] for one in different]
+        parts = [(one, torch.tensor(place, device=pixels.device)) for one, place in zip(different, places, strict=True)]
+        return _Choice(None, tuple(parts), len(names))
 
     def select(self, adapter: str | Sequence[str | None] | None) -> "SelectedAdapter":
         """The model under that choice, as attacks and evaluations take it. It shares all memory with this one."""

@@ -152,7 +152,7 @@ def _register_model(
             raise UserError(
                 f"the registered model {name} is of another {key.removesuffix('_sha256')} "
                 f"({str(found.get(key))[:40]}, the adapter's is {value[:40]}); choose another name "
-                "(tracking.model, --name)"
+                "(tracking.registered_model, --name)"
             )
 
 

@@ -27,7 +27,7 @@ def publish_run(config: Config, settings: str, uri: str | None, run_id: str | No
             Registry(uri or config.tracking_uri(), create=True),
             adapter,
             evaluation=read_evaluation(evaluation) if os.path.exists(evaluation) else None,
-            name=config.tracking.model,
+            name=config.tracking.registered_model,
             lineage=lineage,
         )
     except Exception as error:  # whatever a tracking store does

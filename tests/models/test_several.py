@@ -57,7 +57,12 @@ def test_each_sample_has_its_own(saved: Callable[..., str]) -> None:
     assert torch.equal(scores(several, x), scores(alone[None], x)), "what was chosen last is forgotten"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+QUICK = ("vit", "swin")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES]
+)
 def test_every_family(family: str, saved: Callable[..., str]) -> None:
     """Windows, tokens and layouts of their own."""
     folders = {name: saved(i, family=family, rank=rank) for i, (name, rank) in enumerate({"a": 2, "b": 3}.items())}
