@@ -87,6 +87,8 @@ def _provenance(config: Config, state: RunState) -> dict[str, Any]:
             "index": state.stream.index.hash,
             "classes": list(state.stream.index.classes),
             "augment": config.data.augment,
+            "crop_pct": config.data.crop_pct,
+            "interpolation": config.data.interpolation,
             "decode": config.data.decode,
         },
     }

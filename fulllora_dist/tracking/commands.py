@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fulllora_dist.adapters import load
+from fulllora_dist.adapters import load, local_folder
 from fulllora_dist.compare import compare, comparison_table, read_evaluation
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import eval_transform
@@ -231,11 +231,12 @@ def predict_command(args: Namespace) -> Answer:
         raise UserError(f"--batch-size: {args.batch_size}; a positive number is right")
     local = os.path.exists(args.version) or "://" in args.version
     where = args.version if local else Registry(args.uri).find(args.version).address
-    model = load(where, checkpoint=args.checkpoint, uri=args.uri)
-    training = model.training_facts
-    classes = training.get("data", {}).get("classes") or [str(i) for i in range(model.info.num_classes)]
+    with local_folder(where, args.uri) as folder:
+        data = read_adapter(folder)[0]["training"].get("data", {})
+        model = load(folder, checkpoint=args.checkpoint)
+    classes = data.get("classes") or [str(i) for i in range(model.info.num_classes)]
+    transform = eval_transform(model.info, data.get("crop_pct"), data.get("interpolation"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    transform = eval_transform(model.info)
     counts = predict(
         model.to(device), args.source, args.output, transform, classes, batch_size=args.batch_size, workers=args.workers
     )
