@@ -93,6 +93,7 @@ def check_race(registry: Registry, results: dict[str, str], before: int) -> None
     assert not [tag for tag in registry.model(name).tags if tag.startswith("promotion.")]
 
 
+@pytest.mark.long
 def test_processes_at_once(registry: Registry, versions: list[Version]) -> None:
     promote(registry, address(versions[0]), RULES)
     context = multiprocessing.get_context("spawn")
@@ -112,9 +113,9 @@ def test_processes_at_once(registry: Registry, versions: list[Version]) -> None:
 def test_threads_at_once(
     registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each goes on at the same moment from the point where it has judged; ten times."""
+    """Each goes on at the same moment from the point where it has judged."""
     name = versions[0].name
-    for _ in range(10):
+    for _ in range(4):
         while len(registry.aliases(name)) > 1:
             rollback(registry, name)
         if not registry.aliases(name):
@@ -172,6 +173,7 @@ def _die_at(registry: Registry, monkeypatch: pytest.MonkeyPatch, n: int) -> None
         monkeypatch.setattr(store, name, dying, raising=False)
 
 
+@pytest.mark.long
 def test_killed_between_its_writes(
     registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
