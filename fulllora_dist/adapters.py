@@ -37,10 +37,11 @@ def local_folder(where: str, uri: str | None = None) -> Iterator[str]:
     from fulllora_dist.tracking.registry import Registry  # mlflow takes a second to import
 
     with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
+        found = Registry(uri).fetch(where, folder)
         try:
-            yield Registry(uri).fetch(where, folder)
+            yield found
         except UserError as error:
-            raise UserError(str(error).replace(folder, where)) from error
+            raise UserError(str(error).replace(found, where)) from error
 
 
 def load(

@@ -192,7 +192,10 @@ class Registry:
             return self.store.download(self.store.get_logged_model(logged[1]).artifact_location, folder)
         version = self.find(address)
         found = self.store.download(self._location(version), folder)
-        description, _ = read_adapter(found)
+        try:
+            description, _ = read_adapter(found)
+        except UserError as error:
+            raise UserError(str(error).replace(found, address)) from error
         if description["sha256"] != version.tags.get(SHA256, description["sha256"]):
             raise UserError(f"adapter: {address} is not the one that was published: its sha256 differs from its tag")
         return found
