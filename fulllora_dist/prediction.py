@@ -68,9 +68,7 @@ def predict(
         except UserError as error:
             return name, None, str(error)
 
-    bar = tqdm(
-        total=len(pictures), initial=len(pictures) - len(left), unit="img", desc="predict", disable=not progress
-    )
+    bar = tqdm(total=len(pictures), initial=len(pictures) - len(left), unit="img", desc="predict", disable=not progress)
     with table, bar, ThreadPoolExecutor(max(1, workers)) as threads:
         for batch in _ahead(left, batch_size, lambda part: threads.map(decode, part)):
             good = [pixels for _, pixels, _ in batch if pixels is not None]
@@ -110,9 +108,7 @@ def _probabilities(model: nn.Module, pictures: list[Tensor], device: torch.devic
 def _pictures(source: str) -> list[tuple[str, Read]]:
     """(name, what reads its bytes), in the order of names or of the index."""
     if Path(source).is_dir():
-        files = sorted(
-            path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
-        )
+        files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
         if files:
             return [(path.relative_to(source).as_posix(), _reader(path)) for path in files]
     try:
@@ -159,7 +155,9 @@ class _Table:
                 return {row["picture"] for row in csv.DictReader(lines)}
             return {json.loads(line)["picture"] for line in lines}
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"--output: {self._path} holds something else than predictions; choose another file") from None
+            raise UserError(
+                f"--output: {self._path} holds something else than predictions; choose another file"
+            ) from None
 
     def __enter__(self) -> "_Table":
         self._file = open(self._path, "a", newline="")

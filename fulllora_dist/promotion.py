@@ -138,9 +138,7 @@ def _differences(candidate: Evaluation, champion: Evaluation) -> list[str]:
     """Where two evaluations are not of one kind: all of it."""
     lines = []
     if candidate["attacks"].keys() != champion["attacks"].keys():
-        lines.append(
-            f"attacks {', '.join(candidate['attacks'])}, the champion's {', '.join(champion['attacks'])}"
-        )
+        lines.append(f"attacks {', '.join(candidate['attacks'])}, the champion's {', '.join(champion['attacks'])}")
     for key, shown in _SHOWN.items():
         if candidate.get(key) != champion.get(key):
             lines.append(f"{shown} {candidate.get(key)}, the champion's {champion.get(key)}")

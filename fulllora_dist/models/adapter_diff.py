@@ -51,7 +51,9 @@ def layer_differences(
                 "layer": layer,
                 "a": None if first is None else float(first.norm()),
                 "b": None if second is None else float(second.norm()),
-                "difference": float((second - first).norm()) if same and first is not None and second is not None else None,
+                "difference": float((second - first).norm())
+                if same and first is not None and second is not None
+                else None,
             }
         )
     return rows

@@ -120,7 +120,9 @@ def rollback(registry: Registry, name: str, reason: str | None = None) -> tuple[
     with _turn(registry, name, "a rollback") as turn:
         history = turn.champions()
         if len(history) < 2:
-            raise UserError(f"{name}: no version was @{CHAMPION} before {f'version {history[0]}' if history else 'one'}")
+            raise UserError(
+                f"{name}: no version was @{CHAMPION} before {f'version {history[0]}' if history else 'one'}"
+            )
         left = history.pop()
         told = f"{_now()} {reason or ''}".strip()[:_MOST]
         registry.store.set_model_version_tag(name, str(left), "rolled_back", told)

@@ -211,9 +211,7 @@ def _logged_model(
     return logged.model_id
 
 
-def _create_logged_model(
-    registry: Registry, experiment: str, description: Mapping[str, Any], lineage: Lineage
-) -> Any:
+def _create_logged_model(registry: Registry, experiment: str, description: Mapping[str, Any], lineage: Lineage) -> Any:
     from mlflow.entities import LoggedModelOutput
 
     spec = {key: str(value) for key, value in description["adapter"].items()}

@@ -166,7 +166,9 @@ class Registry:
         except StoreError as error:
             if error.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            raise UserError(f"{name} has no version {wanted}; it has {self._numbers(name).removeprefix(', ')}") from None
+            raise UserError(
+                f"{name} has no version {wanted}; it has {self._numbers(name).removeprefix(', ')}"
+            ) from None
 
     def _numbers(self, name: str) -> str:
         numbers = [version.number for version in self.versions(name)]
@@ -239,6 +241,4 @@ def content_of(evaluation: Mapping[str, Any]) -> bytes:
 def _version(entity: Any, aliases: Mapping[str, int]) -> Version:
     number = int(entity.version)
     own = tuple(sorted(alias for alias, of in aliases.items() if of == number))
-    return Version(
-        entity.name, number, own, dict(entity.tags), entity.run_id, entity.source, entity.creation_timestamp
-    )
+    return Version(entity.name, number, own, dict(entity.tags), entity.run_id, entity.source, entity.creation_timestamp)

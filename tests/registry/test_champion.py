@@ -110,9 +110,7 @@ def test_processes_at_once(registry: Registry, versions: list[Version]) -> None:
     check_race(registry, results, before=1)
 
 
-def test_threads_at_once(
-    registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_at_once(registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each goes on at the same moment from the point where it has judged."""
     name = versions[0].name
     for _ in range(4):

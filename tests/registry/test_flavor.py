@@ -32,7 +32,9 @@ def uint8_pictures(n: int = 5) -> np.ndarray:
 def native(model: fd.AdaptedModel, pixels: np.ndarray) -> np.ndarray:
     """As one writes it down: uint8 pixels to [0, 1], channels first."""
     with torch.no_grad():
-        return model(torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 255)).numpy()
+        return model(
+            torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)).astype(np.float32) / 255)
+        ).numpy()
 
 
 @pytest.fixture

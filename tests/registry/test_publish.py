@@ -122,7 +122,9 @@ def test_twenty_crashes_leave_one_version(server: str, adapter: Callable[..., st
         for _ in range(rng.choice((1, 1, 2))):
             calls, answered = rng.randrange(CALLS), rng.random() < 0.5
 
-            def attempt(calls: int = calls, answered: bool = answered, folder: str = folder, found: Any = found) -> None:
+            def attempt(
+                calls: int = calls, answered: bool = answered, folder: str = folder, found: Any = found
+            ) -> None:
                 own = Registry(server)
                 own.store = _Dying(own.store, calls, answered)
                 publish(own, folder, evaluation=found, name=name)
@@ -197,13 +199,17 @@ def test_a_model_is_of_one_backbone_and_threat(sqlite: str, adapter: Callable[..
     registry = Registry(sqlite, create=True)
     publish(registry, adapter(), name="one-kind")
     another = TRAINING | {"threat": {"norm": "linf", "eps": 4 / 255}}
-    with pytest.raises(UserError, match=r"one-kind is of another threat \(linf eps = 8/255, the adapter's is linf eps = 4"):
+    with pytest.raises(
+        UserError, match=r"one-kind is of another threat \(linf eps = 8/255, the adapter's is linf eps = 4"
+    ):
         publish(registry, adapter(seed=1, training=another), name="one-kind")
     with pytest.raises(UserError, match="one-kind is of another backbone"):
         publish(registry, adapter(seed=0, family="swin"), name="one-kind")
     with pytest.raises(UserError, match="does not say which data it was trained on; give --data NAME"):
         publish(registry, adapter(training={"threat": TRAINING["threat"]}))
-    assert publish(registry, adapter(training={}), evaluation=evaluation(right(1)), data="bees").name.endswith("-bees-linf-8_255")
+    assert publish(registry, adapter(training={}), evaluation=evaluation(right(1)), data="bees").name.endswith(
+        "-bees-linf-8_255"
+    )
 
 
 UNKNOWN = {

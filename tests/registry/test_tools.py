@@ -125,7 +125,9 @@ def test_layers_by_what_they_do() -> None:
         assert row["difference"] == pytest.approx(float((second - first).norm()), rel=1e-4)
     assert by_layer["blocks.0.mlp.fc2.lnlora"]["b"] is None
     head = by_layer["head.weight"]
-    assert head["difference"] == pytest.approx(float((b.backbone.head.weight - a.backbone.head.weight).norm()), rel=1e-4)
+    assert head["difference"] == pytest.approx(
+        float((b.backbone.head.weight - a.backbone.head.weight).norm()), rel=1e-4
+    )
 
 
 @pytest.fixture
@@ -180,10 +182,19 @@ def test_predictions_for_shards(sqlite: str, adapter: Callable[..., str], photos
     call(sqlite, "publish", folder, "--name", "shown")
     for source, output in (("photos", "a.jsonl"), ("shards", "b.jsonl")):
         text, result, code = call(
-            sqlite, "predict", "shown/1", str(tmp_path / source), "--output", str(tmp_path / output), "--batch-size", "4"
+            sqlite,
+            "predict",
+            "shown/1",
+            str(tmp_path / source),
+            "--output",
+            str(tmp_path / output),
+            "--batch-size",
+            "4",
         )
         assert (code, result["predicted"]) == (0, 23)
-    a, b = ([json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("a.jsonl", "b.jsonl"))
+    a, b = (
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("a.jsonl", "b.jsonl")
+    )
     by_name = {row["picture"].removesuffix(".png"): row for row in a}
     for row in b:
         assert (row["label"], row["class"]) == (by_name[row["picture"]]["label"], by_name[row["picture"]]["class"])
