@@ -1,7 +1,7 @@
-"""Robust accuracy: `deepspeed --num_gpus N fulllora_dist/evaluate.py --config FILE --adapter ADAPTER [key=value ...]`.
+"""Robust accuracy: `deepspeed --num_gpus N fulllora_dist/evaluate.py --config FILE --adapter WHERE [key=value ...]`.
 
-One process: `python fulllora_dist/evaluate.py --config FILE --adapter ADAPTER`. The adapter is a folder, or a version in
-MLflow, models:/NAME@champion. Without --adapter: the bare backbone.
+One process: `python fulllora_dist/evaluate.py --config FILE --adapter WHERE`. That is a folder, or a version
+in MLflow, models:/NAME@champion. Without --adapter: the bare backbone.
 The model and data.validation come from the config; prints a table, and writes the counts with --output.
 """
 
@@ -67,7 +67,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     arguments = parser(__doc__ or "")
     arguments.add_argument(
         "--adapter",
-        metavar="ADAPTER",
+        metavar="WHERE",
         help="a folder, models:/NAME@ALIAS or models:/NAME/VERSION; left out: the bare backbone",
     )
     arguments.add_argument(

@@ -3,8 +3,9 @@
     python tools/demo.py [--output runs/demo]
 
 Digits of scikit-learn -> shards -> a small ViT trained on them -> FullLoRA with N-FGSM -> accuracy under attack before
-and after -> a picture -> a version in MLflow's registry, which the gate makes @champion. The two trainings are configs/demo_backbone.yaml and configs/demo.yaml under DeepSpeed. The last
-line of stdout is one JSON object; progress goes to stderr.
+and after -> a picture -> a version in MLflow's registry, which the gate makes @champion. The two trainings are
+configs/demo_backbone.yaml and configs/demo.yaml under DeepSpeed. The last line of stdout is one JSON object; progress
+goes to stderr.
 """
 
 import argparse

@@ -44,7 +44,8 @@ class _Choice:
         return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
 
 
-_chosen: ContextVar[_Choice] = ContextVar("adapter", default=_Choice(None))  # of this thread
+_NONE = _Choice(None)
+_chosen: ContextVar[_Choice] = ContextVar("adapter", default=_NONE)  # of this thread
 
 
 @contextmanager

@@ -22,8 +22,8 @@ def model_card(
     where = f"models:/{name}@champion" if name else "the folder of this file"
     sections = [
         f"# {name or backbone['name']}",
-        f"An adapter for the frozen backbone `{backbone['name']}`, which is not in here. Inputs: RGB pixels of "
-        f"{backbone['image_size']} x {backbone['image_size']}; outputs: {backbone['num_classes']} class scores (logits).",
+        f"An adapter for the frozen backbone `{backbone['name']}`, which is not in here. Inputs: RGB pictures of "
+        f"{backbone['image_size']} pixels a side; outputs: {backbone['num_classes']} class scores (logits).",
         *_section("Threat model", _threat(training)),
         *_section("Accuracy", _accuracy(evaluation)),
         *_section("Warnings of the checks", _warnings(evaluation)),

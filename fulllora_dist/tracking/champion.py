@@ -88,8 +88,8 @@ def promote(registry: Registry, reference: str, rules: Rules, force: str | None 
         history = turn.champions()
         if (history[-1] if history else None) != before:
             raise LostRace(
-                f"{candidate.name}: version {history[-1] if history else 'none'} became @{CHAMPION} while version {number} "
-                f"was judged against {f'version {before}' if before else 'none'}; it was not moved again, promote anew"
+                f"{candidate.name}: version {history[-1] if history else 'none'} became @{CHAMPION} while version "
+                f"{number} was judged against {f'version {before}' if before else 'none'}; promote it again"
             )
         tags = {"promoted_at": _now(), "promoted_over": str(before or "none"), "gate": _told(verdict)}
         if not verdict.passed and force is not None:

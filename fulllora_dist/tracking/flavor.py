@@ -1,4 +1,4 @@
-"""An adapter as an MLflow model: its own flavor, and pyfunc through `loader_module`. No pickle, no copy of the backbone.
+"""An adapter as an MLflow model: a flavor of its own, and pyfunc through `loader_module`. No pickle, no backbone in it.
 
 The folder of a model is that of an adapter (adapter.safetensors and adapter.json, see `models/adapter_file.py`) with
 MLmodel, requirements and a model card beside them, so that whatever reads adapters reads models too.

@@ -1,4 +1,4 @@
-"""The end of a training run in the model registry. Nothing that goes wrong here ends the run: its adapter is on disk."""
+"""The adapter of a run that has ended, published. What goes wrong here ends no run: the adapter is on disk."""
 
 import os
 from pathlib import Path

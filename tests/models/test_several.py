@@ -93,3 +93,36 @@ def test_attacked_as_each_alone(saved: Callable[..., str]) -> None:
         )
         torch.testing.assert_close(together[own], alone, rtol=0, atol=1e-9)
     assert all(torch.equal(tensor, before[name]) for name, tensor in several.state_dict().items())
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another size": ({"image_size": 32}, "has the backbone's image_size 32, the others' is 16"),
+    "another family": (
+        {"family": "swin"},
+        "has the backbone's name swin_tiny_patch4_window7_224, the others' is vit_tiny",
+    ),
+    "other weights": ({"seed": 5}, "has the backbone's sha256"),
+    "another normaliser": ({"mean": (0.1, 0.2, 0.3)}, "has the backbone's mean"),
+    "a whole model": (
+        {"finetune": "full"},
+        r"is a whole model \(finetune: full\), which shares no backbone; load it alone",
+    ),
+}
+
+
+def test_what_cannot_share(saved: Callable[..., str]) -> None:
+    several = fd.MultiAdapter({"a": saved(0)})
+    for i, (settings, words) in enumerate(REFUSED.values()):
+        with pytest.raises(UserError, match=words):
+            several.add("b", saved(i + 1, **settings))
+    with pytest.raises(UserError, match="there is no 'b'; there are: a"):
+        several(pictures(), "b")
+    with pytest.raises(UserError, match="2 names for 4 samples; one for each is right"):
+        several(pictures(4), ["a", None])
+    with pytest.raises(UserError, match="the name 'a' is taken"):
+        several.add("a", saved(9))
+    several.add("b", saved(10, rank=1))
+    several.remove("a")
+    assert several.adapters == ("b",)
+    assert not [name for name in several.state_dict() if ".a." in name], "its memory is given back"
+    assert torch.equal(scores(several.eval(), pictures(), "b"), scores(fd.load(saved(10, rank=1)), pictures()))

@@ -78,8 +78,7 @@ def _race(uri: str, reference: str, start: Barrier, answers: Any) -> None:
 def _tried(registry: Registry, reference: str) -> str:
     try:
         return promote(registry, reference, RULES).outcome
-    except LostRace as error:
-        assert "\n" not in str(error)
+    except LostRace:
         return "lost"
 
 
@@ -175,7 +174,7 @@ def _die_at(registry: Registry, monkeypatch: pytest.MonkeyPatch, n: int) -> None
 def test_killed_between_its_writes(
     registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it stops, the next promotion finds one champion and goes on; the claim that is left counts for a while."""
+    """Wherever it stops, the next promotion finds one champion and goes on; the claim left counts for a while."""
     name = versions[0].name
     promote(registry, address(versions[0]), RULES)
     for writes in range(8):

@@ -60,7 +60,7 @@ def test_saved_and_loaded_both_ways(tmp_path: Path) -> None:
     np.testing.assert_array_equal(scores, np.concatenate([native(model, x[:64]), native(model, x[64:])]))
     assert loaded.predict(x[:0]).shape == (0, CLASSES)
     for wrong in (x.astype(np.float32) / 255, x[:, :8], x.transpose(0, 3, 1, 2)):
-        with pytest.raises(mlflow.exceptions.MlflowException, match="schema|shape|type"):
+        with pytest.raises(mlflow.exceptions.MlflowException, match=r"schema|shape|type"):
             loaded.predict(wrong)
     info = mlflow.models.Model.load(path)
     assert info.metadata["backbone_sha256"] == model.info.sha256
@@ -96,7 +96,7 @@ def test_the_backbone_must_be_the_right_one(sqlite: str, tmp_path: Path, monkeyp
         fd.load(address)
     assert np.array_equal(native(fd.load(address, checkpoint=moved), x), native(model, x))
     for wrong in (second, first):
-        with pytest.raises(UserError, match="give the backbone it was trained on|does not exist"):
+        with pytest.raises(UserError, match=r"give the backbone it was trained on|does not exist"):
             mlflow.pyfunc.load_model(address, model_config={"checkpoint": wrong})
     monkeypatch.setenv("FULLLORA_CHECKPOINT", moved)
     np.testing.assert_array_equal(mlflow.pyfunc.load_model(address).predict(x), native(model, x))

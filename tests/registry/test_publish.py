@@ -115,10 +115,10 @@ def test_twenty_crashes_leave_one_version(server: str, adapter: Callable[..., st
     """Each at a random point of publishing another adapter, some twice; then the same command again."""
     registry, rng = Registry(server), random.Random(0)
     experiment = registry.store.experiment_id("adapters")
-    crashes, seed = 0, 100
+    crashes, seed, name = 0, 100, "crashes"
     while crashes < 20:
         folder, seed = adapter(seed=seed), seed + 1
-        name, found = "crashes", evaluation(right(seed - 50))
+        found = evaluation(right(seed - 50))
         for _ in range(rng.choice((1, 1, 2))):
             calls, answered = rng.randrange(CALLS), rng.random() < 0.5
 
@@ -226,9 +226,9 @@ def test_what_there_is_not(sqlite: str, adapter: Callable[..., str]) -> None:
     for reference, words in UNKNOWN.items():
         with pytest.raises(UserError, match=words):
             fd.load(f"models:/{reference}")
-    with pytest.raises(UserError, match="there is no MLflow store .*nowhere.db; set MLFLOW_TRACKING_URI"):
+    with pytest.raises(UserError, match=r"there is no MLflow store .*nowhere.db; set MLFLOW_TRACKING_URI"):
         Registry("sqlite:///nowhere.db")
-    with pytest.raises(UserError, match="^MLflow at http://127.0.0.1:9: "):
+    with pytest.raises(UserError, match=r"^MLflow at http://127.0.0.1:9: "):
         Registry("http://127.0.0.1:9")
 
 

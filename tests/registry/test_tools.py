@@ -61,7 +61,20 @@ def test_from_publishing_to_rolling_back(sqlite: str, adapter: Callable[..., str
     assert "  against it: pgd20: -15.00 points to the champion" in text
 
     text, result, _ = call(sqlite, "list")
-    assert text.splitlines()[1].split() == "bees 2 2 100.0 (98.1 to 100.0) 75.0 (68.6 to 80.5) pgd20".split()
+    assert text.splitlines()[1].split() == [
+        "bees",
+        "2",
+        "2",
+        "100.0",
+        "(98.1",
+        "to",
+        "100.0)",
+        "75.0",
+        "(68.6",
+        "to",
+        "80.5)",
+        "pgd20",
+    ]
     text, result, _ = call(sqlite, "list", "bees")
     assert [version["aliases"] for version in result["versions"]] == [("previous",), ("champion",)]
     assert "@champion" in text.splitlines()[2]
@@ -181,7 +194,7 @@ def test_predictions_for_shards(sqlite: str, adapter: Callable[..., str], photos
     folder = adapter(seed=0, training=training)
     call(sqlite, "publish", folder, "--name", "shown")
     for source, output in (("photos", "a.jsonl"), ("shards", "b.jsonl")):
-        text, result, code = call(
+        _, result, code = call(
             sqlite,
             "predict",
             "shown/1",
@@ -200,7 +213,7 @@ def test_predictions_for_shards(sqlite: str, adapter: Callable[..., str], photos
         assert (row["label"], row["class"]) == (by_name[row["picture"]]["label"], by_name[row["picture"]]["class"])
     label, _ = expected(fd.load(folder), photos / "bee" / "01.png")
     assert by_name["bee/01"]["label"] == label
-    with pytest.raises(UserError, match="out.txt is neither .jsonl nor .csv"):
+    with pytest.raises(UserError, match=r"out\.txt is neither .jsonl nor .csv"):
         call(sqlite, "predict", folder, str(photos), "--output", str(tmp_path / "out.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no pictures"):
