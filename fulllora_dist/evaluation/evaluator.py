@@ -119,9 +119,9 @@ class Evaluator:
 
         Returns:
             On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "adapter_sha256", "seed",
-            "ids": [n], "data": hash of the index, "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1 in
-            the order of ids], "per_class": {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}], "checks": {check: its numbers},
-            "warnings": [lines]}. low and high bound Wilson's 95 % interval.
+            "ids": [n], "data": hash of the index, "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1
+            in the order of ids], "per_class": {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}],
+            "checks": {check: its numbers}, "warnings": [lines]}. low and high bound Wilson's 95 % interval.
 
         Raises:
             UserError: the model has not as many outputs as the data has classes, or too few for an attack.
