@@ -4,28 +4,31 @@ import fulllora_dist as fd
 model = fd.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k")   # pixels in [0, 1] -> logits
 x_adv = fd.pgd(model, x, y, eps=4 / 255, steps=10, step_size=1 / 255)
 fd.save_adapter(model, "adapter/")
-model = fd.load("adapter/")
+model = fd.load("adapter/")                                    # or "models:/NAME@champion"
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fulllora_dist.adapters import load
     from fulllora_dist.attacks.pgd import pgd
     from fulllora_dist.errors import UserError
     from fulllora_dist.evaluation import evaluate
-    from fulllora_dist.models.adapter_file import load, save_adapter
+    from fulllora_dist.models.adapter_file import save_adapter
     from fulllora_dist.models.finetune import AdaptedModel, create_model
+    from fulllora_dist.models.several import MultiAdapter
 
 __version__ = "0.1.0"
-__all__ = ["AdaptedModel", "UserError", "create_model", "evaluate", "load", "pgd", "save_adapter"]
+__all__ = ["AdaptedModel", "MultiAdapter", "UserError", "create_model", "evaluate", "load", "pgd", "save_adapter"]
 
 _HOMES = {
     "AdaptedModel": "models.finetune",
+    "MultiAdapter": "models.several",
     "UserError": "errors",
     "create_model": "models.finetune",
     "evaluate": "evaluation",
-    "load": "models.adapter_file",
+    "load": "adapters",
     "pgd": "attacks.pgd",
     "save_adapter": "models.adapter_file",
 }

@@ -238,8 +238,14 @@ def build_eval_stream(
     return stream
 
 
-def build_evaluator(config: Config, model: BackboneInfo, ranks: Ranks, adapter: str | None) -> Evaluator:
-    """The evaluation of a config, in fp32."""
+def build_evaluator(
+    config: Config, model: BackboneInfo, ranks: Ranks, adapter: str | None, sha256: str | None = None
+) -> Evaluator:
+    """The evaluation of a config, in fp32.
+
+    Args:
+        adapter, sha256: its address and `adapter_sha256`, for the report.
+    """
     first, *more = threats(config)
     return Evaluator(
         config.evaluation.attacks,
@@ -250,4 +256,5 @@ def build_evaluator(config: Config, model: BackboneInfo, ranks: Ranks, adapter: 
         check=config.evaluation.check,
         backbone=model.name,
         adapter=adapter,
+        adapter_sha256=sha256,
     )

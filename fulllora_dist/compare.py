@@ -22,16 +22,55 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
         UserError: it cannot be read, or is none.
     """
     try:
-        found = json.loads(Path(path).read_text())
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return parse_evaluation(content, str(path))
+
+
+def parse_evaluation(content: bytes, name: str) -> dict[str, Any]:
+    """The content of an evaluation.json.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        found = json.loads(content)
         n = len(found["ids"])
         whole = all(len(score["correct"]) == n for _, _, score in _scores(found))
         if n and whole and {"eps", "norm", "precision", "warnings"} <= found.keys():
             return found
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f"{path} is no evaluation.json; evaluate.py --output writes one")
+    raise UserError(f"{name} is no evaluation.json; evaluate.py --output writes one")
+
+
+def check_accuracies(found: Mapping[str, Any], name: str) -> None:
+    """Refuse figures that are not those of the pictures beside them, NaN among them.
+
+    Args:
+        found: in the form of evaluation.json.
+        name: of the file, for messages.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    n = len(found["ids"])
+    for eps, attack, score in _scores(found):
+        right = sum(score["correct"])
+        accuracy, low, high = (score.get(key) for key in ("accuracy", "low", "high"))
+        try:
+            fits = abs(accuracy - right / n) < 1e-9 and low - 1e-9 <= accuracy <= high + 1e-9
+        except TypeError:
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{name}: {attack} at eps {eps:.4g} has accuracy {accuracy} ({low} to {high}), but {right} of {n} "
+                "pictures right; evaluate again"
+            )
 
 
 def _scores(found: Mapping[str, Any]) -> list[tuple[float, str, Mapping[str, Any]]]:

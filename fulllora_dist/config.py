@@ -231,6 +231,10 @@ class TrackingSettings(Settings):
     """How long the end of a run waits for a store that does not answer; the rest is sent later (docs/tracking.md)."""
     system_seconds: float | None = Field(15.0, gt=0)
     """Seconds between samples of each node's CPU, memory, disk, network and GPUs; null takes none."""
+    publish: bool = False
+    """true makes the adapter a version in MLflow's model registry at the end (docs/registry.md)."""
+    registered_model: str | None = None
+    """Name of the registered model; null takes BACKBONE-DATA-NORM-EPS."""
 
 
 def _method(value: object) -> object:

@@ -1,6 +1,7 @@
-"""Robust accuracy: `deepspeed --num_gpus N fulllora_dist/evaluate.py --config FILE --adapter FOLDER [key=value ...]`.
+"""Robust accuracy: `deepspeed --num_gpus N fulllora_dist/evaluate.py --config FILE --adapter WHERE [key=value ...]`.
 
-One process: `python fulllora_dist/evaluate.py --config FILE --adapter FOLDER`. Without --adapter: the bare backbone.
+One process: `python fulllora_dist/evaluate.py --config FILE --adapter WHERE`. That is a folder, or a version
+in MLflow, models:/NAME@champion. Without --adapter: the bare backbone.
 The model and data.validation come from the config; prints a table, and writes the counts with --output.
 """
 
@@ -15,13 +16,14 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from fulllora_dist.adapters import in_mlflow, load, resolved
 from fulllora_dist.build import build_eval_stream, build_evaluator, build_model, check_evaluation, load_index
 from fulllora_dist.config import AdapterSettings, Config
 from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.evaluation import table, write_evaluation, write_figures
-from fulllora_dist.models.adapter_file import DESCRIPTION, load
+from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
 from fulllora_dist.models.finetune import AdaptedModel
 
 
@@ -36,9 +38,8 @@ def check_inputs(config: Config, adapter: str | None) -> str:
     if folder is None:
         raise UserError("data.validation is not set; give the folder of shards to evaluate on")
     subset.of(load_index(folder, "data.validation"), "data.validation")
-    if adapter is not None and adapter.startswith("models:"):
-        raise UserError(f"--adapter: {adapter} names a registry; give the adapter's folder")
-    if adapter is not None and "://" not in adapter and not os.path.exists(os.path.join(adapter, DESCRIPTION)):
+    local = adapter is not None and not in_mlflow(adapter) and "://" not in adapter
+    if local and not os.path.exists(os.path.join(str(adapter), DESCRIPTION)):
         raise UserError(f"--adapter: {adapter} holds no {DESCRIPTION}; give the folder adapter/ of a run")
     return folder
 
@@ -50,7 +51,7 @@ def build_evaluated(config: Config, adapter: str | None) -> AdaptedModel:
         UserError: the adapter cannot be read, or does not belong to the config's backbone.
     """
     if adapter is not None:
-        return load(adapter, checkpoint=config.model.checkpoint)
+        return load(adapter, checkpoint=config.model.checkpoint, uri=config.tracking_uri())
     in_fp32 = config.model.model_copy(update={"precision": "fp32"})
     # finetune: head adds nothing to the backbone
     bare = config.model_copy(update={"finetune": "head", "adapter": AdapterSettings(), "model": in_fp32})
@@ -64,7 +65,11 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         UserError: naming the setting.
     """
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--adapter", metavar="FOLDER", help="what save_adapter wrote; left out: the bare backbone")
+    arguments.add_argument(
+        "--adapter",
+        metavar="WHERE",
+        help="a folder, models:/NAME@ALIAS or models:/NAME/VERSION; left out: the bare backbone",
+    )
     arguments.add_argument(
         "--attacks",
         metavar="A,B",
@@ -104,9 +109,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = check_inputs(config, args.adapter)
 
     ranks = start_ranks(config.distributed.timeout_minutes)
-    model = build_evaluated(config, args.adapter).to(ranks.device)
+    adapter = ranks.share(ranks.on_main(lambda: args.adapter and resolved(args.adapter, config.tracking_uri())))
+    model = build_evaluated(config, adapter).to(ranks.device)
     stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
-    evaluator = build_evaluator(config, model.info, ranks, args.adapter)
+    sha256 = None if adapter is None else adapter_sha256(model)
+    evaluator = build_evaluator(config, model.info, ranks, adapter, sha256)
     results = evaluator.run(model, stream, partial=args.output and f"{args.output}.partial")
     if ranks.is_main:
         if args.output:

@@ -9,10 +9,11 @@ from fulllora_dist.config import Config
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import table, write_evaluation, write_figures
 from fulllora_dist.guard import Guard
-from fulllora_dist.models.adapter_file import load, save_adapter
+from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
 from fulllora_dist.pictures import show_end
 from fulllora_dist.run import Run
 from fulllora_dist.run_state import RunState
+from fulllora_dist.tracking.registry import data_name
 
 
 def finish(run: Run, state: RunState) -> None:
@@ -34,6 +35,15 @@ def finish(run: Run, state: RunState) -> None:
         run.say(_best_and_last(state.guard))
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, state.step)
+    if run.config.tracking.enabled and run.config.tracking.publish:
+        run.ranks.on_main(lambda: run.say(_publish(run)))
+
+
+def _publish(run: Run) -> str:
+    from fulllora_dist.tracking.publish_run import publish_run  # mlflow takes a second to import
+
+    run.tracker.settle()  # the run that the version comes from is made by then
+    return publish_run(run.config, run.settings, run.tracker.uri, run.tracker.run_id)
 
 
 def _best_and_last(guard: Guard) -> str:
@@ -74,9 +84,12 @@ def _provenance(config: Config, state: RunState) -> dict[str, Any]:
         "updates": state.engine.updates,
         "rollbacks": state.rollbacks,
         "data": {
+            "name": data_name(config.data.train),
             "index": state.stream.index.hash,
             "classes": list(state.stream.index.classes),
             "augment": config.data.augment,
+            "crop_pct": config.data.crop_pct,
+            "interpolation": config.data.interpolation,
             "decode": config.data.decode,
         },
     }
@@ -87,7 +100,7 @@ def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
     config = run.config
     model = load(adapter, checkpoint=config.model.checkpoint).to(run.ranks.device)
     path = os.path.join(config.run.output, "evaluation.json")
-    evaluator = build_evaluator(config, model.info, run.ranks, adapter)
+    evaluator = build_evaluator(config, model.info, run.ranks, adapter, adapter_sha256(model))
     stream = build_eval_stream(config, validation, model.info, run.ranks, subset=check_evaluation(config))
     results = evaluator.run(model, stream, partial=f"{path}.partial")
 

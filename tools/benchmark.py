@@ -2,6 +2,7 @@
 
 python tools/benchmark.py step --help    one adversarial step: FullLoRA, full finetuning, peft's LoRA, the bound
 python tools/benchmark.py data --output FILE    pictures a second: ours, webdataset, ImageFolder; cost of the plan
+python tools/benchmark.py several    several adapters on one backbone: switching, mixed batches, memory
 """
 
 import argparse
@@ -12,7 +13,7 @@ from fulllora_dist.errors import run_entry
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "data"))
+    parser.add_argument("what", choices=("step", "data", "several"))
     parser.add_argument("settings", nargs=argparse.REMAINDER, help="see --help of each")
     args = parser.parse_args()
     importlib.import_module(f"benchmark_{args.what}").main(args.settings)

@@ -3,8 +3,9 @@
     python tools/demo.py [--output runs/demo]
 
 Digits of scikit-learn -> shards -> a small ViT trained on them -> FullLoRA with N-FGSM -> accuracy under attack before
-and after -> a picture. The two trainings are configs/demo_backbone.yaml and configs/demo.yaml under DeepSpeed. The last
-line of stdout is one JSON object; progress goes to stderr.
+and after -> a picture -> a version in MLflow's registry, which the gate makes @champion. The two trainings are
+configs/demo_backbone.yaml and configs/demo.yaml under DeepSpeed. The last line of stdout is one JSON object; progress
+goes to stderr.
 """
 
 import argparse
@@ -32,9 +33,13 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.ranks import free_port
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.evaluation import EvalAttack, evaluate
-from fulllora_dist.models.adapter_file import load
+from fulllora_dist.models.adapter_file import load, read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.promotion import Rules
+from fulllora_dist.tracking.champion import promote
+from fulllora_dist.tracking.commands import as_json, told
 from fulllora_dist.tracking.figures import Attacked, Curve, demo_picture, in_255ths
+from fulllora_dist.tracking.registry import SHA256, Registry, Version
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2
@@ -134,6 +139,16 @@ def summary(rows: Scores, eps: float) -> str:
     return "\n".join(lines)
 
 
+def published(registry: Registry, adapter: Path) -> Version:
+    """The version that the training run has published its adapter as."""
+    description, _ = read_adapter(str(adapter))
+    for name in registry.names():
+        for version in registry.versions(name):
+            if version.tags.get(SHA256) == description["sha256"]:
+                return version
+    raise UserError(f"{adapter} is not in the registry; see the messages of its training above")
+
+
 def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,6 +183,9 @@ def main() -> None:
     draw(config, models, scores, title).savefig(figure)
     print(summary(scores, config.threat.eps))
     print(f"picture: {figure}")
+    registry = Registry(config.tracking_uri())
+    promotion = promote(registry, published(registry, after / "adapter").address, Rules())
+    print(told(promotion))
     outcome = {
         "clean_before": scores["backbone"]["clean"]["accuracy"],
         "robust_before": robust[0],
@@ -178,6 +196,8 @@ def main() -> None:
         "adapter": str(after / "adapter"),
         "figure": str(figure),
         "mlflow_uri": config.tracking_uri(),
+        "registered": promotion.version.address,
+        "gate": as_json(promotion),
         "seconds": round(time.monotonic() - started, 1),
     }
     print(json.dumps(outcome), flush=True)

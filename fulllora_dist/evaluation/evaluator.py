@@ -60,7 +60,7 @@ class Evaluator:
         more: further balls, for robust accuracy against eps.
         seed: of the random starts.
         check: on how many pictures, drawn evenly over the classes, symptoms are looked for; 0 looks for none.
-        backbone, adapter: names for the report.
+        backbone, adapter, adapter_sha256: names for the report.
         precision: what the model computes in, for the report.
         progress: whether rank 0 shows a bar.
 
@@ -79,6 +79,7 @@ class Evaluator:
         check: int = 0,
         backbone: str | None = None,
         adapter: str | None = None,
+        adapter_sha256: str | None = None,
         precision: str = "fp32",
         progress: bool = True,
     ):
@@ -89,6 +90,7 @@ class Evaluator:
         self._check = check
         self._shows = progress and ranks.is_main
         self._facts = {"precision": precision, "backbone": backbone, "adapter": adapter}
+        self._facts["adapter_sha256"] = adapter_sha256
 
     def run(self, predict: nn.Module, pictures: EvalPictures, partial: str | Path | None = None) -> dict[str, Any]:
         """Evaluate, on all ranks together.
@@ -99,10 +101,10 @@ class Evaluator:
             partial: folder for what is done, from which a run that was killed goes on; emptied at the end.
 
         Returns:
-            On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids": [n], "data":
-            hash of the index, "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1 in the order of ids],
-            "per_class": {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}], "checks": {check: its numbers},
-            "warnings": [lines]}. low and high bound Wilson's 95 % interval.
+            On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "adapter_sha256", "seed",
+            "ids": [n], "data": hash of the index, "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1
+            in the order of ids], "per_class": {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}],
+            "checks": {check: its numbers}, "warnings": [lines]}. low and high bound Wilson's 95 % interval.
 
         Raises:
             UserError: the model has not as many outputs as the data has classes, or too few for an attack.

@@ -7,6 +7,7 @@ checkpoint that `model.checkpoint` takes.
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -30,6 +31,11 @@ DESCRIPTION = "adapter.json"
 def adapter_state(model: AdaptedModel) -> dict[str, Tensor]:
     """{name in the timm model: tensor} of everything that trains, on the CPU. Not under ZeRO-3: see `Engine`."""
     return {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
+
+
+def adapter_sha256(model: AdaptedModel) -> str:
+    """sha256 of the file that its adapter is saved as."""
+    return hashlib.sha256(save_safetensors(adapter_state(model))).hexdigest()
 
 
 def _checksum(description: Mapping[str, Any]) -> str:
@@ -103,6 +109,19 @@ def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(f"adapter: {folder}/{TENSORS} is damaged ({error})") from None
 
 
+def copy_adapter(source: str, folder: str) -> None:
+    """Write the files of the adapter in `source` to the local `folder`, byte for byte.
+
+    Raises:
+        UserError: see `read_adapter`.
+    """
+    read_adapter(source)
+    filesystem, path = fsspec.core.url_to_fs(source)
+    os.makedirs(folder, exist_ok=True)
+    for name in (DESCRIPTION, TENSORS):
+        filesystem.get_file(f"{path}/{name}", os.path.join(folder, name))
+
+
 def _check_family(folder: str, family: Mapping[str, Any] | None) -> None:
     """Refuse an adapter of a family that is not registered. No module is imported because a file names it."""
     if family is not None and family["name"] not in FAMILIES:
@@ -125,17 +144,45 @@ def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "
         UserError: missing or damaged files, an unknown version, another backbone, other shapes.
     """
     description, state = read_adapter(folder)
+    info, spec = described(folder, description)
+    whole_model = spec.finetune == "full"  # its tensors replace the backbone's: no need to fetch those
+    if whole_model:
+        model = build(dataclasses.replace(info, checkpoint=None, pretrained=False), spec, precision=precision)
+    else:
+        model = build(info, spec, checkpoint=checkpoint, precision=precision)
+        check_backbone(folder, info, model.info)
+    model.load_trainable(state)
+    if whole_model:  # it still stems from the backbone that it was trained from
+        kept = {key: getattr(info, key) for key in ("checkpoint", "pretrained", "own_classes", "sha256")}
+        model.info = dataclasses.replace(model.info, **kept)
+    return model
+
+
+def described(folder: str, description: Mapping[str, Any]) -> tuple[BackboneInfo, AdapterSpec]:
+    """What an adapter's description says of its backbone, and of what was trained.
+
+    Raises:
+        UserError: a family that is not registered, a field that is missing or unknown.
+    """
     _check_family(folder, description.get("family"))
     try:
-        info = BackboneInfo(**description["backbone"])
-        spec = AdapterSpec(**description["adapter"])
+        return BackboneInfo(**description["backbone"]), AdapterSpec(**description["adapter"])
     except (KeyError, TypeError) as error:
         raise UserError(f"adapter: {folder}/{DESCRIPTION} lacks or does not know a field ({error})") from None
-    whole_model = spec.finetune == "full"  # its tensors replace the backbone's: no need to fetch those
-    model = create_model(
+
+
+def build(
+    info: BackboneInfo, spec: AdapterSpec, *, checkpoint: str | None = None, precision: Precision = "fp32"
+) -> AdaptedModel:
+    """The backbone with an adapter of that kind, which does nothing yet; not checked against the fingerprint.
+
+    Args:
+        checkpoint: where the backbone's weights lie now, if not where they were at training.
+    """
+    return create_model(
         info.name,
-        checkpoint=None if whole_model else checkpoint or info.checkpoint,
-        pretrained=info.pretrained and not whole_model,
+        checkpoint=checkpoint or info.checkpoint,
+        pretrained=info.pretrained,
         num_classes=None if info.classes is not None else info.num_classes,
         classes=info.classes,
         image_size=info.image_size,
@@ -152,16 +199,15 @@ def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "
         precision=precision,
         seed=spec.seed,
     )
-    if not whole_model and model.info.sha256 != info.sha256:
+
+
+def check_backbone(folder: str, info: BackboneInfo, found: BackboneInfo) -> None:
+    """Refuse an adapter of other weights than those found."""
+    if found.sha256 != info.sha256:
         raise UserError(
             f"adapter: {folder} belongs to {info.name} with fingerprint {str(info.sha256)[:12]}, "
-            f"but these weights have {str(model.info.sha256)[:12]}; give the backbone it was trained on"
+            f"but these weights have {str(found.sha256)[:12]}; give the backbone it was trained on"
         )
-    model.load_trainable(state)
-    if whole_model:  # it still stems from the backbone that it was trained from
-        kept = {key: getattr(info, key) for key in ("checkpoint", "pretrained", "own_classes", "sha256")}
-        model.info = dataclasses.replace(model.info, **kept)
-    return model
 
 
 def merge(model: AdaptedModel) -> NoReturn:

@@ -317,14 +317,20 @@ def _adapt(
             part.reset_parameters(generator)
         branches[name] = part.to(device)
     branch: nn.Module = branches[""] if "" in branches else LNLoRASplit(branches, FUSED[site.component])
+    attach_at(backbone, family, site, branch)
+    count = sum(p.numel() for p in branch.parameters())
+    return Adapted(site, tuple(branches), count)
+
+
+def attach_at(backbone: nn.Module, family: Family, site: Site, branch: nn.Module) -> None:
+    """Put `branch` beside the layer of a site, which has none yet."""
+    layer: Any = backbone.get_submodule(site.path)
     around: Any = backbone.get_submodule(site.path.rpartition(".")[0])
     calling = family.calling.get(type(around)) if site.component == "qkv" else None
     if calling is not None and around.q_bias is not None:
         attach(layer, branch, around, calling)
     else:
         attach(layer, branch)
-    count = sum(p.numel() for p in branch.parameters())
-    return Adapted(site, tuple(branches), count)
 
 
 def _report(backbone: nn.Module, adapted: list[Adapted], own: dict[str, int], total: int) -> PlacementReport:

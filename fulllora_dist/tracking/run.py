@@ -83,7 +83,7 @@ class Tracker:
             params = {name: redacted(value) for name, value in _flat(config.model_dump(mode="json"))}
             self._event("params", values=params)
         self._event("status", status="RUNNING")
-        commit = _git_commit()
+        commit = git_commit()
         attempt = {
             "began_at_batch": step,
             "world_size": len(hosts),
@@ -263,7 +263,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     """Of the code that runs, with a word on changes to it; None where nobody knows. A launched run (jobs/launch.py) has
     a copy of the code, and a note."""
     package = Path(__file__).parents[1]

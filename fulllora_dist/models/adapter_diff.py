@@ -1,0 +1,80 @@
+"""What two adapters differ in: settings, and what each layer adds to its backbone."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NOT_SETTINGS = ("trainable", "trainable_share", "format_version", "sha256", "checksum")
+
+
+def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(name, in A, in B) of all that two descriptions (`read_adapter`) do not share; None where one lacks it."""
+    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
+    names = sorted(flat_a.keys() | flat_b.keys())
+    return [(name, flat_a.get(name), flat_b.get(name)) for name in names if flat_a.get(name) != flat_b.get(name)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if not prefix and key in _NOT_SETTINGS:
+            continue
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def layer_differences(
+    a: tuple[Mapping[str, Any], Mapping[str, Tensor]], b: tuple[Mapping[str, Any], Mapping[str, Tensor]]
+) -> list[dict[str, Any]]:
+    """Of each branch, and each tensor trained itself, the Frobenius norms in both adapters and of the difference.
+
+    A branch counts as the matrix that it applies to the normalised input, (alpha / r) B A diag(w): A and B alone differ
+    between branches that do the same, and between ranks. `A`, `B` and LN's bias are no rows of their own.
+
+    Args:
+        a, b: (description, tensors) as `read_adapter` gives them.
+
+    Returns:
+        [{"layer", "a", "b", "difference"}] in the order of names; None where one adapter has no such layer, or it is
+        of another shape.
+    """
+    effect_a, effect_b = _effects(*a), _effects(*b)
+    rows = []
+    for layer in sorted(effect_a.keys() | effect_b.keys()):
+        first, second = effect_a.get(layer), effect_b.get(layer)
+        same = first is not None and second is not None and first.shape == second.shape
+        rows.append(
+            {
+                "layer": layer,
+                "a": None if first is None else float(first.norm()),
+                "b": None if second is None else float(second.norm()),
+                "difference": float((second - first).norm())
+                if same and first is not None and second is not None
+                else None,
+            }
+        )
+    return rows
+
+
+def _effects(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    spec = description["adapter"]
+    effects: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        branch, _, part = name.rpartition(".")
+        if "lnlora" not in name.split("."):
+            effects[name] = tensor.double()
+        elif part == "A":
+            weight = state.get(f"{branch}.norm.weight")
+            scaled = tensor.double() if weight is None else tensor.double() * weight.double()
+            effects[branch] = spec["alpha"] / spec["rank"] * (state[f"{branch}.B"].double() @ scaled)
+    return effects
+
+
+def summed(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """{"a", "b", "difference"}: norms over all layers together, of those that both adapters have."""
+    both = [row for row in rows if row["difference"] is not None]
+    squares = {key: torch.tensor([row[key] for row in both], dtype=torch.float64) for key in ("a", "b", "difference")}
+    return {key: float(values.norm()) for key, values in squares.items()}

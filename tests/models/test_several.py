@@ -1,0 +1,128 @@
+"""Several adapters on one backbone against each adapter loaded alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fulllora_dist as fd
+from fulllora_dist.errors import UserError
+from tests.tiny import CLASSES, FAMILIES, pictures, stir, tiny
+
+OTHERS: list[dict[str, Any]] = [
+    {"rank": 2, "placement": ("q", "v", "fc2", "patch_embed")},
+    {"finetune": "lora", "rank": 5, "qkv": "shared", "head": "adapted"},
+    {"finetune": "layernorm"},
+    {"finetune": "head"},
+]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., str]:
+    """saved(seed, **settings) -> folder of a stirred adapter."""
+
+    def save(seed: int, **settings: Any) -> str:
+        folder = str(tmp_path / f"{seed}")
+        fd.save_adapter(stir(tiny(**settings), seed), folder)
+        return folder
+
+    return save
+
+
+def bare(**settings: Any) -> fd.AdaptedModel:
+    return tiny(finetune="head", **settings)
+
+
+def scores(model: torch.nn.Module, x: Tensor, *choice: Any) -> Tensor:
+    with torch.no_grad():
+        return model(x, *choice)
+
+
+def test_each_sample_has_its_own(saved: Callable[..., str]) -> None:
+    """Other ranks, placements, heads and norms side by side."""
+    folders = {f"a{i}": saved(i, **settings) for i, settings in enumerate(OTHERS)}
+    several = fd.MultiAdapter(folders).eval()
+    alone = {name: fd.load(folder) for name, folder in folders.items()} | {None: bare()}
+    x = pictures(10)
+    for name, model in alone.items():
+        assert torch.equal(scores(several, x, name), scores(model, x)), name
+        assert torch.equal(scores(several, x, [name] * 10), scores(model, x)), name
+    choice = ["a3", None, "a0", "a1", "a2", "a0", "a1", None, "a3", "a2"]
+    mixed = scores(several, x, choice)
+    for i, name in enumerate(choice):
+        torch.testing.assert_close(mixed[i], scores(alone[name], x[i : i + 1])[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(scores(several, x), scores(alone[None], x)), "what was chosen last is forgotten"
+
+
+QUICK = ("vit", "swin")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in FAMILIES]
+)
+def test_every_family(family: str, saved: Callable[..., str]) -> None:
+    """Windows, tokens and layouts of their own."""
+    folders = {name: saved(i, family=family, rank=rank) for i, (name, rank) in enumerate({"a": 2, "b": 3}.items())}
+    several = fd.MultiAdapter(folders).eval()
+    alone = {name: fd.load(folder) for name, folder in folders.items()}
+    x = pictures(5)
+    choice = ["b", None, "a", "b", "a"]
+    mixed = scores(several, x, choice)
+    apart = {name: scores(model, x) for name, model in (alone | {None: bare(family=family)}).items()}
+    for i, name in enumerate(choice):
+        torch.testing.assert_close(mixed[i], apart[name][i], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(apart["a"], apart["b"], atol=1e-3)
+    for name, model in alone.items():
+        assert torch.equal(scores(several, x, name), scores(model, x))
+
+
+def test_attacked_as_each_alone(saved: Callable[..., str]) -> None:
+    folders = {name: saved(i) for i, name in enumerate("ab")}
+    several = fd.MultiAdapter(folders).double().eval()
+    x, y = pictures(6, dtype=torch.float64), torch.arange(6) % CLASSES
+    choice = ["a", "b", "b", "a", "a", "b"]
+    together = fd.pgd(several.select(choice), x, y, eps=8 / 255, steps=3, step_size=2 / 255, random_start=False)
+    before = {name: tensor.clone() for name, tensor in several.state_dict().items()}
+    for name in "ab":
+        own = [i for i, one in enumerate(choice) if one == name]
+        alone = fd.pgd(
+            fd.load(folders[name]).double(), x[own], y[own], eps=8 / 255, steps=3, step_size=2 / 255, random_start=False
+        )
+        torch.testing.assert_close(together[own], alone, rtol=0, atol=1e-9)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in several.state_dict().items())
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "another size": ({"image_size": 32}, "has the backbone's image_size 32, the others' is 16"),
+    "another family": (
+        {"family": "swin"},
+        "has the backbone's name swin_tiny_patch4_window7_224, the others' is vit_tiny",
+    ),
+    "other weights": ({"seed": 5}, "has the backbone's sha256"),
+    "another normaliser": ({"mean": (0.1, 0.2, 0.3)}, "has the backbone's mean"),
+    "a whole model": (
+        {"finetune": "full"},
+        r"is a whole model \(finetune: full\), which shares no backbone; load it alone",
+    ),
+}
+
+
+def test_what_cannot_share(saved: Callable[..., str]) -> None:
+    several = fd.MultiAdapter({"a": saved(0)})
+    for i, (settings, words) in enumerate(REFUSED.values()):
+        with pytest.raises(UserError, match=words):
+            several.add("b", saved(i + 1, **settings))
+    with pytest.raises(UserError, match="there is no 'b'; there are: a"):
+        several(pictures(), "b")
+    with pytest.raises(UserError, match="2 names for 4 samples; one for each is right"):
+        several(pictures(4), ["a", None])
+    with pytest.raises(UserError, match="the name 'a' is taken"):
+        several.add("a", saved(9))
+    several.add("b", saved(10, rank=1))
+    several.remove("a")
+    assert several.adapters == ("b",)
+    assert not [name for name in several.state_dict() if ".a." in name], "its memory is given back"
+    assert torch.equal(scores(several.eval(), pictures(), "b"), scores(fd.load(saved(10, rank=1)), pictures()))

@@ -1,0 +1,119 @@
+"""A real `mlflow server` and a sqlite store, adapters, and evaluations of them."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fulllora_dist as fd
+from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.evaluation.score import score
+from fulllora_dist.tracking.registry import Registry
+from tests.tiny import CLASSES, stir, tiny
+
+EPS = 8 / 255
+TRAINING = {
+    "threat": {"norm": "linf", "eps": EPS},
+    "method": {"name": "pgd", "steps": 3},
+    "optim": {"lr": 1e-3},
+    "seed": 0,
+    "batches": 10,
+    "updates": 10,
+    "data": {"name": "digits", "index": "0f" * 32, "classes": ["ant", "bee", "cat", "dog"], "augment": "none"},
+}
+NAME = "vit_tiny_patch16_224_"  # and the weights' sha256, as random weights have no tag
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an `mlflow server` that serves artifacts, too."""
+    folder, port = tmp_path_factory.mktemp("server"), free_port()
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for(f"{url}/health", process)
+        yield url
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until it answers."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        try:
+            urllib.request.urlopen(url, timeout=5).read()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer")
+
+
+@pytest.fixture(scope="module")
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a store in a file."""
+    return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/mlflow.db"
+
+
+@pytest.fixture(params=["sqlite", "server"])
+def registry(request: pytest.FixtureRequest) -> Registry:
+    """Of each kind of store; it is the module's own."""
+    return Registry(request.getfixturevalue(request.param), create=True)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Callable[..., str]:
+    """adapter(seed=..., **settings) -> folder of an adapter with tensors of that seed."""
+
+    def make(seed: int = 0, training: dict[str, Any] | None = None, **settings: Any) -> str:
+        folder = tmp_path / f"adapter-{seed}-{len(list(tmp_path.iterdir()))}"
+        fd.save_adapter(stir(tiny(**settings), seed), str(folder), training=TRAINING if training is None else training)
+        return str(folder)
+
+    return make
+
+
+def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **facts: Any) -> dict[str, Any]:
+    """evaluation.json of pictures that are right (1) or not under pgd20."""
+    labels = np.arange(len(robust)) % CLASSES
+    classes = TRAINING["data"]["classes"]
+    clean = np.ones_like(robust) if clean is None else clean
+    return {
+        "n": len(robust),
+        "eps": EPS,
+        "norm": "linf",
+        "precision": "fp32",
+        "backbone": "vit_tiny_patch16_224",
+        "adapter": "adapter",
+        "seed": 0,
+        "data": "index",
+        "ids": list(range(len(robust))),
+        "attacks": {"clean": score(clean, labels, classes), "pgd20": score(robust, labels, classes)},
+        "more_eps": [],
+        "checks": {"square": {"n": 50}},
+        "warnings": [],
+    } | facts
+
+
+def right(n: int, of: int = 200) -> np.ndarray:
+    """The first n of so many pictures are right."""
+    return (np.arange(of) < n).astype(int)

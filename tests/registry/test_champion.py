@@ -1,0 +1,207 @@
+"""@champion: who gets it, what stays, and many at once against real stores."""
+
+import multiprocessing
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+import pytest
+
+from fulllora_dist.errors import UserError
+from fulllora_dist.promotion import Rules
+from fulllora_dist.tracking import champion
+from fulllora_dist.tracking.champion import LostRace, Outcome, promote, rollback
+from fulllora_dist.tracking.publish import publish
+from fulllora_dist.tracking.registry import Registry, Version
+from tests.registry.conftest import evaluation, right
+
+RULES = Rules(margin=0.01, clean_floor=0.5)
+RACERS = 4
+
+
+@pytest.fixture
+def versions(registry: Registry, adapter: Callable[..., str], request: pytest.FixtureRequest) -> list[Version]:
+    """Five versions of a model of the test's own; each is surely more robust than the one before."""
+    name = f"{request.node.originalname}-{registry.store.uri.partition(':')[0]}"
+    folders = [adapter(seed=i) for i in range(5)]
+    scores = [100, 120, 140, 160, 180]
+    return [
+        publish(registry, folder, evaluation=evaluation(right(n)), name=name)
+        for folder, n in zip(folders, scores, strict=True)
+    ]
+
+
+def address(version: Version) -> str:
+    return f"{version.name}/{version.number}"
+
+
+def test_a_life_of_champions(registry: Registry, versions: list[Version]) -> None:
+    one, two, three, four, _ = versions
+    name = one.name
+    assert promote(registry, address(two), RULES).outcome == "promoted"
+    assert registry.aliases(name) == {"champion": 2}
+
+    refused = promote(registry, address(one), RULES)
+    assert (refused.outcome, refused.champion) == ("refused", 2)
+    assert "less robust by more than 1 point" in refused.verdict.reasons[0]
+    assert registry.aliases(name) == {"champion": 2}
+    assert promote(registry, address(two), RULES).outcome == "kept"
+
+    with pytest.raises(UserError, match="--force: it needs a reason"):
+        promote(registry, address(one), RULES, force=" ")
+    forced = promote(registry, address(one), RULES, force="the pictures of 2 were mislabelled")
+    assert (forced.outcome, forced.champion, forced.previous) == ("promoted", 1, 2)
+    tags = registry.find(address(one)).tags
+    assert tags["forced"] == "the pictures of 2 were mislabelled"
+    assert "less robust" in tags["gate"]
+
+    assert promote(registry, address(three), RULES).outcome == "promoted"
+    assert promote(registry, f"models:/{name}/4", RULES).outcome == "promoted"
+    assert registry.aliases(name) == {"champion": 4, "previous": 3}
+    assert "forced" not in registry.find(address(four)).tags
+    assert [rollback(registry, name, "slow")[0] for _ in range(3)] == [3, 1, 2]
+    assert registry.aliases(name) == {"champion": 2}
+    assert registry.find(address(four)).tags["rolled_back"].endswith(" slow")
+    with pytest.raises(UserError, match="no version was @champion before version 2"):
+        rollback(registry, name)
+    assert not [tag for tag in registry.model(name).tags if tag.startswith("promotion.")], "claims are withdrawn"
+
+
+def _race(uri: str, reference: str, start: Barrier, answers: Any) -> None:
+    registry = Registry(uri)
+    start.wait()
+    answers.put((reference, _tried(registry, reference)))
+
+
+def _tried(registry: Registry, reference: str) -> str:
+    try:
+        return promote(registry, reference, RULES).outcome
+    except LostRace:
+        return "lost"
+
+
+def check_race(registry: Registry, results: dict[str, str], before: int) -> None:
+    """One has won, it says so, the aliases say so, and everybody else knows."""
+    name = next(iter(results)).partition("/")[0]
+    winners = [reference for reference, outcome in results.items() if outcome == "promoted"]
+    assert len(winners) == 1, results
+    assert set(results.values()) <= {"promoted", "lost"}
+    assert registry.aliases(name) == {"champion": int(winners[0].partition("/")[2]), "previous": before}
+    assert not [tag for tag in registry.model(name).tags if tag.startswith("promotion.")]
+
+
+@pytest.mark.long
+def test_processes_at_once(registry: Registry, versions: list[Version]) -> None:
+    promote(registry, address(versions[0]), RULES)
+    context = multiprocessing.get_context("spawn")
+    start, answers = context.Barrier(RACERS), context.Queue()
+    racers = [
+        context.Process(target=_race, args=(registry.store.uri, address(version), start, answers))
+        for version in versions[1:]
+    ]
+    for racer in racers:
+        racer.start()
+    results = dict(answers.get(timeout=200) for _ in racers)
+    for racer in racers:
+        racer.join()
+    check_race(registry, results, before=1)
+
+
+def test_threads_at_once(registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goes on at the same moment from the point where it has judged."""
+    name = versions[0].name
+    for _ in range(4):
+        while len(registry.aliases(name)) > 1:
+            rollback(registry, name)
+        if not registry.aliases(name):
+            promote(registry, address(versions[0]), RULES)
+        judged = threading.Barrier(RACERS)
+        fetch = registry.check
+
+        def together(version: Version, judged: threading.Barrier = judged, fetch: Any = fetch) -> None:
+            fetch(version)
+            judged.wait()
+
+        with monkeypatch.context() as patched, ThreadPoolExecutor(RACERS) as threads:
+            patched.setattr(registry, "check", together)
+            references = [address(version) for version in versions[1:]]
+            results = dict(zip(references, threads.map(lambda r: _tried(registry, r), references), strict=True))
+        check_race(registry, results, before=1)
+
+
+def test_judged_against_one_that_is_champion_no_more(
+    registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other promotion is over before this one takes its turn."""
+    promote(registry, address(versions[0]), RULES)
+    fetch = registry.check
+
+    def meanwhile(version: Version) -> None:
+        fetch(version)
+        monkeypatch.setattr(registry, "check", fetch)
+        assert promote(registry, address(versions[4]), RULES).outcome == "promoted"
+
+    monkeypatch.setattr(registry, "check", meanwhile)
+    with pytest.raises(LostRace, match="version 5 became @champion while version 2 was judged against version 1"):
+        promote(registry, address(versions[1]), RULES)
+    assert registry.aliases(versions[0].name) == {"champion": 5, "previous": 1}
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _die_at(registry: Registry, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """The first n writing calls of the store are done, the next one is the last."""
+    left = [n]
+    store = registry.store
+    names = ("set_registered_model_tag", "set_model_version_tag", "set_registered_model_alias")
+    for name in (*names, "delete_registered_model_tag"):
+        call = type(store).__getattr__(store, name)
+
+        def dying(*args: Any, call: Any = call, **settings: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise _Killed
+            return call(*args, **settings)
+
+        monkeypatch.setattr(store, name, dying, raising=False)
+
+
+@pytest.mark.long
+def test_killed_between_its_writes(
+    registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it stops, the next promotion finds one champion and goes on; the claim left counts for a while."""
+    name = versions[0].name
+    promote(registry, address(versions[0]), RULES)
+    for writes in range(8):
+        with monkeypatch.context() as patched:
+            _die_at(registry, patched, writes)
+            with pytest.raises(_Killed):
+                promote(registry, address(versions[1]), RULES)
+        assert registry.aliases(name)["champion"] in (1, 2)
+        left = [tag for tag in registry.model(name).tags if tag.startswith("promotion.")]
+        if left:
+            with pytest.raises(LostRace, match="another promotion is under way"):
+                promote(registry, address(versions[2]), RULES)
+        with monkeypatch.context() as patched:
+            patched.setattr(champion, "STALE", 0.0)
+            patched.setattr(champion._Turn, "set", _patient(champion._Turn.set))
+            now = registry.aliases(name)["champion"]
+            outcome: Outcome = promote(registry, address(versions[3]), RULES)
+            assert (outcome.outcome, outcome.previous) == ("promoted", now)
+        assert registry.aliases(name) == {"champion": 4, "previous": now}
+        while registry.aliases(name)["champion"] != 1:
+            rollback(registry, name)
+    assert not [tag for tag in registry.model(name).tags if tag.startswith("promotion.")]
+
+
+def _patient(set_aliases: Any) -> Any:
+    def patiently(turn: Any, champions: list[int]) -> None:
+        turn._until += 100  # STALE is 0 here, so that the turn would be over at once
+        set_aliases(turn, champions)
+
+    return patiently

@@ -1,0 +1,251 @@
+"""An adapter becomes one version of one registered model, and comes out again as it went in."""
+
+import json
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fulllora_dist as fd
+from fulllora_dist.errors import UserError
+from fulllora_dist.tracking.publish import Lineage, publish
+from fulllora_dist.tracking.registry import Registry, Version
+from tests.registry.conftest import TRAINING, evaluation, right
+from tests.tiny import pictures
+
+
+def test_published_once_and_loaded_as_it_was(
+    registry: Registry, adapter: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    folder = adapter()
+    run = registry.store.create_run(registry.store.experiment_id("trained")).info.run_id
+    lineage = Lineage(run, "optim: {lr: 0.001}\n", "c0ffee")
+    first = publish(registry, folder, evaluation=evaluation(right(120)), lineage=lineage)
+    again = publish(registry, folder, evaluation=evaluation(right(120)), lineage=lineage)
+    assert again == first
+    (only,) = registry.versions(first.name)
+    assert only == first
+    assert first.name.startswith("vit_tiny_patch16_224_")
+    assert first.name.endswith("-digits-linf-8_255")
+    assert first.run_id == run
+    description = json.loads(Path(folder, "adapter.json").read_text())
+    expected = {
+        "adapter_sha256": description["sha256"],
+        "git_commit": "c0ffee",
+        "data_digest": "0f" * 32,
+        "method": "pgd",
+        "n": "200",
+        "norm": "linf",
+        "attacks": "clean,pgd20",
+        "warnings": "none",
+        "accuracy.pgd20": "0.6000 0.5308 0.6654",  # Wilson's interval of 120 of 200
+    }
+    assert expected.items() <= first.tags.items()
+    assert registry.evaluation(first) == evaluation(right(120))
+    (logged,) = registry.store.search_logged_models([registry.store.experiment_id("trained")])
+    assert logged.source_run_id == run
+    fetched = registry.fetch(first.address, str(tmp_path / "fetched"))
+    assert {"MLmodel", "README.md", "requirements.txt", "config.yaml"} <= set(os.listdir(fetched))
+    for file in ("adapter.json", "adapter.safetensors"):
+        assert Path(fetched, file).read_bytes() == Path(folder, file).read_bytes()
+    x = pictures()
+    expected_logits = fd.load(folder)(x)
+    for address in (first.address, first.source, f"runs:/{run}/adapter"):
+        assert torch.equal(fd.load(address)(x), expected_logits), address
+
+
+def test_another_evaluation_of_the_same_adapter(registry: Registry, adapter: Callable[..., str]) -> None:
+    folder = adapter(seed=2)
+    bare = publish(registry, folder)
+    assert registry.evaluation(bare) is None
+    for n in (100, 110):
+        version = publish(registry, folder, evaluation=evaluation(right(n)))
+        assert version.number == bare.number
+        assert registry.evaluation(version) == evaluation(right(n))
+        assert version.tags["accuracy.pgd20"].startswith(f"{n / 200:.4f} ")
+
+
+def _fork(work: Callable[[], object]) -> int:
+    """Do it in a process of its own; returns how that ended, minus the signal's number where one ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class _Dying:
+    """A store on which a process kills itself: before its n-th call, or when the answer has come."""
+
+    def __init__(self, store: Any, calls: int, answered: bool):
+        self._store, self._left, self._answered = store, calls, answered
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._store, name)
+        if not callable(call):
+            return call
+
+        def counted(*args: Any, **settings: Any) -> Any:
+            self._left -= 1
+            if self._left < 0 and not self._answered:
+                os.kill(os.getpid(), signal.SIGKILL)
+            answer = call(*args, **settings)
+            if self._left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return answer
+
+        return counted
+
+
+CALLS = 18  # of publishing an adapter with its evaluation: beyond them nothing is killed
+
+
+def test_twenty_crashes_leave_one_version(server: str, adapter: Callable[..., str]) -> None:
+    """Each at a random point of publishing another adapter, some twice; then the same command again."""
+    registry, rng = Registry(server), random.Random(0)
+    experiment = registry.store.experiment_id("adapters")
+    crashes, seed, name = 0, 100, "crashes"
+    while crashes < 20:
+        folder, seed = adapter(seed=seed), seed + 1
+        found = evaluation(right(seed - 50))
+        for _ in range(rng.choice((1, 1, 2))):
+            calls, answered = rng.randrange(CALLS), rng.random() < 0.5
+
+            def attempt(
+                calls: int = calls, answered: bool = answered, folder: str = folder, found: Any = found
+            ) -> None:
+                own = Registry(server)
+                own.store = _Dying(own.store, calls, answered)
+                publish(own, folder, evaluation=found, name=name)
+
+            code = _fork(attempt)
+            assert code in (0, -signal.SIGKILL)
+            crashes += code != 0
+        version = publish(registry, folder, evaluation=found, name=name)
+        sha256 = version.tags["adapter_sha256"]
+        same = [other for other in registry.versions(name) if other.tags["adapter_sha256"] == sha256]
+        assert same == [version]
+        assert registry.evaluation(version) == found
+        registry.check(version)
+        logged = registry.store.search_logged_models([experiment], filter_string=f"tags.adapter_sha256 = '{sha256}'")
+        assert [str(model.status) for model in logged] == ["READY"]
+    assert len(registry.versions(name)) == seed - 100
+
+
+def test_published_by_several_at_once(registry: Registry, adapter: Callable[..., str]) -> None:
+    folder, start = adapter(seed=7), threading.Barrier(4)
+
+    def one(_: int) -> Version:
+        start.wait()
+        return publish(registry, folder, evaluation=evaluation(right(90)), name="at-once")
+
+    with ThreadPoolExecutor(4) as threads:
+        numbers = {version.number for version in threads.map(one, range(4))}
+    (only,) = registry.versions("at-once")
+    assert numbers == {only.number}
+    registry.check(only)
+
+
+REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
+    "a damaged adapter": (
+        lambda folder: Path(folder, "adapter.safetensors").write_bytes(b"x") and {},
+        "adapter.safetensors is damaged: its sha256 is not the one in adapter.json",
+    ),
+    "no adapter": (lambda folder: Path(folder, "adapter.json").unlink() or {}, "has no adapter.json"),
+    "a NaN metric": (
+        lambda folder: {"evaluation": _with_accuracy(float("nan"))},
+        r"evaluation.json: pgd20 at eps 0.03137 has accuracy nan .* 100 of 200 pictures right; evaluate again",
+    ),
+    "another backbone's evaluation": (
+        lambda folder: {"evaluation": evaluation(right(9), backbone="vit_large")},
+        "evaluation.json is of the backbone vit_large, the adapter's is vit_tiny_patch16_224",
+    ),
+    "another adapter's evaluation": (
+        lambda folder: {"evaluation": evaluation(right(9), adapter_sha256="c0ffee" * 10)},
+        "evaluation.json is of the adapter c0ffeec0ffee, this one is",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str, sqlite: str, adapter: Callable[..., str]) -> None:
+    registry, folder = Registry(sqlite, create=True), adapter()
+    settings, words = REFUSED[case]
+    given = settings(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        publish(registry, folder, name="refused", **given)
+    assert "\n" not in str(caught.value)
+    assert "refused" not in registry.names()
+
+
+def _with_accuracy(value: float) -> dict[str, Any]:
+    found = evaluation(right(100))
+    found["attacks"]["pgd20"]["accuracy"] = value
+    return found
+
+
+def test_a_model_is_of_one_backbone_and_threat(sqlite: str, adapter: Callable[..., str]) -> None:
+    registry = Registry(sqlite, create=True)
+    publish(registry, adapter(), name="one-kind")
+    another = TRAINING | {"threat": {"norm": "linf", "eps": 4 / 255}}
+    with pytest.raises(
+        UserError, match=r"one-kind is of another threat \(linf eps = 8/255, the adapter's is linf eps = 4"
+    ):
+        publish(registry, adapter(seed=1, training=another), name="one-kind")
+    with pytest.raises(UserError, match="one-kind is of another backbone"):
+        publish(registry, adapter(seed=0, family="swin"), name="one-kind")
+    with pytest.raises(UserError, match="does not say which data it was trained on; give --data NAME"):
+        publish(registry, adapter(training={"threat": TRAINING["threat"]}))
+    assert publish(registry, adapter(training={}), evaluation=evaluation(right(1)), data="bees").name.endswith(
+        "-bees-linf-8_255"
+    )
+
+
+UNKNOWN = {
+    "one-alias@nobody": r"one-alias has no alias nobody; it has no alias, versions 1$",
+    "one-alias/7": "one-alias has no version 7; it has versions 1$",
+    "nothing@champion": "there is no registered model nothing; there are: .*one-alias",
+    "one-alias": "'models:/one-alias' is no version; write NAME@champion or NAME/3",
+}
+
+
+def test_what_there_is_not(sqlite: str, adapter: Callable[..., str]) -> None:
+    registry = Registry(sqlite, create=True)
+    publish(registry, adapter(), name="one-alias")
+    for reference, words in UNKNOWN.items():
+        with pytest.raises(UserError, match=words):
+            fd.load(f"models:/{reference}")
+    with pytest.raises(UserError, match=r"there is no MLflow store .*nowhere.db; set MLFLOW_TRACKING_URI"):
+        Registry("sqlite:///nowhere.db")
+    with pytest.raises(UserError, match=r"^MLflow at http://127.0.0.1:9: "):
+        Registry("http://127.0.0.1:9")
+
+
+def test_an_artifact_that_changed(sqlite: str, adapter: Callable[..., str]) -> None:
+    """In the store, behind the registry's back."""
+    registry = Registry(sqlite, create=True)
+    version = publish(registry, adapter(seed=50), name="changed", evaluation=evaluation(right(100)))
+    where = Path(registry.store.get_model_version_download_uri("changed", "1").removeprefix("file://"))
+    (file,) = (where / "evaluations").iterdir()
+    file.write_bytes(file.read_bytes().replace(b"0.5", b"0.9"))
+    with pytest.raises(UserError, match=r"evaluations/\w+.json is damaged: its sha256"):
+        registry.evaluation(version)
+    other = Path(adapter(seed=51))
+    for name in ("adapter.json", "adapter.safetensors"):
+        (where / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(UserError, match="models:/changed/1 is not the one that was published"):
+        fd.load("models:/changed/1")
+    (where / "adapter.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"adapter: models:/changed/1/adapter.safetensors is damaged"):
+        fd.load("models:/changed/1")
