@@ -1,6 +1,7 @@
 """Two evaluations of the same pictures: the difference in accuracy with its uncertainty."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def check_accuracies(found: Mapping[str, Any], name: str) -> None:
     n = len(found["ids"])
     for eps, attack, score in _scores(found):
         right = sum(score["correct"])
-        accuracy, low, high = (score.get(key) for key in ("accuracy", "low", "high"))
+        accuracy, low, high = (score.get(key, math.nan) for key in ("accuracy", "low", "high"))
         try:
             fits = abs(accuracy - right / n) < 1e-9 and low - 1e-9 <= accuracy <= high + 1e-9
         except TypeError:

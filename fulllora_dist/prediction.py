@@ -73,7 +73,7 @@ def predict(
         for batch in _ahead(left, batch_size, lambda part: threads.map(decode, part)):
             good = [pixels for _, pixels, _ in batch if pixels is not None]
             scores = iter(_probabilities(model, good, device))
-            rows = []
+            rows: list[tuple[Any, ...]] = []
             for name, pixels, error in batch:
                 if pixels is None:
                     unreadable += 1

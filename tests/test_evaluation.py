@@ -29,6 +29,8 @@ from fulllora_dist.distributed.ranks import Ranks, free_port
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
 from fulllora_dist.rng import sample_rng
+from fulllora_dist.tracking.publish import publish
+from fulllora_dist.tracking.registry import Registry
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, stir, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -371,7 +373,6 @@ def entry() -> ModuleType:
         (["--ids", "nowhere.txt"], r"evaluation.ids: nowhere.txt cannot be read"),
         (["--norm", "l2"], r"--norm: .* no common size; give --eps too"),
         (["--n", "0"], r"evaluation.n: .*greater than or equal to 1"),
-        (["--adapter", "models:/robust@champion"], r"--adapter: models:/robust@champion .*give the adapter's folder"),
         (["--adapter", "nowhere"], r"--adapter: nowhere holds no adapter.json"),
         (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
         (["data.validation=null"], r"data.validation is not set"),
@@ -384,6 +385,34 @@ def test_bad_input_is_refused_before_the_ranks_meet(
     with pytest.raises(UserError, match=message):
         entry.main()
     assert not torch.distributed.is_initialized()
+
+
+def test_an_adapter_by_its_alias(experiment: Path, shards: Path, tmp_path: Path) -> None:
+    """The version that @champion points to, from the store that the config names; an alias that is not there."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    registry = Registry(store, create=True)
+    adapter = tmp_path / "adapter"
+    fd.save_adapter(
+        fd.load(str(experiment / "adapter")), str(adapter), training={"threat": {"norm": "linf", "eps": EPS}}
+    )
+    version = publish(registry, str(adapter), name="robust")
+    registry.store.set_registered_model_alias("robust", "champion", "1")
+    common = ["--config", str(experiment / "config.yaml"), f"tracking.uri={store}"]
+    wrong = start(*common, "--adapter", "models:/robust@best")
+    process = start(*common, "--adapter", "models:/robust@champion", "--output", str(tmp_path / "evaluation.json"))
+    _, errors = process.communicate(timeout=180)
+    assert process.returncode == 0, errors
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (found["adapter"], found["adapter_sha256"]) == ("models:/robust/1", version.tags["adapter_sha256"])
+    model = fd.load(str(experiment / "adapter"))
+    here = evaluate(model, stream(shards), attacks=("clean", "pgd4"), eps=EPS, seed=7)
+    assert {name: score["correct"] for name, score in found["attacks"].items()} == {
+        name: score["correct"] for name, score in here["attacks"].items()
+    }
+    assert publish(registry, str(adapter), name="robust", evaluation=found).tags["n"] == "33"
+    _, errors = wrong.communicate(timeout=180)
+    assert wrong.returncode == 2
+    assert errors.strip().splitlines()[-1] == "error: robust has no alias best; it has @champion (1), versions 1"
 
 
 def test_bad_input_is_one_line_and_exit_2(experiment: Path) -> None:
