@@ -68,9 +68,10 @@ class _Switch(nn.Module):
         """x [N, ..., d_in], y [N, ..., d_out] -> [N, ..., d_out]."""
         choice = _chosen.get()
         if not choice.parts:
-            return self.branches[choice.whole](x, y) if choice.whole in self.branches else y
+            alone = choice.whole
+            return y if alone is None or alone not in self.branches else self.branches[alone](x, y)
         for name, samples in choice.parts:
-            if name in self.branches:
+            if name is not None and name in self.branches:
                 rows = choice.rows(samples, len(x))
                 y = y.index_copy(0, rows, self.branches[name](x[rows], y[rows]))
         return y
@@ -91,17 +92,18 @@ class _OwnTensors(nn.Module):
         if choice.inside:
             return output
         if not choice.parts:
-            return self._call(choice.whole, module, args) if choice.whole in self.tensors else output
+            alone = choice.whole
+            return output if alone is None or alone not in self.tensors else self._call(alone, module, args)
         for name, samples in choice.parts:
-            if name in self.tensors:
+            if name is not None and name in self.tensors:
                 rows = choice.rows(samples, len(output))
                 part = self._call(name, module, tuple(a[rows] if isinstance(a, Tensor) else a for a in args))
                 output = output.index_copy(0, rows, part)
         return output
 
-    def _call(self, name: str | None, module: nn.Module, args: tuple) -> Tensor:
+    def _call(self, name: str, module: nn.Module, args: tuple) -> Tensor:
         with _choosing(_Choice(name, inside=True)):
-            return functional_call(module, dict(self.tensors[str(name)].items()), args)
+            return functional_call(module, dict(self.tensors[name].named_parameters()), args)
 
 
 class MultiAdapter(nn.Module):

@@ -48,12 +48,12 @@ def list_command(args: Namespace) -> Answer:
         ]
         return _columns(rows), {"name": args.name, "versions": [_facts(version) for version in versions]}, 0
     found = {name: registry.versions(name) for name in registry.names()}
-    rows = [("model", "versions", "@champion", "clean %", "robust % (lowest attack)")]
+    models = [("model", "versions", "@champion", "clean %", "robust % (lowest attack)")]
     for name, versions in found.items():
         champion = next((version for version in versions if CHAMPION in version.aliases), None)
         known = ("", "", "") if champion is None else _figures(champion)
-        rows.append((name, str(len(versions)), *known))
-    text = _columns(rows) if found else f"no adapters at {registry.store.uri}"
+        models.append((name, str(len(versions)), *known))
+    text = _columns(models) if found else f"no adapters at {registry.store.uri}"
     return text, {"models": {name: [_facts(version) for version in versions] for name, versions in found.items()}}, 0
 
 
@@ -105,12 +105,12 @@ def diff_command(args: Namespace) -> Answer:
     settings = differing_settings(a[0], b[0])
     layers = layer_differences(a, b)
     total = summed(layers)
-    evaluations = [registry.evaluation(version) for version in versions]
+    one, other = (registry.evaluation(version) for version in versions)
     accuracy: dict[str, Any] | None = None
     try:
-        if evaluations[0] is None or evaluations[1] is None:
+        if one is None or other is None:
             raise UserError("one of them was never evaluated")
-        accuracy = compare(*evaluations)
+        accuracy = compare(one, other)
         compared = comparison_table(accuracy)
     except UserError as error:
         compared = f"no comparison: {error}"
