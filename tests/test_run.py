@@ -1,5 +1,6 @@
 """The frame of a run: what it shows of its settings."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,16 @@ def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
             "threat": {"eps": 0.1},
             "method": {"name": "standard"},
             "optim": {"epochs": 1},
-            "tracking": {"uri": f"http://user:hunter2@127.0.0.1:{free_port()}", "wait_seconds": 10},
+            "tracking": {"uri": f"http://user:hunter2@127.0.0.1:{free_port()}", "wait_seconds": 0},
         }
     )
     run = Run(config, Ranks(0, 1, torch.device("cpu"), None), StopRequest())
-    run.tracker.finish("FAILED")  # nobody serves there
-    shown = capsys.readouterr().err
+    shown, deadline = "", time.monotonic() + 60
+    while "warning: MLflow" not in shown and time.monotonic() < deadline:  # nobody serves there
+        time.sleep(0.1)
+        shown += capsys.readouterr().err
+    run.tracker.finish("FAILED")
+    shown += capsys.readouterr().err
     told = "".join(path.read_text() for path in (tmp_path / "run" / "tracking").iterdir())
     assert '"data.train": "https://host/train?***"' in told
     assert "warning: MLflow at http://***@127.0.0.1" in shown

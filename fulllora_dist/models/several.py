@@ -22,7 +22,7 @@ from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, Precision, attach_at
 from fulllora_dist.models.placement import Site
 
-_SAME = ("name", "sha256", "architecture", "image_size", "mean", "std", "num_classes", "classes")
+_SAME = ("name", "architecture", "image_size", "mean", "std", "num_classes", "classes", "sha256")
 
 
 @dataclass(frozen=True)

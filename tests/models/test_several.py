@@ -22,11 +22,11 @@ OTHERS: list[dict[str, Any]] = [
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Callable[..., str]:
-    """saved(seed, **settings) -> folder of a stirred adapter."""
+    """saved(stirred, **settings) -> folder of an adapter that was stirred with that seed."""
 
-    def save(seed: int, **settings: Any) -> str:
-        folder = str(tmp_path / f"{seed}")
-        fd.save_adapter(stir(tiny(**settings), seed), folder)
+    def save(stirred: int, **settings: Any) -> str:
+        folder = str(tmp_path / f"{stirred}")
+        fd.save_adapter(stir(tiny(**settings), stirred), folder)
         return folder
 
     return save
