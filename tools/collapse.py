@@ -57,7 +57,7 @@ ARMS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 HEAD = f"""# A collapse, provoked
 
-ViT-Ti/16 with ImageNet weights, finetuned by FGSM without a random start at 96 pixels and Linf {EPS}/255, on 1,000
+ViT-Ti/16 with ImageNet weights, finetuned by FGSM without a random start at 96 pixels and Linf {EPS}/255, on 2,000
 pictures of Imagenette for 20 epochs. The training's own accuracy, under FGSM, is the thin line. The guarded run is the
 same run until its guard notices (docs/guards.md).
 
@@ -79,7 +79,7 @@ def make_shards(data: Path) -> None:
     tool = [sys.executable, "tools/make_shards.py"]
     train, val = (data / f"imagenette224-{split}.tar" for split in ("train", "val1000"))
     held_out = ["--holdout", "40", "--holdout-dst", str(SHARDS / "held_out")]
-    subprocess.run([*tool, train, SHARDS / "train", "--limit", "1400", *held_out], check=True)
+    subprocess.run([*tool, train, SHARDS / "train", "--limit", "2400", *held_out], check=True)
     subprocess.run([*tool, val, SHARDS / "val"], check=True)
 
 
