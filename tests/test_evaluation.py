@@ -28,6 +28,7 @@ from fulllora_dist.data.write import make_shards
 from fulllora_dist.distributed.ranks import Ranks, free_port
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
+from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.rng import sample_rng
 from fulllora_dist.tracking.publish import publish
 from fulllora_dist.tracking.registry import Registry
@@ -297,10 +298,11 @@ def test_two_ranks_equal_one(experiment: Path, shards: Path) -> None:
     arguments = ["--config", str(experiment / "config.yaml"), "--adapter", adapter, "--output", str(output)]
     port = free_port()
     processes = [start(*arguments, rank=rank, world=2, port=port) for rank in (0, 1)]
-    expected = evaluate(fd.load(adapter), stream(shards), attacks=("clean", "pgd4"), eps=EPS, seed=7, check=50)
+    model = fd.load(adapter)
+    expected = evaluate(model, stream(shards), attacks=("clean", "pgd4"), eps=EPS, seed=7, check=50)
     outputs = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    assert json.loads(output.read_text()) == {**expected, "adapter": adapter}
+    assert json.loads(output.read_text()) == {**expected, "adapter": adapter, "adapter_sha256": adapter_sha256(model)}
     assert outputs[0][0] == table(expected) + "\n"
     assert outputs[1][0] == ""
 

@@ -24,7 +24,7 @@ def _states(output: Path, **settings: Any) -> tuple[States, Said]:
 
 
 def _write(kept: States, step: int, best: int | None = None) -> bool:
-    kept.write(step, {"a": torch.tensor([step])}, {"best": best and {"step": best}}, best)
+    kept.write(step, {"a": torch.tensor([step])}, {"best": best and {"step": best}})
     return kept.settle()
 
 

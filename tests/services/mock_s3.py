@@ -73,7 +73,9 @@ class MockS3:
 def mock_s3() -> Iterator[MockS3]:
     """A server with one user, who owns all rights, and one bucket; from then on every request must be signed."""
     import boto3
+    import s3fs
 
+    s3fs.S3FileSystem.clear_instance_cache()  # of an earlier test, which keep the endpoint of their own time
     port = free_port()
     environment = {**os.environ, "INITIAL_NO_AUTH_ACTION_COUNT": "4"}
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
