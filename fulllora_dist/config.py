@@ -258,7 +258,8 @@ class GuardSettings(Settings):
 
     every: int = Field(50, ge=1)
     """Batches between two looks, and until a collapse is noticed; the last batch is looked at too. With 10 steps on 256
-    pictures a look costs as much as 2.6 batches of PGD-3 at batch size 256, and a quarter of that at 1,024."""
+    pictures a look costs as much as 2.6 batches of PGD-3 at batch size 256, and a quarter of that at 1,024; twice as
+    much with optim.ema, where the average and what it is of are looked at."""
     n: int = Field(256, ge=1)
     """How many of the pictures, at most; drawn evenly over the classes, the same each time."""
     steps: int = Field(10, ge=1)
@@ -267,7 +268,8 @@ class GuardSettings(Settings):
     """After a collapse: say so; end the run; or go back to the newest state that was looked at and good, and on from
     there with safer_method and safer_lr."""
     collapse_below: float = Field(0.5, gt=0, lt=1)
-    """A collapse is robust accuracy below this share of its best, once that is clearly above chance."""
+    """A collapse is robust accuracy below this share of its best, once that is clearly above chance, and by more than
+    two standard errors. With optim.ema it is that of the parameters themselves: their average would show it late."""
     max_rollbacks: int = Field(2, ge=1)
     """How often a run may go back; one more collapse ends it."""
     safer_method: MethodChoice | None = None

@@ -7,6 +7,7 @@ The model and data.validation come from the config; prints a table, and writes t
 
 import sys
 from pathlib import Path
+from typing import Any
 
 # run as a script, this folder heads sys.path, where this file would shadow the package `evaluate`
 if __name__ == "__main__":
@@ -22,13 +23,16 @@ from fulllora_dist.config import AdapterSettings, Config
 from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
 from fulllora_dist.errors import UserError, run_entry
-from fulllora_dist.evaluation import table, write_evaluation, write_figures
+from fulllora_dist.evaluation import check_output, parse_attacks, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
 from fulllora_dist.models.finetune import AdaptedModel
 
 
-def check_inputs(config: Config, adapter: str | None) -> str:
+def check_inputs(config: Config, adapter: str | None, output: str | None) -> str:
     """What can be refused before the ranks meet; returns the folder of shards.
+
+    Args:
+        adapter, output: of the command line.
 
     Raises:
         UserError: naming the setting.
@@ -37,7 +41,12 @@ def check_inputs(config: Config, adapter: str | None) -> str:
     folder = config.data.validation
     if folder is None:
         raise UserError("data.validation is not set; give the folder of shards to evaluate on")
-    subset.of(load_index(folder, "data.validation"), "data.validation")
+    index = load_index(folder, "data.validation")
+    subset.of(index, "data.validation")
+    for attack in parse_attacks(config.evaluation.attacks):
+        attack.check_classes(len(index.classes))
+    if output is not None:
+        check_output(output)
     local = adapter is not None and not in_mlflow(adapter) and "://" not in adapter
     if local and not os.path.exists(os.path.join(str(adapter), DESCRIPTION)):
         raise UserError(f"--adapter: {adapter} holds no {DESCRIPTION}; give the folder adapter/ of a run")
@@ -106,7 +115,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     args, config = read_arguments(argv)
-    folder = check_inputs(config, args.adapter)
+    folder = check_inputs(config, args.adapter, args.output)
 
     ranks = start_ranks(config.distributed.timeout_minutes)
     adapter = ranks.share(ranks.on_main(lambda: args.adapter and resolved(args.adapter, config.tracking_uri())))
@@ -114,12 +123,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
     sha256 = None if adapter is None else adapter_sha256(model)
     evaluator = build_evaluator(config, model.info, ranks, adapter, sha256)
-    results = evaluator.run(model, stream, partial=args.output and f"{args.output}.partial")
-    if ranks.is_main:
+
+    def write(results: dict[str, Any]) -> None:
+        print(table(results), flush=True)
         if args.output:
             write_evaluation(results, args.output)
             write_figures(results, args.output)
-        print(table(results), flush=True)
+
+    evaluator.run(model, stream, partial=args.output and f"{args.output}.partial", write=write)
     stop_ranks()
 
 

@@ -65,6 +65,7 @@ def _save_best(run: Run, state: RunState, best: dict[str, Any], training: dict[s
         kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
         tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
         then = training | {"batches": step, "updates": facts["updates"], "held_out": best}
+        then["rollbacks"] = facts.get("rollbacks", [])  # later ones are none of its own
         save_adapter(state.engine.model, folder, state=tensors, training=then)
         run.tracker.artifact(folder, "adapter_best")
 
@@ -102,9 +103,8 @@ def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
     path = os.path.join(config.run.output, "evaluation.json")
     evaluator = build_evaluator(config, model.info, run.ranks, adapter, adapter_sha256(model))
     stream = build_eval_stream(config, validation, model.info, run.ranks, subset=check_evaluation(config))
-    results = evaluator.run(model, stream, partial=f"{path}.partial")
 
-    def write() -> None:
+    def write(results: dict[str, Any]) -> None:
         print(table(results), file=sys.stdout, flush=True)
         write_evaluation(results, path)
         run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in results["attacks"].items()}, step)
@@ -113,5 +113,5 @@ def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
             run.tracker.artifact(str(file))
         show_end(run.tracker, config, model, stream)
 
-    run.ranks.on_main(write, f"run.output: no evaluation.json in {config.run.output}")
+    evaluator.run(model, stream, partial=f"{path}.partial", write=write)
     run.gather_samples()

@@ -32,8 +32,8 @@ class RunState:
         stream: the training batches.
         phases: how it trains when.
         guard: looks at held-out pictures, where there are some.
-        rollbacks: {"at", "to", "safer_method", "safer_lr"} of each time that it went back after a collapse: batches,
-            and how it went on.
+        rollbacks: {"at", "to", "safer_method", "safer_lr", "method"} of each time that it went back after a collapse:
+            batches, and how it went on.
     """
 
     def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, phases: Phases, guard: Guard | None = None):
@@ -128,8 +128,8 @@ class RunState:
             self._run.ranks.barrier()  # a rank that leaves now leaves a whole state behind
 
     def _look(self, last: bool) -> Look | None:
-        """What the guard has found, where it has looked. Not while updates are skipped: nothing has changed."""
-        if self.guard is None or not (last or self.guard.due(self.step)) or self.engine.skipped_in_a_row:
+        """What the guard has found, where it has looked."""
+        if self.guard is None or not (self.guard.due(self.step, bool(self.engine.skipped_in_a_row)) or last):
             return None
         look = self.guard.look(self.engine, self.step)
         points = self.guard.points(last)
@@ -147,7 +147,7 @@ class RunState:
         """
         assert self.guard is not None
         run, settings = self._run, self._run.config.guard
-        what = f"collapse at batch {self.step}: {self.guard.described()}"
+        what = f"collapse at batch {self.step}: {self.guard.described_fall()}"
         if settings.on_collapse == "warn":
             run.say(f"warning: {what}; guard.on_collapse=stop would end the run here, rollback go back to a good state")
             return False
@@ -183,9 +183,10 @@ class RunState:
         tensors = run.ranks.share_tensors(found and found[0])
         facts = run.ranks.share(found and found[1])
         method = guard.safer_method and guard.safer_method.model_dump(mode="json")
-        rollback = {"at": self.step, "to": facts["step"], "safer_method": method, "safer_lr": guard.safer_lr}
-        self.rollbacks = [*self.rollbacks, rollback]
         self.phases = self.phases.safer_from(facts["step"])
+        rollback = {"at": self.step, "to": facts["step"], "safer_method": method, "safer_lr": guard.safer_lr}
+        rollback["method"] = self.phases.at(facts["step"]).method.settings.name  # where safer_method leaves it open
+        self.rollbacks = [*self.rollbacks, rollback]
         trainable, _ = self._go_to(tensors, facts)  # a safer method keeps nothing for the slots
         self.engine.restore(trainable)
         self.engine.total_updates, self.engine.lr_scale = self.phases.total_updates, self._lr_scale()

@@ -8,7 +8,9 @@ branches are off. Prints a table, and writes where.json with where.png beside it
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
+from fulllora_dist.adapters import resolved
 from fulllora_dist.build import build_eval_stream, build_evaluator, check_evaluation
 from fulllora_dist.config import Config
 from fulllora_dist.config_file import load_config, parser
@@ -18,7 +20,6 @@ from fulllora_dist.evaluate import build_evaluated, check_inputs
 from fulllora_dist.evaluation import write_evaluation
 from fulllora_dist.evaluation.where import parse_by, where_robustness_sits
 from fulllora_dist.evaluation.where_report import where_figure, where_table
-from fulllora_dist.models.branches import branches_of
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -28,7 +29,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         UserError: naming the setting.
     """
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--adapter", metavar="FOLDER", required=True, help="what save_adapter wrote")
+    arguments.add_argument("--adapter", metavar="WHERE", required=True, help="a folder, or models:/NAME@ALIAS")
     arguments.add_argument("--attack", metavar="NAME", default="pgd10", help="of evaluate.py's (default: pgd10)")
     arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
     arguments.add_argument(
@@ -51,19 +52,20 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the command line says."""
     args, config = read_arguments(argv)
-    folder = check_inputs(config, args.adapter)
-    model = build_evaluated(config, args.adapter)
-    branches_of(model)  # refuses one without branches before the ranks meet
+    folder = check_inputs(config, args.adapter, args.output)
 
     ranks = start_ranks(config.distributed.timeout_minutes)
-    model.to(ranks.device)
+    adapter = ranks.share(ranks.on_main(lambda: resolved(args.adapter, config.tracking_uri())))
+    model = build_evaluated(config, adapter).to(ranks.device)
     stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
-    evaluator = build_evaluator(config, model.info, ranks, args.adapter)
-    results = where_robustness_sits(model, evaluator, stream, args.by, f"{args.output}.partial")
-    if ranks.is_main:
+    evaluator = build_evaluator(config, model.info, ranks, adapter)
+
+    def write(results: dict[str, Any]) -> None:
+        print(where_table(results), flush=True)
         write_evaluation(results, args.output)
         where_figure(results, args.output)
-        print(where_table(results), flush=True)
+
+    where_robustness_sits(model, evaluator, stream, args.by, f"{args.output}.partial", write)
     stop_ranks()
 
 

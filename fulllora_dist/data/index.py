@@ -194,6 +194,11 @@ class Index:
     def __len__(self) -> int:
         return len(self.columns["label"])
 
+    def pictures_in(self, other: "Index") -> int:
+        """How many of these pictures are in `other` too, byte for byte, as far as size and checksum tell."""
+        ours, theirs = (i.columns["size"].astype(np.uint64) << 32 | i.columns["crc32"] for i in (self, other))
+        return int(np.isin(ours, theirs).sum())
+
     def shard_url(self, shard: int) -> str:
         """Path or URL of shard number `shard`."""
         return urls.join(self.base, self.shards[shard].url)

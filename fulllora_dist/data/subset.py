@@ -56,7 +56,12 @@ def _listed(file: str, index: Index, where: str) -> np.ndarray:
     lines = [line.split()[0] for line in _lines(file) if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"evaluation.ids: {urls.redacted(file)} names no sample")
-    numbers = all(line.isdigit() for line in lines)
+    numbers = all(line.isascii() and line.isdigit() for line in lines)
+    if numbers and _bare(index.key(0)).isdigit():  # as img2dataset's
+        raise UserError(
+            f"evaluation.ids: {urls.redacted(file)}: the pictures of {where} are named by numbers, so these may be ids "
+            f"or names; give names with their extension, e.g. {_bare(index.key(0))}.jpg"
+        )
     ids = [int(line) for line in lines] if numbers else _by_name(lines, index, file, where)
     if outside := [i for i in ids if i >= len(index)]:
         raise UserError(f"evaluation.ids: {urls.redacted(file)} has id {outside[0]}; {where} has {len(index)} samples")

@@ -26,6 +26,9 @@ _QUERY = re.compile(r"(https?://[^\s?]*\?)\S+", re.IGNORECASE)
 # what botocore and google-auth, which may not be installed, call troubles of the network that are no OSError
 _PASSING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"}
 _PASSING |= {"MetadataRetrievalError", "TransportError"}
+# held for good: fsspec drops a parent's clients in a forked process, which would close their connections, and take them
+# out of the epoll instance that both processes share, so that the parent waited for an answer in vain
+_clients: set[Any] = set()
 _TO_INSTALL = {"s3": "s3fs: pip install 'fulllora-dist[s3]'", "gs": "gcsfs: pip install 'fulllora-dist[gs]'"}
 
 
@@ -103,7 +106,9 @@ def filesystem(url: str) -> Any:
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {"read_timeout": READ_SECONDS, "connect_timeout": CONNECT_SECONDS, **given}
     try:
-        return fsspec.filesystem(scheme, **options)
+        client = fsspec.filesystem(scheme, **options)
+        _clients.add(client)
+        return client
     except ImportError as error:
         raise UserError(f"{redacted(url)}: needs {_TO_INSTALL.get(scheme, error)}") from error
 

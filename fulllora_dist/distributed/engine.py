@@ -250,6 +250,11 @@ class Engine:
         tensors = self._ema or self._full_masters()
         return {name: t.detach().cpu().float().clone() for name, t in tensors.items()}
 
+    @property
+    def keeps_average(self) -> bool:
+        """Whether `adapter` is an average of the parameters (optim.ema)."""
+        return bool(self._ema)
+
     @contextmanager
     def as_saved(self) -> Iterator[AdaptedModel]:
         """The model with the tensors of `adapter`; afterwards, bit for bit, with its own. A collective."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fulllora_dist.attacks.fgsm import single_step
 from fulllora_dist.attacks.pgd import LossName, attacked, pgd
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.errors import UserError
+from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.rng import base_key
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -77,11 +77,11 @@ class EvalAttack:
         return 2 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
 
     def check_classes(self, classes: int) -> None:
-        """Raises UserError: the attack's loss looks at more logits than there are."""
+        """Raises SharedUserError: the attack's loss looks at more logits than there are."""
         needed = 4 if "apgd-t" in self.parts else 3 if "apgd-dlr" in self.parts or self.loss == "dlr" else 2
         if classes < needed:
-            raise UserError(
-                f"evaluation.attacks: {self.name} needs {needed} classes or more, the model has {classes}; "
+            raise SharedUserError(
+                f"evaluation.attacks: {self.name} needs {needed} classes or more, there are {classes}; "
                 "pgd20, cw20 or apgd-ce+square do without"
             )
 
@@ -98,9 +98,9 @@ class EvalAttack:
         examples, right = self._examples(model, x, y, threat, seed, ids)
         if right is None:
             with torch.no_grad(), attacked(model):
-                right = model(examples).argmax(dim=1) == y
+                right = is_right(model(examples), y)
                 if examples is not x:
-                    right &= model(x).argmax(dim=1) == y
+                    right &= is_right(model(x), y)
         return right
 
     def _examples(
@@ -129,6 +129,11 @@ class EvalAttack:
             purpose=f"eval/{self.name}",
         )
         return found, None
+
+
+def is_right(logits: Tensor, y: Tensor) -> Tensor:
+    """bool [B]: the largest logit is the label's. Where all are NaN, argmax would call the first class right."""
+    return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
 
 
 def parse_attacks(names: Sequence[str]) -> list[EvalAttack]:

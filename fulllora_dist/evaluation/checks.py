@@ -11,18 +11,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import attacked, cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed, official_autoattack, own_generator
+from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed, is_right, official_autoattack, own_generator
 from fulllora_dist.rng import base_key
 
 Numbers = dict[str, float]
 
 MANY_STEPS = "pgd20"
+FEWEST_STEPS = 10  # of an attack that is to be stronger than one step
 RESTARTS = 5
 SQUARE_QUERIES = 300
 ZERO_GRADIENT_SHARE = 0.05
@@ -58,7 +60,7 @@ class Examined:
     @cached_property
     def right(self) -> Tensor:
         """bool [B]: right without an attack."""
-        return self.logits(self.x).argmax(dim=1) == self.y
+        return is_right(self.logits(self.x), self.y)
 
     @cached_property
     def many(self) -> Tensor:
@@ -80,10 +82,17 @@ def _determinism(of: Examined) -> Numbers:
     return {"change": float((first - second).abs().max()) / max(spread, 1e-12)}
 
 
+def _probabilities(of: Examined) -> Numbers:
+    logits = of.logits(of.x)
+    share = (logits.min(dim=1).values >= 0) & ((logits.sum(dim=1) - 1).abs() < 1e-3)
+    return {"n": len(logits), "sum_to_one": int(share.sum())}
+
+
 def _zero_gradients(of: Examined) -> Numbers:
     with attacked(of.model):
         gradient = input_gradient(of.model, of.x, of.y, cross_entropy)
-    zero = (gradient.flatten(1) == 0).all(dim=1)
+    rows = gradient.flatten(1)
+    zero = (rows == 0).all(dim=1) | ~rows.isfinite().all(dim=1)
     right = of.right
     return {"n": int(right.sum()), "zero": int((zero & right).sum())}
 
@@ -108,7 +117,7 @@ def _square(of: Examined) -> Numbers:
         adversary.n_queries = SQUARE_QUERIES
         examples = adversary.perturb(of.x[right], of.y[right])
     standing = right.clone()
-    standing[right] = of.logits(examples).argmax(dim=1) == of.y[right]
+    standing[right] = is_right(of.logits(examples), of.y[right])
     return _against_many_steps(of, standing)
 
 
@@ -135,6 +144,7 @@ def _restarts(of: Examined) -> Numbers:
 CHECKS: dict[str, Callable[[Examined], Numbers]] = {
     "pixels": _pixels,
     "determinism": _determinism,
+    "probabilities": _probabilities,
     "zero_gradients": _zero_gradients,
     "single_step": _single_step,
     "huge_eps": _huge_eps,
@@ -178,32 +188,59 @@ def _say_determinism(n: Numbers) -> str | None:
     )
 
 
+def _say_probabilities(n: Numbers) -> str | None:
+    if n["sum_to_one"] < n["n"]:
+        return None
+    return (
+        "the model gives probabilities: cross-entropy takes a softmax of them again, and its gradient vanishes where "
+        "the model is sure; give logits"
+    )
+
+
 def _say_zero_gradients(n: Numbers) -> str | None:
     if n["zero"] <= ZERO_GRADIENT_SHARE * n["n"]:
         return None
     return (
-        f"the gradient is zero at {n['zero']:.0f} of {n['n']:.0f} pictures: cross-entropy attacks do not move there, "
-        "and what they leave right is not robust; look at cw20, dlr20 and square"
+        f"the gradient is zero or no number at {n['zero']:.0f} of {n['n']:.0f} pictures: cross-entropy attacks do not "
+        "move there, and what they leave right is not robust; look at cw20, dlr20 and square"
+    )
+
+
+def _say_order(weaker: str, stronger: str, n: Numbers) -> str | None:
+    if not _surely_more(n):
+        return None
+    return (
+        f"{weaker} fools {n['other_alone']:.0f} pictures that {stronger} does not, and {n['many_alone']:.0f} are the "
+        f"other way round: gradients are masked, and what {stronger} leaves right is not robust; trust autoattack"
     )
 
 
 def _say_single_step(n: Numbers) -> str | None:
-    if not _surely_more(n):
-        return None
-    return (
-        f"one step (FGSM) fools {n['other_alone']:.0f} pictures that {MANY_STEPS} does not, and {n['many_alone']:.0f} "
-        "are the other way round: gradients lead astray (masking); trust autoattack alone"
-    )
+    return _say_order("one step (fgsm)", MANY_STEPS, n)
 
 
 def _say_square(n: Numbers) -> str | None:
-    if not _surely_more(n):
-        return None
-    return (
-        f"Square, which sees no gradient, fools {n['other_alone']:.0f} pictures in {SQUARE_QUERIES} queries that "
-        f"{MANY_STEPS} does not, and {n['many_alone']:.0f} are the other way round: gradients are masked; what "
-        "gradient attacks leave right is not robust"
-    )
+    return _say_order(f"square, which sees no gradient, in {SQUARE_QUERIES} queries", MANY_STEPS, n)
+
+
+def order_warnings(columns: Mapping[EvalAttack, np.ndarray], where: str) -> list[str]:
+    """Of the reported figures themselves: attacks that are to be the weaker ones, and are surely stronger.
+
+    Args:
+        columns: bool [n], what each attack leaves right; the same pictures in the same order.
+        where: what a line begins with.
+    """
+    lines = []
+    for check, name in (("single_step", "fgsm"), ("square", "square")):
+        by_weaker = columns.get(EvalAttack.parse(name))
+        for attack, left in columns.items():
+            iterated = attack.steps >= FEWEST_STEPS or any(part.startswith("apgd") for part in attack.parts)
+            if by_weaker is None or not iterated:
+                continue
+            alone: Numbers = {"other_alone": (left & ~by_weaker).sum(), "many_alone": (~left & by_weaker).sum()}
+            if line := _say_order(name, attack.name, alone):
+                lines.append(f"{check}: {where}{line}")
+    return lines
 
 
 def _say_huge_eps(n: Numbers) -> str | None:
@@ -229,6 +266,7 @@ def _say_restarts(n: Numbers) -> str | None:
 _SAY: dict[str, Callable[[Numbers], str | None]] = {
     "pixels": _say_pixels,
     "determinism": _say_determinism,
+    "probabilities": _say_probabilities,
     "zero_gradients": _say_zero_gradients,
     "single_step": _say_single_step,
     "huge_eps": _say_huge_eps,

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,12 +19,14 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import stratified_order
 from fulllora_dist.distributed.ranks import Counters, Ranks
-from fulllora_dist.errors import UserError
+from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.evaluation import checks
-from fulllora_dist.evaluation.attacks import parse_attacks
+from fulllora_dist.evaluation.attacks import EvalAttack, parse_attacks
 from fulllora_dist.evaluation.partial import Partial
 from fulllora_dist.evaluation.pieces import Piece, Progress
 from fulllora_dist.evaluation.score import score
+from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.precision import in_full_fp32
 
 _KEPT = 4096  # decoded pictures of each rank: attacks come to the same batches one after the other
 _CHECK_BATCH = 16  # passes of Square a picture make a small batch worth while
@@ -92,13 +95,20 @@ class Evaluator:
         self._facts = {"precision": precision, "backbone": backbone, "adapter": adapter}
         self._facts["adapter_sha256"] = adapter_sha256
 
-    def run(self, predict: nn.Module, pictures: EvalPictures, partial: str | Path | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        predict: nn.Module,
+        pictures: EvalPictures,
+        partial: str | Path | None = None,
+        write: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
         """Evaluate, on all ranks together.
 
         Args:
             predict: fp32 pixels [B, 3, H, W] in [0, 1] -> logits [B, classes], on `ranks.device`; put into evaluation
                 mode for the time.
             partial: folder for what is done, from which a run that was killed goes on; emptied at the end.
+            write: called with what is returned, on rank 0, before `partial` is emptied.
 
         Returns:
             On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "adapter_sha256", "seed",
@@ -107,9 +117,11 @@ class Evaluator:
             "checks": {check: its numbers}, "warnings": [lines]}. low and high bound Wilson's 95 % interval.
 
         Raises:
-            UserError: the model has not as many outputs as the data has classes, or too few for an attack.
+            SharedUserError: the model has not as many outputs as the data has classes, or too few for an attack; or
+                `write` raises a UserError or an OSError.
         """
-        return self.run_variants(predict, {"": nullcontext}, pictures, partial)[""]
+        whole = None if write is None else lambda found: write(found[""])
+        return self.run_variants(predict, {"": nullcontext}, pictures, partial, whole)[""]
 
     def run_variants(
         self,
@@ -117,6 +129,7 @@ class Evaluator:
         variants: Mapping[str, Callable[[], AbstractContextManager[None]]],
         pictures: EvalPictures,
         partial: str | Path | None = None,
+        write: Callable[[dict[str, dict[str, Any]]], None] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """`run` for each of several variants of one model, whose pieces the ranks take from one pool.
 
@@ -137,18 +150,22 @@ class Evaluator:
         left = [piece for piece in pieces if piece.name not in known]
         own: dict[str, Any] = {}
         progress = Progress(pieces, left, known, self._ranks.counters(), self._shows)
-        with progress, attacked(predict), progress.seen(predict):
+        with progress, attacked(predict), in_full_fp32(), progress.seen(predict):
             for piece, batch in self._turns(left, pictures, progress.counters):
                 with variants[piece.variant]():
                     own[piece.name] = result = self._do(predict, piece, batch.to(self._ranks.device))
                 done.keep(piece.name, result)
                 progress.add(piece, result)
+            progress.await_all(self._ranks.world)  # a collective has a limit, and the last pieces may be long
         known |= dict(self._ranks.union(list(own.items())))
         results = {
             name: self._results(pictures.index, ids, [p for p in pieces if p.variant == name], known)
             for name in variants
         }
-        self._ranks.barrier()  # every rank has the results: none is needed any more
+        if write is None:
+            self._ranks.barrier()  # every rank has the results
+        else:
+            self._ranks.on_main(lambda: write(results), "the evaluation cannot be written")
         done.forget()
         return results
 
@@ -158,7 +175,7 @@ class Evaluator:
             outputs = predict(batch.pixels()).shape[1]
         classes = len(pictures.index.classes)
         if outputs != classes:
-            raise UserError(
+            raise SharedUserError(
                 f"the data has {classes} classes, the model {outputs} outputs; set model.num_classes={classes} "
                 "for a new head, or model.classes to rows of the checkpoint's"
             )
@@ -170,7 +187,9 @@ class Evaluator:
         if partial is None:
             return ""
         digest = hashlib.sha256(f"{pictures.digest} {self._seed} {self._check}".encode())
-        for name, tensor in predict.state_dict().items():
+        if isinstance(predict, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
+            digest.update(f"{predict.info} {predict.spec}".encode())
+        for name, tensor in chain(predict.named_parameters(), predict.named_buffers()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -194,7 +213,8 @@ class Evaluator:
         return sorted(pieces, key=lambda piece: -piece.passes / len(piece.ids))
 
     def _turns(self, pieces: list[Piece], pictures: EvalPictures, counters: Counters) -> Iterator[tuple[Piece, Batch]]:
-        """The pieces that this rank gets, with their pictures; the next ones are read meanwhile."""
+        """The pieces that this rank gets, with their pictures; the next ones are read meanwhile,
+        while there are many."""
         kept: OrderedDict[bytes, Batch] = OrderedDict()
 
         def take() -> tuple[Piece, Batch] | None:
@@ -212,8 +232,13 @@ class Evaluator:
         with ThreadPoolExecutor(1, "pictures") as reader:
             coming = reader.submit(take)
             while (taken := coming.result()) is not None:
-                coming = reader.submit(take)
+                # towards the end a rank takes none that it does not begin yet: another one may be free before
+                early = len(pieces) - counters.add("taken", 0) > 2 * self._ranks.world
+                if early:
+                    coming = reader.submit(take)
                 yield taken
+                if not early:
+                    coming = reader.submit(take)
 
     def _do(self, predict: nn.Module, piece: Piece, batch: Batch) -> Any:
         """Of an attack 0 or 1 for each id; of the checks their numbers."""
@@ -226,6 +251,7 @@ class Evaluator:
 
     def _results(self, index: Index, ids: np.ndarray, pieces: list[Piece], known: dict[str, Any]) -> dict[str, Any]:
         scores: list[dict[str, Any]] = [{} for _ in self._threats]
+        columns: list[dict[EvalAttack, np.ndarray]] = [{} for _ in self._threats]
         for number, attacks in enumerate(scores):
             for attack in self._attacks:
                 correct = np.full(len(ids), -1)
@@ -234,10 +260,13 @@ class Evaluator:
                         correct[np.searchsorted(ids, piece.ids)] = known[piece.name]
                 if number == 0 or attack.kind != "clean":
                     assert (correct >= 0).all(), f"{attack.name}: {(correct < 0).sum()} of {len(ids)} samples not seen"
+                    columns[number][attack] = correct == 1
                     attacks[attack.name] = score(correct, index.labels[ids], index.classes)
         measured = checks.joined([known[piece.name] for piece in pieces if piece.attack is None])
         warnings = checks.warnings(measured)
-        if self._facts["precision"] != "fp32":
+        for number, threat in enumerate(self._threats):
+            warnings += checks.order_warnings(columns[number], f"eps = {threat.eps:.4g}: ")
+        if self._facts["precision"] not in ("fp32", "fp64"):
             warnings.append(
                 f"precision: computed in {self._facts['precision']}; a figure to report is computed in fp32"
             )

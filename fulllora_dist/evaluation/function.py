@@ -81,8 +81,15 @@ def evaluate(
     parameter = next(model.parameters(), torch.empty(0))
     ranks = Ranks(0, 1, parameter.device, control=None)
     name = info.name if info else type(model).__name__
-    in_bf16 = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    precision = model.precision if isinstance(model, AdaptedModel) else _precision(model)
     threat = threat_model(norm, radius)
-    precision = "bf16" if in_bf16 else "fp32"
     evaluator = Evaluator(attacks, threat, ranks, seed=seed, check=check, backbone=name, precision=precision)
     return evaluator.run(model, data)
+
+
+def _precision(model: nn.Module) -> str:
+    """Of the roughest parameter; a module of one's own may compute in less than it keeps."""
+    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
+    roughest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    return short.get(roughest, str(roughest).removeprefix("torch."))

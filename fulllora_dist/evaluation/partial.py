@@ -30,6 +30,7 @@ class Partial:
 
     def __init__(self, place: str | Path | None, fingerprint: str, rank: int):
         self._folder = None if place is None else Path(place, fingerprint[:16])
+        self._main = rank == 0
         self._file = None if self._folder is None else self._folder / f"rank-{rank}.jsonl"
 
     def found(self) -> dict[str, Any]:
@@ -64,10 +65,12 @@ class Partial:
             raise UserError(f"--output: {self._file} cannot be written ({error.strerror or error})") from None
 
     def forget(self) -> None:
-        """The evaluation is written: remove this rank's file, and the folders that are empty then."""
+        """The evaluation is written: remove this rank's file, on rank 0 also those of ranks that are no more, and the
+        folders that are empty then."""
         if self._file is None or self._folder is None:
             return
-        self._file.unlink(missing_ok=True)
+        for file in [self._file, *(self._folder.glob("rank-*.jsonl") if self._main else ())]:
+            file.unlink(missing_ok=True)
         for folder in (self._folder, self._folder.parent):
             with contextlib.suppress(OSError):
                 os.rmdir(folder)

@@ -14,6 +14,7 @@ from fulllora_dist.distributed.ranks import Counters
 from fulllora_dist.evaluation.attacks import EvalAttack
 
 _CHECK_PASSES = 500  # of a picture under all checks
+_STILL_SECONDS = 60.0  # without a pass anywhere; the collective that comes next knows whether a rank is gone
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Progress:
 
         def tick(*_: object) -> None:
             if time.monotonic() - self._shown_at > 1:
+                self.counters.add("alive", 1)
                 self._show()
 
         handle = predict.register_forward_hook(tick)
@@ -95,6 +97,17 @@ class Progress:
         self._count(counted, piece, result)
         for key, number in counted.items():
             self.counters.add(key, number)
+
+    def await_all(self, world: int) -> None:
+        """Wait until every rank is here, as long as some rank makes passes."""
+        self.counters.add("here", 1)
+        alive, since = -1, time.monotonic()
+        while self.counters.add("here", 0) < world and time.monotonic() - since < _STILL_SECONDS:
+            time.sleep(0.05)
+            if (now := self.counters.add("alive", 0)) != alive:
+                alive, since = now, time.monotonic()
+            if time.monotonic() - self._shown_at > 1:
+                self._show()
 
     def _show(self) -> None:
         self._shown_at = time.monotonic()

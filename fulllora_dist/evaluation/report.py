@@ -1,13 +1,16 @@
 """evaluation.json, and what people read of it: a table, and figures beside the file."""
 
 import json
+import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from timm.data import ImageNetInfo
 
 from fulllora_dist.data.index_file import published
+from fulllora_dist.errors import UserError
 from fulllora_dist.intervals import wilson
 from fulllora_dist.tracking.figures import Curve, per_class_bars, robustness_curve
 
@@ -31,9 +34,9 @@ def write_figures(results: Mapping[str, Any], path: str | Path) -> list[Path]:
     """
     path, attacks = Path(path), results["attacks"]
     files = [path.with_name(f"{path.stem}_classes.png")]
+    names = {label: _described(label) for label in next(iter(attacks.values()))["per_class"]}
     per_class = {
-        name: {_described(label): counts for label, counts in score["per_class"].items()}
-        for name, score in attacks.items()
+        name: {names[label]: counts for label, counts in score["per_class"].items()} for name, score in attacks.items()
     }
     per_class_bars(per_class, caption(results)).savefig(files[0])
     if results["more_eps"]:
@@ -43,9 +46,29 @@ def write_figures(results: Mapping[str, Any], path: str | Path) -> list[Path]:
     return files
 
 
+def check_output(path: str | Path) -> None:
+    """Refuse what `write_evaluation` could not write in the end; makes the folder where there is none.
+
+    Raises:
+        UserError: naming --output.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"--output: {path} is a folder; name a file, e.g. {path / 'evaluation.json'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: {path.parent} cannot be made ({error.strerror or error})") from None
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output: {path.parent} cannot be written to; name a file in another folder")
+
+
+_imagenet_names = cache(lambda: ImageNetInfo("imagenet-22k"))  # a table of 22,000 rows
+
+
 def _described(label: str) -> str:
     """A WordNet id of ImageNet with the first of its names; other classes as they are."""
-    names = ImageNetInfo("imagenet-22k")
+    names = _imagenet_names()
     try:
         return f"{names.label_name_to_description(label).split(',')[0]} ({label})"
     except KeyError:

@@ -52,6 +52,7 @@ def where_robustness_sits(
     pictures: EvalPictures,
     by: Sequence[By] = ("component", "block"),
     partial: str | Path | None = None,
+    write: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The norm of each branch relative to W, and what each group of branches is worth.
 
@@ -62,7 +63,7 @@ def where_robustness_sits(
     Args:
         evaluator: its attacks; all ranks together, as in `Evaluator.run`.
         by: what is switched off at a time: every branch of a component, of a block, or each branch alone.
-        partial: see `Evaluator.run`.
+        partial, write: see `Evaluator.run`.
 
     Returns:
         On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids", "data",
@@ -73,21 +74,19 @@ def where_robustness_sits(
         "lost_low", "lost_high": intact minus this, with the 95 % interval of a paired bootstrap, "p": McNemar's}}]}.
 
     Raises:
-        UserError: the model has no branches.
+        SharedUserError: the model has no branches.
     """
     branches = branches_of(model)
     groups = _groups(branches, by)
     variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"intact": nullcontext}
     variants |= {group.variant: bind(switched_off, group.branches) for group in groups}
-    found = evaluator.run_variants(model, variants, pictures, partial)
-    intact = found["intact"]
     norms = {branch.name: (branch.norm(), branch.weight_norm()) for branch in branches}
 
     def relative(some: Iterable[Branch]) -> float | None:
         ours, theirs = (math.hypot(*(norms[branch.name][i] for branch in some)) for i in (0, 1))
         return ours / theirs if theirs else None
 
-    def losses(without: dict[str, Any]) -> dict[str, Any]:
+    def losses(without: dict[str, Any], intact: dict[str, Any]) -> dict[str, Any]:
         rows = compare(without, intact)["rows"]
         named = {"lost": "difference", "lost_low": "low", "lost_high": "high", "p": "p"}
         return {
@@ -95,32 +94,37 @@ def where_robustness_sits(
             for row in rows
         }
 
-    return {
-        **{key: intact[key] for key in _SHARED},
-        "branches": [
-            {
-                "name": branch.name,
-                "component": branch.component,
-                "block": branch.block,
-                "norm": norms[branch.name][0],
-                "weight_norm": norms[branch.name][1],
-                "relative": relative([branch]),
-            }
-            for branch in branches
-        ],
-        "always_on": [name for name, _ in model.report.trained],
-        "intact": intact["attacks"],
-        "off": [
-            {
-                "by": group.by,
-                "name": group.name,
-                "branches": [branch.name for branch in group.branches],
-                "relative": relative(group.branches),
-                "attacks": losses(found[group.variant]),
-            }
-            for group in groups
-        ],
-    }
+    def described(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        intact = found["intact"]
+        return {
+            **{key: intact[key] for key in _SHARED},
+            "branches": [
+                {
+                    "name": branch.name,
+                    "component": branch.component,
+                    "block": branch.block,
+                    "norm": norms[branch.name][0],
+                    "weight_norm": norms[branch.name][1],
+                    "relative": relative([branch]),
+                }
+                for branch in branches
+            ],
+            "always_on": [name for name, _ in model.report.trained],
+            "intact": intact["attacks"],
+            "off": [
+                {
+                    "by": group.by,
+                    "name": group.name,
+                    "branches": [branch.name for branch in group.branches],
+                    "relative": relative(group.branches),
+                    "attacks": losses(found[group.variant], intact),
+                }
+                for group in groups
+            ],
+        }
+
+    whole = None if write is None else lambda found: write(described(found))
+    return described(evaluator.run_variants(model, variants, pictures, partial, whole))
 
 
 def _groups(branches: Sequence[Branch], by: Sequence[By]) -> list[_Group]:

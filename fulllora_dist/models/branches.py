@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.errors import SharedUserError
 from fulllora_dist.models.finetune import WITH_BRANCHES, AdaptedModel
 from fulllora_dist.models.lnlora import LNLoRABranch
 from fulllora_dist.models.placement import FUSED
@@ -72,10 +72,10 @@ def branches_of(model: AdaptedModel) -> list[Branch]:
     """All branches, in forward order, the heads' last.
 
     Raises:
-        UserError: the model was finetuned in a way that has none.
+        SharedUserError: the model was finetuned in a way that has none.
     """
     if model.spec.finetune not in WITH_BRANCHES:
-        raise UserError(
+        raise SharedUserError(
             f"adapter: finetune: {model.spec.finetune} has no branches; give an adapter of finetune: "
             f"{' or '.join(WITH_BRANCHES)}"
         )

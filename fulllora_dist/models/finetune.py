@@ -63,13 +63,20 @@ class AdaptedModel(nn.Module):
         info: what the backbone is.
         spec: what of it trains.
         report: where the branches are, and what the trainable share is.
+        precision: what the blocks compute in.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(
-        self, backbone: nn.Module, family: Family, info: BackboneInfo, spec: AdapterSpec, report: PlacementReport
+        self,
+        backbone: nn.Module,
+        family: Family,
+        info: BackboneInfo,
+        spec: AdapterSpec,
+        report: PlacementReport,
+        precision: Precision,
     ):
         super().__init__()
         self.backbone = backbone
@@ -77,6 +84,7 @@ class AdaptedModel(nn.Module):
         self.info = info
         self.spec = spec
         self.report = report
+        self.precision = precision
         self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
         self.register_buffer("mean", torch.tensor(info.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(1, 3, 1, 1), persistent=False)
@@ -298,7 +306,7 @@ def create_model(
     report = _report(backbone, adapted, own, total)
     if precision == "bf16":
         compute_in_bf16(family.modules(backbone))
-    return AdaptedModel(backbone, family, info, spec, report).eval()
+    return AdaptedModel(backbone, family, info, spec, report, precision).eval()
 
 
 def _adapt(

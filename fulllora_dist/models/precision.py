@@ -11,11 +11,25 @@ Pixels are 1/255 apart and so are bf16 numbers near 1: a perturbation does not s
 DeepSpeed's `bf16.enabled` is not used: it casts every parameter, the patch embedding and the adapters included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def in_full_fp32() -> Iterator[None]:
+    """Inside, fp32 is fp32: no tensor core rounds its products to 10 bits (TF32)."""
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
 
 
 def _cast_input(dtype: torch.dtype):

@@ -131,5 +131,5 @@ def test_pictures_that_are_not_held_out_are_refused(shards: str, held_out: str, 
     config["data"]["validation"] = held_out
     check_inputs(Config.model_validate(config | {"data": config["data"] | {"validation": None}}), world=2)
     config["data"]["held_out"] = config["data"][same]
-    with pytest.raises(UserError, match=f"data.held_out: it is data.{same}"):
+    with pytest.raises(UserError, match=f"data.held_out: 24 of its 24 pictures are in data.{same}; hold"):
         check_inputs(Config.model_validate(config), world=2)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EPS, PICTURES, stream
+from eval_cases import EPS, PICTURES, stream
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 

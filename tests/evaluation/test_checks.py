@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EPS, HEALTHY, stream
+from eval_cases import EPS, HEALTHY, stream
 from torch import Tensor, nn
 
 import fulllora_dist as fd

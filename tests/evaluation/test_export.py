@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import EPS, stream
+from eval_cases import EPS, stream
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf

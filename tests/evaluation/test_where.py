@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EPS, stream
+from eval_cases import EPS, stream
 from matplotlib.image import imread
 
 import fulllora_dist as fd

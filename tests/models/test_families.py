@@ -25,6 +25,7 @@ def bare(family: str, side: int = SIDE, **settings: Any) -> nn.Module:
     torch.manual_seed(5)
     arguments = architecture(family) | {"drop_path_rate": 0.0, "num_classes": 6, "img_size": side} | settings
     model = timm.create_model(FAMILIES[family][0], **arguments).eval()
+    model.requires_grad_(False)  # as in the adapted model: some of torch's kernels differ otherwise
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():
