@@ -121,11 +121,12 @@ class Guard:
     def due(self, step: int, skipping: bool) -> bool:
         """Whether to look after that many batches; while updates are skipped a look waits for one that is made."""
         self._due |= step % self._settings.every == 0
-        return self._due and not skipping
+        looks = self._due and not skipping
+        self._due &= skipping
+        return looks
 
     def look(self, engine: Engine, step: int) -> Look:
         """Look at what would be saved now; the attributes are up to date then. A collective."""
-        self._due = False
         trained = self._attacked(engine.model)[0] if engine.keeps_average else None
         with engine.as_saved() as model:
             score, self.clean_accuracy, self.examples = self._attacked(model)

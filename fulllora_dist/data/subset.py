@@ -57,10 +57,10 @@ def _listed(file: str, index: Index, where: str) -> np.ndarray:
     if not lines:
         raise UserError(f"evaluation.ids: {urls.redacted(file)} names no sample")
     numbers = all(line.isascii() and line.isdigit() for line in lines)
-    if numbers and _bare(index.key(0)).isdigit():  # as img2dataset's
+    if numbers and index.key(0).isdigit():  # as img2dataset's
         raise UserError(
             f"evaluation.ids: {urls.redacted(file)}: the pictures of {where} are named by numbers, so these may be ids "
-            f"or names; give names with their extension, e.g. {_bare(index.key(0))}.jpg"
+            f"or names; give names with their extension, e.g. {index.key(0)}.jpg"
         )
     ids = [int(line) for line in lines] if numbers else _by_name(lines, index, file, where)
     if outside := [i for i in ids if i >= len(index)]:

@@ -14,7 +14,7 @@ from fulllora_dist.distributed.ranks import Counters
 from fulllora_dist.evaluation.attacks import EvalAttack
 
 _CHECK_PASSES = 500  # of a picture under all checks
-_STILL_SECONDS = 60.0  # without a pass anywhere; the collective that comes next knows whether a rank is gone
+STILL_SECONDS = 60.0  # without a pass anywhere; the collective that comes next knows whether a rank is gone
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Progress:
         """Wait until every rank is here, as long as some rank makes passes."""
         self.counters.add("here", 1)
         alive, since = -1, time.monotonic()
-        while self.counters.add("here", 0) < world and time.monotonic() - since < _STILL_SECONDS:
+        while self.counters.add("here", 0) < world and time.monotonic() - since < STILL_SECONDS:
             time.sleep(0.05)
             if (now := self.counters.add("alive", 0)) != alive:
                 alive, since = now, time.monotonic()

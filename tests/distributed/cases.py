@@ -156,15 +156,17 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)
 
 
-def noise_shards(folder: Path, seed: int, brighter: int = 0) -> str:
-    """Shards in `folder` of 24 noise pictures of three classes, each so many grey levels brighter than the one before.
+def noise_shards(folder: Path, seed: int, brighter: int = 0, classes: int = 3) -> str:
+    """Shards in `folder` of eight noise pictures of each class, each so many grey levels brighter than the one before.
     Returns where they lie."""
     root, shards = folder / "pictures", folder / "shards"
     rng = np.random.default_rng(seed)
-    for label in range(3):
+    for label in range(classes):
         (root / f"class{label}").mkdir(parents=True)
         for i in range(8):
-            pixels = rng.integers(0, 256 - 2 * brighter, (16, 16, 3), dtype=np.uint8) + np.uint8(label * brighter)
+            pixels = rng.integers(0, 256 - (classes - 1) * brighter, (16, 16, 3), dtype=np.uint8) + np.uint8(
+                label * brighter
+            )
             Image.fromarray(pixels).save(root / f"class{label}" / f"{i}.png")
     make_shards(root, shards, samples_per_shard=9, progress=False)
     return str(shards)

@@ -1,43 +1,45 @@
 """The evaluation on ranks that take pieces by turns: the same figures, no rank idle, and on after a kill."""
 
+import dataclasses
 import json
 import os
 import signal
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import SIDE, build_model
+from cases import SIDE, build_model, noise_shards
 from harness import RankError, RankServer
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.evaluation import EvalAttack, Evaluator
+from fulllora_dist.evaluation import EvalAttack, Evaluator, pieces
 
 EPS = 0.2 / 255
 ATTACKS = ["clean", "fgsm", "pgd3x2", "apgd-ce"]
-STANDARD = ["clean", "autoattack"]
 
 
 class Sensitive(nn.Module):
     """On it the attacks of `ATTACKS` leave some pictures right, and differ in which."""
 
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 3) -> None:
         super().__init__()
-        self.model = build_model().eval()
+        self.model, self.classes = build_model(num_classes=4).eval(), classes
 
     def forward(self, x: Tensor) -> Tensor:
-        waves = torch.randn(x[0].numel(), 3, generator=torch.Generator().manual_seed(3))
-        return self.model(x)[:, :3] + 0.6 * torch.sin(x.flatten(1) @ waves)
+        waves = torch.randn(x[0].numel(), self.classes, generator=torch.Generator().manual_seed(3))
+        return self.model(x)[:, : self.classes] + 0.6 * torch.sin(x.flatten(1) @ waves)
 
 
-def _stream(shards: str) -> EvalStream:
-    return EvalStream(shards, batch_size=5, transform=EvalTransform(size=SIDE, crop_pct=1.0))
+def _stream(shards: str, n: int | None = None) -> EvalStream:
+    return EvalStream(shards, batch_size=5, transform=EvalTransform(size=SIDE, crop_pct=1.0), subset=Subset(n))
 
 
 def _log_turns(rank: int, log: Path | None, kill: int, pause: float) -> None:
@@ -83,11 +85,24 @@ def _turns(log: Path) -> list[list[Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("attacks", [ATTACKS, pytest.param(STANDARD, marks=pytest.mark.long)])
-def test_two_ranks_equal_one(server: RankServer, shards: str, attacks: list[str]) -> None:
+def _standard(ranks: Ranks, shards: str) -> dict[str, Any]:
+    evaluator = Evaluator(["clean", "pgd10", "autoattack"], Linf(EPS / 2), ranks, seed=3, progress=False)
+    return evaluator.run(Sensitive(classes=4), _stream(shards, 20))
+
+
+def test_the_standard_autoattack_on_two_ranks(server: RankServer, tmp_path: Path) -> None:
+    shards = noise_shards(tmp_path, seed=1, classes=4)
+    (one,) = server.run(1, _standard, shards, timeout=500)
+    assert server.run(2, _standard, shards, timeout=500) == [one, one]
+    clean, pgd, autoattack = (sum(score["correct"]) for score in one["attacks"].values())
+    assert clean >= pgd >= autoattack
+    assert clean > autoattack > 0
+
+
+def test_two_ranks_equal_one(server: RankServer, shards: str) -> None:
     """Sample for sample, at each eps, and in what the checks measure."""
-    (one,) = server.run(1, _evaluate, shards, attacks, 6, timeout=500)
-    two = server.run(2, _evaluate, shards, attacks, 6, timeout=500)
+    (one,) = server.run(1, _evaluate, shards, ATTACKS, 6)
+    two = server.run(2, _evaluate, shards, ATTACKS, 6)
     assert two == [one, one]
     assert one["ids"] == list(range(24))
     assert [point["eps"] for point in one["more_eps"]] == [EPS / 2, 2 * EPS]
@@ -95,7 +110,7 @@ def test_two_ranks_equal_one(server: RankServer, shards: str, attacks: list[str]
     assert one["checks"]["restarts"].keys() == {"n", *(f"restart_{k}" for k in range(1, 6))}
     found = [tuple(score["correct"]) for score in one["attacks"].values()]
     assert len(set(found)) >= min(3, len(found)), "the attacks differ, or equality shows little"
-    robust = [point["attacks"][attacks[-1]]["accuracy"] for point in (one["more_eps"][0], one, one["more_eps"][1])]
+    robust = [point["attacks"][ATTACKS[-1]]["accuracy"] for point in (one["more_eps"][0], one, one["more_eps"][1])]
     assert robust == sorted(robust, reverse=True)
     assert robust[0] > robust[-1]
 
@@ -155,3 +170,53 @@ def _evaluate_other(ranks: Ranks, shards: str, partial: str) -> None:
     EvalAttack.right = logged  # type: ignore[method-assign]
     Evaluator(["pgd2"], Linf(EPS), ranks, progress=False, seed=3).run(model, _stream(shards), partial)
     assert len(log) == 5
+
+
+class Slow(nn.Module):
+    """So slow on rank 1 that its piece outlasts the limit of a collective, with passes all along."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank, self.weight = rank, nn.Parameter(torch.ones(3, 3 * SIDE * SIDE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.25 * self.rank)
+        return x.flatten(1) @ self.weight.T
+
+
+def _outlast(ranks: Ranks, shards: str, seconds: float) -> int:
+    _impatient(ranks, seconds)
+    pieces.STILL_SECONDS = 2.0
+    evaluator = Evaluator(["pgd10"], Linf(EPS), ranks, progress=False)
+    return evaluator.run(Slow(ranks.rank), _stream(shards, 10))["n"]
+
+
+def _impatient(ranks: Ranks, seconds: float) -> None:
+    dataclasses.replace(ranks, patience=timedelta(seconds=seconds)).limit_waiting()
+
+
+def test_a_piece_may_outlast_the_limit_of_a_collective(server: RankServer, shards: str) -> None:
+    assert server.run(2, _outlast, shards, 3.0) == [10, 10]
+
+
+def _write(ranks: Ranks, shards: str, partial: str, output: str, log: Path) -> dict[str, Any]:
+    _log_turns(ranks.rank, log, 0, 0)
+    evaluator = Evaluator(["pgd2"], Linf(EPS), ranks, seed=3, progress=False)
+
+    def write(results: dict[str, Any]) -> None:
+        Path(output).write_text(json.dumps(results))
+
+    return evaluator.run(Sensitive(), _stream(shards), partial, write)
+
+
+def test_nothing_is_forgotten_before_it_is_written(server: RankServer, shards: str, tmp_path: Path) -> None:
+    """Not where it cannot be written; then, on fewer ranks, nothing is done again and no file is left."""
+    log, partial, output = tmp_path / "log", tmp_path / "partial", tmp_path / "missing" / "evaluation.json"
+    with pytest.raises(RankError, match="the evaluation cannot be written \\(No such file or directory\\)"):
+        server.run(2, _write, shards, str(partial), str(output), log)
+    assert len(_turns(log)) == 5
+    output.parent.mkdir()
+    (result,) = server.run(1, _write, shards, str(partial), str(output), log)
+    assert len(_turns(log)) == 5
+    assert json.loads(output.read_text()) == result
+    assert not partial.exists()

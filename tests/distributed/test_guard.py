@@ -1,9 +1,11 @@
 """Held-out pictures in the midst of training: right figures, the best state kept, and the training as without them."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cases import EPS, STAGES, noise_shards
@@ -14,12 +16,14 @@ from test_resume import BATCHES, _config, _start, _train_all
 from fulllora_dist.build import build_model, check_inputs
 from fulllora_dist.config import Config
 from fulllora_dist.data.decode import EvalTransform
+from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.checkpoint import list_states, read_state
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import evaluate
 from fulllora_dist.finish import finish
+from fulllora_dist.guard import Guard
 
 ALL_STATES = [("run", "save_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
 STEPS = 3
@@ -53,9 +57,9 @@ def _states(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, 
     return {int(Path(path).name): read_state(path) for path in list_states(str(output / "states"))}
 
 
-def _figures(output: Path) -> dict[int, float]:
+def _figures(output: Path, name: str = "guard/robust_accuracy") -> dict[int, float]:
     points = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {p["step"]: p["guard/robust_accuracy"] for p in points if "guard/robust_accuracy" in p}
+    return {p["step"]: p[name] for p in points if name in p}
 
 
 def _figure_of(config: dict, average: dict[str, torch.Tensor], held_out: str) -> float:
@@ -80,10 +84,13 @@ def test_figures_and_training_at_every_stage(server: RankServer, shards: str, he
             assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()), (stage, step)
         figures = _figures(tmp_path / f"guarded{stage}")
         assert figures.keys() == set(range(1, BATCHES + 1))
-        for step, figure in figures.items():
-            average = {n.removeprefix("ema/"): t for n, t in states[step][0].items() if n.startswith("ema/")}
-            assert figure == _figure_of(guarded[stage], average, held_out), (stage, step)
-        assert len(set(figures.values())) > 1, stage
+        trained = figures | _figures(tmp_path / f"guarded{stage}", "guard/trained_robust_accuracy")
+        for found, kind in ((figures, "ema/"), (trained, "master/")):
+            for step, figure in found.items():
+                tensors = {n.removeprefix(kind): t for n, t in states[step][0].items() if n.startswith(kind)}
+                assert figure == _figure_of(guarded[stage], tensors, held_out), (stage, step, kind)
+            assert len(set(found.values())) > 1, stage
+        assert trained != figures
 
 
 def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
@@ -133,3 +140,50 @@ def test_pictures_that_are_not_held_out_are_refused(shards: str, held_out: str, 
     config["data"]["held_out"] = config["data"][same]
     with pytest.raises(UserError, match=f"data.held_out: 24 of its 24 pictures are in data.{same}; hold"):
         check_inputs(Config.model_validate(config), world=2)
+
+
+def test_accidents_are_not_refused(shards: str, held_out: str) -> None:
+    """Pictures are told by their bytes, whatever their order, names and shards."""
+    ours, theirs = Index.load(shards), Index.load(held_out)
+    assert (ours.pictures_in(ours), ours.pictures_in(theirs)) == (24, 0)
+    order = np.random.default_rng(0).permutation(24)[:7]
+    some = dataclasses.replace(ours, columns={name: ours.columns[name][order] for name in ("size", "crc32")})
+    assert ours.pictures_in(some) == 7
+
+
+def test_a_look_waits_for_an_update(shards: str, held_out: str, tmp_path: Path) -> None:
+    guard = _guard(tmp_path, shards, held_out, every=2)
+    assert [guard.due(step, skipping) for step, skipping in ((1, False), (2, True), (3, True), (4, False))] == [
+        False, False, False, True,
+    ]  # fmt: skip
+    assert not guard.due(5, False)
+    assert not guard.due(6, True)
+    again = _guard(tmp_path, shards, held_out, every=2)
+    again.resume(guard.best, guard.state_dict())
+    assert not again.due(7, False), "without a best look there is nothing to go on from"
+    guard.judge(0.5, 4)
+    again.resume(guard.best, guard.state_dict())
+    assert again.due(7, False)
+
+
+def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path) -> None:
+    """What trains has collapsed, the average of it not yet: noticed, and no good state."""
+    guard = _guard(tmp_path, shards, held_out, every=2, on_collapse="rollback")
+    looks = [guard.judge(*look) for look in ((0.75, 2, 0.9), (0.8, 4, 0.85), (0.82, 6, 0.2), (0.81, 8, 0.95))]
+    assert [look.collapsed for look in looks] == [False, False, True, False]
+    assert guard.best is not None
+    assert (guard.best["step"], guard.good, guard.highest) == (6, 8, 0.95)
+    assert "95.0 % at batch 8, best 95.0 %" in guard.described_fall()
+
+
+def test_too_few_pictures_to_notice_a_collapse_by(shards: str, held_out: str, tmp_path: Path) -> None:
+    """Guessing 6 of 8 right is not so rare."""
+    _guard(tmp_path, shards, held_out, every=2, n=6)
+    with pytest.raises(UserError, match="guard.on_collapse: stop: 6 held-out pictures are too few"):
+        _guard(tmp_path, shards, held_out, every=2, n=6, on_collapse="stop")
+
+
+def _guard(output: Path, shards: str, held_out: str, every: int, **settings: Any) -> Guard:
+    values = _guarded(output, shards, held_out, 0, every)
+    config = Config.model_validate(values | {"guard": values["guard"] | settings})
+    return Guard(config, held_out, build_model(config).info, Ranks(0, 1, torch.device("cpu"), None))

@@ -36,8 +36,8 @@ def _alone(
     [
         ("apgd-ce", "linf", EPS),
         ("apgd-t", "linf", EPS / 2),
-        ("fab-t", "l2", 0.6),
-        pytest.param("square+apgd-ce", "l2", 0.6, marks=pytest.mark.long),
+        ("fab-t", "l2", 0.3),
+        pytest.param("square+apgd-ce", "l2", 0.3, marks=pytest.mark.long),
     ],
 )
 def test_parts_equal_the_official_code(
