@@ -179,7 +179,7 @@ def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path
 def test_too_few_pictures_to_notice_a_collapse_by(shards: str, held_out: str, tmp_path: Path) -> None:
     """Guessing 6 of 8 right is not so rare."""
     _guard(tmp_path, shards, held_out, every=2, n=6)
-    with pytest.raises(UserError, match="guard.on_collapse: stop: 6 held-out pictures are too few"):
+    with pytest.raises(UserError, match=r"guard\.on_collapse: stop: 6 held-out pictures are too few"):
         _guard(tmp_path, shards, held_out, every=2, n=6, on_collapse="stop")
 
 
