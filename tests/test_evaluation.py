@@ -1,5 +1,6 @@
 """The evaluator against a plain loop, one rank against two, and the command line."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -200,6 +201,22 @@ def test_eps_zero_is_clean(shards: Path, model: fd.AdaptedModel) -> None:
     assert attacks["pgd3"] == attacks["cw3x2"] == attacks["clean"]
 
 
+def test_what_is_in_no_weight_begins_anew_too(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:
+    """Pieces that are left over from another normalisation are not taken."""
+    evaluator = Evaluator(["clean", "pgd2"], Linf(EPS), ONE, progress=False)
+
+    def fail(_: object) -> None:
+        raise OSError("no space")
+
+    with pytest.raises(UserError, match="the evaluation cannot be written"):
+        evaluator.run(model, stream(shards), tmp_path, fail)
+    assert list(tmp_path.rglob("rank-0.jsonl"))
+    other = copy.deepcopy(model)
+    other.mean += 0.3
+    found, alone = evaluator.run(other, stream(shards), tmp_path), evaluator.run(other, stream(shards))
+    assert found["attacks"] == alone["attacks"] != evaluator.run(model, stream(shards))["attacks"]
+
+
 def test_a_sample_in_two_batches_is_refused(shards: Path, model: fd.AdaptedModel) -> None:
     twice = stream(shards)
     twice.batches = [*twice.batches, twice.batches[0][:1]]
@@ -378,6 +395,11 @@ def entry() -> ModuleType:
         (["--adapter", "nowhere"], r"--adapter: nowhere holds no adapter.json"),
         (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
         (["data.validation=null"], r"data.validation is not set"),
+        (["--output", "."], r"--output: \. is a folder; name a file, e\.g\. evaluation\.json"),
+        (
+            ["--output", "/proc/none/evaluation.json"],
+            r"--output: /proc/none cannot be made \(No such file",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_the_ranks_meet(

@@ -177,19 +177,20 @@ def write_page() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the Imagenette tars")
+    parser.add_argument("--data", type=Path, default=ROOT / "../shared/data", help="folder of the Imagenette tars")
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)} (default: all)")
     parser.add_argument("--table-only", action="store_true", help="write page and picture from what is there")
     args = parser.parse_args()
     wanted = args.arms.split(",") if args.arms else list(ARMS)
     if unknown := set(wanted) - ARMS.keys():
         raise UserError(f"--arms: {', '.join(sorted(unknown))}: no such arm; known: {', '.join(ARMS)}")
+    data = args.data.resolve()
     os.chdir(ROOT)
     if not args.table_only:
-        make_shards(args.data)
+        make_shards(data)
         for name in wanted:
             if not RESULTS.exists() or name not in json.loads(RESULTS.read_text()):
-                run(name, args.data / "vit_tiny_patch16_224.safetensors")
+                run(name, data / "vit_tiny_patch16_224.safetensors")
             write_page()
     write_page()
 

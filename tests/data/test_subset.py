@@ -1,5 +1,6 @@
 """Which samples are evaluated."""
 
+import dataclasses
 import http.server
 import threading
 from pathlib import Path
@@ -83,6 +84,21 @@ def test_bad_files_are_refused(shards: Path, tmp_path: Path, content: str | byte
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=rf"evaluation.ids: .*{message}"):
         _of(shards, Subset(ids=str(file)))
+
+
+def test_names_that_are_numbers_are_no_ids(shards: Path, tmp_path: Path) -> None:
+    """img2dataset numbers its pictures: 000000003 may be an id or a name."""
+    index, file = Index.load(shards), tmp_path / "ids.txt"
+    keys = np.frombuffer("".join(f"{i + 5:09d}" for i in range(12)).encode(), np.uint8)
+    columns = dict(index.columns) | {"keys": keys, "key_end": 9 * np.arange(1, 13)}
+    numbered = dataclasses.replace(index, columns=columns)
+    file.write_text("000000008.jpg\n000000006.jpg\n")
+    assert Subset(ids=str(file)).of(numbered, "them").tolist() == [1, 3]
+    file.write_text("000000008\n000000006\n")
+    with pytest.raises(
+        UserError, match=r"these may be ids or names; give names with their extension, e.g. 000000005.jpg"
+    ):
+        Subset(ids=str(file)).of(numbered, "them")
 
 
 def test_bad_settings_are_refused(shards: Path) -> None:
