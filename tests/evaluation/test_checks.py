@@ -16,49 +16,28 @@ from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.evaluation.checks import CHECKS, order_warnings
 from fulllora_dist.models.precision import in_full_fp32
 from tests.tiny import tiny
+from tools.symptoms import Around, Detached, Noisy, Probabilities, Saturated, Shifted
 
 LEVELS = 32 / 255
 
 
-class Around(nn.Module):
-    """Of a healthy model, and broken in `forward`."""
+class AroundMeans(Around):
+    """With the mean picture of each class."""
 
     def __init__(self, model: nn.Module, pictures: tuple[Tensor, Tensor]):
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         x, y = pictures
         self.means = torch.stack([x[y == label].mean(dim=0) for label in range(4)]).flatten(1)
 
 
-class Saturated(Around):
-    """Logits so far apart that cross-entropy's gradient is zero in fp32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 1e4 * self.model(x)
-
-
-class Probabilities(Around):
-    """A softmax at the end."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).softmax(dim=1)
-
-
-class Detached(Around):
-    """A step in the midst that passes no gradient: PGD stays where it starts, Square does not care."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x.detach()) + 0 * x.sum()
-
-
-class NearestMean(Around):
+class NearestMean(AroundMeans):
     """Without a gradient, too, and noise does not change what is near: PGD fools it at no eps."""
 
     def forward(self, x: Tensor) -> Tensor:
         return -torch.cdist(x.detach().flatten(1), self.means).square() + 0 * x.sum()
 
 
-class Trench(Around):
+class Trench(AroundMeans):
     """Pixels of a picture lie on a coarse grid, so the model knows how far a perturbation went along a direction. The
     margin falls a little, rises again, and is negative at the edge of the ball: small steps stay in between."""
 
@@ -73,32 +52,13 @@ class Trench(Around):
         return own * margin[:, None]
 
 
-class Rough(Around):
+class Rough(AroundMeans):
     """Waves shorter than eps: each start ends in another valley."""
 
     def forward(self, x: Tensor) -> Tensor:
         waves = torch.randn(x[0].numel(), 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         flat = x.flatten(1).double()
         return -0.5 * torch.cdist(flat, self.means.double()).square() + 4 * torch.sin(2 * flat @ waves)
-
-
-class Noisy(Around):
-    """Noise in each forward pass."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x + 0.1 * torch.randn_like(x))
-
-
-class Shifted:
-    """Pictures that somebody has normalised before."""
-
-    def __init__(self, pictures: Any):
-        self._pictures = pictures
-        self.batches, self.index, self.digest = pictures.batches, pictures.index, "shifted"
-
-    def read(self, ids: np.ndarray) -> Batch:
-        batch = self._pictures.read(ids)
-        return replace(batch, images=(batch.pixels() - 0.5) / 0.25)
 
 
 class OnAGrid(Shifted):
@@ -125,12 +85,18 @@ def _look(model: nn.Module, pictures: Any, eps: float = EPS) -> dict[str, Any]:
     return evaluate(model, pictures, attacks=("clean",), eps=eps, check=50)
 
 
+def _broken(kind: type[Around] | None, model: nn.Module, training: tuple[Tensor, Tensor]) -> nn.Module:
+    if kind is None:
+        return model
+    return kind(model, training) if issubclass(kind, AroundMeans) else kind(model)
+
+
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_symptom_is_seen(
     check: str, healthy: dict[str, fd.AdaptedModel], training: tuple[Tensor, Tensor], pictures: Path
 ) -> None:
     broken, other = SICK[check]
-    model: nn.Module = broken(healthy["standard"], training) if broken else healthy["standard"]
+    model: nn.Module = _broken(broken, healthy["standard"], training)
     eps = 3 * EPS if check == "square" else EPS  # 300 queries do little at a small one
     found = _look(model, other(stream(pictures)) if other else stream(pictures), eps)
     assert [line for line in found["warnings"] if line.startswith(f"{check}: ")], (found["checks"], found["warnings"])
