@@ -184,6 +184,42 @@ def test_a_run_that_goes_back(config: Config) -> None:
     assert _points(config, tracker.run_id, "train/loss") == sorted(sent_before + after)
 
 
+def test_a_name_that_mlflow_refuses(config: Config, capsys: pytest.CaptureFixture) -> None:
+    """Its points stay in the file, said once; all others arrive, and so does what comes after them."""
+    tracker = Tracker(config, active=True)
+    for step in (1, 2):
+        tracker.log({"train/loss": 1.0, "train//x": 2.0, "train/accuracy": 0.5}, step)
+        tracker.commit(step)
+        assert tracker.settle()
+    tracker.finish("FINISHED")
+    assert _runs(config) == {tracker.run_id: "FINISHED"}
+    assert _points(config, tracker.run_id, "train/loss") == [(1, 1.0), (2, 1.0)]
+    assert _points(config, tracker.run_id, "train/accuracy") == [(1, 0.5), (2, 0.5)]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train//x" in line]
+    assert "no points 'train//x'" in line
+    assert line.endswith("metrics.jsonl alone")
+
+
+def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Config) -> None:
+    """MLflow refuses them with the same code as a bad name."""
+    client = MlflowClient(config.tracking.uri)
+    tracker = Tracker(config, active=True)
+    assert tracker.settle()
+    client.delete_run(tracker.run_id)
+    tracker.log({"train/loss": float("nan"), "train/norm": float("-inf")}, 1)  # tags, no points
+    assert not tracker.settle(0.5)
+    tracker.log({"train/loss": 1.0}, 2)
+    tracker.commit(2)
+    assert not tracker.settle(0.5)
+    client.restore_run(tracker.run_id)
+    tracker.finish("FINISHED")
+    found = client.get_run(tracker.run_id).data
+    assert found.tags["nonfinite/train/loss"] == "nan at batch 1"
+    assert found.tags["nonfinite/train/norm"] == "-inf at batch 1"
+    assert found.metrics == {"train/loss": 1.0}
+    assert _points(config, tracker.run_id, "train/loss") == [(2, 1.0)]
+
+
 def test_a_disk_that_takes_half_a_line(config: Config, capsys: pytest.CaptureFixture) -> None:
     settings = config.tracking.model_copy(update={"enabled": False})
     tracker = Tracker(config.model_copy(update={"tracking": settings}), active=True)
