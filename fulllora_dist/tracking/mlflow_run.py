@@ -37,8 +37,8 @@ class MlflowRun:
         key: its name of our own.
         run_id: where it is known.
         """
-        client = patient_client(uri)
         with first_use_alone(uri):
+            client = patient_client(uri)  # this, too, is a use
             found = client.get_experiment_by_name(experiment)
             number = found.experiment_id if found else client.create_experiment(experiment, artifact_location(uri))
         self._client = client

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from fulllora_dist.config import Config
+from fulllora_dist.tracking.mlflow_run import MlflowRun, first_use_alone
 from fulllora_dist.tracking.run import Tracker
 
 
@@ -182,6 +184,23 @@ def test_a_run_that_goes_back(config: Config) -> None:
     assert [line["train/loss"] for line in tracker.lines()] == [1.0, 2.0, 30.0, 40.0, 50.0, 60.0]
     sent_before, after = [(s, float(s)) for s in (1, 2, 3, 4)], [(s, 10.0 * s) for s in (3, 4, 5, 6)]
     assert _points(config, tracker.run_id, "train/loss") == sorted(sent_before + after)
+
+
+def test_one_process_at_a_time_makes_a_store(tmp_path: Path) -> None:
+    """MLflow migrates a fresh file where its client is made; two at once break it."""
+    uri, lock = f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "mlflow.db.lock")
+    with first_use_alone(uri):
+        child = os.fork()
+        if child == 0:
+            MlflowRun(uri, "e", "r", "key", None)
+            os._exit(1)
+        try:
+            while [os.path.realpath(fd) for fd in Path(f"/proc/{child}/fd").iterdir()].count(lock) < 2:
+                time.sleep(0.01)  # one it has from here
+            assert list(map(str, tmp_path.iterdir())) == [lock], "it waits, and has made nothing"
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def test_a_name_that_mlflow_refuses(config: Config, capsys: pytest.CaptureFixture) -> None:
