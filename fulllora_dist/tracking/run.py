@@ -156,13 +156,15 @@ class Tracker:
         steps are logged again. MLflow keeps those that it has."""
         if not self._active:
             return
-        dropped: list[str] = []
+
+        def keep(dropped: list[str]) -> None:
+            with published(self._metrics.path.with_name(kept_in)) as file:
+                file.write("".join(dropped).encode())
+
         if self._outbox is not None:
-            dropped = self._outbox.cut_back(step)
+            self._outbox.cut_back(step, keep)
         else:
-            self._metrics.cut(lambda line: belongs(line, step), lambda lines: dropped.extend(text for text, _ in lines))
-        with published(self._metrics.path.with_name(kept_in)) as file:
-            file.write("".join(dropped).encode())
+            self._metrics.cut(lambda line: belongs(line, step), lambda lines: keep([text for text, _ in lines]))
 
     def artifact(self, path: str, folder: str | None = None) -> None:
         """A file or folder of the run, kept with it."""

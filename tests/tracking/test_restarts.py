@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 
 from fulllora_dist.config import Config
 from fulllora_dist.tracking.mlflow_run import MlflowRun, first_use_alone
+from fulllora_dist.tracking.outbox import Outbox
 from fulllora_dist.tracking.run import Tracker
 
 
@@ -174,6 +175,10 @@ def test_a_run_that_goes_back(config: Config) -> None:
         if step == 4:
             tracker.commit(4)
             assert tracker.settle()
+    Path(config.run.output, "occupied").mkdir()
+    with pytest.raises(IsADirectoryError):
+        tracker.go_back(2, "occupied")
+    assert len(list(tracker.lines())) == 6, "no line is dropped that is not kept elsewhere"
     tracker.go_back(2, "before.jsonl")
     for step in range(3, 7):
         tracker.log({"train/loss": 10.0 * step}, step)
@@ -184,6 +189,29 @@ def test_a_run_that_goes_back(config: Config) -> None:
     assert [line["train/loss"] for line in tracker.lines()] == [1.0, 2.0, 30.0, 40.0, 50.0, 60.0]
     sent_before, after = [(s, float(s)) for s in (1, 2, 3, 4)], [(s, 10.0 * s) for s in (3, 4, 5, 6)]
     assert _points(config, tracker.run_id, "train/loss") == sorted(sent_before + after)
+
+
+def test_lines_that_are_under_way_when_training_goes_back(tmp_path: Path) -> None:
+    """Made again with the same values, they are the same points; and no later line is skipped."""
+    outbox = Outbox(str(tmp_path))
+    outbox.begin(None, 0)
+    for step in (1, 2, 3, 4):
+        outbox.metrics.append({"step": step, "time": step, "train/loss": 1.0})
+    outbox.cover(3)
+    early = outbox.metrics.unsent(until=outbox.is_uncovered)
+    assert len(early.lines) == 3
+
+    def meanwhile(dropped: list[str]) -> None:
+        assert len(dropped) == 3
+        outbox.metrics.confirm(outbox.metrics.unsent(until=outbox.is_uncovered))
+
+    outbox.cut_back(1, meanwhile)
+    outbox.metrics.confirm(early)
+    times = [outbox.earlier_time({"step": step, "time": 9, "train/loss": 1.0}) for step in (2, 3, 4)]
+    assert times == [2, 3, None], "MLflow cannot have the fourth"
+    outbox.metrics.append({"step": 2, "time": 2, "train/loss": 1.0})
+    outbox.cover(2)
+    assert [line["step"] for line, _ in outbox.metrics.unsent(until=outbox.is_uncovered).lines] == [1, 2]
 
 
 def test_one_process_at_a_time_makes_a_store(tmp_path: Path) -> None:
