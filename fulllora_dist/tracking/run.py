@@ -217,9 +217,10 @@ class Tracker:
         long after a signal."""
         if self._outbox is None:
             return
-        self._drawing.shutdown()
+        killed = status == "KILLED"
+        self._drawing.shutdown(wait=not killed, cancel_futures=killed)
         self._event("status", status=status, time=int(time.time() * 1000))
-        seconds = min(self._wait, _KILLED_SECONDS) if status == "KILLED" else self._wait
+        seconds = min(self._wait, _KILLED_SECONDS) if killed else self._wait
         if not self.settle(seconds):
             output = self._outbox.output
             _say(

@@ -5,11 +5,13 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from fulllora_dist.config import Config
@@ -265,6 +267,24 @@ def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Confi
     assert found.tags["nonfinite/train/norm"] == "-inf at batch 1"
     assert found.metrics == {"train/loss": 1.0}
     assert _points(config, tracker.run_id, "train/loss") == [(2, 1.0)]
+
+
+def test_a_signal_leaves_no_time_for_pictures(config: Config) -> None:
+    tracker = Tracker(config, active=True)
+    going_on, drawn = threading.Event(), []
+
+    def draw(name: str) -> Figure:
+        going_on.wait(3)
+        drawn.append(name)
+        return Figure()
+
+    tracker.picture("a", lambda: draw("a"))
+    tracker.picture("b", lambda: draw("b"))
+    tracker.finish("KILLED")
+    assert not drawn, "it waits for none"
+    going_on.set()
+    tracker._drawing.shutdown()
+    assert drawn == ["a"]
 
 
 def test_a_disk_that_takes_half_a_line(config: Config, capsys: pytest.CaptureFixture) -> None:
