@@ -17,6 +17,8 @@ _MOST_POINTS, _MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 _LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST = 6000, 8000, 36
 _NOT_IN_A_NAME = re.compile(r"[^/\w.\- :]")
 _ARTIFACTS = ("artifact", "text")
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_retries: str | None = None  # what was set here
 
 
 class Refused(Exception):
@@ -190,15 +192,28 @@ def is_artifact(event: Line) -> bool:
 
 
 def patient_client(uri: str) -> Any:
-    """An `MlflowClient` whose calls fail soon, and once; trying again is ours, and so is stdout."""
-    # defaults would hold a dead server's caller for four minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    """An `MlflowClient` whose calls fail soon, and once: trying again is ours, and a run is not to be made twice."""
+    set_defaults(retries=0)
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def set_defaults(retries: int) -> None:
+    """MLflow's settings for this process, where its user has made none: a dead server would hold a caller for four
+    minutes, and stdout is ours. To be called before MLflow is imported.
+
+    Args:
+        retries: of a request that fails. They are the process's, not a client's: of several calls the fewest count,
+            whichever comes first.
+    """
+    global _retries
+    if os.environ.get(_RETRIES) in (None, _retries):
+        _retries = str(min(retries, int(_retries or retries)))
+        os.environ[_RETRIES] = _retries
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 def artifact_location(uri: str) -> str | None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from fulllora_dist.config import Config
+from fulllora_dist.tracking import mlflow_run
 from fulllora_dist.tracking.mlflow_run import MlflowRun, first_use_alone
 from fulllora_dist.tracking.outbox import Outbox
 from fulllora_dist.tracking.run import Tracker
@@ -267,6 +268,20 @@ def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Confi
     assert found.tags["nonfinite/train/norm"] == "-inf at batch 1"
     assert found.metrics == {"train/loss": 1.0}
     assert _points(config, tracker.run_id, "train/loss") == [(2, 1.0)]
+
+
+def test_a_tracker_decides_how_often_mlflow_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that makes a run must not be sent twice, whoever else of the process asks for more."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    for asked, expected in (([2], "2"), ([0, 2], "0"), ([2, 0], "0")):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(mlflow_run, "_retries", None)
+        for retries in asked:
+            mlflow_run.set_defaults(retries)
+        assert os.environ[name] == expected
+    monkeypatch.setenv(name, "5")
+    mlflow_run.set_defaults(0)
+    assert os.environ[name] == "5", "its user's"
 
 
 def test_a_signal_leaves_no_time_for_pictures(config: Config) -> None:
