@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = "pictures"
+AT_FAILURE = "metrics_at_failure.jsonl"
 _VERSIONS = ("fulllora-dist", "torch", "deepspeed", "timm", "mlflow")
 _CONTEXTS = {"train": "training", "validation": "validation", "held_out": "held_out"}
 _CHANGED = " with changes"
@@ -218,6 +219,8 @@ class Tracker:
         if self._outbox is None:
             return
         killed = status == "KILLED"
+        if status == "FAILED":
+            self._show_rest()
         self._drawing.shutdown(wait=not killed, cancel_futures=killed)
         self._event("status", status=status, time=int(time.time() * 1000))
         seconds = min(self._wait, _KILLED_SECONDS) if killed else self._wait
@@ -228,6 +231,22 @@ class Tracker:
                 f"{output}. The next attempt of this run sends them, or: python tools/sync_tracking.py {output}"
             )
         self._shipper.stop()
+
+    def _show_rest(self) -> None:
+        """Points that no state covers are no points of MLflow's, as the run may go on and make them again; but where it
+        diverged, they are what people look for."""
+        assert self._outbox is not None
+        path = self._outbox.output / AT_FAILURE
+        rest = [json.dumps(line) + "\n" for line in self._outbox.metrics if self._outbox.is_uncovered(line)]
+        if not rest:
+            return
+        try:
+            with published(path) as file:
+                file.write("".join(rest).encode())
+        except OSError as error:
+            self._warn(f"warning: no {path} ({error.strerror})")
+        else:
+            self.artifact(str(path))
 
     def _event(self, kind: str, **facts: Any) -> None:
         if self._outbox is not None:

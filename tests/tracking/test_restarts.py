@@ -270,6 +270,19 @@ def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Confi
     assert _points(config, tracker.run_id, "train/loss") == [(2, 1.0)]
 
 
+def test_a_run_that_fails_shows_its_last_points(config: Config) -> None:
+    """No state covers them, so that they may be made again: a file has them."""
+    tracker = Tracker(config, active=True)
+    for step in (1, 2, 3):
+        tracker.log({"train/loss": 10.0**step}, step)
+    tracker.commit(1)
+    tracker.finish("FAILED")
+    assert _points(config, tracker.run_id, "train/loss") == [(1, 10.0)]
+    file = MlflowClient(config.tracking.uri).download_artifacts(tracker.run_id, "metrics_at_failure.jsonl")
+    kept = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in kept] == [(2, 100.0), (3, 1000.0)]
+
+
 def test_a_tracker_decides_how_often_mlflow_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that makes a run must not be sent twice, whoever else of the process asks for more."""
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
