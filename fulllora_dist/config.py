@@ -220,7 +220,7 @@ class EvaluationSettings(Settings):
 
 class TrackingSettings(Settings):
     enabled: bool = True
-    """false logs to the output folder alone."""
+    """false logs to the output folder alone; `tracking: none` in place of the section says the same."""
     uri: str | None = None
     """MLflow's tracking store; null takes MLFLOW_TRACKING_URI, else sqlite in mlflow.db beside the output folder."""
     experiment: str = "fulllora"
@@ -235,6 +235,11 @@ class TrackingSettings(Settings):
     """true makes the adapter a version in MLflow's model registry at the end (docs/registry.md)."""
     registered_model: str | None = None
     """Name of the registered model; null takes BACKBONE-DATA-NORM-EPS."""
+
+
+def _tracking(value: object) -> object:
+    """`none` or null -> the settings of no tracking."""
+    return {"enabled": False} if value in (None, "none") else value
 
 
 def _method(value: object) -> object:
@@ -333,7 +338,7 @@ class Config(Settings):
     run: RunSettings
     guard: GuardSettings = GuardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    tracking: TrackingSettings = TrackingSettings()
+    tracking: Annotated[TrackingSettings, BeforeValidator(_tracking)] = TrackingSettings()
 
     @model_validator(mode="after")
     def _agree(self) -> "Config":

@@ -11,7 +11,7 @@ import yaml
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.build import check_inputs
 from fulllora_dist.config import Config
-from fulllora_dist.config_file import describe_settings, load_config
+from fulllora_dist.config_file import describe_settings, load_config, read_frame
 from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods import METHODS
@@ -134,6 +134,7 @@ REFUSED = {
     "model.classes=[-1,2]": "model.classes.0: .*greater than or equal to 0",
     "model=": "model: .*valid dictionary",
     "optim=3": "optim: .*valid dictionary",
+    "tracking=mlflow": "tracking: .*valid dictionary",
     "run.output=": "run.output: .*valid string",
     "run.output=${nowhere}": "nowhere",
     "optim.lr=[": "parsing",
@@ -230,6 +231,18 @@ def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:
     method = phases.at(0).method
     assert (phases.total_steps, phases.total_updates, method.ramps.eps) == (16, 64, 4)  # 63 updates, four on each batch
     assert [method.threat_at(step).eps * 255 for step in (0, 3, 4, 9)] == pytest.approx([4 / 5, 16 / 5, 4, 4])
+
+
+@pytest.mark.parametrize("written", ["none", "null"])
+def test_a_run_without_tracking(path: Path, tmp_path: Path, written: str) -> None:
+    """In a file or over a file's section; what is written of it is read again."""
+    path.write_text(f"{SMALLEST}tracking: {written}\n")
+    (tmp_path / "section.yaml").write_text(f"{SMALLEST}tracking: {{experiment: mine}}\n")
+    for config in (load_config(str(path)), load_config(str(tmp_path / "section.yaml"), [f"tracking={written}"])):
+        assert not config.tracking.enabled
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        assert load_config(str(tmp_path / "config.yaml")) == config
+        assert not read_frame(tmp_path / "config.yaml").tracking.enabled
 
 
 def test_the_help_lists_every_setting_with_its_meaning(path: Path) -> None:

@@ -43,3 +43,11 @@ def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
         assert "swordfish" not in text
         assert "hunter2" not in text
     assert "https://host/train?sig=swordfish" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_free_port_is_none_that_others_are_given_meanwhile() -> None:
+    """Between its choice and its use ranks make connections, each from a port of the system's choice."""
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    ports = {free_port() for _ in range(100)}
+    assert max(ports) < min(lowest, 30_000)
+    assert len(ports) > 90

@@ -1,7 +1,9 @@
 """This process among the others of the run: rank, device, and the few collectives that are not the engine's."""
 
+import contextlib
 import os
 import re
+import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -230,7 +232,10 @@ def stop_ranks() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listened on just now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port of 127.0.0.1 that nobody listened on just now, below those that a system gives to whoever asks for
+    any: none of the many connections of ranks has taken it before it is used."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port

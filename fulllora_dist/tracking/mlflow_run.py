@@ -17,6 +17,8 @@ _MOST_POINTS, _MOST_PARAMS = 1000, 100  # that MLflow takes in one call
 _LONGEST_PARAM, _LONGEST_TAG, _LONGEST_DIGEST = 6000, 8000, 36
 _NOT_IN_A_NAME = re.compile(r"[^/\w.\- :]")
 _ARTIFACTS = ("artifact", "text")
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_retries: str | None = None  # what was set here
 
 
 class Refused(Exception):
@@ -37,11 +39,12 @@ class MlflowRun:
         key: its name of our own.
         run_id: where it is known.
         """
-        client = patient_client(uri)
         with first_use_alone(uri):
+            client = patient_client(uri)  # this, too, is a use
             found = client.get_experiment_by_name(experiment)
             number = found.experiment_id if found else client.create_experiment(experiment, artifact_location(uri))
         self._client = client
+        self._refused: set[str] = set()  # names of points
         self.is_new = False
         self.id = self._known(run_id) or self._found(number, key)
         if self.id is None:
@@ -64,15 +67,37 @@ class MlflowRun:
         found = self._client.search_runs([experiment], f"tags.{KEY} = '{key}'")
         return found[0].info.run_id if found else None
 
-    def log(self, lines: Iterable[Line]) -> None:
-        """The points of lines {"step", "time" in ms, name: value, ...}."""
-        from mlflow.entities import Metric
+    def log(self, lines: Iterable[Line]) -> dict[str, str]:
+        """The points of lines {"step", "time" in ms, name: value, ...}.
 
-        points = [
-            Metric(_NOT_IN_A_NAME.sub("_", name), value, line["time"], line["step"])
-            for line in lines
-            for name, value in points_of(line).items()
-        ]
+        Returns:
+            {name: reason} of those that MLflow never takes, at their first appearance; all others are there.
+        """
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        points: dict[str, list[Metric]] = {}
+        for line in lines:
+            for given, value in points_of(line).items():
+                if (name := _NOT_IN_A_NAME.sub("_", given)) not in self._refused:
+                    points.setdefault(name, []).append(Metric(name, value, line["time"], line["step"]))
+        refused: dict[str, str] = {}
+        try:
+            self._log([point for named in points.values() for point in named])
+        except MlflowException as error:
+            if not self._is_for_good(error):
+                raise
+            for name, named in points.items():
+                try:
+                    self._log(named)
+                except MlflowException as of_name:
+                    if not self._is_for_good(of_name):
+                        raise
+                    refused[name] = _line(of_name)
+        self._refused |= refused.keys()
+        return refused
+
+    def _log(self, points: Sequence[Any]) -> None:
         for some in _parts(points, _MOST_POINTS):
             self._client.log_batch(self.id, metrics=some)
 
@@ -94,9 +119,15 @@ class MlflowRun:
                 raise
             raise Refused(f"{event['path']} is not there any more") from error
         except MlflowException as error:
-            if error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"):
+            if self._is_for_good(error):
                 raise Refused(_line(error)) from error
             raise
+
+    def _is_for_good(self, error: Any) -> bool:
+        """Whether MLflow will never do what it was asked for. A run in its bin refuses all, until it is restored."""
+        if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"):
+            return False
+        return self._client.get_run(self.id).info.lifecycle_stage != "deleted"
 
     def _do(self, event: Line, folder: str) -> None:
         client, kind = self._client, event["do"]
@@ -161,15 +192,28 @@ def is_artifact(event: Line) -> bool:
 
 
 def patient_client(uri: str) -> Any:
-    """An `MlflowClient` whose calls fail soon, and once; trying again is ours, and so is stdout."""
-    # defaults would hold a dead server's caller for four minutes
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    """An `MlflowClient` whose calls fail soon, and once: trying again is ours, and a run is not to be made twice."""
+    set_defaults(retries=0)
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def set_defaults(retries: int) -> None:
+    """MLflow's settings for this process, where its user has made none: a dead server would hold a caller for four
+    minutes, and stdout is ours. To be called before MLflow is imported.
+
+    Args:
+        retries: of a request that fails. They are the process's, not a client's: of several calls the fewest count,
+            whichever comes first.
+    """
+    global _retries
+    if os.environ.get(_RETRIES) in (None, _retries):
+        _retries = str(min(retries, int(_retries or retries)))
+        os.environ[_RETRIES] = _retries
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 
 
 def artifact_location(uri: str) -> str | None:

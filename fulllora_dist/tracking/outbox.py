@@ -10,7 +10,7 @@ tracking/sent.json      the MLflow run, and how much of each of the three it has
 import json
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -76,31 +76,32 @@ class Outbox:
             self.system.cut(lambda line: True, lambda dropped: None)
         self.cut_back(step)
 
-    def cut_back(self, step: int) -> list[str]:
-        """Training goes on from batch `step`; the lines of metrics.jsonl that are dropped. MLflow keeps those that it
-        has.
+    def cut_back(self, step: int, keep: Callable[[list[str]], None] = lambda dropped: None) -> None:
+        """Training goes on from batch `step`. MLflow keeps those of the later points that it has.
+
+        Args:
+            keep: is given the lines of metrics.jsonl that are dropped, while they are still there.
 
         Raises:
-            OSError: a disk that does not take that.
+            OSError: a disk that does not take that; no line is dropped.
         """
-        found: list[str] = []
 
         def before(dropped: list[tuple[str, bool]]) -> None:
+            keep([text for text, _ in dropped])
             for text, was_sent in dropped:
-                found.append(text)
                 with suppress(ValueError):
                     line = json.loads(text)
-                    if was_sent:
-                        self._times[_content(line)] = line.pop("time")
+                    # a covered one may be under way, or its answer lost: MLflow has it, or will
+                    if was_sent or not self.is_uncovered(line):
+                        self._times[_content(line)] = line["time"]
             self.cover(step)
             self.save()
 
         self.metrics.cut(lambda line: belongs(line, step), before)
-        return found
 
     def earlier_time(self, line: Line) -> int | None:
-        """That of the same line, in ms, where it was sent before the training went back: MLflow then takes the one for
-        the other."""
+        """That of the same line, in ms, where it may have been sent before the training went back: MLflow then takes
+        the one for the other."""
         return self._times.get(_content(line)) if self._times else None
 
     def cover(self, step: int) -> None:

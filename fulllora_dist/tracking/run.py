@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PICTURES = "pictures"
+AT_FAILURE = "metrics_at_failure.jsonl"
 _VERSIONS = ("fulllora-dist", "torch", "deepspeed", "timm", "mlflow")
 _CONTEXTS = {"train": "training", "validation": "validation", "held_out": "held_out"}
 _CHANGED = " with changes"
@@ -156,13 +157,15 @@ class Tracker:
         steps are logged again. MLflow keeps those that it has."""
         if not self._active:
             return
-        dropped: list[str] = []
+
+        def keep(dropped: list[str]) -> None:
+            with published(self._metrics.path.with_name(kept_in)) as file:
+                file.write("".join(dropped).encode())
+
         if self._outbox is not None:
-            dropped = self._outbox.cut_back(step)
+            self._outbox.cut_back(step, keep)
         else:
-            self._metrics.cut(lambda line: belongs(line, step), lambda lines: dropped.extend(text for text, _ in lines))
-        with published(self._metrics.path.with_name(kept_in)) as file:
-            file.write("".join(dropped).encode())
+            self._metrics.cut(lambda line: belongs(line, step), lambda lines: keep([text for text, _ in lines]))
 
     def artifact(self, path: str, folder: str | None = None) -> None:
         """A file or folder of the run, kept with it."""
@@ -215,9 +218,12 @@ class Tracker:
         long after a signal."""
         if self._outbox is None:
             return
-        self._drawing.shutdown()
+        killed = status == "KILLED"
+        if status == "FAILED":
+            self._show_rest()
+        self._drawing.shutdown(wait=not killed, cancel_futures=killed)
         self._event("status", status=status, time=int(time.time() * 1000))
-        seconds = min(self._wait, _KILLED_SECONDS) if status == "KILLED" else self._wait
+        seconds = min(self._wait, _KILLED_SECONDS) if killed else self._wait
         if not self.settle(seconds):
             output = self._outbox.output
             _say(
@@ -225,6 +231,22 @@ class Tracker:
                 f"{output}. The next attempt of this run sends them, or: python tools/sync_tracking.py {output}"
             )
         self._shipper.stop()
+
+    def _show_rest(self) -> None:
+        """Points that no state covers are no points of MLflow's, as the run may go on and make them again; but where it
+        diverged, they are what people look for."""
+        assert self._outbox is not None
+        path = self._outbox.output / AT_FAILURE
+        rest = [json.dumps(line) + "\n" for line in self._outbox.metrics if self._outbox.is_uncovered(line)]
+        if not rest:
+            return
+        try:
+            with published(path) as file:
+                file.write("".join(rest).encode())
+        except OSError as error:
+            self._warn(f"warning: no {path} ({error.strerror})")
+        else:
+            self.artifact(str(path))
 
     def _event(self, kind: str, **facts: Any) -> None:
         if self._outbox is not None:

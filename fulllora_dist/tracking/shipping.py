@@ -136,7 +136,11 @@ class Shipper:
         outbox = self._outbox
         for spool, until in ((outbox.metrics, outbox.is_uncovered), (outbox.system, lambda line: False)):
             while (part := spool.unsent(_LINES, until)).lines:
-                run.log(line for line, _ in part.lines)
+                for name, reason in run.log(line for line, _ in part.lines).items():
+                    self._say(
+                        f"warning: MLflow at {redacted(self._uri)}: no points {name!r} ({reason}); they are in "
+                        f"{spool.path} alone"
+                    )
                 spool.confirm(part)
                 outbox.save()
 

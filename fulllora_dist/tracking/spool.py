@@ -147,6 +147,8 @@ class Spool:
         if dropped:
             with published(self.path) as whole:
                 whole.write(b"".join(kept))
+            with self._lock:  # what was read or confirmed in the meantime was of the old file
+                self.sent, self._cuts = sent, self._cuts + 1
 
     def _read(self, start: int, torn: bool = False) -> Iterator[tuple[bytes, Line | None]]:
         """(bytes, content) of the lines from `start` on; None for what is none. One without its end is being written,

@@ -5,7 +5,7 @@ from typing import Any
 
 from fulllora_dist.data.urls import redacted
 from fulllora_dist.errors import UserError
-from fulllora_dist.tracking.mlflow_run import artifact_location, first_use_alone
+from fulllora_dist.tracking.mlflow_run import artifact_location, first_use_alone, set_defaults
 
 
 class StoreError(UserError):
@@ -35,10 +35,7 @@ class Store:
     """
 
     def __init__(self, uri: str | None = None, create: bool = False):
-        # defaults would hold a dead server's caller for four minutes
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        set_defaults(retries=2)
         import mlflow
         from mlflow.exceptions import MlflowException
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +133,26 @@ def _run(uri: str, output: Path) -> Any:
     return run
 
 
-def _await(path: Path) -> None:
+def _begun(output: Path) -> bool:
+    """Whether MLflow has got points."""
+    return json.loads((output / "tracking" / "sent.json").read_text())["sent"]["metrics"][0] > 0
+
+
+def _await(happened: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 200
-    while not path.exists():
-        assert time.monotonic() < deadline, f"no {path}"
+    while not happened():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def test_a_server_that_comes_late_and_is_killed(
-    server: RankServer, shards: str, tmp_path: Path, record_property: Any
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_server_that_is_killed(
+    server: RankServer, shards: str, tmp_path: Path, late: bool, record_property: Any
 ) -> None:
-    """1,500 points in, 1,500 out, and a look at all else that a run has to tell."""
+    """1,500 points in, 1,500 out, and a look at all else that a run has to tell.
+
+    The server starts with the training, which is there first; or late in its midst, away again for 100 batches.
+    """
     held_out, validation = (noise_shards(tmp_path / name, seed) for name, seed in (("held", 1), ("val", 2)))
     with MlflowServer(tmp_path / "server") as mlflow:
         config = _config(
@@ -153,23 +162,29 @@ def test_a_server_that_comes_late_and_is_killed(
             data={"held_out": held_out, "validation": validation},
             guard={"every": 100, "n": 8, "steps": 1},
         )
-        gates = [(tmp_path / "a" / f"gate.{batch}") for batch in (50, 150, 250)]
+        batches = [50, 150, 250] if late else [150]
+        gates = {batch: tmp_path / "a" / f"gate.{batch}" for batch in batches}
         outcome: dict[str, Any] = {}
 
         def train_on_two() -> None:
-            outcome["ranks"] = server.run(2, _train, str(config), [50, 150, 250], timeout=400)
+            outcome["ranks"] = server.run(2, _train, str(config), batches, timeout=400)
 
         training = threading.Thread(target=train_on_two)
         training.start()
-        _await(gates[0])
-        mlflow.start()
-        gates[0].unlink()
-        _await(gates[1])
-        mlflow.kill()
-        gates[1].unlink()
-        _await(gates[2])
+        if late:
+            _await(gates[50].exists)
         mlflow.start(wait=False)
-        gates[2].unlink()
+        if late:
+            mlflow.wait()
+            gates[50].unlink()
+        _await(gates[150].exists)
+        _await(lambda: _begun(tmp_path / "a" / "run"))
+        mlflow.kill()
+        if late:
+            gates[150].unlink()
+            _await(gates[250].exists)
+        mlflow.start(wait=False)
+        gates[batches[-1]].unlink()
         training.join()
         (seen, longest), (seen_by_one, _) = outcome["ranks"]
         record_property("longest call of the tracker on the training thread, ms", 1000 * longest)

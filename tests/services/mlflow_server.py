@@ -16,6 +16,9 @@ from fulllora_dist.distributed.ranks import free_port
 _START_SECONDS = 120
 
 
+_NO_JOBS = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # seven processes more, which keep a core busy
+
+
 class MlflowServer:
     """Keeps its database and artifacts in `folder`; not running until `start`.
 
@@ -51,7 +54,7 @@ class MlflowServer:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *store, *where, *self._artifacts],
                 cwd=self.folder,
-                env={k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")},
+                env={k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")} | _NO_JOBS,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

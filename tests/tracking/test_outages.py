@@ -3,7 +3,6 @@ thread that trains never waits for one."""
 
 import json
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -23,8 +22,8 @@ from fulllora_dist.errors import UserError
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.sync import sync
 from tests.services.mlflow_server import MlflowServer, SlowWay
+from tools import sync_tracking
 
-ROOT = Path(__file__).parents[2]
 NAMES = ("loss", "accuracy", "learning_rate", "skipped", "gradient_norm", "other@1")
 LINES = 1500 // len(NAMES)
 
@@ -182,7 +181,7 @@ def test_artifacts_and_data(tmp_path: Path, shards: Path, serve_artifacts: bool)
 
 
 def test_what_is_left_at_the_end_is_sent_by_a_tool(
-    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, database: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end waits no longer than it is told to, and says what to do; and the tool does it, more than once."""
     config = _config(tmp_path, f"http://127.0.0.1:{free_port()}", wait_seconds=1)
@@ -197,10 +196,9 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(
 
     shutil.copy(database, tmp_path)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    tool = [sys.executable, str(ROOT / "tools" / "sync_tracking.py"), config.run.output, "--uri", store, "--json"]
-    done = subprocess.run(tool, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    monkeypatch.setattr(sys, "argv", ["sync_tracking.py", config.run.output, "--uri", store, "--json"])
+    assert sync_tracking.main() == 0
+    found = json.loads(capsys.readouterr().out)
     assert not found["left"]
     tracker._outbox.run_id = found["run_id"]
     _check_curves(tracker, store)

@@ -5,13 +5,19 @@ import os
 import resource
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from fulllora_dist.config import Config
+from fulllora_dist.tracking import mlflow_run
+from fulllora_dist.tracking.mlflow_run import MlflowRun, first_use_alone
+from fulllora_dist.tracking.outbox import Outbox
 from fulllora_dist.tracking.run import Tracker
 
 
@@ -172,6 +178,10 @@ def test_a_run_that_goes_back(config: Config) -> None:
         if step == 4:
             tracker.commit(4)
             assert tracker.settle()
+    Path(config.run.output, "occupied").mkdir()
+    with pytest.raises(IsADirectoryError):
+        tracker.go_back(2, "occupied")
+    assert len(list(tracker.lines())) == 6, "no line is dropped that is not kept elsewhere"
     tracker.go_back(2, "before.jsonl")
     for step in range(3, 7):
         tracker.log({"train/loss": 10.0 * step}, step)
@@ -182,6 +192,127 @@ def test_a_run_that_goes_back(config: Config) -> None:
     assert [line["train/loss"] for line in tracker.lines()] == [1.0, 2.0, 30.0, 40.0, 50.0, 60.0]
     sent_before, after = [(s, float(s)) for s in (1, 2, 3, 4)], [(s, 10.0 * s) for s in (3, 4, 5, 6)]
     assert _points(config, tracker.run_id, "train/loss") == sorted(sent_before + after)
+
+
+def test_lines_that_are_under_way_when_training_goes_back(tmp_path: Path) -> None:
+    """Made again with the same values, they are the same points; and no later line is skipped."""
+    outbox = Outbox(str(tmp_path))
+    outbox.begin(None, 0)
+    for step in (1, 2, 3, 4):
+        outbox.metrics.append({"step": step, "time": step, "train/loss": 1.0})
+    outbox.cover(3)
+    early = outbox.metrics.unsent(until=outbox.is_uncovered)
+    assert len(early.lines) == 3
+
+    def meanwhile(dropped: list[str]) -> None:
+        assert len(dropped) == 3
+        outbox.metrics.confirm(outbox.metrics.unsent(until=outbox.is_uncovered))
+
+    outbox.cut_back(1, meanwhile)
+    outbox.metrics.confirm(early)
+    times = [outbox.earlier_time({"step": step, "time": 9, "train/loss": 1.0}) for step in (2, 3, 4)]
+    assert times == [2, 3, None], "MLflow cannot have the fourth"
+    outbox.metrics.append({"step": 2, "time": 2, "train/loss": 1.0})
+    outbox.cover(2)
+    assert [line["step"] for line, _ in outbox.metrics.unsent(until=outbox.is_uncovered).lines] == [1, 2]
+
+
+def test_one_process_at_a_time_makes_a_store(tmp_path: Path) -> None:
+    """MLflow migrates a fresh file where its client is made; two at once break it."""
+    uri, lock = f"sqlite:///{tmp_path}/mlflow.db", str(tmp_path / "mlflow.db.lock")
+    with first_use_alone(uri):
+        child = os.fork()
+        if child == 0:
+            MlflowRun(uri, "e", "r", "key", None)
+            os._exit(1)
+        try:
+            while [os.path.realpath(fd) for fd in Path(f"/proc/{child}/fd").iterdir()].count(lock) < 2:
+                time.sleep(0.01)  # one it has from here
+            assert list(map(str, tmp_path.iterdir())) == [lock], "it waits, and has made nothing"
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def test_a_name_that_mlflow_refuses(config: Config, capsys: pytest.CaptureFixture) -> None:
+    """Its points stay in the file, said once; all others arrive, and so does what comes after them."""
+    tracker = Tracker(config, active=True)
+    for step in (1, 2):
+        tracker.log({"train/loss": 1.0, "train//x": 2.0, "train/accuracy": 0.5}, step)
+        tracker.commit(step)
+        assert tracker.settle()
+    tracker.finish("FINISHED")
+    assert _runs(config) == {tracker.run_id: "FINISHED"}
+    assert _points(config, tracker.run_id, "train/loss") == [(1, 1.0), (2, 1.0)]
+    assert _points(config, tracker.run_id, "train/accuracy") == [(1, 0.5), (2, 0.5)]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train//x" in line]
+    assert "no points 'train//x'" in line
+    assert line.endswith("metrics.jsonl alone")
+
+
+def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Config) -> None:
+    """MLflow refuses them with the same code as a bad name."""
+    client = MlflowClient(config.tracking.uri)
+    tracker = Tracker(config, active=True)
+    assert tracker.settle()
+    client.delete_run(tracker.run_id)
+    tracker.log({"train/loss": float("nan"), "train/norm": float("-inf")}, 1)  # tags, no points
+    assert not tracker.settle(0.5)
+    tracker.log({"train/loss": 1.0}, 2)
+    tracker.commit(2)
+    assert not tracker.settle(0.5)
+    client.restore_run(tracker.run_id)
+    tracker.finish("FINISHED")
+    found = client.get_run(tracker.run_id).data
+    assert found.tags["nonfinite/train/loss"] == "nan at batch 1"
+    assert found.tags["nonfinite/train/norm"] == "-inf at batch 1"
+    assert found.metrics == {"train/loss": 1.0}
+    assert _points(config, tracker.run_id, "train/loss") == [(2, 1.0)]
+
+
+def test_a_run_that_fails_shows_its_last_points(config: Config) -> None:
+    """No state covers them, so that they may be made again: a file has them."""
+    tracker = Tracker(config, active=True)
+    for step in (1, 2, 3):
+        tracker.log({"train/loss": 10.0**step}, step)
+    tracker.commit(1)
+    tracker.finish("FAILED")
+    assert _points(config, tracker.run_id, "train/loss") == [(1, 10.0)]
+    file = MlflowClient(config.tracking.uri).download_artifacts(tracker.run_id, "metrics_at_failure.jsonl")
+    kept = [json.loads(line) for line in Path(file).read_text().splitlines()]
+    assert [(line["step"], line["train/loss"]) for line in kept] == [(2, 100.0), (3, 1000.0)]
+
+
+def test_a_tracker_decides_how_often_mlflow_tries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that makes a run must not be sent twice, whoever else of the process asks for more."""
+    name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+    for asked, expected in (([2], "2"), ([0, 2], "0"), ([2, 0], "0")):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(mlflow_run, "_retries", None)
+        for retries in asked:
+            mlflow_run.set_defaults(retries)
+        assert os.environ[name] == expected
+    monkeypatch.setenv(name, "5")
+    mlflow_run.set_defaults(0)
+    assert os.environ[name] == "5", "its user's"
+
+
+def test_a_signal_leaves_no_time_for_pictures(config: Config) -> None:
+    tracker = Tracker(config, active=True)
+    going_on, drawn = threading.Event(), []
+
+    def draw(name: str) -> Figure:
+        going_on.wait(3)
+        drawn.append(name)
+        return Figure()
+
+    tracker.picture("a", lambda: draw("a"))
+    tracker.picture("b", lambda: draw("b"))
+    tracker.finish("KILLED")
+    assert not drawn, "it waits for none"
+    going_on.set()
+    tracker._drawing.shutdown()
+    assert drawn == ["a"]
 
 
 def test_a_disk_that_takes_half_a_line(config: Config, capsys: pytest.CaptureFixture) -> None:
