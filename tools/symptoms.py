@@ -2,8 +2,8 @@
 
     python tools/symptoms.py [--data ../shared/data] [--table-only]
 
-Trains what the checks are to be quiet on, and breaks one of them in the ways in which evaluations go wrong. What is done
-is kept in docs/symptoms.json. About half an hour on two CPU cores.
+Trains what the checks are to be quiet on, and breaks one of them in the ways in which evaluations go wrong. What is
+done is kept in docs/symptoms.json. About half an hour on two CPU cores.
 """
 
 import argparse
@@ -107,9 +107,9 @@ BROKEN: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[EvalPictures
 
 HEAD = """# Symptoms of robust accuracy that is none
 
-The checks of an evaluation ([evaluation.md](evaluation.md)) on {n} validation pictures of Imagenette at 96 pixels and Linf
-4/255, for ViT-Ti/16 with ImageNet weights: as it is, fully finetuned, and with a FullLoRA adapter, both by N-FGSM. Below
-them the last one again, broken in ways in which evaluations have gone wrong. What a check warns of is **bold**.
+The checks of an evaluation ([evaluation.md](evaluation.md)) on {n} validation pictures of Imagenette at 96 pixels and
+Linf 4/255, for ViT-Ti/16 with ImageNet weights: as it is, fully finetuned, and with a FullLoRA adapter, both by N-FGSM.
+Below them the last one again, broken in ways in which evaluations have gone wrong. What a check warns of is **bold**.
 `tests/evaluation/test_checks.py` has models for the other symptoms, whose loss had to be built for them.
 
 `python tools/symptoms.py` trains and measures what `docs/symptoms.json` has not, and writes this page.
@@ -119,8 +119,8 @@ them the last one again, broken in ways in which evaluations have gone wrong. Wh
 """
 LEGEND = """
 - pixels: lowest and highest. determinism: change of logits between two passes, of their spread.
-- probabilities, zero_gradients, huge_eps: pictures whose outputs are probabilities, where the gradient is zero, that stay
-  right at eps = 0.5.
+- probabilities, zero_gradients, huge_eps: pictures whose outputs are probabilities, where the gradient is zero, that
+  stay right at eps = 0.5.
 - single_step, square: pictures that only FGSM, or only Square in 300 queries, fools : that only PGD-20 does.
 - restarts: pictures that each of five restarts of PGD-10 is the first to fool.
 """
