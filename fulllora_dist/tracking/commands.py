@@ -62,19 +62,15 @@ def _figures(version: Version) -> tuple[str, str, str]:
 
 
 def _accuracy(version: Version, attack: str) -> str:
-    found = version.tags.get(f"accuracy.{attack}")
-    if found is None:
-        return ""
-    accuracy, low, high = (100 * float(number) for number in found.split())
-    return f"{accuracy:.1f} ({low:.1f} to {high:.1f})"
+    found = version.accuracies.get(attack)
+    return "" if found is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * share for share in found))
 
 
 def _robust(version: Version) -> str:
-    prefix = "accuracy."
-    attacks = [tag.removeprefix(prefix) for tag in version.tags if tag.startswith(prefix) and tag != f"{prefix}clean"]
-    if not attacks:
+    robust = {attack: found for attack, found in version.accuracies.items() if attack != "clean"}
+    if not robust:
         return ""
-    lowest = min(attacks, key=lambda attack: float(version.tags[prefix + attack].split()[0]))
+    lowest = min(robust, key=lambda attack: robust[attack][0])
     return f"{_accuracy(version, lowest)} {lowest}"
 
 

@@ -25,6 +25,7 @@ from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.tracking.card import model_card
 from fulllora_dist.tracking.flavor import CARD, save_model
 from fulllora_dist.tracking.registry import (
+    ACCURACY,
     ADAPTER_KIND,
     EVALUATION,
     EVALUATIONS,
@@ -32,6 +33,7 @@ from fulllora_dist.tracking.registry import (
     SHA256,
     Registry,
     Version,
+    accuracy_tag,
     content_of,
     evaluation_file,
     model_name,
@@ -254,7 +256,7 @@ def _evaluated(
     for key, value in sorted(tags.items(), key=lambda tag: tag[0] == EVALUATION):
         store.set_model_version_tag(name, number, key, value)
     for key in version.tags.keys() - tags.keys():
-        if key.startswith("accuracy."):
+        if key.startswith(ACCURACY):
             store.delete_model_version_tag(name, number, key)
     return registry.find(version.address)
 
@@ -296,5 +298,5 @@ def _scores(evaluation: Mapping[str, Any] | None) -> dict[str, str]:
         "warnings": "; ".join(evaluation["warnings"])[:_MOST] or "none",
     }
     for attack, score in attacks.items():
-        facts[f"accuracy.{attack}"] = " ".join(f"{score[key]:.4f}" for key in ("accuracy", "low", "high"))
+        facts[accuracy_tag(attack)] = " ".join(f"{score[key]:.4f}" for key in ("accuracy", "low", "high"))
     return {key: str(value) for key, value in facts.items() if value is not None}

@@ -17,11 +17,13 @@ from typing import Any
 from fulllora_dist.compare import parse_evaluation
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.adapter_file import read_adapter
+from fulllora_dist.tracking.mlflow_run import _NOT_IN_A_NAME
 from fulllora_dist.tracking.store import Store, StoreError
 
 CHAMPION, PREVIOUS = "champion", "previous"
 SHA256 = "adapter_sha256"
 EVALUATION = "evaluation_sha256"
+ACCURACY = "accuracy."  # and an attack: a tag of "accuracy low high"
 EVALUATIONS = "evaluations"  # folder of a version's artifacts
 KIND = "kind"
 ADAPTER_KIND = "fulllora_dist adapter"
@@ -53,6 +55,13 @@ class Version:
     def address(self) -> str:
         """What `fulllora_dist.load` takes."""
         return f"models:/{self.name}/{self.number}"
+
+    @property
+    def accuracies(self) -> dict[str, tuple[float, ...]]:
+        """(accuracy, low, high) of its evaluation, by the attack."""
+        attacks = self.tags["attacks"].split(",") if "attacks" in self.tags else []
+        found = {attack: self.tags.get(accuracy_tag(attack)) for attack in attacks}
+        return {attack: tuple(map(float, text.split())) for attack, text in found.items() if text is not None}
 
 
 def model_name(description: Mapping[str, Any], data: str | None = None, threat: Mapping[str, Any] | None = None) -> str:
@@ -226,6 +235,11 @@ class Registry:
 
     def _location(self, version: Version) -> str:
         return self.store.get_model_version_download_uri(version.name, str(version.number))
+
+
+def accuracy_tag(attack: str) -> str:
+    """Name of the tag with an attack's accuracy: MLflow takes no + in it (apgd-ce+square)."""
+    return ACCURACY + _NOT_IN_A_NAME.sub("_", attack)
 
 
 def evaluation_file(digest: str) -> str:

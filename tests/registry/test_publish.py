@@ -73,6 +73,14 @@ def test_another_evaluation_of_the_same_adapter(registry: Registry, adapter: Cal
         assert version.tags["accuracy.pgd20"].startswith(f"{n / 200:.4f} ")
 
 
+def test_an_attack_whose_name_no_tag_can_have(sqlite: str, adapter: Callable[..., str]) -> None:
+    found = evaluation(right(90))
+    found["attacks"]["apgd-ce+square"] = found["attacks"].pop("pgd20")
+    version = publish(Registry(sqlite, create=True), adapter(seed=3), evaluation=found)
+    assert version.tags["attacks"] == "clean,apgd-ce+square"
+    assert {attack: share for attack, (share, *_) in version.accuracies.items()} == {"clean": 1, "apgd-ce+square": 0.45}
+
+
 def _fork(work: Callable[[], object]) -> int:
     """Do it in a process of its own; returns how that ended, minus the signal's number where one ended it."""
     child = os.fork()
