@@ -228,13 +228,21 @@ def predict_command(args: Namespace) -> Answer:
     local = os.path.exists(args.version) or "://" in args.version
     where = args.version if local else Registry(args.uri).find(args.version).address
     with local_folder(where, args.uri) as folder:
-        data = read_adapter(folder)[0]["training"].get("data", {})
+        description = read_adapter(folder)[0]
         model = load(folder, checkpoint=args.checkpoint)
+    data = description["training"].get("data", {})
     classes = data.get("classes") or [str(i) for i in range(model.info.num_classes)]
     transform = eval_transform(model.info, data.get("crop_pct"), data.get("interpolation"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = predict(
-        model.to(device), args.source, args.output, transform, classes, batch_size=args.batch_size, workers=args.workers
+        model.to(device),
+        args.source,
+        args.output,
+        transform,
+        classes,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        adapter=description["sha256"],
     )
     text = f"{args.output}: {counts['pictures']} pictures, {counts['predicted']} of them now"
     if counts["unreadable"]:
