@@ -55,7 +55,7 @@ def test_from_publishing_to_rolling_back(sqlite: str, adapter: Callable[..., str
     text, result, code = call(sqlite, "promote", "bees/2", "--clean-floor", "1", "--margin", "0")
     assert (code, result["outcome"], result["champion"], result["previous"]) == (0, "promoted", 2, 1)
     assert text.splitlines()[0] == "models:/bees/2 is @champion now, @previous is 1"
-    assert "  pgd20: +15.00 points to the champion (paired 95 %: +10.00 to +20.00)" in text.splitlines()
+    assert "  pgd20: +15.00 points to the champion (paired 95 %: +10.00 to +20.61)" in text.splitlines()
     text, result, code = call(sqlite, "promote", "bees@previous")
     assert (code, result["outcome"]) == (1, "refused")
     assert "  against it: pgd20: -15.00 points to the champion" in text
