@@ -56,12 +56,17 @@ def scheme_of(url: str) -> str:
     scheme, separator, _ = url.partition("://")
     if url.startswith("pipe:") or "::" in scheme or (separator and scheme.lower() not in SCHEMES):
         raise UserError(f"{redacted(url)}: a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)} is right")
-    if separator and _CREDENTIALS.match(url):
+    refuse_credentials(url)
+    return scheme.lower() if separator else "file"
+
+
+def refuse_credentials(url: str) -> None:
+    """UserError for user:password@."""
+    if _CREDENTIALS.match(url):
         raise UserError(
             f"{redacted(url)}: a URL without user:password@ is right; credentials belong into the environment or "
             "~/.config/fsspec (docs/data.md)"
         )
-    return scheme.lower() if separator else "file"
 
 
 def is_remote(url: str) -> bool:

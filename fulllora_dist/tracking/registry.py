@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from fulllora_dist.compare import parse_evaluation
 from fulllora_dist.errors import UserError
@@ -97,7 +98,12 @@ def threat_of(description: Mapping[str, Any], otherwise: Mapping[str, Any] | Non
 
 def data_name(where: str) -> str:
     """Name of a data set by its folder or URL: s3://bucket/imagenet/train -> imagenet."""
-    parts = [part for part in PurePosixPath(where.partition("://")[2] or os.path.abspath(where)).parts if part != "/"]
+    url = urlsplit(where) if "://" in where else None
+    if url is None:
+        path = os.path.abspath(where)
+    else:  # without a query, which may be a signature; a bucket may be a name, a web server's address is none
+        path = url.path if url.scheme.lower() in ("http", "https") else f"{url.netloc}/{url.path}"
+    parts = [part for part in PurePosixPath(path).parts if part != "/"]
     named = [part for part in parts if part.lower() not in _SPLITS and not part.endswith(".safetensors")]
     return named[-1] if named else "data"
 

@@ -16,7 +16,7 @@ import torch
 import fulllora_dist as fd
 from fulllora_dist.errors import UserError
 from fulllora_dist.tracking.publish import Lineage, publish
-from fulllora_dist.tracking.registry import Registry, Version
+from fulllora_dist.tracking.registry import Registry, Version, data_name
 from tests.registry.conftest import TRAINING, evaluation, right
 from tests.tiny import pictures
 
@@ -79,6 +79,22 @@ def test_an_attack_whose_name_no_tag_can_have(sqlite: str, adapter: Callable[...
     version = publish(Registry(sqlite, create=True), adapter(seed=3), evaluation=found)
     assert version.tags["attacks"] == "clean,apgd-ce+square"
     assert {attack: share for attack, (share, *_) in version.accuracies.items()} == {"clean": 1, "apgd-ce+square": 0.45}
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("s3://bucket/imagenet/train", "imagenet"),
+        ("s3://imagenet/train", "imagenet"),
+        ("https://h/b/imagenet/train?X-Amz-Signature=dead", "imagenet"),
+        ("https://h/b/imagenet/train?sig=a/b", "imagenet"),
+        ("HTTPS://h/train", "data"),
+        ("data/digits/shards", "digits"),
+        ("/data/why?not/train", "why?not"),
+    ],
+)
+def test_the_name_of_a_data_set(where: str, name: str) -> None:
+    assert data_name(where) == name
 
 
 def _fork(work: Callable[[], object]) -> int:
