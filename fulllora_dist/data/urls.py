@@ -47,6 +47,11 @@ def redacted(text: object) -> str:
     return _QUERY.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", str(text)))
 
 
+def one_line(error: object) -> str:
+    """What an error says, without the credentials in its URLs, on one line of 200 characters at most."""
+    return " ".join(redacted(error).split())[:200]
+
+
 def scheme_of(url: str) -> str:
     """One of SCHEMES; a plain path is "file".
 

@@ -14,6 +14,7 @@ import torch
 
 from fulllora_dist.adapters import load, local_folder
 from fulllora_dist.compare import compare, comparison_table, read_evaluation
+from fulllora_dist.data.urls import redacted
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import eval_transform
 from fulllora_dist.models.adapter_diff import differing_settings, layer_differences, summed
@@ -22,8 +23,9 @@ from fulllora_dist.prediction import predict
 from fulllora_dist.promotion import Rules
 from fulllora_dist.tracking.champion import LostRace, Outcome, check, promote, rollback
 from fulllora_dist.tracking.flavor import CARD
-from fulllora_dist.tracking.publish import CONFIG, Lineage, publish
+from fulllora_dist.tracking.publish import CONFIG, publish
 from fulllora_dist.tracking.registry import CHAMPION, PREVIOUS, Registry, Version, content_of
+from fulllora_dist.tracking.version_tags import Lineage
 
 Answer = tuple[str, dict[str, Any], int]
 _SHOWN_LAYERS = 12
@@ -139,9 +141,12 @@ def _layer_table(layers: Sequence[Mapping[str, Any]], total: Mapping[str, float]
 def publish_command(args: Namespace) -> Answer:
     """Make an adapter a version."""
     found = None if args.evaluation is None else read_evaluation(args.evaluation)
-    config = Path(args.folder).parent / CONFIG
-    lineage = Lineage(args.run, config.read_text() if args.run and config.is_file() else None)
     registry = Registry(args.uri, create=True)
+    lineage = None
+    if args.run is not None:
+        config = Path(args.folder).parent / CONFIG
+        # redacted, as the run itself has it
+        lineage = Lineage.of_run(registry.store, args.run, redacted(config.read_text()) if config.is_file() else None)
     version = publish(registry, args.folder, evaluation=found, name=args.name, data=args.data, lineage=lineage)
     return f"published: {version.address}", _facts(version), 0
 
