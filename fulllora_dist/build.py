@@ -4,6 +4,7 @@ import os
 
 from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.config import Config, DataSettings
+from fulllora_dist.data import urls
 from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
@@ -263,6 +264,6 @@ def build_evaluator(
         seed=config.run.seed,
         check=config.evaluation.check,
         backbone=model.name,
-        adapter=adapter,
+        adapter=adapter and urls.redacted(adapter),
         adapter_sha256=sha256,
     )

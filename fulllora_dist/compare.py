@@ -11,6 +11,7 @@ from scipy.stats import binomtest
 
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation.report import size_in
+from fulllora_dist.intervals import paired_score
 
 SAME = ("norm", "precision", "data")
 """What two evaluations must have in common to be compared."""
@@ -50,7 +51,7 @@ def parse_evaluation(content: bytes, name: str) -> dict[str, Any]:
 
 
 def check_accuracies(found: Mapping[str, Any], name: str) -> None:
-    """Refuse figures that are not those of the pictures beside them, NaN among them.
+    """Refuse figures that are not those of the pictures beside them, NaN among them, and pictures that count twice.
 
     Args:
         found: in the form of evaluation.json.
@@ -59,6 +60,7 @@ def check_accuracies(found: Mapping[str, Any], name: str) -> None:
     Raises:
         UserError: naming the first of them.
     """
+    _check_ids(found, name)
     n = len(found["ids"])
     for eps, attack, score in _scores(found):
         right = sum(score["correct"])
@@ -72,6 +74,12 @@ def check_accuracies(found: Mapping[str, Any], name: str) -> None:
                 f"{name}: {attack} at eps {eps:.4g} has accuracy {accuracy} ({low} to {high}), but {right} of {n} "
                 "pictures right; evaluate again"
             )
+
+
+def _check_ids(found: Mapping[str, Any], name: str) -> None:
+    twice = len(found["ids"]) - len(set(found["ids"]))
+    if twice:
+        raise UserError(f"{name}: {twice} of {len(found['ids'])} ids stand there already; evaluate each picture once")
 
 
 def _scores(found: Mapping[str, Any]) -> list[tuple[float, str, Mapping[str, Any]]]:
@@ -95,10 +103,7 @@ def compare(
 ) -> dict[str, Any]:
     """B minus A on each attack and eps that both have.
 
-    The interval is the percentile one of a paired bootstrap: pictures are drawn with replacement, each with both its
-    results (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). As only the numbers of pictures
-    that A alone and B alone have right matter, they are drawn from their multinomial distribution, which is the same.
-    p is that of McNemar's exact test.
+    See `paired_difference` for the interval. p is that of McNemar's exact test.
 
     Args:
         a, b: in the form of evaluation.json.
@@ -111,8 +116,10 @@ def compare(
         "only_a", "only_b": pictures that only one has right, "p"}], "warnings": [of both]}.
 
     Raises:
-        UserError: other pictures, norm, precision or data; nothing in common.
+        UserError: other pictures, norm, precision or data; nothing in common; a picture twice.
     """
+    for label, found in (("A", a), ("B", b)):
+        _check_ids(found, label)
     for what in SAME:
         if a.get(what) != b.get(what):
             raise UserError(f"{what} of A is {a.get(what)}, of B {b.get(what)}: they cannot be compared")
@@ -135,15 +142,28 @@ def compare(
     for eps, name, score in chosen:
         first = np.array(score["correct"])[in_a].astype(bool)
         second = np.array(theirs[eps, name]["correct"])[in_b].astype(bool)
-        rows.append({"attack": name, "eps": eps, **_difference(first, second, samples, rng)})
+        rows.append({"attack": name, "eps": eps, **paired_difference(first, second, samples, rng)})
     warnings = [f"{label}: {line}" for label, found in (("A", a), ("B", b)) for line in found["warnings"]]
     return {"n": len(ids), "norm": a["norm"], "rows": rows, "warnings": warnings}
 
 
-def _difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random.Generator) -> dict[str, float]:
+def paired_difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random.Generator) -> dict[str, float]:
+    """B minus A, where each is right (bool, by picture), as a row of `compare` has it.
+
+    The interval is the percentile one of a paired bootstrap: pictures are drawn with replacement, each with both its
+    results (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). As only the numbers of pictures
+    that A alone and B alone have right matter, they are drawn from their multinomial distribution, which is the same.
+    Where few pictures differ it is too narrow, and empty where none does, however few there are; so it is widened to
+    the score interval (`paired_score`) at the end where that reaches further.
+
+    Args:
+        samples: of the bootstrap.
+    """
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
     drawn = rng.multinomial(n, np.array([only_a, only_b, n - only_a - only_b]) / n, size=samples)
     low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / n, [2.5, 97.5])
+    score = paired_score(only_a, only_b, n)
+    low, high = min(low, score[0]), max(high, score[1])
     p = binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0
     return {
         "a": float(a.mean()),

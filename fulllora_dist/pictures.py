@@ -1,12 +1,16 @@
 """Pictures of a run for its tracker: what the attack does to it, its curves, where the adapter is strong."""
 
+import sys
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config import Config
 from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.urls import one_line
 from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.guard import Examples, Guard
 from fulllora_dist.models.branches import branches_of, by_place
@@ -33,7 +37,8 @@ def show_look(tracker: Tracker, config: Config, guard: Guard, last: bool) -> Non
 
 
 def show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: EvalStream) -> None:
-    """Examples of the validation set, curves, and the branches' norms, where there are branches. On one rank.
+    """Examples of the validation set, curves, and the branches' norms, where there are branches. On one rank. What goes
+    wrong here is a warning: the run is done.
 
     Args:
         model: as it is shipped, whole on this rank.
@@ -41,6 +46,13 @@ def show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: Eval
     """
     if tracker.uri is None:
         return
+    try:
+        _show_end(tracker, config, model, stream)
+    except Exception as error:  # no memory for the attack on a GPU, among others
+        tqdm.write(f"warning: no pictures of the end ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
+
+
+def _show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: EvalStream) -> None:
     device = next(model.parameters()).device
     chosen = np.linspace(0, len(stream.ids) - 1, min(_SHOWN, len(stream.ids))).astype(int)
     batch = stream.read(stream.ids[chosen]).to(device)

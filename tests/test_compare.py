@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulllora_dist.compare import compare, comparison_table, read_evaluation
+from fulllora_dist.compare import compare, comparison_table, paired_difference, read_evaluation
 from fulllora_dist.errors import UserError
+from fulllora_dist.intervals import paired_score
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +67,34 @@ def test_the_other_way_round_and_with_itself() -> None:
     assert (back["only_a"], back["only_b"], back["p"]) == (there["only_b"], there["only_a"], there["p"])
     assert back["low"] == pytest.approx(-there["high"], abs=0.01)
     same = robust_row(compare(a, a))
-    assert (same["difference"], same["low"], same["high"], same["p"]) == (0, 0, 0, 1)
+    assert (same["difference"], same["p"]) == (0, 1)
+    tells = 1.96**2 / (300 + 1.96**2)  # what 300 pictures can tell
+    assert (same["low"], same["high"]) == pytest.approx((-tells, tells), rel=1e-3)
+
+
+@pytest.mark.parametrize("counts", [(3, 9, 50), (40, 40, 1000), (1, 0, 44), (0, 0, 30), (60, 20, 80), (5, 20, 60)])
+def test_the_score_interval_is_what_pearson_does_not_reject(counts: tuple[int, int, int]) -> None:
+    """At its ends, chi-squared against the most likely probabilities of that difference, found by searching."""
+    only_a, only_b, n = counts
+    observed = np.array([only_a, only_b, n - only_a - only_b])
+    for delta in paired_score(*counts):
+        alone = np.linspace(max(0, -delta), (1 - delta) / 2, 200_001)[1:-1]
+        expected = n * np.stack([alone, alone + delta, 1 - 2 * alone - delta])
+        best = expected[:, (observed[:, None] * np.log(expected)).sum(axis=0).argmax()]
+        assert ((observed - best) ** 2 / best).sum() == pytest.approx(1.96**2, rel=1e-2)
+    assert paired_score(9, 9, 9 + 9) == pytest.approx([-end for end in paired_score(9, 9, 18)[::-1]])
+    assert paired_score(7, 0, 7)[0] == -1
+
+
+def test_covers_the_truth_where_few_pictures_differ() -> None:
+    """One or two of 100: the bootstrap alone covers the difference 84 % of the time."""
+    rng, inside = np.random.default_rng(0), 0
+    for only_a, only_b, _ in rng.multinomial(100, [0.005, 0.02, 0.975], size=1000):
+        a, b = np.zeros(100, bool), np.zeros(100, bool)
+        a[:only_a], b[only_a : only_a + only_b] = True, True
+        row = paired_difference(a, b, 500, rng)
+        inside += row["low"] <= 0.015 <= row["high"]
+    assert inside >= 940
 
 
 def test_each_eps_and_warnings() -> None:
@@ -105,6 +133,7 @@ def test_shared_ids_are_paired_by_id() -> None:
         ({"precision": "bf16"}, "precision of A is fp32, of B bf16"),
         ({"data": "other"}, "data of A is hash, of B other"),
         ({"ids": list(range(100, 200))}, "0 of them are the same"),
+        ({"ids": [0, *range(99)]}, "B: 1 of 100 ids stand there already; evaluate each picture once"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(facts: dict[str, Any], message: str) -> None:

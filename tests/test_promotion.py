@@ -41,10 +41,14 @@ def without(key: str) -> dict[str, Any]:
     return found
 
 
+FEW, FAIR = (evaluation(right(int(0.6 * n), n)) for n in (20, 300))
 NAN = float("nan")
 PAIRS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     # candidate, champion, what speaks against the candidate; nothing: it passes
     "the same figures": (CHAMPION, CHAMPION, ()),
+    "the same figures, of 20 pictures": (FEW, FEW, (r"-16.11 to \+16.11\): a loss of more than 1 point is not",)),
+    "the same figures, of 300 pictures": (FAIR, FAIR, ("a loss of more than 1 point is not excluded",)),
+    "a picture twice": (flipped(50, 0, ids=[0, *range(N - 1)]), CHAMPION, ("1 of 1000 ids stand there already",)),
     "clearly better": (flipped(50, 0), CHAMPION, ()),
     "better, and paired": (flipped(60, 30), CHAMPION, ()),
     "a little worse, surely within the margin": (flipped(0, 2), CHAMPION, ()),

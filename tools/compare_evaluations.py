@@ -2,8 +2,9 @@
 
     python tools/compare_evaluations.py A/evaluation.json B/evaluation.json [--attack pgd20] [--json]
 
-Pictures are resampled with the results of both (paired bootstrap); p is McNemar's exact test. Evaluations of other
-pictures, of another norm or precision are refused.
+Pictures are resampled with the results of both (paired bootstrap); where few of them differ, the interval is widened to
+Tango's score interval. p is McNemar's exact test. Evaluations of other pictures, of another norm or precision are
+refused.
 """
 
 import argparse

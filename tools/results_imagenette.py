@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from scipy.stats import bootstrap
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fulllora_dist.build import build_model
+from fulllora_dist.compare import paired_difference
 from fulllora_dist.config_file import load_config
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.ranks import free_port
@@ -113,7 +113,7 @@ python tools/make_shards.py ../shared/data/imagenette224-val1000.tar data/imagen
 FINDINGS = """## Cheaper passes
 
 Both ideas are in `tools/cheaper_passes.py`, outside of the package. Differences of PGD-10 accuracy are in points,
-paired over the 1,000 pictures, with a bootstrap's 95 % interval; fp32 rows, one seed.
+paired over the 1,000 pictures, with the 95 % interval of [evaluation.md](evaluation.md); fp32 rows, one seed.
 
 - **Dropping tokens by attention** (AGAT, arXiv 2207.10498; 70 % of the patch tokens go on at blocks 3, 6 and 9, in
   every pass) saves a third of N-FGSM's work. Training N-FGSM for 5.1 instead of 8 epochs saves as much. AGAT minus
@@ -231,9 +231,9 @@ def difference(pair: str, results: dict[str, Any]) -> str:
     names = pair.split(" - ")
     if not all("correct" in results.get(name, {}).get("attacks", {}).get(ATTACK, {}) for name in names):
         return "not measured"
-    one, other = (np.array(list(results[name]["attacks"][ATTACK]["correct"]), dtype=float) for name in names)
-    interval = bootstrap((one - other,), np.mean, method="percentile", rng=0).confidence_interval
-    return f"{100 * (one - other).mean():+.1f} ({100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+    one, other = (np.array(list(results[name]["attacks"][ATTACK]["correct"])) == "1" for name in names)
+    found = paired_difference(other, one, 10_000, np.random.default_rng(0))
+    return "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * found[key] for key in ("difference", "low", "high")))
 
 
 def write_table() -> None:

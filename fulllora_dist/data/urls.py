@@ -50,6 +50,11 @@ def redacted(text: object) -> str:
     return _QUERY.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", str(text)))
 
 
+def one_line(error: object) -> str:
+    """What an error says, without the credentials in its URLs, on one line of 200 characters at most."""
+    return " ".join(redacted(error).split())[:200]
+
+
 def scheme_of(url: str) -> str:
     """One of SCHEMES; a plain path is "file".
 
@@ -59,12 +64,17 @@ def scheme_of(url: str) -> str:
     scheme, separator, _ = url.partition("://")
     if url.startswith("pipe:") or "::" in scheme or (separator and scheme.lower() not in SCHEMES):
         raise UserError(f"{redacted(url)}: a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)} is right")
-    if separator and _CREDENTIALS.match(url):
+    refuse_credentials(url)
+    return scheme.lower() if separator else "file"
+
+
+def refuse_credentials(url: str) -> None:
+    """UserError for user:password@."""
+    if _CREDENTIALS.match(url):
         raise UserError(
             f"{redacted(url)}: a URL without user:password@ is right; credentials belong into the environment or "
             "~/.config/fsspec (docs/data.md)"
         )
-    return scheme.lower() if separator else "file"
 
 
 def is_remote(url: str) -> bool:

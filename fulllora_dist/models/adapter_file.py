@@ -18,6 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from fulllora_dist.data.urls import redacted
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import FAMILIES
@@ -84,6 +85,7 @@ def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: a file is missing or damaged, or of a version this program does not know.
     """
     filesystem, path = fsspec.core.url_to_fs(folder)
+    folder = redacted(folder)
     files = {}
     for name in (DESCRIPTION, TENSORS):
         try:

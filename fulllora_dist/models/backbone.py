@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
+from fulllora_dist.data.urls import redacted, refuse_credentials
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.families import Family, family_of
 
@@ -23,7 +24,7 @@ class BackboneInfo:
 
     Attributes:
         name: timm's full `arch.tag`.
-        checkpoint: path or URL the weights came from; None for timm's hub or random weights.
+        checkpoint: path or URL the weights came from, without what signs it; None for timm's hub or random weights.
         pretrained: False for random weights.
         seed: seed of the random weights (and of a new head).
         sha256: `fingerprint` of the weights as they came, before the head is cut or the position embedding resized;
@@ -67,15 +68,25 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+_UNSIGNED = "?***"  # what `redacted` leaves of a query
+
+
 def read_weights(path: str) -> dict[str, Tensor]:
     """Tensors of a .safetensors or .pth file at a local path or fsspec URL. Nothing is unpickled beyond tensors.
 
     Raises:
         UserError: the file is missing, damaged, or holds more than tensors.
     """
+    url, path = path, redacted(path)
     try:
-        with fsspec.open(path, "rb") as file:
-            if path.endswith(".safetensors"):
+        refuse_credentials(url)
+    except UserError as error:
+        raise UserError(f"model.checkpoint: {error}") from None
+    if url.endswith(_UNSIGNED):
+        raise UserError(f"model.checkpoint: the signature of {path} was not kept; give checkpoint= (model.checkpoint)")
+    try:
+        with fsspec.open(url, "rb") as file:
+            if (url.partition("?")[0] if "://" in url else url).endswith(".safetensors"):
                 return load_safetensors(file.read())
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -83,7 +94,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise UserError(f"model.checkpoint: {path} is not a complete safetensors file ({error})") from None
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
-        reason = str(error).split("\n")[0]
+        reason = redacted(error).split("\n")[0]
         raise UserError(f"model.checkpoint: {path} does not load with weights_only=True ({reason})") from None
     for key in ("model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else state
@@ -159,7 +170,7 @@ def _check_agreement(
 ) -> None:
     if checkpoint is not None and not pretrained:
         raise UserError(
-            f"model.checkpoint: {checkpoint} would not be read, as model.pretrained is false; leave out one"
+            f"model.checkpoint: {redacted(checkpoint)} would not be read, as model.pretrained is false; leave out one"
         )
     if classes is not None and not classes:
         raise UserError("model.classes: it is empty; give the rows of the checkpoint's head to keep, or leave it out")
@@ -234,11 +245,11 @@ def build_backbone(
         own_classes = pretrained and num_classes in (None, _pretrained_cfg(name).get("num_classes"))
     else:
         sha256 = fingerprint(weights)
-        own_classes = _load(backbone, family, heads, weights, classes, outputs, checkpoint or name)
+        own_classes = _load(backbone, family, heads, weights, classes, outputs, redacted(checkpoint or name))
     data = timm.data.resolve_model_data_config(backbone)
     info = BackboneInfo(
         name=name,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint and redacted(checkpoint),
         pretrained=pretrained,
         seed=seed,
         sha256=sha256,

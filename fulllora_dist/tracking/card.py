@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fulllora_dist.data.urls import redacted
 from fulllora_dist.evaluation.report import size_in
 
 _HEAD_SETTINGS = ("finetune", "rank", "alpha", "placement", "qkv", "head")
@@ -108,7 +109,7 @@ def _limits(training: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -
 
 
 def _loading(backbone: Mapping[str, Any], where: str) -> list[str]:
-    source = backbone["checkpoint"] or ("timm's hub" if backbone["pretrained"] else "its seed")
+    source = redacted(backbone["checkpoint"] or "") or ("timm's hub" if backbone["pretrained"] else "its seed")
     return [
         f"The backbone's weights are taken from {source} and must have the fingerprint `{backbone['sha256']}`; where "
         "they lie elsewhere, give `checkpoint=`.",

@@ -7,16 +7,19 @@ MLflow's aliases have no compare-and-set, so promotions take turns by tags of th
 2. If it finds an earlier claim, it withdraws its own and has lost. Later claims it waits out: they withdraw, or belong
    to a promotion that had begun before, which ends.
 3. Alone, it looks whether the champion still is the one that the candidate was judged against. If not, it has lost.
-4. It writes the tag `champions`, the numbers of all champions in turn, then the aliases, and withdraws its claim.
+4. It writes the tag `champions`, the numbers of all champions in turn, then the aliases, and withdraws its claim. A
+   rollback writes the alias first.
 
 A promotion that was killed leaves its claim, which counts for STALE seconds, or stops between the writes of 4: the
-alias `@champion` then says what holds, and the next promotion mends the rest by it.
+alias `@champion` then says what holds, and the next promotion mends the rest by it. In the order of 4, what the alias
+points to is in the tag, and what comes behind it there is no champion (yet, or any more).
 """
 
 import json
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ from typing import Literal
 from fulllora_dist.errors import UserError
 from fulllora_dist.promotion import Rules, Verdict, judge
 from fulllora_dist.tracking.registry import CHAMPION, PREVIOUS, Registry, Version
+from fulllora_dist.tracking.store import StoreError
 
 STALE = 300.0
 """Seconds after which a claim belongs to a promotion that was killed."""
@@ -115,7 +119,7 @@ def rollback(registry: Registry, name: str, reason: str | None = None) -> tuple[
 
     Raises:
         LostRace: a promotion is under way.
-        UserError: there is no champion before this one.
+        UserError: there is no champion before this one, or it was deleted.
     """
     with _turn(registry, name, "a rollback") as turn:
         history = turn.champions()
@@ -124,9 +128,10 @@ def rollback(registry: Registry, name: str, reason: str | None = None) -> tuple[
                 f"{name}: no version was @{CHAMPION} before {f'version {history[0]}' if history else 'one'}"
             )
         left = history.pop()
+        registry.find(f"{name}/{history[-1]}")  # refuses one that was deleted, before anything is written
         told = f"{_now()} {reason or ''}".strip()[:_MOST]
         registry.store.set_model_version_tag(name, str(left), "rolled_back", told)
-        turn.set(history)
+        turn.set(history, back=True)
     return history[-1], left
 
 
@@ -139,23 +144,28 @@ class _Turn:
 
     def champions(self) -> list[int]:
         """Numbers of all champions, the present one last. Where the tag and `@champion` differ, the alias is right: a
-        promotion was killed between the two, or somebody moved it by hand."""
+        promotion or rollback was killed between the two, or somebody moved it by hand."""
         model = self._registry.model(self._name)
         present = {alias: int(number) for alias, number in model.aliases.items()}.get(CHAMPION)
         history: list[int] = json.loads(model.tags.get(_HISTORY, "[]"))
         if present is None:
             return []
-        while history and history[-1] != present:
+        if present not in history:
+            return [*history, present]
+        while history[-1] != present:
             history.pop()
-        return history or [present]
+        return history
 
-    def set(self, champions: list[int]) -> None:
-        """Write history and aliases."""
+    def set(self, champions: list[int], back: bool = False) -> None:
+        """Write history and aliases; `back`: of a rollback."""
         store, name = self._registry.store, self._name
         if time.monotonic() > self._until or self._claim not in self._registry.model(name).tags:
             raise LostRace(f"{name}: the store was too slow, the turn is over; @{CHAMPION} was not moved, try again")
+        if back:
+            store.set_registered_model_alias(name, CHAMPION, str(champions[-1]))
         store.set_registered_model_tag(name, _HISTORY, json.dumps(champions[-_KEPT:]))
-        store.set_registered_model_alias(name, CHAMPION, str(champions[-1]))
+        if not back:
+            store.set_registered_model_alias(name, CHAMPION, str(champions[-1]))
         if len(champions) > 1:
             store.set_registered_model_alias(name, PREVIOUS, str(champions[-2]))
         elif PREVIOUS in self._registry.aliases(name):
@@ -182,7 +192,10 @@ def _turn(registry: Registry, name: str, what: str) -> Iterator[_Turn]:
             time.sleep(_POLL)
         yield _Turn(registry, name, claim)
     finally:
-        store.delete_registered_model_tag(name, claim)
+        try:
+            store.delete_registered_model_tag(name, claim)
+        except StoreError as error:  # what was done is done
+            print(f"warning: {error}: for {STALE / 60:.0f} minutes others find {name} taken", file=sys.stderr)
 
 
 def _claims(registry: Registry, name: str, own: str) -> dict[str, str]:

@@ -14,6 +14,7 @@ import torch
 
 from fulllora_dist.adapters import load, local_folder
 from fulllora_dist.compare import compare, comparison_table, read_evaluation
+from fulllora_dist.data.urls import redacted
 from fulllora_dist.errors import UserError
 from fulllora_dist.evaluation import eval_transform
 from fulllora_dist.models.adapter_diff import differing_settings, layer_differences, summed
@@ -22,8 +23,9 @@ from fulllora_dist.prediction import predict
 from fulllora_dist.promotion import Rules
 from fulllora_dist.tracking.champion import LostRace, Outcome, check, promote, rollback
 from fulllora_dist.tracking.flavor import CARD
-from fulllora_dist.tracking.publish import CONFIG, Lineage, publish
+from fulllora_dist.tracking.publish import CONFIG, publish
 from fulllora_dist.tracking.registry import CHAMPION, PREVIOUS, Registry, Version, content_of
+from fulllora_dist.tracking.version_tags import Lineage
 
 Answer = tuple[str, dict[str, Any], int]
 _SHOWN_LAYERS = 12
@@ -62,19 +64,15 @@ def _figures(version: Version) -> tuple[str, str, str]:
 
 
 def _accuracy(version: Version, attack: str) -> str:
-    found = version.tags.get(f"accuracy.{attack}")
-    if found is None:
-        return ""
-    accuracy, low, high = (100 * float(number) for number in found.split())
-    return f"{accuracy:.1f} ({low:.1f} to {high:.1f})"
+    found = version.accuracies.get(attack)
+    return "" if found is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * share for share in found))
 
 
 def _robust(version: Version) -> str:
-    prefix = "accuracy."
-    attacks = [tag.removeprefix(prefix) for tag in version.tags if tag.startswith(prefix) and tag != f"{prefix}clean"]
-    if not attacks:
+    robust = {attack: found for attack, found in version.accuracies.items() if attack != "clean"}
+    if not robust:
         return ""
-    lowest = min(attacks, key=lambda attack: float(version.tags[prefix + attack].split()[0]))
+    lowest = min(robust, key=lambda attack: robust[attack][0])
     return f"{_accuracy(version, lowest)} {lowest}"
 
 
@@ -143,9 +141,12 @@ def _layer_table(layers: Sequence[Mapping[str, Any]], total: Mapping[str, float]
 def publish_command(args: Namespace) -> Answer:
     """Make an adapter a version."""
     found = None if args.evaluation is None else read_evaluation(args.evaluation)
-    config = Path(args.folder).parent / CONFIG
-    lineage = Lineage(args.run, config.read_text() if args.run and config.is_file() else None)
     registry = Registry(args.uri, create=True)
+    lineage = None
+    if args.run is not None:
+        config = Path(args.folder).parent / CONFIG
+        # redacted, as the run itself has it
+        lineage = Lineage.of_run(registry.store, args.run, redacted(config.read_text()) if config.is_file() else None)
     version = publish(registry, args.folder, evaluation=found, name=args.name, data=args.data, lineage=lineage)
     return f"published: {version.address}", _facts(version), 0
 
@@ -232,13 +233,21 @@ def predict_command(args: Namespace) -> Answer:
     local = os.path.exists(args.version) or "://" in args.version
     where = args.version if local else Registry(args.uri).find(args.version).address
     with local_folder(where, args.uri) as folder:
-        data = read_adapter(folder)[0]["training"].get("data", {})
+        description = read_adapter(folder)[0]
         model = load(folder, checkpoint=args.checkpoint)
+    data = description["training"].get("data", {})
     classes = data.get("classes") or [str(i) for i in range(model.info.num_classes)]
     transform = eval_transform(model.info, data.get("crop_pct"), data.get("interpolation"))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     counts = predict(
-        model.to(device), args.source, args.output, transform, classes, batch_size=args.batch_size, workers=args.workers
+        model.to(device),
+        args.source,
+        args.output,
+        transform,
+        classes,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        adapter=description["sha256"],
     )
     text = f"{args.output}: {counts['pictures']} pictures, {counts['predicted']} of them now"
     if counts["unreadable"]:

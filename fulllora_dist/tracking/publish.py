@@ -14,7 +14,6 @@ version's by a tag: nothing is overwritten.
 import hashlib
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.tracking.card import model_card
 from fulllora_dist.tracking.flavor import CARD, save_model
 from fulllora_dist.tracking.registry import (
+    ACCURACY,
     ADAPTER_KIND,
     EVALUATION,
     EVALUATIONS,
@@ -38,27 +38,12 @@ from fulllora_dist.tracking.registry import (
     threat_of,
 )
 from fulllora_dist.tracking.store import StoreError
+from fulllora_dist.tracking.version_tags import EVALUATION_DATA, MOST, Lineage, facts, scores
 
 CONFIG = "config.yaml"
 _LOGGED_NAME = "adapter"
-_MOST = 5000  # characters that MLflow keeps of a tag's value or a description
-
-
-@dataclass(frozen=True)
-class Lineage:
-    """Where an adapter comes from.
-
-    Attributes:
-        run_id: of the MLflow run.
-        config: YAML of its settings, without what signs a URL.
-        git_commit: of the program.
-        experiment: where the model is logged if there is no run.
-    """
-
-    run_id: str | None = None
-    config: str | None = None
-    git_commit: str | None = None
-    experiment: str = "adapters"
+_NOT_ALWAYS_KNOWN = ("classes_sha256", "data")
+_SAME_DATA = ", or give --data where it is the same under another name"
 
 
 def publish(
@@ -69,6 +54,7 @@ def publish(
     name: str | None = None,
     data: str | None = None,
     lineage: Lineage | None = None,
+    keep: bool = False,
 ) -> Version:
     """The version of the adapter in `folder`, made where there is none. Safe to repeat.
 
@@ -77,6 +63,7 @@ def publish(
         evaluation: in the form of evaluation.json; becomes the version's own.
         name: of the registered model, instead of `model_name`.
         data: name of the data set, where the adapter does not tell.
+        keep: an evaluation that the version has already stays.
 
     Raises:
         UserError: a damaged adapter, an evaluation of another one or with figures that are none, a registered model of
@@ -91,14 +78,14 @@ def publish(
     version = _existing(registry, name, description["sha256"])
     if version is None:
         model_id = _logged_model(registry, folder, description, evaluation, name, lineage)
-        tags = _facts(description, lineage) | _scores(evaluation)
-        card = model_card(description, evaluation, name)[:_MOST]
+        tags = facts(description, lineage) | scores(evaluation)
+        card = model_card(description, evaluation, name)[:MOST]
         registry.store.create_model_version(
             name, f"models:/{model_id}", lineage.run_id, tags=tags, description=card, model_id=model_id
         )
         version = _existing(registry, name, description["sha256"])
         assert version is not None
-    if evaluation is not None:
+    if evaluation is not None and not (keep and EVALUATION in version.tags):
         version = _evaluated(registry, version, description, evaluation)
     return version
 
@@ -139,20 +126,22 @@ def _register_model(
         "outputs": str(backbone["num_classes"]),
         **({} if classes is None else {"classes_sha256": hashlib.sha256("\n".join(classes).encode()).hexdigest()}),
     }
-    facts = {"backbone": backbone["name"], "data": data or training.get("data", {}).get("name") or "not named"}
+    trained_on = data or training.get("data", {}).get("name")
+    if trained_on is not None:
+        identity["data"] = trained_on
     try:
-        registry.store.create_registered_model(name, tags=identity | facts)
+        registry.store.create_registered_model(name, tags=identity | {"backbone": backbone["name"]})
         return
     except StoreError as error:
         if error.code != "RESOURCE_ALREADY_EXISTS":
             raise
     found = registry.model(name).tags
     for key, value in identity.items():
-        if found.get(key, value if key == "classes_sha256" else None) != value:
+        if found.get(key, value if key in _NOT_ALWAYS_KNOWN else None) != value:
             raise UserError(
                 f"the registered model {name} is of another {key.removesuffix('_sha256')} "
                 f"({str(found.get(key))[:40]}, the adapter's is {value[:40]}); choose another name "
-                "(tracking.registered_model, --name)"
+                f"(tracking.registered_model, --name){_SAME_DATA if key == 'data' else ''}"
             )
 
 
@@ -196,6 +185,7 @@ def _logged_model(
             _upload(registry, model_id, evaluation)
         return model_id
     logged = found[0] if found else _create_logged_model(registry, experiment, description, lineage)
+    _link(registry, logged.model_id, description, lineage)
     from mlflow.models import Model
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -212,16 +202,22 @@ def _logged_model(
 
 
 def _create_logged_model(registry: Registry, experiment: str, description: Mapping[str, Any], lineage: Lineage) -> Any:
+    spec = {key: str(value) for key, value in description["adapter"].items()}
+    return registry.store.create_logged_model(
+        experiment, _LOGGED_NAME, lineage.run_id, tags=facts(description, lineage), params=spec
+    )
+
+
+def _link(registry: Registry, model_id: str, description: Mapping[str, Any], lineage: Lineage) -> None:
+    """Make the model an output of its run, where no attempt before has."""
     from mlflow.entities import LoggedModelOutput
 
-    spec = {key: str(value) for key, value in description["adapter"].items()}
-    logged = registry.store.create_logged_model(
-        experiment, _LOGGED_NAME, lineage.run_id, tags=_facts(description, lineage), params=spec
-    )
-    if lineage.run_id is not None:
+    if lineage.run_id is None:
+        return
+    outputs = registry.store.get_run(lineage.run_id).outputs
+    if outputs is None or model_id not in [output.model_id for output in outputs.model_outputs]:
         step = description["training"].get("batches", 0)
-        registry.store.log_outputs(lineage.run_id, [LoggedModelOutput(logged.model_id, step)])
-    return logged
+        registry.store.log_outputs(lineage.run_id, [LoggedModelOutput(model_id, step)])
 
 
 def _write_evaluation(evaluation: Mapping[str, Any], folder: str) -> None:
@@ -244,57 +240,16 @@ def _evaluated(
     registry: Registry, version: Version, description: Mapping[str, Any], evaluation: Mapping[str, Any]
 ) -> Version:
     """Make an evaluation the version's own. The tag with its sha256 goes last: it is what the others stand for."""
-    tags = _scores(evaluation)
+    tags = scores(evaluation)
     if version.tags.get(EVALUATION) == tags[EVALUATION]:
         return version
     store, name, number = registry.store, version.name, str(version.number)
     card = model_card(description, evaluation, name)
     _upload(registry, version.source.removeprefix("models:/"), evaluation, card)
-    store.update_model_version(name, number, card[:_MOST])
+    store.update_model_version(name, number, card[:MOST])
+    for key in version.tags.keys() - tags.keys():
+        if key.startswith(ACCURACY) or key == EVALUATION_DATA:
+            store.delete_model_version_tag(name, number, key)
     for key, value in sorted(tags.items(), key=lambda tag: tag[0] == EVALUATION):
         store.set_model_version_tag(name, number, key, value)
-    for key in version.tags.keys() - tags.keys():
-        if key.startswith("accuracy."):
-            store.delete_model_version_tag(name, number, key)
     return registry.find(version.address)
-
-
-def _facts(description: Mapping[str, Any], lineage: Lineage) -> dict[str, str]:
-    """Tags: what it is and where it comes from."""
-    backbone, training, spec = description["backbone"], description["training"], description["adapter"]
-    threat, data = training.get("threat"), training.get("data", {})
-    facts = {
-        SHA256: description["sha256"],
-        "backbone": backbone["name"],
-        "backbone_sha256": backbone["sha256"],
-        "finetune": spec["finetune"],
-        "rank": spec["rank"],
-        "method": training.get("method", {}).get("name"),
-        "threat": threat and size_in(threat["norm"], threat["eps"]),
-        "data_digest": data.get("index"),
-        "git_commit": lineage.git_commit,
-        "config_sha256": lineage.config and hashlib.sha256(lineage.config.encode()).hexdigest(),
-    }
-    return {key: str(value) for key, value in facts.items() if value is not None}
-
-
-def _scores(evaluation: Mapping[str, Any] | None) -> dict[str, str]:
-    """Tags: what its evaluation found."""
-    if evaluation is None:
-        return {}
-    attacks = evaluation["attacks"]
-    ids = ",".join(map(str, evaluation["ids"]))
-    facts = {
-        EVALUATION: hashlib.sha256(content_of(evaluation)).hexdigest(),
-        "attacks": ",".join(attacks),
-        "eps": f"{evaluation['eps']:.6g}",
-        "norm": evaluation["norm"],
-        "n": len(evaluation["ids"]),
-        "precision": evaluation["precision"],
-        "ids_sha256": hashlib.sha256(ids.encode()).hexdigest(),
-        "evaluation_data": evaluation.get("data"),
-        "warnings": "; ".join(evaluation["warnings"])[:_MOST] or "none",
-    }
-    for attack, score in attacks.items():
-        facts[f"accuracy.{attack}"] = " ".join(f"{score[key]:.4f}" for key in ("accuracy", "low", "high"))
-    return {key: str(value) for key, value in facts.items() if value is not None}

@@ -13,15 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from fulllora_dist.compare import parse_evaluation
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.adapter_file import read_adapter
+from fulllora_dist.tracking.mlflow_run import _NOT_IN_A_NAME
 from fulllora_dist.tracking.store import Store, StoreError
 
 CHAMPION, PREVIOUS = "champion", "previous"
 SHA256 = "adapter_sha256"
 EVALUATION = "evaluation_sha256"
+ACCURACY = "accuracy."  # and an attack: a tag of "accuracy low high"
 EVALUATIONS = "evaluations"  # folder of a version's artifacts
 KIND = "kind"
 ADAPTER_KIND = "fulllora_dist adapter"
@@ -53,6 +56,13 @@ class Version:
     def address(self) -> str:
         """What `fulllora_dist.load` takes."""
         return f"models:/{self.name}/{self.number}"
+
+    @property
+    def accuracies(self) -> dict[str, tuple[float, ...]]:
+        """(accuracy, low, high) of its evaluation, by the attack."""
+        attacks = self.tags["attacks"].split(",") if "attacks" in self.tags else []
+        found = {attack: self.tags.get(accuracy_tag(attack)) for attack in attacks}
+        return {attack: tuple(map(float, text.split())) for attack, text in found.items() if text is not None}
 
 
 def model_name(description: Mapping[str, Any], data: str | None = None, threat: Mapping[str, Any] | None = None) -> str:
@@ -88,7 +98,12 @@ def threat_of(description: Mapping[str, Any], otherwise: Mapping[str, Any] | Non
 
 def data_name(where: str) -> str:
     """Name of a data set by its folder or URL: s3://bucket/imagenet/train -> imagenet."""
-    parts = [part for part in PurePosixPath(where.partition("://")[2] or os.path.abspath(where)).parts if part != "/"]
+    url = urlsplit(where) if "://" in where else None
+    if url is None:
+        path = os.path.abspath(where)
+    else:  # without a query, which may be a signature; a bucket may be a name, a web server's address is none
+        path = url.path if url.scheme.lower() in ("http", "https") else f"{url.netloc}/{url.path}"
+    parts = [part for part in PurePosixPath(path).parts if part != "/"]
     named = [part for part in parts if part.lower() not in _SPLITS and not part.endswith(".safetensors")]
     return named[-1] if named else "data"
 
@@ -226,6 +241,11 @@ class Registry:
 
     def _location(self, version: Version) -> str:
         return self.store.get_model_version_download_uri(version.name, str(version.number))
+
+
+def accuracy_tag(attack: str) -> str:
+    """Name of the tag with an attack's accuracy: MLflow takes no + in it (apgd-ce+square)."""
+    return ACCURACY + _NOT_IN_A_NAME.sub("_", attack)
 
 
 def evaluation_file(digest: str) -> str:

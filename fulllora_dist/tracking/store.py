@@ -1,18 +1,23 @@
 """An MLflow store whose failures are one clear line."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from fulllora_dist.data.urls import redacted
+from fulllora_dist.data.urls import one_line, redacted
 from fulllora_dist.errors import UserError
 from fulllora_dist.tracking.mlflow_run import artifact_location, first_use_alone, set_defaults
+
+_CLIENTS = {"mlflow", "sqlalchemy", "alembic", "botocore", "boto3", "google", "azure"}
+"""Packages whose exceptions are the store's; those of requests are OSErrors."""
 
 
 class StoreError(UserError):
     """What an MLflow store answers instead of what was asked for.
 
     Attributes:
-        code: MLflow's name of the error, e.g. RESOURCE_DOES_NOT_EXIST.
+        code: MLflow's name of the error, e.g. RESOURCE_DOES_NOT_EXIST; "IO" for what is not MLflow's own.
     """
 
     def __init__(self, message: str, code: str):
@@ -37,15 +42,13 @@ class Store:
     def __init__(self, uri: str | None = None, create: bool = False):
         set_defaults(retries=2)
         import mlflow
-        from mlflow.exceptions import MlflowException
 
         self.uri = uri or mlflow.get_tracking_uri()
-        self._failure = MlflowException
         file = self.uri.removeprefix("sqlite:///")
         if file != self.uri and not create and not os.path.exists(file):
             raise UserError(f"there is no MLflow store {file}; set MLFLOW_TRACKING_URI (or --uri) to where it is")
         mlflow.set_tracking_uri(self.uri)
-        with first_use_alone(self.uri):
+        with self._explaining(), first_use_alone(self.uri):
             self._client = mlflow.MlflowClient(self.uri, self.uri)
             self.experiment_id("Default")
 
@@ -53,29 +56,41 @@ class Store:
         call = getattr(self._client, name)
 
         def checked(*args: Any, **settings: Any) -> Any:
-            try:
+            with self._explaining():
                 return call(*args, **settings)
-            except self._failure as error:
-                raise self._explained(error) from error
 
         return checked
 
-    def _explained(self, error: Any) -> StoreError:
-        reason = " ".join(redacted(error).split())[:200]
-        return StoreError(f"MLflow at {redacted(self.uri)}: {reason}", error.error_code)
+    @contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+            if not isinstance(error, OSError) and _CLIENTS.isdisjoint(packages):
+                raise
+            code = getattr(error, "error_code", "IO")
+            raise StoreError(f"MLflow at {redacted(self.uri)}: {one_line(error)}", code) from error
 
     def experiment_id(self, name: str) -> str:
         """Of the experiment of that name, which is made where there is none."""
         found = self.get_experiment_by_name(name)
-        return found.experiment_id if found else self.create_experiment(name, artifact_location(self.uri))
+        if found is None:
+            try:
+                return self.create_experiment(name, artifact_location(self.uri))
+            except StoreError as error:
+                if error.code != "RESOURCE_ALREADY_EXISTS":  # another process has made it meanwhile
+                    raise
+                found = self.get_experiment_by_name(name)
+        return found.experiment_id
 
     def download(self, location: str, folder: str) -> str:
         """Artifacts at `location` (an artifact URI, or runs:/ID/PATH) into `folder`; returns where they are."""
         from mlflow.artifacts import download_artifacts
 
-        try:
-            return download_artifacts(artifact_uri=location, dst_path=folder, tracking_uri=self.uri)
-        except (self._failure, OSError) as error:
-            if isinstance(error, OSError):
-                raise StoreError(f"{redacted(location)} cannot be read ({error.strerror or error})", "IO") from error
-            raise self._explained(error) from error
+        with self._explaining():
+            try:
+                return download_artifacts(artifact_uri=location, dst_path=folder, tracking_uri=self.uri)
+            except OSError as error:
+                reason = one_line(error.strerror or error)
+                raise StoreError(f"{redacted(location)} cannot be read ({reason})", "IO") from error

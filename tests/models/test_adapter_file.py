@@ -1,9 +1,12 @@
 """The adapter on disk comes back bit for bit, or is refused with one line."""
 
+import functools
 import hashlib
 import json
 import pickle
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,13 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import fulllora_dist as fd
+from fulllora_dist.build import build_evaluator
+from fulllora_dist.config import Config
+from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.adapter_file import merge
 from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.tracking.card import model_card
 from tests.tiny import ARCHITECTURE, pictures, stir, tiny
 
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -187,3 +194,40 @@ def test_what_is_not_that_adapter_is_refused(damage: str, tmp_path: Path) -> Non
 def test_merging_is_refused_with_the_reason() -> None:
     with pytest.raises(UserError, match=r"cannot be merged into W: .*not linear in x"):
         merge(tiny())
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Iterator[str]:
+    """URL of tmp_path on a web server, which asks for no signature."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_what_signs_a_checkpoint_s_url_is_not_kept(web: str, tmp_path: Path) -> None:
+    local = weights(tmp_path / "weights.safetensors", 1)
+    url, folder = f"{web}/weights.safetensors?X-Amz-Signature=dead", str(tmp_path / "adapter")
+    model = stir(from_weights(url, rank=2))
+    fd.save_adapter(model, folder)
+    description = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
+    assert description["backbone"]["checkpoint"] == f"{web}/weights.safetensors?***"
+    with pytest.raises(UserError, match=r"signature of .*safetensors\?\*\*\* was not kept; give checkpoint="):
+        fd.load(folder)
+    for checkpoint in (url, local):
+        assert bits(fd.load(folder, checkpoint=checkpoint)) == bits(model)
+    description["backbone"]["checkpoint"] = url  # as earlier versions wrote it
+    assert "dead" not in model_card(description | {"training": {}})
+    config = {"model": {"backbone": "none"}, "data": {"train": "none"}, "run": {"output": "none"}}
+    config |= {"threat": {"eps": 0.1}, "optim": {"epochs": 1}, "method": {"name": "fgsm_rs"}}
+    ranks = Ranks(0, 1, torch.device("cpu"), control=None)
+    evaluator = build_evaluator(Config.model_validate(config), model.info, ranks, f"{web}/adapter?sig=dead")
+    assert evaluator._facts["adapter"] == f"{web}/adapter?***"
+    for wrong in (f"{web}/gone.safetensors?sig=dead", f"http://me:dead@{web.removeprefix('http://')}/x.pth"):
+        with pytest.raises(UserError, match=r"^model.checkpoint: http") as caught:
+            from_weights(wrong)
+        assert "dead" not in str(caught.value)
+    with pytest.raises(UserError, match=r"has no adapter\.json") as caught:
+        fd.load(f"{web}/gone?sig=dead")
+    assert "dead" not in str(caught.value)

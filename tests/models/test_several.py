@@ -1,6 +1,8 @@
 """Several adapters on one backbone against each adapter loaded alone."""
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,22 @@ def test_attacked_as_each_alone(saved: Callable[..., str]) -> None:
         )
         torch.testing.assert_close(together[own], alone, rtol=0, atol=1e-9)
     assert all(torch.equal(tensor, before[name]) for name, tensor in several.state_dict().items())
+
+
+def test_calls_in_threads_do_not_meet(saved: Callable[..., str]) -> None:
+    """Each waits in the midst of its pass until the other is there, too."""
+    folders = {name: saved(i) for i, name in enumerate("ab")}
+    several, x = fd.MultiAdapter(folders).eval(), pictures()
+    alone = {name: scores(several, x, name) for name in "ab"}
+    both = threading.Barrier(2, timeout=60)
+
+    def meet(*_: Any) -> None:
+        both.wait()
+
+    several.get_submodule("_base.backbone.blocks.0").register_forward_hook(meet)
+    with ThreadPoolExecutor(2) as threads:
+        together = dict(zip("ab", threads.map(lambda name: scores(several, x, name), "ab"), strict=True))
+    assert all(torch.equal(together[name], alone[name]) for name in "ab")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

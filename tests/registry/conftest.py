@@ -1,11 +1,6 @@
 """A real `mlflow server` and a sqlite store, adapters, and evaluations of them."""
 
-import os
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +9,9 @@ import numpy as np
 import pytest
 
 import fulllora_dist as fd
-from fulllora_dist.distributed.ranks import free_port
 from fulllora_dist.evaluation.score import score
 from fulllora_dist.tracking.registry import Registry
+from tests.services.mlflow_server import MlflowServer
 from tests.tiny import CLASSES, stir, tiny
 
 EPS = 8 / 255
@@ -32,51 +27,31 @@ TRAINING = {
 NAME = "vit_tiny_patch16_224_"  # and the weights' sha256, as random weights have no tag
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of an `mlflow server` that serves artifacts, too."""
-    folder, port = tmp_path_factory.mktemp("server"), free_port()
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += [
-        "--backend-store-uri",
-        f"sqlite:///{folder}/mlflow.db",
-        "--artifacts-destination",
-        str(folder / "files"),
-    ]
-    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(f"{url}/health", process)
-        yield url
-    finally:
-        os.killpg(process.pid, 9)
-        process.wait()
+    with MlflowServer(tmp_path_factory.mktemp("server")) as running:
+        running.start()
+        yield running.uri
 
 
-def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until it answers."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
-        try:
-            urllib.request.urlopen(url, timeout=5).read()
-            return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise AssertionError(f"{url} does not answer")
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store in sqlite with nothing in it: making one takes seconds."""
+    file = tmp_path_factory.mktemp("database") / "mlflow.db"
+    Registry(f"sqlite:///{file}", create=True)
+    return file
 
 
 @pytest.fixture(scope="module")
-def sqlite(tmp_path_factory: pytest.TempPathFactory) -> str:
+def sqlite(database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of a store in a file."""
-    return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/mlflow.db"
+    return f"sqlite:///{shutil.copy(database, tmp_path_factory.mktemp('sqlite'))}"
 
 
 @pytest.fixture(params=["sqlite", "server"])
 def registry(request: pytest.FixtureRequest) -> Registry:
-    """Of each kind of store; it is the module's own."""
+    """Of each kind of store; that in a file is the module's own."""
     return Registry(request.getfixturevalue(request.param), create=True)
 
 

@@ -1,5 +1,6 @@
 """@champion: who gets it, what stays, and many at once against real stores."""
 
+import json
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fulllora_dist.tracking import champion
 from fulllora_dist.tracking.champion import LostRace, Outcome, promote, rollback
 from fulllora_dist.tracking.publish import publish
 from fulllora_dist.tracking.registry import Registry, Version
+from fulllora_dist.tracking.store import StoreError
 from tests.registry.conftest import evaluation, right
 
 RULES = Rules(margin=0.01, clean_floor=0.5)
@@ -200,8 +202,96 @@ def test_killed_between_its_writes(
 
 
 def _patient(set_aliases: Any) -> Any:
-    def patiently(turn: Any, champions: list[int]) -> None:
+    def patiently(turn: Any, champions: list[int], **settings: Any) -> None:
         turn._until += 100  # STALE is 0 here, so that the turn would be over at once
-        set_aliases(turn, champions)
+        set_aliases(turn, champions, **settings)
 
     return patiently
+
+
+@pytest.fixture
+def history(sqlite: str) -> tuple[Registry, str, list[int]]:
+    """A model without files, and its champions in turn."""
+    registry, name, champions = Registry(sqlite, create=True), "history", [1, 2, 3, 1]
+    if name not in [model.name for model in registry.store.search_registered_models()]:
+        registry.store.create_registered_model(name)
+        for number in range(1, 5):
+            registry.store.create_model_version(name, f"file:///nowhere/{number}")
+    put(registry, name, champions)
+    return registry, name, champions
+
+
+def put(registry: Registry, name: str, champions: list[int]) -> None:
+    registry.store.set_registered_model_tag(name, "champions", json.dumps(champions))
+    registry.store.set_registered_model_alias(name, "champion", str(champions[-1]))
+
+
+def read(registry: Registry, name: str) -> list[int]:
+    with champion._turn(registry, name, "a look") as turn:
+        return turn.champions()
+
+
+@pytest.mark.parametrize("move", ["promotion", "rollback"])
+def test_no_kill_loses_the_history(
+    history: tuple[Registry, str, list[int]], move: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry, name, before = history
+    after = [*before, 4] if move == "promotion" else before[:-1]
+
+    def change() -> None:
+        if move == "rollback":
+            rollback(registry, name)
+            return
+        with champion._turn(registry, name, "a promotion") as turn:
+            turn.set(after)
+            raise _Killed
+
+    seen = set()
+    for writes in range(5):
+        with monkeypatch.context() as patched:
+            _die_at(registry, patched, writes)
+            with pytest.raises(_Killed):
+                change()
+        now = registry.aliases(name)["champion"]
+        monkeypatch.setattr(champion, "STALE", 0.0)
+        assert read(registry, name) == (after if now == after[-1] else before), writes
+        monkeypatch.undo()
+        seen.add(now)
+        put(registry, name, before)
+    assert seen == {before[-1], after[-1]}
+
+
+def test_an_alias_that_was_moved_by_hand(history: tuple[Registry, str, list[int]]) -> None:
+    registry, name, _ = history
+    for number, champions in ((4, [1, 2, 3, 1, 4]), (2, [1, 2])):
+        registry.store.set_registered_model_alias(name, "champion", str(number))
+        assert read(registry, name) == champions
+
+
+def test_no_way_back_to_a_deleted_version(sqlite: str) -> None:
+    registry, name = Registry(sqlite, create=True), "deleted"
+    registry.store.create_registered_model(name)
+    for _ in range(2):
+        registry.store.create_model_version(name, "file:///nowhere")
+    put(registry, name, [1, 2])
+    registry.store.delete_model_version(name, "1")
+    with pytest.raises(UserError, match="deleted has no version 1; it has versions 2"):
+        rollback(registry, name)
+    assert json.loads(registry.model(name).tags["champions"]) == [1, 2]
+    assert "rolled_back" not in registry.find("deleted/2").tags
+
+
+def test_promoted_though_the_claim_stays(
+    history: tuple[Registry, str, list[int]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registry, name, _ = history
+
+    def broken(*_: str) -> None:
+        raise StoreError("MLflow at x: gone", "IO")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registry.store, "delete_registered_model_tag", broken, raising=False)
+        assert rollback(registry, name) == (3, 1)
+    assert capsys.readouterr().err == "warning: MLflow at x: gone: for 5 minutes others find history taken\n"
+    monkeypatch.setattr(champion, "STALE", 0.0)
+    read(registry, name)  # removes the claim

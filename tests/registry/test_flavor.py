@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from fulllora_dist.tracking import flavor
 from fulllora_dist.tracking.publish import publish
 from fulllora_dist.tracking.registry import Registry
 from tests.models.test_adapter_file import from_weights, no_pickle, weights
-from tests.registry.conftest import TRAINING, evaluation, right, wait_for
+from tests.registry.conftest import TRAINING, evaluation, right
 from tests.tiny import CLASSES, SIDE, stir, tiny
 
 
@@ -125,6 +126,19 @@ def test_the_card(tmp_path: Path) -> None:
     bare = (tmp_path / "bare" / "README.md").read_text()
     assert "Not evaluated." in bare
     assert "No check for masked gradients was made." in bare
+
+
+def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until it answers."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        assert process.poll() is None, f"{process.args} ended with {process.returncode}"
+        try:
+            urllib.request.urlopen(url, timeout=5).read()
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError(f"{url} does not answer")
 
 
 @pytest.mark.long

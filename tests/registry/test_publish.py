@@ -5,8 +5,9 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 
 import fulllora_dist as fd
 from fulllora_dist.errors import UserError
-from fulllora_dist.tracking.publish import Lineage, publish
-from fulllora_dist.tracking.registry import Registry, Version
+from fulllora_dist.tracking.publish import publish
+from fulllora_dist.tracking.registry import Registry, Version, data_name
+from fulllora_dist.tracking.version_tags import Lineage
 from tests.registry.conftest import TRAINING, evaluation, right
 from tests.tiny import pictures
 
@@ -73,6 +75,30 @@ def test_another_evaluation_of_the_same_adapter(registry: Registry, adapter: Cal
         assert version.tags["accuracy.pgd20"].startswith(f"{n / 200:.4f} ")
 
 
+def test_an_attack_whose_name_no_tag_can_have(sqlite: str, adapter: Callable[..., str]) -> None:
+    found = evaluation(right(90))
+    found["attacks"]["apgd-ce+square"] = found["attacks"].pop("pgd20")
+    version = publish(Registry(sqlite, create=True), adapter(seed=3), evaluation=found)
+    assert version.tags["attacks"] == "clean,apgd-ce+square"
+    assert {attack: share for attack, (share, *_) in version.accuracies.items()} == {"clean": 1, "apgd-ce+square": 0.45}
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [
+        ("s3://bucket/imagenet/train", "imagenet"),
+        ("s3://imagenet/train", "imagenet"),
+        ("https://h/b/imagenet/train?X-Amz-Signature=dead", "imagenet"),
+        ("https://h/b/imagenet/train?sig=a/b", "imagenet"),
+        ("HTTPS://h/train", "data"),
+        ("data/digits/shards", "digits"),
+        ("/data/why?not/train", "why?not"),
+    ],
+)
+def test_the_name_of_a_data_set(where: str, name: str) -> None:
+    assert data_name(where) == name
+
+
 def _fork(work: Callable[[], object]) -> int:
     """Do it in a process of its own; returns how that ended, minus the signal's number where one ended it."""
     child = os.fork()
@@ -108,17 +134,36 @@ class _Dying:
         return counted
 
 
-CALLS = 18  # of publishing an adapter with its evaluation: beyond them nothing is killed
+CALLS = 20  # of publishing an adapter with its evaluation: beyond them nothing is killed
+
+
+def of_attack(n: int, attack: str, **facts: Any) -> dict[str, Any]:
+    """An evaluation under that attack."""
+    found = evaluation(right(n), **facts)
+    found["attacks"][attack] = found["attacks"].pop("pgd20")
+    return found
+
+
+def check_tags(version: Version, found: dict[str, Any]) -> None:
+    """They are those of this evaluation, and no others."""
+    assert set(version.accuracies) == set(found["attacks"])
+    assert sum(tag.startswith("accuracy.") for tag in version.tags) == len(found["attacks"])
+    assert version.tags.get("evaluation_data") == found.get("data")
 
 
 def test_twenty_crashes_leave_one_version(server: str, adapter: Callable[..., str]) -> None:
-    """Each at a random point of publishing another adapter, some twice; then the same command again."""
+    """Each at a random point of publishing another adapter, some twice, some in place of an evaluation that is there;
+    then the same command again."""
     registry, rng = Registry(server), random.Random(0)
     experiment = registry.store.experiment_id("adapters")
+    run = registry.store.create_run(experiment).info.run_id
+    lineage = Lineage(run)
     crashes, seed, name = 0, 100, "crashes"
     while crashes < 20:
         folder, seed = adapter(seed=seed), seed + 1
-        found = evaluation(right(seed - 50))
+        found = of_attack(seed - 50, "cw20")
+        if rng.random() < 0.3:
+            publish(registry, folder, evaluation=evaluation(right(1)), name=name, lineage=lineage)
         for _ in range(rng.choice((1, 1, 2))):
             calls, answered = rng.randrange(CALLS), rng.random() < 0.5
 
@@ -127,20 +172,64 @@ def test_twenty_crashes_leave_one_version(server: str, adapter: Callable[..., st
             ) -> None:
                 own = Registry(server)
                 own.store = _Dying(own.store, calls, answered)
-                publish(own, folder, evaluation=found, name=name)
+                publish(own, folder, evaluation=found, name=name, lineage=lineage)
 
             code = _fork(attempt)
             assert code in (0, -signal.SIGKILL)
             crashes += code != 0
-        version = publish(registry, folder, evaluation=found, name=name)
+        version = publish(registry, folder, evaluation=found, name=name, lineage=lineage)
         sha256 = version.tags["adapter_sha256"]
         same = [other for other in registry.versions(name) if other.tags["adapter_sha256"] == sha256]
         assert same == [version]
         assert registry.evaluation(version) == found
+        check_tags(version, found)
         registry.check(version)
         logged = registry.store.search_logged_models([experiment], filter_string=f"tags.adapter_sha256 = '{sha256}'")
         assert [str(model.status) for model in logged] == ["READY"]
+        outputs = [output.model_id for output in registry.store.get_run(run).outputs.model_outputs]
+        assert outputs.count(logged[0].model_id) == 1
     assert len(registry.versions(name)) == seed - 100
+
+
+class _Stopped(BaseException):
+    pass
+
+
+@contextmanager
+def stopped_at(store: Any, name: str, call: int = 0) -> Iterator[None]:
+    """The store's n-th call of that name stops whoever makes it."""
+    whole, left = getattr(store, name), iter(range(call, -1, -1))
+
+    def stopping(*args: Any, **settings: Any) -> Any:
+        if not next(left):
+            raise _Stopped
+        return whole(*args, **settings)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(store, name, stopping, raising=False)
+        with pytest.raises(_Stopped):
+            yield
+
+
+def test_stopped_while_the_evaluation_changes(sqlite: str, adapter: Callable[..., str]) -> None:
+    """The tags of the old one are gone before the new one is the version's."""
+    registry, folder = Registry(sqlite, create=True), adapter(seed=20)
+    found = of_attack(100, "cw20", data=None)
+    for call in range(2):  # accuracy.pgd20 and evaluation_data
+        publish(registry, folder, evaluation=evaluation(right(99)), name="stopped")
+        with stopped_at(registry.store, "delete_model_version_tag", call):
+            publish(registry, folder, evaluation=found, name="stopped")
+        check_tags(publish(registry, folder, evaluation=found, name="stopped"), found)
+
+
+def test_stopped_before_the_model_is_its_run_s(sqlite: str, adapter: Callable[..., str]) -> None:
+    registry, folder = Registry(sqlite, create=True), adapter(seed=21)
+    run = registry.store.create_run(registry.store.experiment_id("linked")).info.run_id
+    with stopped_at(registry.store, "log_outputs"):
+        publish(registry, folder, name="linked", lineage=Lineage(run))
+    version = publish(registry, folder, name="linked", lineage=Lineage(run))
+    (output,) = registry.store.get_run(run).outputs.model_outputs
+    assert version.source == f"models:/{output.model_id}"
 
 
 def test_published_by_several_at_once(registry: Registry, adapter: Callable[..., str]) -> None:
@@ -205,6 +294,10 @@ def test_a_model_is_of_one_backbone_and_threat(sqlite: str, adapter: Callable[..
         publish(registry, adapter(seed=1, training=another), name="one-kind")
     with pytest.raises(UserError, match="one-kind is of another backbone"):
         publish(registry, adapter(seed=0, family="swin"), name="one-kind")
+    other_data = TRAINING | {"data": TRAINING["data"] | {"name": "letters"}}
+    with pytest.raises(UserError, match=r"of another data \(digits, the adapter's is letters\).*or give --data"):
+        publish(registry, adapter(seed=2, training=other_data), name="one-kind")
+    assert publish(registry, adapter(seed=2, training=other_data), name="one-kind", data="digits").number == 2
     with pytest.raises(UserError, match="does not say which data it was trained on; give --data NAME"):
         publish(registry, adapter(training={"threat": TRAINING["threat"]}))
     assert publish(registry, adapter(training={}), evaluation=evaluation(right(1)), data="bees").name.endswith(
@@ -228,8 +321,31 @@ def test_what_there_is_not(sqlite: str, adapter: Callable[..., str]) -> None:
             fd.load(f"models:/{reference}")
     with pytest.raises(UserError, match=r"there is no MLflow store .*nowhere.db; set MLFLOW_TRACKING_URI"):
         Registry("sqlite:///nowhere.db")
-    with pytest.raises(UserError, match=r"^MLflow at http://127.0.0.1:9: "):
-        Registry("http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:9", "sqlite:///{}/no.db", "sqlite:///{}/no.db/mlflow.db", "foo://bar", "file:{}"]
+)
+def test_what_is_no_store(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "no.db").write_text("a note, " * 1000)
+    with pytest.raises(UserError, match=r"^MLflow at (http://127.0.0.1:9|sqlite:|foo:|file:)") as caught:
+        Registry(uri.format(tmp_path), create=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_that_make_an_experiment_at_once(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Registry(sqlite, create=True).store, Registry(sqlite).store
+    look = one.get_experiment_by_name
+
+    def late(name: str) -> Any:
+        monkeypatch.undo()
+        found = look(name)
+        other.experiment_id(name)
+        return found
+
+    monkeypatch.setattr(one, "get_experiment_by_name", late, raising=False)
+    assert one.experiment_id("both") == other.experiment_id("both")
 
 
 def test_an_artifact_that_changed(sqlite: str, adapter: Callable[..., str]) -> None:

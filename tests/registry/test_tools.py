@@ -55,7 +55,7 @@ def test_from_publishing_to_rolling_back(sqlite: str, adapter: Callable[..., str
     text, result, code = call(sqlite, "promote", "bees/2", "--clean-floor", "1", "--margin", "0")
     assert (code, result["outcome"], result["champion"], result["previous"]) == (0, "promoted", 2, 1)
     assert text.splitlines()[0] == "models:/bees/2 is @champion now, @previous is 1"
-    assert "  pgd20: +15.00 points to the champion (paired 95 %: +10.00 to +20.00)" in text.splitlines()
+    assert "  pgd20: +15.00 points to the champion (paired 95 %: +10.00 to +20.61)" in text.splitlines()
     text, result, code = call(sqlite, "promote", "bees@previous")
     assert (code, result["outcome"]) == (1, "refused")
     assert "  against it: pgd20: -15.00 points to the champion" in text
@@ -167,7 +167,7 @@ def test_predictions_go_on_where_they_were(photos: Path, tmp_path: Path, suffix:
     model, output = stir(tiny()), tmp_path / f"out.{suffix}"
     (photos / "ant" / "00.png").write_bytes(b"\x89PNG broken")
     transform = EvalTransform(size=SIDE, crop_pct=1.0)
-    settings: dict[str, Any] = {"batch_size": 5, "progress": False}
+    settings: dict[str, Any] = {"batch_size": 5, "progress": False, "adapter": "c0ffee"}
     counts = predict(model, str(photos), str(output), transform, CLASSES, **settings)
     assert counts == {"pictures": 23, "predicted": 23, "unreadable": 1}
     whole = output.read_bytes()
@@ -185,6 +185,44 @@ def test_predictions_go_on_where_they_were(photos: Path, tmp_path: Path, suffix:
     assert 0 < counts["predicted"] < 23
     assert sorted(output.read_bytes().splitlines()) == sorted(whole.splitlines())
     assert predict(model, str(photos), str(output), transform, CLASSES, **settings)["predicted"] == 0
+    with pytest.raises(UserError, match="holds predictions of the adapter c0ffee, this one is decade; choose another"):
+        predict(model, str(photos), str(output), transform, CLASSES, **settings | {"adapter": "decade"})
+    for begun in (whole[:10], whole[:1], b""):
+        output.write_bytes(begun)
+        assert predict(model, str(photos), str(output), transform, CLASSES, **settings)["predicted"] == 23
+        lines = output.read_bytes().splitlines()
+        assert [line[:20] for line in lines] == [line[:20] for line in whole.splitlines()], "whole lines, in order"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("notes.jsonl", b"my notes"),
+        ("notes.csv", b"my notes"),
+        ("other.jsonl", b'{"picture": "a", "score": 3}\n{"pic'),
+        ("other.csv", b"picture,score\na,3\nb"),
+        ("short.csv", b"picture,class,label,probability,error,adapter\na,3\n"),
+        ("list.jsonl", b"[1]\n"),
+        ("latin.jsonl", b"\xe9\xe8\n\xff"),
+        ("latin.csv", b"\xe9\xe8\n\xff"),
+        ("nul.csv", b"\0\0\n"),
+    ],
+)
+def test_predictions_over_another_file_are_refused(photos: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    output = tmp_path / name
+    output.write_bytes(content)
+    with pytest.raises(UserError, match=f"--output: .*{name} holds something else than predictions") as caught:
+        predict(tiny(), str(photos), str(output), EvalTransform(size=SIDE, crop_pct=1.0), CLASSES, progress=False)
+    assert "\n" not in str(caught.value)
+    assert output.read_bytes() == content
+
+
+def test_predictions_that_cannot_be_written_are_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "file").touch()
+    for output in ("folder.jsonl", "file/out.jsonl"):
+        with pytest.raises(UserError, match=f"--output: .*{output} cannot be written"):
+            predict(tiny(), str(photos), str(tmp_path / output), EvalTransform(size=SIDE, crop_pct=1.0), CLASSES)
 
 
 def test_predictions_for_shards(sqlite: str, adapter: Callable[..., str], photos: Path, tmp_path: Path) -> None:
