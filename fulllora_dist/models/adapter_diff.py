@@ -1,29 +1,23 @@
 """What two adapters differ in: settings, and what each layer adds to its backbone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fulllora_dist.nested import flattened
 
 _NOT_SETTINGS = ("trainable", "trainable_share", "format_version", "sha256", "checksum")
 
 
 def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(name, in A, in B) of all that two descriptions (`read_adapter`) do not share; None where one lacks it."""
-    flat_a, flat_b = dict(_flat(a)), dict(_flat(b))
+    flat_a, flat_b = (
+        dict(flattened({key: value for key, value in one.items() if key not in _NOT_SETTINGS})) for one in (a, b)
+    )
     names = sorted(flat_a.keys() | flat_b.keys())
     return [(name, flat_a.get(name), flat_b.get(name)) for name in names if flat_a.get(name) != flat_b.get(name)]
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if not prefix and key in _NOT_SETTINGS:
-            continue
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def layer_differences(

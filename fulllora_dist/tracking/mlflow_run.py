@@ -21,6 +21,11 @@ _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _retries: str | None = None  # what was set here
 
 
+def allowed_name(name: str) -> str:
+    """Of a metric or tag, as MLflow takes it."""
+    return _NOT_IN_A_NAME.sub("_", name)
+
+
 class Refused(Exception):
     """What was asked for can never be done, so that trying again is no use."""
 
@@ -79,7 +84,7 @@ class MlflowRun:
         points: dict[str, list[Metric]] = {}
         for line in lines:
             for given, value in points_of(line).items():
-                if (name := _NOT_IN_A_NAME.sub("_", given)) not in self._refused:
+                if (name := allowed_name(given)) not in self._refused:
                     points.setdefault(name, []).append(Metric(name, value, line["time"], line["step"]))
         refused: dict[str, str] = {}
         try:
@@ -93,7 +98,7 @@ class MlflowRun:
                 except MlflowException as of_name:
                     if not self._is_for_good(of_name):
                         raise
-                    refused[name] = _line(of_name)
+                    refused[name] = urls.one_line(of_name)
         self._refused |= refused.keys()
         return refused
 
@@ -120,7 +125,7 @@ class MlflowRun:
             raise Refused(f"{event['path']} is not there any more") from error
         except MlflowException as error:
             if self._is_for_good(error):
-                raise Refused(_line(error)) from error
+                raise Refused(urls.one_line(error)) from error
             raise
 
     def _is_for_good(self, error: Any) -> bool:
@@ -160,7 +165,7 @@ class MlflowRun:
     def _tags(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import RunTag
 
-        tags = [RunTag(_NOT_IN_A_NAME.sub("_", name), str(value)[:_LONGEST_TAG]) for name, value in values.items()]
+        tags = [RunTag(allowed_name(name), str(value)[:_LONGEST_TAG]) for name, value in values.items()]
         for some in _parts(tags, _MOST_PARAMS):
             self._client.log_batch(self.id, tags=some)
 
@@ -238,7 +243,3 @@ def first_use_alone(uri: str) -> Iterator[None]:
 
 def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _line(error: Exception) -> str:
-    return urls.redacted(" ".join(str(error).split()))[:200]

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from fulllora_dist.compare import parse_evaluation
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.adapter_file import read_adapter
-from fulllora_dist.tracking.mlflow_run import _NOT_IN_A_NAME
+from fulllora_dist.tracking.mlflow_run import allowed_name
 from fulllora_dist.tracking.store import Store, StoreError
 
 CHAMPION, PREVIOUS = "champion", "previous"
@@ -245,7 +245,7 @@ class Registry:
 
 def accuracy_tag(attack: str) -> str:
     """Name of the tag with an attack's accuracy: MLflow takes no + in it (apgd-ce+square)."""
-    return ACCURACY + _NOT_IN_A_NAME.sub("_", attack)
+    return ACCURACY + allowed_name(attack)
 
 
 def evaluation_file(digest: str) -> str:

@@ -23,6 +23,7 @@ from fulllora_dist.config import Config
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.index_file import published
 from fulllora_dist.data.urls import is_remote, local_path, redacted
+from fulllora_dist.nested import flattened
 from fulllora_dist.tracking.outbox import METRICS, Outbox, belongs
 from fulllora_dist.tracking.shipping import Shipper
 from fulllora_dist.tracking.spool import Line, Spool
@@ -81,7 +82,7 @@ class Tracker:
         self._non_finite = {name for event in earlier if event["do"] == "tags" for name in event["values"]}
         number = 1 + sum(event == {"do": "status", "status": "RUNNING"} for event in earlier)
         if number == 1:
-            params = {name: redacted(value) for name, value in _flat(config.model_dump(mode="json"))}
+            params = {name: redacted(value) for name, value in flattened(config.model_dump(mode="json"))}
             self._event("params", values=params)
         self._event("status", status="RUNNING")
         commit = git_commit()
@@ -268,14 +269,6 @@ def run_name(config: Config) -> str:
 
 def _say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _version(package: str) -> str | None:

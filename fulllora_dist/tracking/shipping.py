@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fulllora_dist.data.urls import redacted
+from fulllora_dist.data.urls import one_line, redacted
 from fulllora_dist.tracking.mlflow_run import MlflowRun, Refused, is_artifact
 from fulllora_dist.tracking.outbox import Outbox
 
@@ -173,5 +173,4 @@ def _reason(error: BaseException) -> str:
     root = error
     while (below := root.__cause__ or root.__context__) is not None:
         root = below
-    text = (isinstance(root, OSError) and root.strerror) or " ".join(str(root).split()) or type(root).__name__
-    return redacted(text)[:200]
+    return one_line((isinstance(root, OSError) and root.strerror) or str(root) or type(root).__name__)
