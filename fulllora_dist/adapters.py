@@ -54,7 +54,8 @@ def load(
             "models:/NAME/3", "runs:/ID/adapter".
         checkpoint: where the backbone's weights lie now, if not where they were at training.
         precision: see `create_model`.
-        uri: MLflow's tracking store; None takes MLflow's own (MLFLOW_TRACKING_URI).
+        uri: MLflow's tracking store, which is its `set_tracking_uri` from then on; None takes the one that is set
+            (MLFLOW_TRACKING_URI).
 
     Raises:
         UserError: missing or damaged files, an unknown version or alias, another backbone, other shapes.

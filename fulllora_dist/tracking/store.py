@@ -47,7 +47,7 @@ class Store:
         file = self.uri.removeprefix("sqlite:///")
         if file != self.uri and not create and not os.path.exists(file):
             raise UserError(f"there is no MLflow store {file}; set MLFLOW_TRACKING_URI (or --uri) to where it is")
-        mlflow.set_tracking_uri(self.uri)
+        mlflow.set_tracking_uri(self.uri)  # create_model_version looks for models:/m-ID there, whatever client asks
         with self._explaining(), first_use_alone(self.uri):
             self._client = mlflow.MlflowClient(self.uri, self.uri)
             self.experiment_id("Default")
