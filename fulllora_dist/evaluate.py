@@ -28,7 +28,7 @@ from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
 from fulllora_dist.models.finetune import AdaptedModel
 
 
-def check_inputs(config: Config, adapter: str | None, output: str | None) -> str:
+def check_inputs(config: Config, adapter: str | None, output: str | None = None) -> str:
     """What can be refused before the ranks meet; returns the folder of shards.
 
     Args:
