@@ -49,7 +49,7 @@ ARMS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "full_rollback": (
         "the same, guard.on_collapse=rollback",
         "#009E73",
-        (*FULL, *FGSM, "guard.on_collapse=rollback", "guard.safer_method={name: pgd, steps: 2}"),
+        (*FULL, *FGSM, "guard.on_collapse=rollback", "guard.safer_method={name: pgd, steps: 2}", "guard.safer_lr=0.1"),
     ),
     "fulllora": ("FullLoRA, FGSM", "#0072B2", FGSM),
 }
