@@ -55,6 +55,17 @@ def check_evaluation(config: Config) -> Subset:
     return Subset(settings.n, settings.first, settings.ids)
 
 
+def check_evaluated(config: Config, validation: Index) -> None:
+    """What `check_evaluation` cannot know without the pictures.
+
+    Raises:
+        UserError: a subset that is none of them, too few classes for an attack.
+    """
+    check_evaluation(config).of(validation, "data.validation")
+    for attack in parse_attacks(config.evaluation.attacks):
+        attack.check_classes(len(validation.classes))
+
+
 def threats(config: Config) -> list[Threat]:
     """The ball of the run, and those of evaluation.eps.
 
@@ -89,12 +100,11 @@ def check_files(config: Config) -> None:
             )
     validation, held_out = indexes.get("data.validation"), indexes.get("data.held_out")
     if validation is not None:
-        check_evaluation(config).of(validation, "data.validation")
-        for attack in parse_attacks(config.evaluation.attacks):
-            attack.check_classes(len(validation.classes))
+        check_evaluated(config, validation)
     for name, other in (("data.train", train), ("data.validation", validation)):
-        shared = 0 if held_out is None or other is None else held_out.pictures_in(other)
-        if held_out is not None and shared > _ACCIDENTS * len(held_out):
+        if held_out is None or other is None:
+            continue
+        if (shared := held_out.pictures_in(other)) > _ACCIDENTS * len(held_out):
             raise UserError(
                 f"data.held_out: {shared} of its {len(held_out)} pictures are in {name}; hold pictures out with "
                 "make_shards.py --holdout"

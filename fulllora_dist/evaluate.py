@@ -18,12 +18,19 @@ import os
 from collections.abc import Sequence
 
 from fulllora_dist.adapters import in_mlflow, load, resolved
-from fulllora_dist.build import build_eval_stream, build_evaluator, build_model, check_evaluation, load_index
+from fulllora_dist.build import (
+    build_eval_stream,
+    build_evaluator,
+    build_model,
+    check_evaluated,
+    check_evaluation,
+    load_index,
+)
 from fulllora_dist.config import AdapterSettings, Config
 from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
 from fulllora_dist.errors import UserError, run_entry
-from fulllora_dist.evaluation import check_output, parse_attacks, table, write_evaluation, write_figures
+from fulllora_dist.evaluation import check_output, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -37,14 +44,11 @@ def check_inputs(config: Config, adapter: str | None, output: str | None = None)
     Raises:
         UserError: naming the setting.
     """
-    subset = check_evaluation(config)
+    check_evaluation(config)
     folder = config.data.validation
     if folder is None:
         raise UserError("data.validation is not set; give the folder of shards to evaluate on")
-    index = load_index(folder, "data.validation")
-    subset.of(index, "data.validation")
-    for attack in parse_attacks(config.evaluation.attacks):
-        attack.check_classes(len(index.classes))
+    check_evaluated(config, load_index(folder, "data.validation"))
     if output is not None:
         check_output(output)
     local = adapter is not None and not in_mlflow(adapter) and "://" not in adapter

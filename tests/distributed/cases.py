@@ -164,9 +164,8 @@ def noise_shards(folder: Path, seed: int, brighter: int = 0, classes: int = 3) -
     for label in range(classes):
         (root / f"class{label}").mkdir(parents=True)
         for i in range(8):
-            pixels = rng.integers(0, 256 - (classes - 1) * brighter, (16, 16, 3), dtype=np.uint8) + np.uint8(
-                label * brighter
-            )
+            pixels = rng.integers(0, 256 - (classes - 1) * brighter, (16, 16, 3), dtype=np.uint8)
+            pixels += np.uint8(label * brighter)
             Image.fromarray(pixels).save(root / f"class{label}" / f"{i}.png")
     make_shards(root, shards, samples_per_shard=9, progress=False)
     return str(shards)

@@ -185,14 +185,10 @@ class Slow(nn.Module):
 
 
 def _outlast(ranks: Ranks, shards: str, seconds: float) -> int:
-    _impatient(ranks, seconds)
+    dataclasses.replace(ranks, patience=timedelta(seconds=seconds)).limit_waiting()
     pieces.STILL_SECONDS = 2.0
     evaluator = Evaluator(["pgd10"], Linf(EPS), ranks, progress=False)
     return evaluator.run(Slow(ranks.rank), _stream(shards, 10))["n"]
-
-
-def _impatient(ranks: Ranks, seconds: float) -> None:
-    dataclasses.replace(ranks, patience=timedelta(seconds=seconds)).limit_waiting()
 
 
 def test_a_piece_may_outlast_the_limit_of_a_collective(server: RankServer, shards: str) -> None:
