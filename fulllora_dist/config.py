@@ -271,7 +271,7 @@ class GuardSettings(Settings):
     """Steps of PGD, at threat.eps."""
     on_collapse: Literal["warn", "stop", "rollback"] = "warn"
     """After a collapse: say so; end the run; or go back to the newest state that was looked at and good, and on from
-    there with safer_method and safer_lr."""
+    there with safer_method, safer_lr and safer_eps."""
     collapse_below: float = Field(0.5, gt=0, lt=1)
     """A collapse is robust accuracy below this share of its best, once that is clearly above chance, and by more than
     two standard errors. With optim.ema it is that of the parameters themselves: their average would show it late."""
@@ -282,6 +282,9 @@ class GuardSettings(Settings):
     keeps others."""
     safer_lr: float = Field(0.5, gt=0, le=1)
     """Factor of the learning rate after each rollback."""
+    safer_eps: Size | None = None
+    """Size of the perturbation that is trained on after a rollback, in pixels of [0, 1]; null keeps that of each phase,
+    and so does a phase with a smaller one."""
 
 
 class PhaseSettings(Settings):
@@ -381,6 +384,7 @@ class Config(Settings):
         if self.threat.norm == "linf":
             sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in _PIXELS}
             sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
+            sizes["guard.safer_eps"] = self.guard.safer_eps
             for name, size in sizes.items():
                 try:
                     check_pixel_range(size or 0)

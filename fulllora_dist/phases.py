@@ -115,12 +115,15 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
         first, made = phases[-1].end, made + phases[-1].updates
     ramps = Ramps(round(config.threat.warmup * first), round(config.threat.step_warmup * first), first)
     for phase in phases:
-        phase.method.ramps = phase.safer.ramps = ramps
+        phase.method.ramps = ramps
+        share = phase.safer.threat.eps / phase.method.threat.eps if phase.method.threat.eps else 1.0
+        # a smaller size is reached sooner, so that nothing shrinks further where a run goes back amid the warm-up
+        phase.safer.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
     guard = config.guard
     if guard.on_collapse == "rollback" and guard.safer_lr == 1 and all(p.safer is p.method for p in phases):
         raise UserError(
             f"guard.safer_lr: 1 leaves nothing safer after a rollback, as the method stays {config.method.name}; "
-            "a smaller number is right, or another guard.safer_method"
+            "a smaller number is right, or another guard.safer_method or guard.safer_eps"
         )
     return Phases(phases)
 
@@ -131,11 +134,13 @@ def _safer(method: Method, config: Config) -> Method:
     Raises:
         UserError: that method keeps something for each slot, which a state from before the rollback would not have.
     """
-    choice = config.guard.safer_method
+    choice, threat = config.guard.safer_method, method.threat
+    if config.guard.safer_eps is not None and config.guard.safer_eps < threat.eps:
+        threat = replace(threat, eps=config.guard.safer_eps)
     if choice is None:
-        if isinstance(method, MultiStep):
+        if isinstance(method, MultiStep) and threat is method.threat:
             return method
-        choice = PGDSettings()
+        choice = method.settings if isinstance(method, MultiStep) else PGDSettings()
     if METHODS[choice.name].slot_state is not Method.slot_state:
         raise UserError(f"guard.safer_method: {choice.name} keeps a perturbation of each picture; pgd is right")
-    return METHODS[choice.name](choice, method.threat, config.run.seed, targets=config.targets)
+    return METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fulllora_dist.config import GuardSettings
+from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.errors import SharedUserError, UserError
+from fulllora_dist.evaluation import size_in
 from fulllora_dist.guard import Guard, Look
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
@@ -32,8 +34,8 @@ class RunState:
         stream: the training batches.
         phases: how it trains when.
         guard: looks at held-out pictures, where there are some.
-        rollbacks: {"at", "to", "safer_method", "safer_lr", "method"} of each time that it went back after a collapse:
-            batches, and how it went on.
+        rollbacks: {"at", "to", "safer_method", "safer_lr", "safer_eps", "method"} of each time that it went back
+            after a collapse: batches, and how it went on.
     """
 
     def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, phases: Phases, guard: Guard | None = None):
@@ -103,8 +105,9 @@ class RunState:
     def _lr_scale(self) -> float:
         return math.prod(rollback["safer_lr"] for rollback in self.rollbacks)
 
-    def advance(self, metrics: dict[str, Tensor]) -> None:
-        """Count the batch that was trained on; log, save, stop and go back where it is time."""
+    def advance(self, batch: Batch) -> None:
+        """Train on a batch, as its phase does now, and count it; log, save, stop and go back where it is time."""
+        metrics = self.phases.step(self.engine, batch, self.step)
         self.step += 1
         self.stream.commit(self.step)
         self.stream.count_bad(self._run.ranks.union)
@@ -182,9 +185,10 @@ class RunState:
         found = run.ranks.on_main(read, f"guard.on_collapse: rollback: {what}; its states cannot be deleted")
         tensors = run.ranks.share_tensors(found and found[0])
         facts = run.ranks.share(found and found[1])
-        method = guard.safer_method and guard.safer_method.model_dump(mode="json")
+        choice = guard.safer_method and guard.safer_method.model_dump(mode="json")
         self.phases = self.phases.safer_from(facts["step"])
-        rollback = {"at": self.step, "to": facts["step"], "safer_method": method, "safer_lr": guard.safer_lr}
+        safer = {"safer_method": choice, "safer_lr": guard.safer_lr, "safer_eps": guard.safer_eps}
+        rollback = {"at": self.step, "to": facts["step"], **safer}
         rollback["method"] = self.phases.at(facts["step"]).method.settings.name  # where safer_method leaves it open
         self.rollbacks = [*self.rollbacks, rollback]
         trainable, _ = self._go_to(tensors, facts)  # a safer method keeps nothing for the slots
@@ -192,9 +196,11 @@ class RunState:
         self.engine.total_updates, self.engine.lr_scale = self.phases.total_updates, self._lr_scale()
         self._skipped = self.engine.skipped
         self._due = True  # what happened is to be in a state soon
+        method = self.phases.at(self.step).method
         run.say(
-            f"warning: {what}; back to batch {self.step}, on with {self.phases.at(self.step).method.settings.name} and "
-            f"{self._lr_scale():g} of the learning rate (rollback {number} of {guard.max_rollbacks})"
+            f"warning: {what}; back to batch {self.step}, on with {method.settings.name} at "
+            f"{size_in(run.config.threat.norm, method.threat.eps)} and {self._lr_scale():g} of the "
+            f"learning rate (rollback {number} of {guard.max_rollbacks})"
         )
 
     def _wants_state(self) -> bool:
@@ -274,10 +280,11 @@ def check_safer(rollback: dict[str, Any], settings: GuardSettings) -> None:
     UserError: the run went on from its last rollback with another safer setting than this.
     """
     now = settings.model_dump(mode="json")
-    for key in ("safer_method", "safer_lr"):
-        if now[key] != rollback[key]:
+    for key in ("safer_method", "safer_lr", "safer_eps"):
+        then = rollback.get(key)  # earlier states have no safer_eps
+        if now[key] != then:
             raise UserError(
-                f"guard.{key}: the run went back to batch {rollback['to']} and on with {rollback[key]}, now it is "
+                f"guard.{key}: the run went back to batch {rollback['to']} and on with {then}, now it is "
                 f"{now[key]}; take that again"
             )
 

@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         guard = build_guard(config, model.info, run.ranks)
         state = RunState(run, model, stream, phases, guard)  # resumes where there is something to resume
         for batch in run.progress(state):
-            metrics = phases.step(state.engine, batch, state.step)
-            state.advance(metrics)
+            state.advance(batch)
         if not state.stopped:
             finish(run, state)
             return 0

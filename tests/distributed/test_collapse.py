@@ -4,23 +4,27 @@ The figures are scripted, the rest is real: which arms collapse by themselves is
 """
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import noise_shards
+from cases import EPS, noise_shards
 from harness import RankServer
 from test_guard import _guarded, _states
 from test_resume import BATCHES, _start, _train
 
+from fulllora_dist import train
 from fulllora_dist.build import build_model
 from fulllora_dist.config import Config, GuardSettings
 from fulllora_dist.distributed.checkpoint import write_state
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.errors import SharedUserError, UserError
+from fulllora_dist.evaluation import size_in
 from fulllora_dist.finish import finish
 from fulllora_dist.guard import Guard, Look, least_that_counts
 from fulllora_dist.phases import build_phases
@@ -48,17 +52,15 @@ def _collapsing(output: Path, shards: str, held_out: str, stage: int, answer: st
     """FGSM without a random start, states after every batch, looks after every second."""
     config = _guarded(output, shards, held_out, stage, 2, ("optim", "lr", 3e-3), *more)
     config["method"] = {"name": "n_fgsm", "noise": 0}
-    config["guard"] |= {"on_collapse": answer}
+    config["guard"] |= {"on_collapse": answer, "safer_eps": config["threat"]["eps"] / 2}
     config["run"]["keep_states"] = 1
     return config
 
 
-def _run(ranks: Ranks, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
-    """As train.py does, with looks that find what the script says; falling over after batch `until` of a run that
-    went back. Batches of each attempt, or the line that ended it."""
+@contextmanager
+def _scripted(script: Script) -> Iterator[None]:
+    """Looks that find what the script says, 0.6 where it says nothing."""
     real = Guard.look
-    seen: list[int] = []
-    said: list[str] = []
 
     def look(guard: Guard, engine: Engine, step: int) -> Look:
         before = dict(vars(guard))
@@ -68,21 +70,38 @@ def _run(ranks: Ranks, settings: dict, script: Script, until: int | None = None,
 
     Guard.look = look  # type: ignore[method-assign]
     try:
-        run, state = _start(ranks, settings)
-        run.say = said.append  # type: ignore[method-assign]
-        for batch in run.progress(state):
-            if state.rollbacks and state.step == until:
-                break
-            state.advance(state.phases.step(state.engine, batch, state.step))
-            seen.append(state.step)
-        if with_end:
-            finish(run, state)
-        run.settle()
-    except SharedUserError as error:
-        return str(error)
+        yield
     finally:
         Guard.look = real  # type: ignore[method-assign]
+
+
+def _run(ranks: Ranks, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
+    """As train.py does; falling over after batch `until` of a run that went back. Batches of each attempt, or the line
+    that ended it."""
+    seen: list[int] = []
+    said: list[str] = []
+    try:
+        with _scripted(script):
+            run, state = _start(ranks, settings)
+            run.say = said.append  # type: ignore[method-assign]
+            for batch in run.progress(state):
+                if state.rollbacks and state.step == until:
+                    break
+                state.advance(batch)
+                seen.append(state.step)
+            if with_end:
+                finish(run, state)
+            run.settle()
+    except SharedUserError as error:
+        return str(error)
     return seen, said
+
+
+def _main(ranks: Ranks, config: Path, script: Script) -> int:
+    """train.py itself."""
+    sys.argv = ["train.py", "--config", str(config)]
+    with _scripted(script):
+        return train.main()
 
 
 def _run_all(ranks: Ranks, runs: Sequence[tuple]) -> list:
@@ -122,11 +141,17 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
     found = server.run(2, _run_all, first, timeout=300)[0]
     for seen, said in found[: len(stages)]:
         assert seen == [1, 2, 3, 2, 3, 4, 5, 6]
-        assert sum("back to batch 2, on with pgd and 0.5 of the learning rate" in line for line in said) == 1
+        safer = f"on with pgd at {size_in('linf', EPS / 2)} and 0.5 of the learning rate"
+        assert sum(f"back to batch 2, {safer}" in line for line in said) == 1
     plain = [_plain(runs["whole", stage], tmp_path / f"plain{stage}") for stage in stages]
     again = [(run, ONCE) for (name, _), run in runs.items() if name != "whole"]
     rest = server.run(2, _train_both, again, plain, timeout=300)[0]
     assert [seen for seen, _ in rest] == [[4, 5, 6]] * len(stages) + [[3, 2, 3, 4, 5, 6]]
+    config = tmp_path / "main.yaml"
+    config.write_text(json.dumps(_collapsing(tmp_path / "main", shards, held_out, stages[0], "rollback")))
+    assert server.run(2, _main, config, ONCE, timeout=300) == [0, 0]
+    ours = _states(tmp_path / "main")[6][0]
+    assert _same(ours, _states(tmp_path / f"plain{stages[0]}")[6][0]), "train.py itself"
     for stage in stages:
         tensors, facts, points = _left(tmp_path / f"whole{stage}")
         assert [(rollback["at"], rollback["to"]) for rollback in facts["rollbacks"]] == [(4, 2)]
@@ -142,7 +167,8 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
 
 def _plain(settings: dict, output: Path) -> dict:
     """The config of a run that is safe from the beginning, with the good state of `settings`'s run as its newest."""
-    safe = settings | {"method": {"name": "pgd"}, "optim": settings["optim"] | {"lr": settings["optim"]["lr"] / 2}}
+    safe = settings | {"phases": [{"share": 1, "method": "pgd", "eps": settings["guard"]["safer_eps"]}]}
+    safe |= {"optim": settings["optim"] | {"lr": settings["optim"]["lr"] / 2}}
     safe |= {"run": settings["run"] | {"output": str(output)}, "guard": settings["guard"] | {"on_collapse": "warn"}}
     tensors, facts = _states(Path(settings["run"]["output"]))[2]
     facts = {key: value for key, value in facts.items() if key not in ("step", "format_version")}
@@ -217,7 +243,7 @@ def test_figures_that_could_be_noise_are_no_collapse(shards: str, held_out: str,
         ({"on_collapse": "stop"}, False, "guard.on_collapse: stop needs data.held_out"),
         ({"on_collapse": "rollback"}, False, "guard.on_collapse: rollback needs data.held_out"),
         ({"on_collapse": "rollback", "safer_method": "free"}, True, "guard.safer_method: free keeps a perturbation"),
-        ({"on_collapse": "rollback", "safer_lr": 1, "safer_method": None}, True, "guard.safer_lr: 1 leaves nothing"),
+        ({"on_collapse": "rollback", "safer_lr": 1, "safer_eps": None}, True, "guard.safer_lr: 1 leaves nothing"),
     ],
 )
 def test_answers_that_cannot_be_are_refused(
@@ -235,3 +261,21 @@ def test_another_safer_setting_is_refused_once_it_is_in_use() -> None:
     check_safer(rollback, GuardSettings())
     with pytest.raises(UserError, match=r"guard\.safer_lr: .* back to batch 2 and on with 0\.5, now it is 0\.25"):
         check_safer(rollback, GuardSettings(safer_lr=0.25))
+    with pytest.raises(UserError, match=r"guard\.safer_eps: .* on with 0\.1, now it is None"):
+        check_safer(rollback | {"safer_eps": 0.1}, GuardSettings())
+
+
+@pytest.mark.parametrize(("method", "steps"), [("n_fgsm", 3), ("pgd", 7)])
+def test_a_safer_size_is_never_a_larger_one(
+    shards: str, held_out: str, tmp_path: Path, method: str, steps: int
+) -> None:
+    """Of phases at eps, two thirds and a third of it; with its own steps where the method has several."""
+    settings = _collapsing(tmp_path, shards, held_out, 0, "rollback", ("guard", "safer_eps", EPS / 2))
+    settings |= {"method": {"name": method} | ({"steps": steps} if method == "pgd" else {})}
+    settings["threat"] = {"eps": EPS, "warmup": 1 / 2}  # 3 of 6 batches: a quarter, a half, three quarters of it
+    settings["phases"] = [{"share": 1 / 3, "eps": EPS * share} for share in (1, 2 / 3, 1 / 3)]
+    safer = [phase.safer for phase in build_phases(Config.model_validate(settings), steps_per_epoch=3).phases]
+    assert [method.threat.eps / EPS for method in safer] == pytest.approx([1 / 2, 1 / 2, 1 / 3])
+    half = safer[0]
+    assert [half.threat_at(step).eps / EPS for step in range(4)] == pytest.approx([1 / 4, 1 / 2, 1 / 2, 1 / 2])
+    assert [(method.settings.name, getattr(method.settings, "steps", None)) for method in safer] == [("pgd", steps)] * 3

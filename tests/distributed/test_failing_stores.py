@@ -39,7 +39,7 @@ def _run(
             run.settle()  # or a state that is due waits for a slow one, and comes a batch later
             if ranks.is_main and state.step in events:
                 subprocess.run(events[state.step], shell=True, check=True)
-            state.advance(state.phases.step(state.engine, batch, state.step))
+            state.advance(batch)
         finish(run, state)
     except SharedUserError as error:
         return str(error), said
@@ -205,7 +205,7 @@ def _slow(ranks: Ranks, settings: dict) -> list[bool]:
         run_state.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]  # rank 0's clock counts
     run, state = _start(ranks, settings)
     for batch in run.progress(state):
-        state.advance(state.phases.step(state.engine, batch, state.step))
+        state.advance(batch)
         if state.step == BATCHES - 1:
             released.set()
     return in_time

@@ -21,6 +21,7 @@ from test_resume import ALL, BATCHES, _config, _expected_tensors, _last, _train,
 
 from fulllora_dist import train
 from fulllora_dist.attacks.threat import L2, Linf
+from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.checkpoint import list_states, read_state
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.ranks import Ranks
@@ -78,9 +79,9 @@ def _hook(rank: int, log: Path, kill: Kill | None, after: int = 0) -> None:
     around(Evaluator, "run", before="evaluation")
     advance = RunState.advance
 
-    def counted(state: RunState, metrics: dict[str, torch.Tensor]) -> None:
+    def counted(state: RunState, batch: Batch) -> None:
         nonlocal batches
-        advance(state, metrics)
+        advance(state, batch)
         batches += 1
 
     RunState.advance = counted  # type: ignore[method-assign]

@@ -77,7 +77,7 @@ def _train(ranks: Ranks, settings: dict, until: int) -> tuple[int, int]:
     run, state = _start(ranks, settings)
     began = state.step
     for batch in run.progress(state):
-        state.advance(state.phases.step(state.engine, batch, state.step))
+        state.advance(batch)
         if state.step == until:
             break
     run.settle()
@@ -185,10 +185,9 @@ def _signalled(ranks: Ranks, settings: dict) -> tuple[int, bool, int | None]:
         run, state = _start(ranks, settings)
         run.stop = stop
         for batch in run.progress(state):
-            metrics = state.phases.step(state.engine, batch, state.step)
             if ranks.rank == 1 and state.step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            state.advance(metrics)
+            state.advance(batch)
             if ranks.rank == 0 and state.stopped:  # the scheduler's signal to the others comes a little later
                 os.kill(os.getpid(), signal.SIGTERM)
         return state.step, state.stopped, stop.signal

@@ -103,7 +103,7 @@ def _run(ranks: Ranks, settings: dict, bad: list[int], until: int) -> tuple[int,
         for batch in run.progress(state):
             if ranks.rank == 1 and state.step in bad:
                 batch = replace(batch, images=batch.pixels() * torch.nan)
-            state.advance(state.phases.step(state.engine, batch, state.step))
+            state.advance(batch)
             if state.step == until:
                 run.settle()
                 break

@@ -20,6 +20,7 @@ from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
 from fulllora_dist import train
+from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
 from fulllora_dist.distributed.ranks import Ranks, free_port
 from fulllora_dist.run_state import RunState
@@ -72,14 +73,14 @@ def _train(ranks: Ranks, config: str, stops: Sequence[int], kill: int | None = N
     advance, gate = RunState.advance, Path(config).with_name("gate")
     longest = 0.0
 
-    def paced(state: RunState, metrics: dict) -> None:
+    def paced(state: RunState, batch: Batch) -> None:
         nonlocal longest
         tracker = state._run.tracker
         if not hasattr(tracker, "timed"):
             tracker.timed = True  # type: ignore[attr-defined]
             for name in ("log", "commit", "system"):
                 setattr(tracker, name, timed(getattr(tracker, name)))
-        advance(state, metrics)
+        advance(state, batch)
         if ranks.rank == 0 and state.step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         if ranks.rank == 0 and state.step in stops:
