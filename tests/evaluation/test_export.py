@@ -1,27 +1,39 @@
 """Programs of others take a model as it is, and find our numbers."""
 
 import importlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
-from eval_cases import EPS, stream
+from eval_cases import EPS, stream, train
+from PIL import Image
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.evaluation import EvalAttack
-from tests.tiny import stir, tiny
+from fulllora_dist.data.decode import EvalTransform
+from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.write import make_shards
+from fulllora_dist.evaluation import EvalAttack, evaluate
+from tests.tiny import SIDE, stir, tiny
+
+
+def _install(folder: Path, *packages: str) -> str:
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), *packages]
+    subprocess.run(command, check=True, timeout=300)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
 def torchattacks(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Without what it asks for: that is a `requests` of 2021, which it uses for downloads alone."""
-    folder = str(tmp_path_factory.mktemp("torchattacks"))
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", folder, "torchattacks==3.5.1"]
-    subprocess.run(command, check=True, timeout=300)
+    folder = _install(tmp_path_factory.mktemp("torchattacks"), "torchattacks==3.5.1")
     sys.path.append(folder)
     try:
         return importlib.import_module("torchattacks")
@@ -43,6 +55,75 @@ def test_torchattacks(torchattacks: ModuleType, healthy: dict[str, fd.AdaptedMod
         found = [(model(adversarial).argmax(dim=1) == y).float().mean().item() for adversarial in (theirs, ours)]
     assert found[0] == pytest.approx(found[1], abs=0.011)
     assert 0.05 < found[1] < 0.95
+
+
+ROBUSTBENCH = ("robustbench==1.1.1", "geotorch", "torchdiffeq", "gdown", "beautifulsoup4", "soupsieve", "setuptools<81")
+"""Not with its timm 1.0.9: it runs with ours."""
+# Release 1.1.1 asks PyPI for pyautoattack and imports it by the name that it has elsewhere.
+BENCHMARK = """
+import json, sys
+import pyautoattack, pyautoattack.state
+sys.modules |= {"autoattack": pyautoattack, "autoattack.state": pyautoattack.state}
+from robustbench.eval import benchmark
+from torchvision.transforms import ToTensor
+import fulllora_dist as fd
+adapter, data, n, eps = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+settings = {"dataset": "imagenet", "threat_model": "Linf", "preprocessing": ToTensor(), "data_dir": data}
+print(json.dumps(benchmark(fd.load(adapter), n_examples=n, eps=eps, batch_size=n, **settings)))
+"""
+
+
+LISTED = 48
+
+
+def _imagenet(folder: Path, listed: list[str]) -> None:
+    """ImageNet's folders with the first pictures of the list, and one in each: noise that its class has in common."""
+    rng = np.random.default_rng(0)
+    one_each = {name.split("/")[0]: name for name in listed}
+    prototypes = {wnid: rng.integers(40, 216, (SIDE, SIDE, 3)) for wnid in sorted(one_each)}
+    for name in {*listed[:LISTED], *one_each.values()}:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        noisy = prototypes[name.split("/")[0]] + rng.normal(0, 10, (SIDE, SIDE, 3))
+        # PNG whatever its name says, so that both read the same pixels
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / name, format="PNG")
+
+
+@pytest.mark.long
+def test_robustbench(tmp_path: Path) -> None:
+    """`benchmark` reads its own list of ImageNet's pictures and the folder that they are in."""
+    installed = _install(tmp_path / "robustbench", *ROBUSTBENCH)
+    listed = (Path(installed) / "robustbench/helper_files/imagenet_test_image_ids.txt").read_text().splitlines()
+    _imagenet(tmp_path / "val", listed)
+    make_shards(tmp_path / "val", tmp_path / "shards", progress=False)
+    (tmp_path / "ids.txt").write_text("\n".join(listed[:LISTED]))
+    pictures = EvalStream(
+        tmp_path / "shards",
+        batch_size=LISTED,
+        transform=EvalTransform(size=SIDE, crop_pct=1.0),
+        subset=Subset(ids=str(tmp_path / "ids.txt")),
+    )
+    (batch,) = pictures
+    classes = len(pictures.index.classes)  # three of ImageNet's have no picture in the list
+    model = tiny(num_classes=classes, mean=(0.5,) * 3, std=(0.25,) * 3, finetune="full", seed=0)
+    train(model, (batch.pixels(), batch.labels), 300, 3, 3e-3)
+    fd.save_adapter(model, str(tmp_path / "adapter"))
+    ours = evaluate(model.eval(), pictures, attacks=("clean", "autoattack"), eps=EPS)["attacks"]
+
+    (tmp_path / "benchmark.py").write_text(BENCHMARK)
+    arguments = [tmp_path / "adapter", tmp_path, str(LISTED), str(EPS)]
+    path = os.pathsep.join([installed, str(Path(fd.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", tmp_path / "benchmark.py", *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=600,
+    )
+    clean, robust = json.loads(done.stdout.splitlines()[-1])
+    assert clean == pytest.approx(ours["clean"]["accuracy"], abs=1e-6)
+    assert robust == pytest.approx(ours["autoattack"]["accuracy"], abs=2 / LISTED + 1e-6)
+    assert 0.1 < robust < clean - 0.1
 
 
 def test_a_loaded_model_is_a_plain_module_in_evaluation_mode(tmp_path: Path) -> None:
