@@ -70,11 +70,11 @@ FGSM without a random start whose eps grows to {LARGE}/255 over half of the run,
 {EPS}/255. The model is XCiT (nano, three blocks, patches of 8 pixels) on 32 pixels, trained on clean digits before.
 Full finetuning and FullLoRA start from the same weights.
 
-Each becomes robust first. As eps grows on, accuracy under FGSM in training returns to 100 % while that under PGD goes
-to the ground: the model has learned to make FGSM harmless, and no curve of the training shows it. Adapters collapse as
-full finetuning does. The guarded run is bit for bit the unguarded one until its guard notices, within 50 batches of the
-fall below half of the best; from there on it is trained by PGD-3 at {EPS}/255 (`guard.safer_eps`) and half the learning
-rate.
+Each becomes robust first. As eps grows on, accuracy under FGSM rises again in training (full finetuning: to 100 %)
+while that under PGD goes to the ground: the model has learned to make FGSM harmless, and no curve of the training shows
+it. FullLoRA collapses at the same eps, and a little later to one class for all. The guarded run is bit for bit the
+unguarded one until its guard notices, within 50 batches of the fall below half of the best; from there on it is trained
+by PGD-3 at {EPS}/255 (`guard.safer_eps`) and half the learning rate.
 
 Plain ViTs are hard to provoke, as others find for finetuning (arXiv 2506.22602): the digits' ViT holds to 60/255, fully
 finetuned or with adapters. ViT-Ti/16 with ImageNet weights, fully finetuned at 96 pixels on 4,600 pictures of
@@ -159,7 +159,7 @@ def draw(results: dict[str, Any]) -> Figure:
     axes.set_xlabel("batch")
     axes.set_ylabel(
         f"accuracy, %\n(PGD-10 on held-out pictures, {size_in('linf', EPS / 255)};"
-        f"\nthin: FGSM in training, to {LARGE}/255)"
+        f"\nthin: training's own attack, to {LARGE}/255)"
     )
     axes.grid(alpha=0.25)
     for side in ("top", "right"):

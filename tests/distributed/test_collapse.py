@@ -270,7 +270,7 @@ def test_a_safer_size_is_never_a_larger_one(
     shards: str, held_out: str, tmp_path: Path, method: str, steps: int
 ) -> None:
     """Of phases at eps, two thirds and a third of it; with its own steps where the method has several."""
-    settings = _collapsing(tmp_path, shards, held_out, 0, "rollback", ("guard", "safer_eps", EPS / 2))
+    settings = _collapsing(tmp_path, shards, held_out, 0, "rollback")
     settings |= {"method": {"name": method} | ({"steps": steps} if method == "pgd" else {})}
     settings["threat"] = {"eps": EPS, "warmup": 1 / 2}  # 3 of 6 batches: a quarter, a half, three quarters of it
     settings["phases"] = [{"share": 1 / 3, "eps": EPS * share} for share in (1, 2 / 3, 1 / 3)]
