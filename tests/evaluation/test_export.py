@@ -59,10 +59,20 @@ def test_torchattacks(torchattacks: ModuleType, healthy: dict[str, fd.AdaptedMod
 
 ROBUSTBENCH = ("robustbench==1.1.1", "geotorch", "torchdiffeq", "gdown", "beautifulsoup4", "soupsieve", "setuptools<81")
 """Not with its timm 1.0.9: it runs with ours."""
-# Release 1.1.1 asks PyPI for pyautoattack and imports it by the name that it has elsewhere.
+# Release 1.1.1 asks PyPI for pyautoattack, and calls it as the autoattack of GitHub, which is the same code: under this
+# name, and with other names of arguments and results.
 BENCHMARK = """
 import json, sys
 import pyautoattack, pyautoattack.state
+
+class AutoAttack(pyautoattack.AutoAttack):
+    def __init__(self, *args, log_path, **settings):
+        super().__init__(*args, **settings)
+
+    def run_standard_evaluation(self, x, y, bs, state_path):
+        return super().run_standard_evaluation(x, y, batch_size=bs)[0]
+
+pyautoattack.AutoAttack = AutoAttack
 sys.modules |= {"autoattack": pyautoattack, "autoattack.state": pyautoattack.state}
 from robustbench.eval import benchmark
 from torchvision.transforms import ToTensor
@@ -74,6 +84,7 @@ print(json.dumps(benchmark(fd.load(adapter), n_examples=n, eps=eps, batch_size=n
 
 
 LISTED = 48
+STRONG = 1.2 * EPS  # at which the model below is right on some of them
 
 
 def _imagenet(folder: Path, listed: list[str]) -> None:
@@ -107,10 +118,10 @@ def test_robustbench(tmp_path: Path) -> None:
     model = tiny(num_classes=classes, mean=(0.5,) * 3, std=(0.25,) * 3, finetune="full", seed=0)
     train(model, (batch.pixels(), batch.labels), 300, 3, 3e-3)
     fd.save_adapter(model, str(tmp_path / "adapter"))
-    ours = evaluate(model.eval(), pictures, attacks=("clean", "autoattack"), eps=EPS)["attacks"]
+    ours = evaluate(model.eval(), pictures, attacks=("clean", "autoattack"), eps=STRONG)["attacks"]
 
     (tmp_path / "benchmark.py").write_text(BENCHMARK)
-    arguments = [tmp_path / "adapter", tmp_path, str(LISTED), str(EPS)]
+    arguments = [tmp_path / "adapter", tmp_path, str(LISTED), str(STRONG)]
     path = os.pathsep.join([installed, str(Path(fd.__file__).parents[1])])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", tmp_path / "benchmark.py", *arguments],
