@@ -138,9 +138,9 @@ def _safer(method: Method, config: Config) -> Method:
     if config.guard.safer_eps is not None and config.guard.safer_eps < threat.eps:
         threat = replace(threat, eps=config.guard.safer_eps)
     if choice is None:
-        if isinstance(method, MultiStep) and threat is method.threat:
-            return method
         choice = method.settings if isinstance(method, MultiStep) else PGDSettings()
+    if choice is method.settings and threat is method.threat:
+        return method
     if METHODS[choice.name].slot_state is not Method.slot_state:
         raise UserError(f"guard.safer_method: {choice.name} keeps a perturbation of each picture; pgd is right")
     return METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)

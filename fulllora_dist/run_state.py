@@ -185,18 +185,16 @@ class RunState:
         found = run.ranks.on_main(read, f"guard.on_collapse: rollback: {what}; its states cannot be deleted")
         tensors = run.ranks.share_tensors(found and found[0])
         facts = run.ranks.share(found and found[1])
-        choice = guard.safer_method and guard.safer_method.model_dump(mode="json")
         self.phases = self.phases.safer_from(facts["step"])
-        safer = {"safer_method": choice, "safer_lr": guard.safer_lr, "safer_eps": guard.safer_eps}
-        rollback = {"at": self.step, "to": facts["step"], **safer}
-        rollback["method"] = self.phases.at(facts["step"]).method.settings.name  # where safer_method leaves it open
+        method = self.phases.at(facts["step"]).method
+        rollback = {"at": self.step, "to": facts["step"], **_safer_setting(guard)}
+        rollback["method"] = method.settings.name  # where safer_method leaves it open
         self.rollbacks = [*self.rollbacks, rollback]
         trainable, _ = self._go_to(tensors, facts)  # a safer method keeps nothing for the slots
         self.engine.restore(trainable)
         self.engine.total_updates, self.engine.lr_scale = self.phases.total_updates, self._lr_scale()
         self._skipped = self.engine.skipped
         self._due = True  # what happened is to be in a state soon
-        method = self.phases.at(self.step).method
         run.say(
             f"warning: {what}; back to batch {self.step}, on with {method.settings.name} at "
             f"{size_in(run.config.threat.norm, method.threat.eps)} and {self._lr_scale():g} of the "
@@ -275,17 +273,20 @@ class RunState:
         self._saved_step, self._saved_at, self._due = self.step, time.monotonic(), False
 
 
+def _safer_setting(settings: GuardSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", include={"safer_method", "safer_lr", "safer_eps"})
+
+
 def check_safer(rollback: dict[str, Any], settings: GuardSettings) -> None:
     """Raises:
     UserError: the run went on from its last rollback with another safer setting than this.
     """
-    now = settings.model_dump(mode="json")
-    for key in ("safer_method", "safer_lr", "safer_eps"):
+    for key, now in _safer_setting(settings).items():
         then = rollback.get(key)  # earlier states have no safer_eps
-        if now[key] != then:
+        if now != then:
             raise UserError(
-                f"guard.{key}: the run went back to batch {rollback['to']} and on with {then}, now it is "
-                f"{now[key]}; take that again"
+                f"guard.{key}: the run went back to batch {rollback['to']} and on with {then}, now it is {now}; "
+                "take that again"
             )
 
 
