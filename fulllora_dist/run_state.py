@@ -14,7 +14,7 @@ from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.guard import Guard, Look
-from fulllora_dist.models.adapter_file import read_adapter
+from fulllora_dist.models.adapter_file import read_adapter, set_adapter_state
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import Phases
 from fulllora_dist.pictures import show_look
@@ -301,4 +301,4 @@ def _start_from(model: AdaptedModel, folder: str) -> None:
             now, then = getattr(mine, key, None), description[section].get(key)
             if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
                 raise UserError(f"adapter.start_from: {folder} was trained with {key} {then}, this run has {now}")
-    model.load_trainable(tensors)
+    set_adapter_state(model, tensors)

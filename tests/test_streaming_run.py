@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import TrainStream
-from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.distributed.ranks import local_launcher
 from tests.services.mock_s3 import MockS3, mock_s3
 
 TRAIN = Path(__file__).parent / "traced_train.py"
@@ -80,12 +79,9 @@ class Job:
         self._environment = os.environ | s3.environment | here
 
     def start(self, ranks: int) -> subprocess.Popen:
-        port = free_port()
-        deepspeed = str(Path(sys.executable).with_name("deepspeed"))
-        command = [deepspeed, "--num_gpus", str(ranks), "--master_port", str(port)] if ranks > 1 else [sys.executable]
         with open(self.folder / "output", "ab") as output:
             return subprocess.Popen(
-                [*command, str(TRAIN), "--config", str(self.folder / "config.yaml")],
+                [*local_launcher(ranks), str(TRAIN), "--config", str(self.folder / "config.yaml")],
                 cwd=self.folder,
                 env=self._environment,
                 stdout=output,

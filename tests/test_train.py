@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.distributed.ranks import local_launcher
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fulllora_dist" / "train.py")
@@ -58,11 +58,8 @@ def config(tmp_path_factory) -> Path:
 
 
 def start(config: Path, *settings: str, ranks: int = 2) -> subprocess.Popen:
-    port = free_port()
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(port)]
-    command = [sys.executable] if ranks == 1 else launcher
     return subprocess.Popen(
-        [*command, TRAIN, "--config", str(config), *settings],
+        [*local_launcher(ranks), TRAIN, "--config", str(config), *settings],
         cwd=config.parent,  # the repository is not the working directory
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

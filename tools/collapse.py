@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from safetensors.torch import save_file
 
-from fulllora_dist import load
-from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.distributed.ranks import local_launcher
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.evaluation import size_in
+from fulllora_dist.models.adapter_file import TENSORS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo_backbone.yaml"
@@ -41,10 +40,10 @@ MODEL = (
     f"data.validation={SHARDS / 'val'}",
     "evaluation.attacks=[clean, fgsm, pgd10]",
 )
-BACKBONE, WEIGHTS = "backbone", RUNS / "backbone.safetensors"
+BACKBONE = "backbone"
 COMMON = (
     *MODEL,
-    f"model.checkpoint={WEIGHTS}",
+    f"model.checkpoint={RUNS / BACKBONE / 'adapter' / TENSORS}",
     "model.pretrained=true",
     f"data.held_out={SHARDS / 'held_out'}",
     "optim.epochs=100",
@@ -108,8 +107,7 @@ def make_shards() -> None:
 
 
 def run(name: str) -> None:
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
-    subprocess.run([*launcher, *command(name)], check=True, env=os.environ | ENVIRONMENT)
+    subprocess.run([*local_launcher(2), *command(name)], check=True, env=os.environ | ENVIRONMENT)
 
 
 def _points(path: Path, metric: str) -> list[list[float]]:
@@ -193,9 +191,9 @@ def write_page() -> None:
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     draw(results).savefig(PICTURE)
     settings = "export " + " ".join(f"{key}={value}" for key, value in ENVIRONMENT.items())
-    commands = [settings, *(shlex.join(["deepspeed", "--num_gpus", "2", *command(name)]) for name in results)]
+    commands = [shlex.join(["deepspeed", "--num_gpus", "2", *command(name)]) for name in (BACKBONE, *results)]
     table = "\n".join(row(name, result) for name, result in results.items())
-    lines = "\n".join(commands)
+    lines = "\n".join([settings, *commands])
     PAGE.write_text(f"{HEAD}{table}\n\n![Held-out accuracy against batches]({PICTURE.name})\n\n```bash\n{lines}\n```\n")
 
 
@@ -211,8 +209,6 @@ def main() -> None:
     if not args.table_only:
         make_shards()
         run(BACKBONE)
-        # with the running statistics of its batch norms, which do not train
-        save_file(load(str(RUNS / BACKBONE / "adapter")).backbone.state_dict(), WEIGHTS)
         for name in wanted:
             run(name)
             write_page()

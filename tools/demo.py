@@ -30,7 +30,7 @@ from fulllora_dist.config_file import load_config
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.distributed.ranks import local_launcher
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.models.adapter_file import load, read_adapter
@@ -89,10 +89,8 @@ def call(what: str, *command: str) -> None:
 
 
 def train(what: str, config: Path, overrides: list[str]) -> None:
-    """train.py on two ranks, on a port that is free."""
-    port = str(free_port())
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(RANKS), "--master_port", port]
-    call(what, *launcher, "fulllora_dist/train.py", "--config", str(config.relative_to(ROOT)), *overrides)
+    """train.py on two ranks."""
+    call(what, *local_launcher(RANKS), "fulllora_dist/train.py", "--config", str(config.relative_to(ROOT)), *overrides)
 
 
 def attack(

@@ -27,7 +27,7 @@ from fulllora_dist.build import build_model
 from fulllora_dist.compare import paired_difference
 from fulllora_dist.config_file import load_config
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.distributed.ranks import local_launcher
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import build_phases
@@ -145,12 +145,8 @@ def make_shards(data: Path) -> None:
 
 
 def run(name: str, checkpoint: Path) -> None:
-    port = str(free_port())
-    launcher = Path(sys.executable).with_name("deepspeed")
     script = [*command(name), f"model.checkpoint={checkpoint}"]
-    subprocess.run(
-        [launcher, "--num_gpus", "2", "--master_port", port, *script], check=True, env=os.environ | ENVIRONMENT
-    )
+    subprocess.run([*local_launcher(2), *script], check=True, env=os.environ | ENVIRONMENT)
 
 
 class _Counter(TorchDispatchMode):

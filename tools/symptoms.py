@@ -9,7 +9,6 @@ evaluations go wrong. About five minutes on two CPU cores.
 import argparse
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from fulllora_dist import evaluate, load
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.loader import EvalStream
-from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.distributed.ranks import local_launcher
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.evaluation import EvalPictures, eval_transform
 from fulllora_dist.evaluation.checks import CHECKS, Numbers
@@ -132,9 +131,8 @@ def train_full() -> None:
         f"run.output={FULL}",
         "tracking=none",
     ]
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*launcher, *script, "evaluation.check=0"], check=True, env=environment)
+    subprocess.run([*local_launcher(2), *script, "evaluation.check=0"], check=True, env=environment)
 
 
 def examine(adapter: Path, broken: str | None = None) -> dict[str, Any]:

@@ -5,9 +5,11 @@ import os
 import re
 import secrets
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -239,3 +241,11 @@ def free_port() -> int:
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port
+
+
+def local_launcher(ranks: int) -> list[str]:
+    """What to put before a script and its arguments to run it on that many ranks of this machine, on a free port."""
+    if ranks == 1:
+        return [sys.executable]
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    return [str(deepspeed), "--num_gpus", str(ranks), "--master_port", str(free_port())]

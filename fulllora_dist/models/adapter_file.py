@@ -1,7 +1,7 @@
 """The adapter on disk: a folder with adapter.safetensors and adapter.json. No pickle, no copy of the backbone.
 
-For `finetune: full` the tensors are the whole model's under timm's keys, so adapter.safetensors is then itself a
-checkpoint that `model.checkpoint` takes.
+For `finetune: full` the tensors are the whole model's under timm's keys, with the statistics of its batch norms, so
+adapter.safetensors is then itself a checkpoint that `model.checkpoint` takes.
 """
 
 import dataclasses
@@ -29,9 +29,35 @@ TENSORS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
 
 
-def adapter_state(model: AdaptedModel) -> dict[str, Tensor]:
-    """{name in the timm model: tensor} of everything that trains, on the CPU. Not under ZeRO-3: see `Engine`."""
-    return {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
+def _statistics(model: AdaptedModel) -> dict[str, Tensor]:
+    """What a file of the whole model holds besides parameters: the backbone's buffers, which do not train."""
+    if model.spec.finetune != "full":
+        return {}
+    parameters = dict(model.backbone.named_parameters())
+    return {name: tensor for name, tensor in model.backbone.state_dict().items() if name not in parameters}
+
+
+def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """{name in the timm model: tensor} of what its file holds, on the CPU.
+
+    Args:
+        trained: everything that trains, where it is not to be the model's own (an average), or not whole (ZeRO-3).
+    """
+    found = {**(model.trainable() if trained is None else trained), **_statistics(model)}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def set_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor]) -> None:
+    """Take over what `adapter_state` gave.
+
+    Raises:
+        UserError: names or shapes differ from this model's.
+    """
+    statistics = _statistics(model)
+    if missing := sorted(statistics.keys() - state.keys()):
+        raise UserError(f"adapter: {missing[0]} is missing")
+    model.load_trainable({name: tensor for name, tensor in state.items() if name not in statistics})
+    model.backbone.load_state_dict({name: state[name] for name in statistics}, strict=False)
 
 
 def adapter_sha256(model: AdaptedModel) -> str:
@@ -56,10 +82,10 @@ def save_adapter(
 
     Args:
         folder: local path or fsspec URL; made where it does not exist.
-        state: tensors to write instead of the model's own (an average of them, or gathered ones).
+        state: what trains, instead of the model's own tensors (an average of them, or gathered ones).
         training: JSON-able facts about how it was trained (threat model, method, data, seed).
     """
-    tensors = save_safetensors(dict(state) if state is not None else adapter_state(model))
+    tensors = save_safetensors(adapter_state(model, state))
     description = {
         "format_version": FORMAT_VERSION,
         "adapter": dataclasses.asdict(model.spec),
@@ -153,7 +179,7 @@ def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "
     else:
         model = build(info, spec, checkpoint=checkpoint, precision=precision)
         check_backbone(folder, info, model.info)
-    model.load_trainable(state)
+    set_adapter_state(model, state)
     if whole_model:  # it still stems from the backbone that it was trained from
         kept = {key: getattr(info, key) for key in ("checkpoint", "pretrained", "own_classes", "sha256")}
         model.info = dataclasses.replace(model.info, **kept)

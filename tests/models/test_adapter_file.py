@@ -23,7 +23,7 @@ from fulllora_dist.errors import UserError
 from fulllora_dist.models.adapter_file import merge
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 from fulllora_dist.tracking.card import model_card
-from tests.tiny import ARCHITECTURE, pictures, stir, tiny
+from tests.tiny import ARCHITECTURE, architecture, pictures, roughen, stir, tiny
 
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 FILES = ("adapter.json", "adapter.safetensors")
@@ -46,8 +46,8 @@ def weights(path: Path, seed: int) -> str:
     return str(path)
 
 
-def from_weights(checkpoint: str, **settings: Any) -> AdaptedModel:
-    return create_model(TAG, **{"checkpoint": checkpoint, "image_size": 16, "architecture": ARCHITECTURE} | settings)
+def from_weights(checkpoint: str, name: str = TAG, **settings: Any) -> AdaptedModel:
+    return create_model(name, **{"checkpoint": checkpoint, "image_size": 16, "architecture": ARCHITECTURE} | settings)
 
 
 def bits(model: AdaptedModel) -> dict[str, bytes]:
@@ -95,11 +95,21 @@ def test_round_trip_over_a_checkpoint_with_chosen_classes(finetune: str, tmp_pat
         assert getattr(back.info, field) == getattr(model.info, field), field
 
 
-def test_a_fully_finetuned_model_is_itself_a_checkpoint(tmp_path: Path) -> None:
-    model = stir(tiny(finetune="full"))
+@pytest.mark.parametrize(("family", "tag"), [("vit", TAG), ("xcit", "xcit_nano_12_p8_224.fb_in1k")])
+def test_a_fully_finetuned_model_is_itself_a_checkpoint(family: str, tag: str, tmp_path: Path) -> None:
+    """Also where it has statistics of batch norms, which do not train and are not those of a new model."""
+    model = roughen(stir(tiny(family, finetune="full")))
+    expected = model(pictures())
     fd.save_adapter(model, str(tmp_path))
-    again = from_weights(str(tmp_path / "adapter.safetensors"), rank=1)
-    assert torch.equal(again(pictures()), model(pictures()))
+    assert torch.equal(fd.load(str(tmp_path))(pictures()), expected)
+    checkpoint = str(tmp_path / "adapter.safetensors")
+    again = from_weights(checkpoint, name=tag, architecture=architecture(family), rank=1)
+    assert torch.equal(again(pictures()), expected)
+    tensors = model.trainable()
+    fd.save_adapter(model, str(tmp_path / "average"), state={name: p.detach() / 2 for name, p in tensors.items()})
+    halved = fd.load(str(tmp_path / "average"))
+    assert all(torch.equal(p, tensors[name] / 2) for name, p in halved.trainable().items())
+    assert all(torch.equal(b, dict(model.backbone.named_buffers())[n]) for n, b in halved.backbone.named_buffers())
 
 
 def test_an_average_is_saved_in_place_of_the_tensors(tmp_path: Path) -> None:
