@@ -278,11 +278,10 @@ class GuardSettings(Settings):
     max_rollbacks: int = Field(2, ge=1)
     """How often a run may go back; one more collapse ends it."""
     safer_method: MethodChoice | None = None
-    """How every batch after a rollback is trained; null takes pgd in place of methods with a single attack step, and
-    keeps others."""
+    """How batches after a rollback are trained; null keeps pgd, trades and mart, and takes pgd in place of the rest."""
     safer_lr: float = Field(0.5, gt=0, le=1)
     """Factor of the learning rate after each rollback."""
-    safer_eps: Size | None = None
+    safer_eps: Annotated[Size, Field(gt=0)] | None = None
     """Size of the perturbation that is trained on after a rollback, in pixels of [0, 1]; null keeps that of each phase,
     and so does a phase with a smaller one."""
 
@@ -300,7 +299,8 @@ class PhaseSettings(Settings):
     """Size of the perturbation in pixels of [0, 1]; null takes threat.eps."""
 
 
-_PIXELS = ("step_size", "start")  # settings of methods that are sizes of a perturbation
+PIXELS = ("step_size", "start")
+"""Settings of methods that are sizes of a perturbation."""
 
 _DERIVED_FROM_OURS = {
     "train_batch_size": "optim.batch_size",
@@ -382,7 +382,7 @@ class Config(Settings):
             if METHODS[method.name].needs_labels and self.targets.mixes:
                 raise ValueError(f"{name}: {method.name} needs one label a picture; leave out targets.mixup and cutmix")
         if self.threat.norm == "linf":
-            sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in _PIXELS}
+            sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in PIXELS}
             sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
             sizes["guard.safer_eps"] = self.guard.safer_eps
             for name, size in sizes.items():

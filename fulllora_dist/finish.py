@@ -22,17 +22,14 @@ def finish(run: Run, state: RunState) -> None:
     output = run.config.run.output
     adapter = os.path.join(output, "adapter")
     tensors = state.engine.adapter()
-    training = _provenance(run.config, state)
 
     def save() -> None:
-        save_adapter(state.engine.model, adapter, state=tensors, training=training)
+        save_adapter(state.engine.model, adapter, state=tensors, training=_provenance(run.config, state))
         run.tracker.artifact(adapter, "adapter")
 
     run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
-    if state.guard is not None and state.guard.best is not None:
-        _save_best(run, state, state.guard.best, training)
-        run.say(_best_and_last(state.guard))
+    save_best(run, state)
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, state.step)
     if run.config.tracking.enabled and run.config.tracking.publish:
@@ -47,13 +44,18 @@ def _publish(run: Run) -> str:
 
 
 def _best_and_last(guard: Guard) -> str:
-    better = "; adapter_best/ is the more robust one (robust overfitting)" if guard.overfitted else ""
+    why = "catastrophic overfitting" if guard.fallen else "robust overfitting"
+    better = f"; adapter_best/ is the more robust one ({why})" if guard.overfitted else ""
     return f"adapter: {guard.described()}{better}"
 
 
-def _save_best(run: Run, state: RunState, best: dict[str, Any], training: dict[str, Any]) -> None:
-    """The adapter of the state with the highest robust accuracy on held-out pictures, in a folder of its own."""
-    folder = os.path.join(run.config.run.output, "adapter_best")
+def save_best(run: Run, state: RunState) -> None:
+    """The adapter of the state with the highest robust accuracy on held-out pictures, in a folder of its own; nothing
+    where no pictures are held out. A collective."""
+    guard = state.guard
+    if guard is None or guard.best is None:
+        return
+    best, folder = guard.best, os.path.join(run.config.run.output, "adapter_best")
     step = best["step"]
 
     def save() -> None:
@@ -64,13 +66,15 @@ def _save_best(run: Run, state: RunState, best: dict[str, Any], training: dict[s
             return
         kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
         tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
-        then = training | {"batches": step, "updates": facts["updates"], "held_out": best}
+        then = _provenance(run.config, state) | {"batches": step, "updates": facts["updates"], "held_out": best}
         then["rollbacks"] = facts.get("rollbacks", [])  # later ones are none of its own
+        then["made"] = state.phases.made(step)
         save_adapter(state.engine.model, folder, state=tensors, training=then)
         run.tracker.artifact(folder, "adapter_best")
 
     run.ranks.on_main(save, f"run.output: no adapter_best in {run.config.run.output}")
     run.say(f"adapter_best: {folder}, of batch {step}")
+    run.say(_best_and_last(guard))
 
 
 def _provenance(config: Config, state: RunState) -> dict[str, Any]:
@@ -78,6 +82,7 @@ def _provenance(config: Config, state: RunState) -> dict[str, Any]:
         "threat": config.threat.model_dump(mode="json"),
         "method": config.method.model_dump(mode="json"),
         "phases": [phase.model_dump(mode="json") for phase in config.phases],
+        "made": state.phases.made(state.step),
         "targets": config.targets.model_dump(mode="json"),
         "optim": config.optim.model_dump(mode="json"),
         "seed": config.run.seed,

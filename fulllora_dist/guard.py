@@ -65,8 +65,8 @@ class Guard:
 
     Attributes:
         attack: its name, as in an evaluation.
-        best: {"step", "robust_accuracy", "of"}: the highest figure so far, the first of equal ones; None before there
-            is one. `of` says what was looked at.
+        best: {"step", "robust_accuracy", "trained", "of"}: the highest figure so far, the first of equal ones; None
+            before there is one. `trained` is that of the parameters that train, `of` says what was looked at.
         last: {"step", "robust_accuracy", "trained"} of the newest look, the last of the parameters that train.
         highest: the highest figure of the parameters that train.
         good: step of the newest good state, to which a run goes back; None where it never does.
@@ -143,7 +143,7 @@ class Guard:
         self.last = {"step": step, "robust_accuracy": score, "trained": trained}
         best = self.best is None or score > self.best["robust_accuracy"]
         if best:
-            self.best = {"step": step, "robust_accuracy": score, "of": self._of}
+            self.best = {"step": step, "robust_accuracy": score, "trained": trained, "of": self._of}
         self.highest = highest = max(self.highest, trained)
         below = trained < self._settings.collapse_below * highest
         fallen = below and highest >= self._least and surely_below(trained, highest, self._n)
@@ -172,6 +172,11 @@ class Guard:
         return found
 
     @property
+    def fallen(self) -> bool:
+        """Whether the last look is a collapse."""
+        return self._fallen
+
+    @property
     def overfitted(self) -> bool:
         """Whether the last look is surely below the best: robust overfitting."""
         if self.best is None or self.last is None:
@@ -194,8 +199,11 @@ class Guard:
     @property
     def good_steps(self) -> list[int]:
         """Steps of the states that a run may go back to, the one to try first first."""
-        best = None if self.best is None else self.best["step"]
-        return list(dict.fromkeys(step for step in (self.good, best) if step is not None))
+        steps = [self.good]
+        # an average may be at its best when the parameters have fallen; earlier states do not say
+        if self.best is not None and self.best.get("trained", 0.0) >= _GOOD * self.highest:
+            steps.append(self.best["step"])
+        return list(dict.fromkeys(step for step in steps if step is not None))
 
     def _attacked(self, model: AdaptedModel) -> tuple[float, float, Examples]:
         """Robust and clean accuracy. Every rank has equally many batches, as the forward passes of ZeRO-3 are

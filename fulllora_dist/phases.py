@@ -7,13 +7,15 @@ batches are counted through, so that a run with phases resumes as any other.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import threat_model
-from fulllora_dist.config import Config, PhaseSettings
+from fulllora_dist.config import PIXELS, Config, PhaseSettings
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.errors import UserError
+from fulllora_dist.evaluation import size_in
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.methods.base import WeightStep
 from fulllora_dist.methods.multi_step import MultiStep
@@ -59,6 +61,19 @@ class Phases:
     def at(self, step: int) -> Phase:
         """The phase of batch `step`; at the run's end the last one."""
         return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
+
+    def made(self, step: int) -> list[dict[str, Any]]:
+        """What the first `step` batches were trained by, JSON-able: batches, method and size of the perturbation."""
+        return [
+            {
+                "first": phase.first,
+                "end": min(phase.end, step),
+                "method": phase.method.settings.model_dump(mode="json"),
+                "eps": phase.method.threat.eps,
+            }
+            for phase in self.phases
+            if phase.first < step
+        ]
 
     def safer_from(self, step: int) -> "Phases":
         """The same run with the safer methods from batch `step` on: as many updates, and as many batches unless they
@@ -120,6 +135,12 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
         # a smaller size is reached sooner, so that nothing shrinks further where a run goes back amid the warm-up
         phase.safer.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
     guard = config.guard
+    largest = max(phase.method.threat.eps for phase in phases)
+    if guard.on_collapse == "rollback" and guard.safer_eps is not None and guard.safer_eps >= largest:
+        raise UserError(
+            f"guard.safer_eps: nothing is trained at more than {size_in(config.threat.norm, largest)}; a smaller one "
+            "is right"
+        )
     if guard.on_collapse == "rollback" and guard.safer_lr == 1 and all(p.safer is p.method for p in phases):
         raise UserError(
             f"guard.safer_lr: 1 leaves nothing safer after a rollback, as the method stays {config.method.name}; "
@@ -134,12 +155,16 @@ def _safer(method: Method, config: Config) -> Method:
     Raises:
         UserError: that method keeps something for each slot, which a state from before the rollback would not have.
     """
-    choice, threat = config.guard.safer_method, method.threat
+    choice, threat, smaller = config.guard.safer_method, method.threat, 1.0
     if config.guard.safer_eps is not None and config.guard.safer_eps < threat.eps:
+        smaller = config.guard.safer_eps / threat.eps
         threat = replace(threat, eps=config.guard.safer_eps)
-    if choice is None:
-        choice = method.settings if isinstance(method, MultiStep) else PGDSettings()
-    if choice is method.settings and threat is method.threat:
+    if choice is None and isinstance(method, MultiStep):  # its sizes in pixels were chosen for the larger eps
+        sizes = {key: getattr(method.settings, key, None) for key in PIXELS}
+        scaled = {key: size * smaller for key, size in sizes.items() if size is not None}
+        choice = method.settings.model_copy(update=scaled)
+    choice = choice or PGDSettings()
+    if choice == method.settings and threat == method.threat:
         return method
     if METHODS[choice.name].slot_state is not Method.slot_state:
         raise UserError(f"guard.safer_method: {choice.name} keeps a perturbation of each picture; pgd is right")

@@ -21,6 +21,10 @@ from fulllora_dist.pictures import show_look
 from fulllora_dist.run import Run
 
 
+class Collapsed(SharedUserError):
+    """The run ends because it has collapsed."""
+
+
 class RunState:
     """The run's position, engine, stream and method, resumed where there is something to resume.
 
@@ -146,16 +150,18 @@ class RunState:
         """As `guard.on_collapse` says; whether the run went back.
 
         Raises:
-            SharedUserError: the run ends here, or cannot go back.
+            Collapsed: the run ends here.
+            SharedUserError: it cannot go back.
         """
         assert self.guard is not None
         run, settings = self._run, self._run.config.guard
+        good = self.guard.good_steps
         what = f"collapse at batch {self.step}: {self.guard.described_fall()}"
         if settings.on_collapse == "warn":
             run.say(f"warning: {what}; guard.on_collapse=stop would end the run here, rollback go back to a good state")
             return False
         if settings.on_collapse == "rollback" and len(self.rollbacks) < settings.max_rollbacks:
-            self._go_back(what, self.guard.good_steps)
+            self._go_back(what, good)
             return True
         run.settle()
         name, advice = "max_rollbacks", "a safer guard.safer_method or a lower optim.lr in another folder is right"
@@ -164,10 +170,8 @@ class RunState:
                 "on_collapse",
                 "with guard.on_collapse=rollback the same command goes on from there",
             )
-        raise SharedUserError(
-            f"guard.{name}: {getattr(settings, name)}: {what}; the newest good state is that of batch "
-            f"{self.guard.good_steps[0]}; {advice}"
-        )
+        newest = f"the newest good state is that of batch {good[0]}" if good else "no good state was kept"
+        raise Collapsed(f"guard.{name}: {getattr(settings, name)}: {what}; {newest}; {advice}")
 
     def _go_back(self, what: str, good: list[int]) -> None:
         """To the first of the states `good` that is whole, and on from there with the safer setting.
@@ -177,12 +181,17 @@ class RunState:
         run, guard = self._run, self._run.config.guard
         number = len(self.rollbacks) + 1
 
+        failing = f"guard.on_collapse: rollback: {what}; cannot go back:"
+
         def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            tensors, facts = run.states.go_back(good)
+            try:
+                tensors, facts = run.states.go_back(good)
+            except UserError as error:
+                raise UserError(f"{failing} {error}") from None
             run.tracker.go_back(facts["step"], f"metrics_before_rollback_{number}.jsonl")
             return tensors, facts
 
-        found = run.ranks.on_main(read, f"guard.on_collapse: rollback: {what}; its states cannot be deleted")
+        found = run.ranks.on_main(read, f"{failing} a state or metrics.jsonl in {run.config.run.output}")
         tensors = run.ranks.share_tensors(found and found[0])
         facts = run.ranks.share(found and found[1])
         self.phases = self.phases.safer_from(facts["step"])

@@ -145,7 +145,7 @@ class States:
             except UserError as error:
                 reasons.append(str(error))
         else:
-            raise UserError(f"no good state to go back to: {'; '.join(reasons)}")
+            raise UserError(f"there is no good state: {'; '.join(reasons) or 'none was kept'}")
         # newest first: whatever is left after a kill is older than the collapse, which is then found again
         for path in list_states(*self._found_in):
             if step_of(path) > step and step_of(path) not in self._damaged:

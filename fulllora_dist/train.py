@@ -18,12 +18,12 @@ from fulllora_dist.build import build_model, build_stream, check_inputs, track_d
 from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import is_main_process
 from fulllora_dist.errors import run_entry
-from fulllora_dist.finish import finish
+from fulllora_dist.finish import finish, save_best
 from fulllora_dist.guard import build_guard
 from fulllora_dist.phases import build_phases
 from fulllora_dist.planning import estimate
 from fulllora_dist.run import start_run
-from fulllora_dist.run_state import RunState
+from fulllora_dist.run_state import Collapsed, RunState
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         phases.prepare(model.backbone, model.info.image_size)
         guard = build_guard(config, model.info, run.ranks)
         state = RunState(run, model, stream, phases, guard)  # resumes where there is something to resume
-        for batch in run.progress(state):
-            state.advance(batch)
+        try:
+            for batch in run.progress(state):
+                state.advance(batch)
+        except Collapsed:
+            save_best(run, state)
+            raise
         if not state.stopped:
             finish(run, state)
             return 0

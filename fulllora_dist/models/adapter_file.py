@@ -48,16 +48,14 @@ def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = No
 
 
 def set_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor]) -> None:
-    """Take over what `adapter_state` gave.
+    """Take over what `adapter_state` gave; buffers that are not in it stay the backbone's.
 
     Raises:
         UserError: names or shapes differ from this model's.
     """
-    statistics = _statistics(model)
-    if missing := sorted(statistics.keys() - state.keys()):
-        raise UserError(f"adapter: {missing[0]} is missing")
+    statistics = {name: state[name] for name in _statistics(model) if name in state}
     model.load_trainable({name: tensor for name, tensor in state.items() if name not in statistics})
-    model.backbone.load_state_dict({name: state[name] for name in statistics}, strict=False)
+    model.backbone.load_state_dict(statistics, strict=False)
 
 
 def adapter_sha256(model: AdaptedModel) -> str:
@@ -176,7 +174,8 @@ def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "
     whole_model = spec.finetune == "full"  # its tensors replace the backbone's: no need to fetch those
     if whole_model:
         model = build(dataclasses.replace(info, checkpoint=None, pretrained=False), spec, precision=precision)
-    else:
+        whole_model = _statistics(model).keys() <= state.keys()  # earlier versions did not write them
+    if not whole_model:
         model = build(info, spec, checkpoint=checkpoint, precision=precision)
         check_backbone(folder, info, model.info)
     set_adapter_state(model, state)

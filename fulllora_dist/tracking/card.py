@@ -44,7 +44,7 @@ def _threat(training: Mapping[str, Any]) -> list[str]:
     threat = training.get("threat")
     if threat is None:
         return ["Not recorded."]
-    return [f"Trained against {size_in(threat['norm'], threat['eps'])}, in pixels of [0, 1]; white box, untargeted."]
+    return [f"Made for {size_in(threat['norm'], threat['eps'])}, in pixels of [0, 1]; white box, untargeted."]
 
 
 def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:
@@ -84,15 +84,21 @@ def _recipe(description: Mapping[str, Any]) -> list[str]:
     spec, training = description["adapter"], description["training"]
     lines = [f"- {key}: {spec[key]}" for key in _HEAD_SETTINGS if spec[key] is not None]
     lines.append(f"- trainable: {description['trainable']:,} parameters, {description['trainable_share']:.2%}")
-    for part in ("method", "optim"):
-        settings = training.get(part, {})
-        if settings:
-            lines.append(f"- {part}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    if training.get("phases"):
-        lines.append(f"- in {len(training['phases'])} phases")
+    for phase in training.get("made", ()):
+        size = size_in(training["threat"]["norm"], phase["eps"])
+        lines.append(f"- batches {phase['first']} to {phase['end']}: {_listed(phase['method'])}; {size}")
+    for rollback in training.get("rollbacks", ()):
+        at, to, factor = (rollback[key] for key in ("at", "to", "safer_lr"))
+        lines.append(f"- collapsed at batch {at}, went back to {to} and on with {factor:g} of the learning rate")
+    if training.get("optim"):
+        lines.append(f"- optim: {_listed(training['optim'])}")
     if "updates" in training:
         lines.append(f"- {training['updates']} updates, seed {training.get('seed')}")
     return lines
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
 def _limits(training: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:

@@ -39,13 +39,14 @@ def facts(description: Mapping[str, Any], lineage: Lineage) -> dict[str, str]:
     """Tags: what it is and where it comes from."""
     backbone, training, spec = description["backbone"], description["training"], description["adapter"]
     threat, data = training.get("threat"), training.get("data", {})
+    methods = dict.fromkeys(phase["method"]["name"] for phase in training.get("made", ()))
     found = {
         SHA256: description["sha256"],
         "backbone": backbone["name"],
         "backbone_sha256": backbone["sha256"],
         "finetune": spec["finetune"],
         "rank": spec["rank"],
-        "method": training.get("method", {}).get("name"),
+        "method": ", ".join(methods) or training.get("method", {}).get("name"),  # as planned, where that is all
         "threat": threat and size_in(threat["norm"], threat["eps"]),
         "data_digest": data.get("index"),
         "git_commit": lineage.git_commit,

@@ -4,6 +4,7 @@ The figures are scripted, the rest is real: which arms collapse by themselves is
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,13 +28,16 @@ from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.finish import finish
 from fulllora_dist.guard import Guard, Look, least_that_counts
+from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.phases import build_phases
 from fulllora_dist.run_state import check_safer
+from fulllora_dist.tracking.card import model_card
 
 # {factor of the learning rate, which tells the attempts apart: {batch: robust accuracy}}; looks at even batches
 ONCE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.6, 6: 0.65}}
 TWICE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.1}, 0.25: {4: 0.6, 6: 0.85}}
 FOR_GOOD = {1.0: {2: 0.8, 4: 0.2, 6: 0.1}}
+AMID = -1  # of a rollback: its states are deleted, its metrics are not
 
 Script = dict[float, dict[int, float]]
 
@@ -76,14 +80,16 @@ def _scripted(script: Script) -> Iterator[None]:
 
 
 def _run(ranks: Ranks, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
-    """As train.py does; falling over after batch `until` of a run that went back. Batches of each attempt, or the line
-    that ended it."""
+    """As train.py does; falling over after batch `until` of a run that went back, or AMID that. Batches of the attempt,
+    or the line that ended it."""
     seen: list[int] = []
     said: list[str] = []
     try:
         with _scripted(script):
             run, state = _start(ranks, settings)
             run.say = said.append  # type: ignore[method-assign]
+            if until == AMID:
+                run.tracker.go_back = _killed  # type: ignore[method-assign]
             for batch in run.progress(state):
                 if state.rollbacks and state.step == until:
                     break
@@ -97,11 +103,18 @@ def _run(ranks: Ranks, settings: dict, script: Script, until: int | None = None,
     return seen, said
 
 
-def _main(ranks: Ranks, config: Path, script: Script) -> int:
-    """train.py itself."""
+def _killed(*_: object) -> None:
+    raise UserError("killed")
+
+
+def _main(ranks: Ranks, config: Path, script: Script) -> int | str:
+    """train.py itself; its exit code, or the line that ended it."""
     sys.argv = ["train.py", "--config", str(config)]
-    with _scripted(script):
-        return train.main()
+    try:
+        with _scripted(script):
+            return train.main()
+    except SharedUserError as error:
+        return str(error)
 
 
 def _run_all(ranks: Ranks, runs: Sequence[tuple]) -> list:
@@ -130,15 +143,17 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.mark.parametrize("stages", [(0, 3), pytest.param((1, 2), marks=pytest.mark.long)])
 def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Path, stages: Sequence[int]) -> None:
     """The rest of the run is that of a plain run with the safer setting from the good state, bit for bit; so is one
-    that was killed after it went back, or (at the first stage) before that was in a state."""
+    that was killed after it went back, or (at the first stage) before that was in a state, or amid it."""
     runs = {
         (name, stage): _collapsing(tmp_path / f"{name}{stage}", shards, held_out, stage, "rollback")
-        for name, at in (("whole", stages), ("late", stages), ("early", stages[:1]))
+        for name, at in (("whole", stages), ("late", stages), ("early", stages[:1]), ("amid", stages[:1]))
         for stage in at
     }
-    until = {"whole": None, "late": 3, "early": 2}
+    until = {"whole": None, "late": 3, "early": 2, "amid": AMID}
     first = [(run, ONCE, until[name]) for (name, _), run in runs.items()]
     found = server.run(2, _run_all, first, timeout=300)[0]
+    assert found[-1].endswith("killed")
+    assert _states(tmp_path / f"amid{stages[0]}").keys() == {2}
     for seen, said in found[: len(stages)]:
         assert seen == [1, 2, 3, 2, 3, 4, 5, 6]
         safer = f"on with pgd at {size_in('linf', EPS / 2)} and 0.5 of the learning rate"
@@ -146,17 +161,23 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
     plain = [_plain(runs["whole", stage], tmp_path / f"plain{stage}") for stage in stages]
     again = [(run, ONCE) for (name, _), run in runs.items() if name != "whole"]
     rest = server.run(2, _train_both, again, plain, timeout=300)[0]
-    assert [seen for seen, _ in rest] == [[4, 5, 6]] * len(stages) + [[3, 2, 3, 4, 5, 6]]
+    assert [seen for seen, _ in rest] == [[4, 5, 6]] * len(stages) + [[3, 2, 3, 4, 5, 6]] * 2
     config = tmp_path / "main.yaml"
     config.write_text(json.dumps(_collapsing(tmp_path / "main", shards, held_out, stages[0], "rollback")))
     assert server.run(2, _main, config, ONCE, timeout=300) == [0, 0]
     ours = _states(tmp_path / "main")[6][0]
     assert _same(ours, _states(tmp_path / f"plain{stages[0]}")[6][0]), "train.py itself"
+    card = model_card(read_adapter(str(tmp_path / "main" / "adapter"))[0])
+    assert re.search(
+        f"- batches 0 to 2: name n_fgsm, .*; {size_in('linf', EPS)}\n- batches 2 to 6: name pgd, .*; "
+        f"{size_in('linf', EPS / 2)}\n- collapsed at batch 4, went back to 2 and on with 0.5 of the learning rate",
+        card,
+    )
     for stage in stages:
         tensors, facts, points = _left(tmp_path / f"whole{stage}")
         assert [(rollback["at"], rollback["to"]) for rollback in facts["rollbacks"]] == [(4, 2)]
         assert _same(tensors, _states(tmp_path / f"plain{stage}")[6][0]), stage
-        for name in ("late", "early") if stage == stages[0] else ("late",):
+        for name in ("late", "early", "amid") if stage == stages[0] else ("late",):
             left = _left(tmp_path / f"{name}{stage}")
             assert _same(tensors, left[0]), (stage, name)
             assert (facts, points) == left[1:], (stage, name)
@@ -202,13 +223,19 @@ def test_other_answers(server: RankServer, shards: str, held_out: str, tmp_path:
         == 1
     )
     assert sum("collapse" in line for line in warned[1]) == 1, "once"
-    assert any("10.0 % at batch 6, best 80.0 % at batch 2; adapter_best/ is the more robust" in x for x in warned[1])
+    best_and_last = "10.0 % at batch 6, best 80.0 % at batch 2; adapter_best/ is the more robust one"
+    assert any(f"{best_and_last} (catastrophic overfitting)" in line for line in warned[1])
     (last,) = [line for line in _left(tmp_path / "warn")[2] if "guard/best_step" in line]
     assert (last["step"], last["guard/best_step"], last["guard/last_robust_accuracy"]) == (6, 2, 0.1)
 
     assert stopped.startswith("guard.on_collapse: stop: collapse at batch 4: ")
     assert "the newest good state is that of batch 2;" in stopped
     assert {2, 3} <= _states(tmp_path / "stop").keys(), "nothing is lost"
+    config = tmp_path / "stop.yaml"
+    config.write_text(json.dumps(make("main", "stop")))
+    assert server.run(2, _main, config, FOR_GOOD, timeout=300)[0].startswith("guard.on_collapse: stop: ")
+    best = json.loads((tmp_path / "main" / "adapter_best" / "adapter.json").read_text())["training"]
+    assert (best["batches"], best["held_out"]["robust_accuracy"]) == (2, 0.8)
 
     assert twice[0] == [1, 2, 3, 2, 3, 2, 3, 4, 5, 6]
     assert [r["safer_lr"] for r in _left(tmp_path / "twice")[1]["rollbacks"]] == [0.5, 0.5]
@@ -244,6 +271,14 @@ def test_figures_that_could_be_noise_are_no_collapse(shards: str, held_out: str,
         ({"on_collapse": "rollback"}, False, "guard.on_collapse: rollback needs data.held_out"),
         ({"on_collapse": "rollback", "safer_method": "free"}, True, "guard.safer_method: free keeps a perturbation"),
         ({"on_collapse": "rollback", "safer_lr": 1, "safer_eps": None}, True, "guard.safer_lr: 1 leaves nothing"),
+        (
+            {"on_collapse": "rollback", "safer_lr": 1, "safer_eps": None, "safer_method": "pgd"},
+            True,
+            "guard.safer_lr: 1 leaves nothing",
+        ),
+        ({"on_collapse": "rollback", "safer_eps": "40/255"}, True, "guard.safer_eps: nothing is trained at more than "),
+        ({"on_collapse": "rollback", "safer_eps": 0}, True, r"guard\.safer_eps"),
+        ({"on_collapse": "rollback", "safer_eps": 4}, True, "guard.safer_eps: 4 is outside"),
     ],
 )
 def test_answers_that_cannot_be_are_refused(
@@ -271,11 +306,13 @@ def test_a_safer_size_is_never_a_larger_one(
 ) -> None:
     """Of phases at eps, two thirds and a third of it; with its own steps where the method has several."""
     settings = _collapsing(tmp_path, shards, held_out, 0, "rollback")
-    settings |= {"method": {"name": method} | ({"steps": steps} if method == "pgd" else {})}
+    settings |= {"method": {"name": method} | ({"steps": steps, "step_size": EPS / 3} if method == "pgd" else {})}
     settings["threat"] = {"eps": EPS, "warmup": 1 / 2}  # 3 of 6 batches: a quarter, a half, three quarters of it
     settings["phases"] = [{"share": 1 / 3, "eps": EPS * share} for share in (1, 2 / 3, 1 / 3)]
     safer = [phase.safer for phase in build_phases(Config.model_validate(settings), steps_per_epoch=3).phases]
     assert [method.threat.eps / EPS for method in safer] == pytest.approx([1 / 2, 1 / 2, 1 / 3])
     half = safer[0]
     assert [half.threat_at(step).eps / EPS for step in range(4)] == pytest.approx([1 / 4, 1 / 2, 1 / 2, 1 / 2])
-    assert [(method.settings.name, getattr(method.settings, "steps", None)) for method in safer] == [("pgd", steps)] * 3
+    assert [(safe.settings.name, safe.settings.steps) for safe in safer] == [("pgd", steps)] * 3
+    if method == "pgd":
+        assert [safe.settings.step_size / EPS for safe in safer] == pytest.approx([1 / 6, 1 / 4, 1 / 3])

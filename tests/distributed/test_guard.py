@@ -173,6 +173,7 @@ def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path
     assert [look.collapsed for look in looks] == [False, False, True, False]
     assert guard.best is not None
     assert (guard.best["step"], guard.good, guard.highest) == (6, 8, 0.95)
+    assert guard.good_steps == [8], "where the average was best the parameters had fallen"
     assert "95.0 % at batch 8, best 95.0 %" in guard.described_fall()
 
 
