@@ -164,7 +164,7 @@ class RunState:
             self._go_back(what, good)
             return True
         run.settle()
-        name, advice = "max_rollbacks", "a safer guard.safer_method or a lower optim.lr in another folder is right"
+        name, advice = "max_rollbacks", "a smaller guard.safer_eps or optim.lr in another folder is right"
         if settings.on_collapse == "stop":
             name, advice = (
                 "on_collapse",

@@ -129,7 +129,14 @@ def make_shards() -> None:
 
 
 def run(name: str) -> None:
-    subprocess.run([*local_launcher(2), *command(name)], check=True, env=os.environ | ENVIRONMENT)
+    """An arm; where it ends by a collapse, what it leaves is evaluated."""
+    environment, folder = os.environ | ENVIRONMENT, RUNS / name
+    done = subprocess.run([*local_launcher(2), *command(name)], env=environment)
+    if done.returncode == 2 and (folder / "adapter_best").is_dir():
+        evaluate = ["fulllora_dist/evaluate.py", "--config", CONFIG, "--adapter", str(folder / "adapter_best")]
+        output = ["--output", str(folder / "evaluation.json")]
+        done = subprocess.run([*local_launcher(2), *evaluate, *output, *MODEL], env=environment)
+    done.check_returncode()
 
 
 def _points(path: Path, metric: str) -> list[list[float]]:
@@ -141,14 +148,15 @@ def read_result(name: str) -> dict[str, Any]:
     """What page and picture need of a run that is done."""
     folder = RUNS / name
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    training = json.loads((folder / "adapter" / "adapter.json").read_text())["training"]
+    newest = max((folder / "states").glob("*/state.json"))
     thrown_away = sorted(folder.glob("metrics_before_rollback_*.jsonl"))
     return {
         "command": command(name),
         "held_out": _points(folder / "metrics.jsonl", "guard/robust_accuracy"),
         "training": _points(folder / "metrics.jsonl", "train/accuracy"),
         "thrown_away": [_points(path, "guard/robust_accuracy") for path in thrown_away],
-        "rollbacks": [{key: rollback[key] for key in ("at", "to")} for rollback in training["rollbacks"]],
+        "rollbacks": [{key: r[key] for key in ("at", "to")} for r in json.loads(newest.read_text())["rollbacks"]],
+        "ended": not (folder / "adapter").is_dir(),
         "attacks": {
             attack: {key: score[key] for key in ("accuracy", "low", "high")}
             for attack, score in evaluation["attacks"].items()
@@ -197,9 +205,11 @@ def row(name: str, result: dict[str, Any]) -> str:
     scores = (
         f"{100 * s['accuracy']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})" for s in result["attacks"].values()
     )
-    went_back = "; ".join(f"at {rollback['at']}, to {rollback['to']}" for rollback in result["rollbacks"]) or "-"
+    went_back = [f"at {rollback['at']}, to {rollback['to']}" for rollback in result["rollbacks"]]
+    if result["ended"]:
+        went_back.append(f"ended at {result['held_out'][-1][0]}")
     held_out = f"{100 * best:.1f} | {100 * result['held_out'][-1][1]:.1f}"
-    return f"| {ARMS[name].part} | {ARMS[name].label} | {went_back} | {held_out} | {' | '.join(scores)} |"
+    return f"| {ARMS[name].part} | {ARMS[name].label} | {'; '.join(went_back) or '-'} | {held_out} | {' | '.join(scores)} |"
 
 
 def write_page() -> None:
