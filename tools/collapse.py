@@ -209,7 +209,8 @@ def row(name: str, result: dict[str, Any]) -> str:
     if result["ended"]:
         went_back.append(f"ended at {result['held_out'][-1][0]}")
     held_out = f"{100 * best:.1f} | {100 * result['held_out'][-1][1]:.1f}"
-    return f"| {ARMS[name].part} | {ARMS[name].label} | {'; '.join(went_back) or '-'} | {held_out} | {' | '.join(scores)} |"
+    arm = f"{ARMS[name].part} | {ARMS[name].label}"
+    return f"| {arm} | {'; '.join(went_back) or '-'} | {held_out} | {' | '.join(scores)} |"
 
 
 def write_page() -> None:
