@@ -42,8 +42,9 @@ def parse_evaluation(content: bytes, name: str) -> dict[str, Any]:
     try:
         found = json.loads(content)
         n = len(found["ids"])
-        whole = all(len(score["correct"]) == n for _, _, score in _scores(found))
-        if n and whole and {"eps", "norm", "precision", "warnings"} <= found.keys():
+        whole = all(len(score["correct"]) == n and {*score["correct"]} <= {0, 1} for _, _, score in _scores(found))
+        listed = isinstance(found["warnings"], list)
+        if n and whole and listed and {"eps", "norm", "precision"} <= found.keys():
             return found
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
@@ -113,7 +114,8 @@ def compare(
 
     Returns:
         {"n", "norm", "rows": [{"attack", "eps", "a", "b": accuracies, "difference", "low", "high" (shares of 1),
-        "only_a", "only_b": pictures that only one has right, "p"}], "warnings": [of both]}.
+        "only_a", "only_b": pictures that only one has right, "p"}], "warnings": [of both, and what of theirs is not
+            compared, or not made alike]}.
 
     Raises:
         UserError: other pictures, norm, precision or data; nothing in common; a picture twice.
@@ -135,7 +137,7 @@ def compare(
     both = [(eps, name, score) for eps, name, score in _scores(a) if (eps, name) in theirs]
     chosen = [row for row in both if attacks is None or row[1] in attacks]
     if not chosen or (attacks is not None and set(attacks) - {name for _, name, _ in chosen}):
-        shown = ", ".join(sorted({f"{name} at {eps:.4g}" for eps, name, _ in both})) or "nothing"
+        shown = ", ".join(_named(a["norm"], [(eps, name) for eps, name, _ in both])) or "nothing"
         raise UserError(f"--attack: {', '.join(attacks or ()) or 'none'} is not in both; in common they have {shown}")
     rng = np.random.default_rng(seed)
     rows = []
@@ -144,7 +146,22 @@ def compare(
         second = np.array(theirs[eps, name]["correct"])[in_b].astype(bool)
         rows.append({"attack": name, "eps": eps, **paired_difference(first, second, samples, rng)})
     warnings = [f"{label}: {line}" for label, found in (("A", a), ("B", b)) for line in found["warnings"]]
+    if attacks is None:
+        common = {(eps, name) for eps, name, _ in both}
+        for label, found in (("A", a), ("B", b)):
+            alone = [(eps, name) for eps, name, _ in _scores(found) if (eps, name) not in common]
+            warnings += [f"only {label} has {', '.join(_named(a['norm'], alone))}"] if alone else []
+    made = [found.get("pictures", {}) for found in (a, b)]
+    warnings += [
+        f"{key} of A is {made[0][key]}, of B {made[1][key]}: not the same pixels"
+        for key in made[0]
+        if key != "batch_size" and made[1].get(key, made[0][key]) != made[0][key]
+    ]
     return {"n": len(ids), "norm": a["norm"], "rows": rows, "warnings": warnings}
+
+
+def _named(norm: str, attacks: Sequence[tuple[float, str]]) -> list[str]:
+    return [name if eps == 0 else f"{name} at {size_in(norm, eps).rpartition(' ')[2]}" for eps, name in attacks]
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random.Generator) -> dict[str, float]:

@@ -184,3 +184,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
     return result
+
+
+def add_number(arguments: argparse.ArgumentParser) -> None:
+    """--n, with a name that DeepSpeed's launcher does not take for one of its own."""
+    arguments.add_argument(
+        "--n",
+        "--pictures",
+        metavar="N",
+        help="evaluation.n: pictures, drawn evenly over the classes (under the deepspeed launcher --pictures alone: it "
+        "takes --n for its own --num_nodes)",
+    )

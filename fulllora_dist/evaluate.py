@@ -2,7 +2,8 @@
 
 One process: `python fulllora_dist/evaluate.py --config FILE --adapter WHERE`. That is a folder, or a version
 in MLflow, models:/NAME@champion. Without --adapter: the bare backbone.
-The model and data.validation come from the config; prints a table, and writes the counts with --output.
+data.validation comes from the config, and so does the backbone where no adapter is given; an adapter says which it is
+of, and a config of another one is refused. Prints a table, and writes the counts with --output.
 """
 
 import sys
@@ -26,12 +27,14 @@ from fulllora_dist.build import (
     check_evaluation,
     load_index,
 )
-from fulllora_dist.config import AdapterSettings, Config
-from fulllora_dist.config_file import load_config, parser
+from fulllora_dist.config import AdapterSettings, Config, ModelSettings
+from fulllora_dist.config_file import add_number, load_config, parser
+from fulllora_dist.data.urls import redacted
 from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
-from fulllora_dist.errors import UserError, run_entry
-from fulllora_dist.evaluation import check_output, table, write_evaluation, write_figures
+from fulllora_dist.errors import SharedUserError, UserError, run_entry
+from fulllora_dist.evaluation import check_output, check_replaced, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
+from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 
 
@@ -61,14 +64,32 @@ def build_evaluated(config: Config, adapter: str | None) -> AdaptedModel:
     """The adapted model in fp32, or the bare backbone where no adapter is given.
 
     Raises:
-        UserError: the adapter cannot be read, or does not belong to the config's backbone.
+        UserError: the adapter cannot be read, or is of another backbone than the config's.
     """
     if adapter is not None:
-        return load(adapter, checkpoint=config.model.checkpoint, uri=config.tracking_uri())
+        model = load(adapter, checkpoint=config.model.checkpoint, uri=config.tracking_uri())
+        _check_backbone(config.model, model.info, adapter)
+        return model
     in_fp32 = config.model.model_copy(update={"precision": "fp32"})
     # finetune: head adds nothing to the backbone
     bare = config.model_copy(update={"finetune": "head", "adapter": AdapterSettings(), "model": in_fp32})
     return build_model(bare)
+
+
+def _check_backbone(settings: ModelSettings, info: BackboneInfo, adapter: str) -> None:
+    """Refuse settings that would have no effect, as the adapter says what its backbone is."""
+    arch, _, tag = settings.backbone.partition(".")
+    its_arch, _, its_tag = info.name.partition(".")
+    same = arch == its_arch and (not tag or not its_tag or tag == its_tag)
+    others = ("num_classes", "classes", "image_size", "mean", "std", "architecture")
+    pairs = {"backbone": (settings.backbone, settings.backbone if same else info.name)}
+    pairs |= {key: (getattr(settings, key), getattr(info, key)) for key in others if getattr(settings, key)}
+    for key, (ours, its) in pairs.items():
+        if (list(ours) if isinstance(ours, tuple) else ours) != (list(its) if isinstance(its, tuple) else its):
+            raise SharedUserError(
+                f"model.{key}: {ours}, but the adapter {redacted(adapter)} is of {its}; give the config that it was "
+                "trained with"
+            )
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -88,7 +109,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         metavar="A,B",
         help="evaluation.attacks: clean, fgsm, pgdK, cwK, dlrK, pgdKxR with R restarts, autoattack, apgd-ce+square",
     )
-    arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
+    add_number(arguments)
     arguments.add_argument("--first", metavar="N", help="evaluation.first: the first N pictures")
     arguments.add_argument("--ids", metavar="FILE", help="evaluation.ids: a file with an id or a picture's name a line")
     arguments.add_argument("--eps", metavar="K/255,...", help="threat.eps, and evaluation.eps where there are several")
@@ -100,8 +121,13 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         "table alone",
     )
     args = arguments.parse_intermixed_args(argv)
-    if args.norm is not None and args.eps is None:
-        raise UserError("--norm: the balls of linf and l2 have no common size; give --eps too")
+    for name in ("attacks", "n", "first", "ids", "eps", "norm", "output"):
+        given = getattr(args, name)
+        if given is not None and not all(part.strip() for part in given.split(",")):
+            raise UserError(f"--{name}: {given!r} is empty somewhere; leave the option out, or give what it takes")
+    named = {override.partition("=")[0] for override in args.overrides}
+    if (args.norm is not None or "threat.norm" in named) and args.eps is None and "threat.eps" not in named:
+        raise UserError("threat.norm: the balls of linf and l2 have no common size; give --eps too")
     eps, *more = args.eps.split(",") if args.eps else (None,)
     short = {
         "evaluation.attacks": args.attacks and f"[{args.attacks}]",
@@ -127,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
     sha256 = None if adapter is None else adapter_sha256(model)
     evaluator = build_evaluator(config, model.info, ranks, adapter, sha256)
+    if args.output:
+        ranks.on_main(lambda: check_replaced(args.output, config.evaluation.attacks, len(stream.ids)))
 
     def write(results: dict[str, Any]) -> None:
         print(table(results), flush=True)

@@ -144,8 +144,20 @@ def test_what_cannot_be_compared_is_refused(facts: dict[str, Any], message: str)
 
 def test_an_attack_that_one_has_not_is_refused() -> None:
     a, b = pair(100)
-    with pytest.raises(UserError, match=r"--attack: cw20 is not in both; in common they have clean at 0, pgd20 at"):
+    with pytest.raises(UserError, match=r"--attack: cw20 is not in both; in common they have clean, pgd20 at 4/255"):
         compare(evaluation(a), evaluation(b), attacks=["cw20"])
+
+
+def test_what_is_not_compared_is_said() -> None:
+    a, b = pair(100)
+    one, other = evaluation(a), evaluation(b, eps=8 / 255)
+    found = compare({**one, "pictures": {"crop_pct": 0.9, "batch_size": 4}}, {**other, "pictures": {"crop_pct": 1.0}})
+    assert [row["attack"] for row in found["rows"]] == ["clean"]
+    assert found["warnings"] == [
+        "only A has pgd20 at 4/255",
+        "only B has pgd20 at 8/255",
+        "crop_pct of A is 0.9, of B 1.0: not the same pixels",
+    ]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"ids": [1], "attacks": {"clean": {"correct": []}}, "eps": 0}'])
@@ -164,5 +176,6 @@ def test_command_line(tmp_path: Path) -> None:
     done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n"] == 200
-    failed = subprocess.run([*command, "--attack", "cw"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (failed.returncode, len(failed.stderr.splitlines())) == (2, 1)
+    for wrong in (["--attack", "cw"], ["--seed", "-1"], ["--samples", "100000000000"]):
+        failed = subprocess.run([*command, *wrong], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert (failed.returncode, len(failed.stderr.splitlines())) == (2, 1), failed.stderr

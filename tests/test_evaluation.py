@@ -22,13 +22,15 @@ from torch import Tensor, nn
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.config_file import load_config
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.write import make_shards
-from fulllora_dist.distributed.ranks import Ranks, free_port
+from fulllora_dist.distributed.ranks import Counters, Ranks, free_port
 from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
+from fulllora_dist.evaluation import EvalAttack, Evaluator, check_replaced, evaluate, table, write_evaluation
+from fulllora_dist.evaluation.pieces import Progress
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.rng import sample_rng
 from fulllora_dist.tracking.publish import publish
@@ -334,7 +336,11 @@ def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, mode
     here = evaluate(model, stream(shards, 13), attacks=("cw3",), eps=0.5, norm="l2", seed=7, check=50)
     assert (here["norm"], here["eps"]) == ("l2", 0.5)
     assert here != {**evaluate(model, stream(shards, 13), attacks=("cw3",), eps=0.5, seed=7, check=50), "norm": "l2"}
-    assert json.loads(output.read_text()) == {**here, "backbone": "vit_tiny_patch16_224.augreg_in21k"}
+    assert here["pictures"] == {"size": SIDE, "crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"} | {
+        "batch_size": 4
+    }
+    made = here["pictures"] | {"batch_size": 5}
+    assert json.loads(output.read_text()) == {**here, "backbone": "vit_tiny_patch16_224.augreg_in21k", "pictures": made}
 
 
 def test_listed_pictures_at_several_eps(experiment: Path, shards: Path) -> None:
@@ -390,7 +396,11 @@ def entry() -> ModuleType:
         (["--first", "40"], r"evaluation.first: 40; .* has 33 samples"),
         (["--first", "4", "--n", "4"], r"evaluation.n, evaluation.first and evaluation.ids: one of them is right"),
         (["--ids", "nowhere.txt"], r"evaluation.ids: nowhere.txt cannot be read"),
-        (["--norm", "l2"], r"--norm: .* no common size; give --eps too"),
+        (["--norm", "l2"], r"threat.norm: .* no common size; give --eps too"),
+        (["threat.norm=l2"], r"threat.norm: .* no common size; give --eps too"),
+        (["--ids", ""], r"--ids: '' is empty"),
+        (["--attacks", "clean,,pgd2"], r"--attacks: 'clean,,pgd2' is empty somewhere"),
+        (["--output", "config.yaml"], r"--output: config.yaml is there and no result of an evaluation"),
         (["--n", "0"], r"evaluation.n: .*greater than or equal to 1"),
         (["--adapter", "nowhere"], r"--adapter: nowhere holds no adapter.json"),
         (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
@@ -405,10 +415,82 @@ def entry() -> ModuleType:
 def test_bad_input_is_refused_before_the_ranks_meet(
     experiment: Path, entry: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
+    monkeypatch.chdir(experiment)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", str(experiment / "config.yaml"), *arguments])
     with pytest.raises(UserError, match=message):
         entry.main()
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.backbone=vit_small_patch16_224", r"model.backbone: vit_small_patch16_224, but .* is of vit_tiny_patch"),
+        ("model.backbone=vit_tiny_patch16_224.other", r"model.backbone: vit_tiny_patch16_224.other, but the adapter "),
+        ("model.mean=[0.1,0.1,0.1]", r"model.mean: \(0.1, 0.1, 0.1\), but the adapter .* is of "),
+        ("model.image_size=32", r"model.image_size: 32, but the adapter .* is of 16; give the config that it was tr"),
+        ("model.architecture.depth=5", r"model.architecture: .*'depth': 5.*, but the adapter .* is of "),
+        ("model.num_classes=7", r"model.num_classes: 7, but the adapter .* is of 4"),
+    ],
+)
+def test_an_adapter_of_another_model_than_the_config_s_is_refused(
+    experiment: Path, entry: ModuleType, setting: str, message: str
+) -> None:
+    config = load_config(str(experiment / "config.yaml"), [setting])
+    with pytest.raises(UserError, match=message):
+        entry.build_evaluated(config, str(experiment / "adapter"))
+    without_a_tag = load_config(str(experiment / "config.yaml"), ["model.backbone=vit_tiny_patch16_224"])
+    assert isinstance(entry.build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
+
+
+def test_what_another_evaluation_found_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    check_replaced(path, ["clean"], 1)
+    path.write_text(json.dumps({"n": 33, "attacks": {"clean": {}, "autoattack": {}}}))
+    check_replaced(path, ["clean", "autoattack", "pgd20"], 33)
+    with pytest.raises(UserError, match=r"--output: .* holds an evaluation under autoattack; name another file, or de"):
+        check_replaced(path, ["clean"], 40)
+    with pytest.raises(UserError, match=r"--output: .* holds an evaluation of 33 pictures; name another file"):
+        check_replaced(path, ["clean", "autoattack"], 32)
+
+
+def test_clean_and_checks_come_first_and_the_bar_moves_within_a_piece(shards: Path, model: fd.AdaptedModel) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    pictures = stream(shards)
+    pieces = Evaluator(["pgd4", "clean", "autoattack"], Linf(EPS), ranks, check=8)._pieces([""], pictures, pictures.ids)
+    order = list(dict.fromkeys(piece.attack.name if piece.attack else "checks" for piece in pieces))
+    assert order == ["clean", "checks", "autoattack", "pgd4"]
+    progress = Progress(pieces, pieces, {}, Counters(None), ["4/255"], shows=False)
+    piece = next(piece for piece in pieces if piece.attack and piece.attack.name == "pgd4")
+    done = []
+    with progress, progress.seen(model):
+        progress.begin(piece)
+        for number in range(8):
+            progress._shown_at -= 2  # shown two seconds ago
+            with torch.set_grad_enabled(number > 1):
+                model(torch.rand(len(piece.ids), 3, SIDE, SIDE))
+            done.append(progress.counters.add("passes", 0) / len(piece.ids))
+        progress.add(piece, [1] * len(piece.ids))
+    assert done == [1, 2, 4, 6, 8, 10, 10, 10], "never more than the piece has"
+    assert progress.counters.add("passes", 0) == piece.passes == 10 * len(piece.ids)
+
+
+def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:
+    """An evaluation that could not be written goes on with other checks: no attack is made again."""
+    ranks = Ranks(0, 1, torch.device("cpu"), None)
+
+    def fail(_: object) -> None:
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="the disk is full"):
+        Evaluator(["pgd2"], Linf(EPS), ranks, progress=False).run(model, stream(shards), tmp_path, fail)
+    passes = []
+    handle = model.register_forward_hook(lambda *_: passes.append(1))
+    Evaluator(["pgd2"], Linf(EPS), ranks, check=2, progress=False).run(model, stream(shards), tmp_path)
+    with_checks = len(passes)
+    Evaluator(["clean"], Linf(EPS), ranks, check=2, progress=False).run(model, stream(shards))
+    handle.remove()
+    assert with_checks == len(passes) - with_checks - len(stream(shards).batches)
 
 
 def test_an_adapter_by_its_alias(experiment: Path, shards: Path, tmp_path: Path) -> None:

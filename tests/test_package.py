@@ -1,7 +1,9 @@
 """What a newcomer meets: the wheel, the README's lines, a light import."""
 
+import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -65,3 +67,24 @@ def test_the_readme_s_python_lines_run(tmp_path: Path, monkeypatch) -> None:
     exec(block, names)
     assert (names["x_adv"] - names["x"]).abs().max() <= 4 / 255 + 1e-7
     assert isinstance(names["model"], fd.AdaptedModel)
+
+
+def test_deepspeed_s_launcher_takes_the_printed_commands() -> None:
+    """It reads options that stand behind the script too, where they are beginnings of its own (`--n`)."""
+    from deepspeed.launcher.runner import parse_args
+
+    commands = []
+    files = itertools.chain.from_iterable(ROOT.glob(glob) for glob in ("*.md", "docs/*.md", "*/*.py", "configs/*.yaml"))
+    for file in files:
+        lines = iter(file.read_text().splitlines())
+        for line in lines:
+            line = line.lstrip("# ")
+            if line.startswith("deepspeed "):
+                while line.rstrip().endswith("\\"):
+                    line = line.rstrip()[:-1] + next(lines)
+                words = shlex.split(line.replace("--num_gpus N", "--num_gpus 2"), comments=True)
+                commands.append((file.name, words[1:]))
+    assert len(commands) > 10
+    for name, command in commands:
+        parsed = parse_args(command)
+        assert parsed.user_script.endswith(".py"), (name, command)

@@ -14,6 +14,8 @@ import sys
 from fulllora_dist.compare import compare, comparison_table, read_evaluation
 from fulllora_dist.errors import UserError, run_entry
 
+MOST_SAMPLES = 10_000_000  # some hundred MB
+
 
 def main() -> None:
     """Compare as the command line says."""
@@ -26,8 +28,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     args = parser.parse_args()
-    if args.samples < 1:
-        raise UserError(f"--samples: {args.samples}; a positive number is right")
+    if not 1 <= args.samples <= MOST_SAMPLES:
+        raise UserError(f"--samples: {args.samples}; a number from 1 to {MOST_SAMPLES:,} is right")
+    if args.seed < 0:
+        raise UserError(f"--seed: {args.seed}; 0 or more is right")
     settings = {"attacks": args.attack, "shared": args.shared, "samples": args.samples, "seed": args.seed}
     found = compare(read_evaluation(args.a), read_evaluation(args.b), **settings)
     if args.json:
@@ -35,7 +39,7 @@ def main() -> None:
         for line in found["warnings"]:
             print(f"warning: {line}", file=sys.stderr)
     else:
-        print(comparison_table(found))
+        print(f"A: {args.a}\nB: {args.b}\n\n{comparison_table(found)}")
 
 
 if __name__ == "__main__":

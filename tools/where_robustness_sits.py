@@ -1,6 +1,7 @@
 """Where robustness sits: the size of each branch beside W, and the accuracy lost when branches are switched off.
 
-    deepspeed --num_gpus N tools/where_robustness_sits.py --config FILE --adapter FOLDER --attack pgd10 --n 200
+    deepspeed --num_gpus N tools/where_robustness_sits.py --config FILE --adapter FOLDER --attack pgd10 \\
+        --pictures 200
 
 One process: `python tools/where_robustness_sits.py ...`. Adversarial examples are made anew against each model whose
 branches are off. Prints a table, and writes where.json with where.png beside it. The same command goes on after a kill.
@@ -13,7 +14,7 @@ from typing import Any
 from fulllora_dist.adapters import resolved
 from fulllora_dist.build import build_eval_stream, build_evaluator, check_evaluation
 from fulllora_dist.config import Config
-from fulllora_dist.config_file import load_config, parser
+from fulllora_dist.config_file import add_number, load_config, parser
 from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
 from fulllora_dist.errors import UserError, run_entry
 from fulllora_dist.evaluate import build_evaluated, check_inputs
@@ -31,7 +32,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     arguments = parser(__doc__ or "")
     arguments.add_argument("--adapter", metavar="WHERE", required=True, help="a folder, or models:/NAME@ALIAS")
     arguments.add_argument("--attack", metavar="NAME", default="pgd10", help="of evaluate.py's (default: pgd10)")
-    arguments.add_argument("--n", metavar="N", help="evaluation.n: pictures, drawn evenly over the classes")
+    add_number(arguments)
     arguments.add_argument(
         "--by",
         default="component,block",
@@ -41,8 +42,10 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     arguments.add_argument("--output", metavar="FILE", default="where.json", help="default: where.json")
     args = arguments.parse_intermixed_args(argv)
     args.by = parse_by(args.by)
-    if args.attack == "clean":
-        raise UserError("--attack: clean is always measured; name one that changes pictures, e.g. pgd10")
+    if args.attack == "clean" or "," in args.attack:
+        raise UserError(f"--attack: {args.attack}; one that changes pictures is right, e.g. pgd10")
+    if not args.output.endswith(".json"):
+        raise UserError(f"--output: {args.output}; a name that ends in .json is right, the figure goes beside it")
     # of symptoms of masked gradients evaluate.py has told: here they would be looked for in each variant
     short = [f"evaluation.attacks=[clean,{args.attack}]", "evaluation.eps=[]", "evaluation.check=0"]
     short += [f"evaluation.n={args.n}"] if args.n is not None else []

@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,7 @@ class EvalStream:
         ids: int64 [n], all samples over all ranks, ascending.
         batches: int64 arrays of ids, the batches of all ranks in order.
         digest: hash of the samples, their cut into batches, and the transform.
+        made: {setting: value} of the transform, and the batch size, JSON-able.
     """
 
     def __init__(
@@ -221,6 +222,10 @@ class EvalStream:
         self.batches = [self.ids[i : i + batch_size] for i in range(0, len(self.ids), batch_size)]
         facts = f"{self.index.hash} {batch_size} {transform!r} ".encode() + self.ids.tobytes()
         self.digest = hashlib.sha256(facts).hexdigest()
+        self.made = {
+            **(asdict(transform) if is_dataclass(transform) and not isinstance(transform, type) else {}),
+            "batch_size": batch_size,
+        }
         self._reader = ShardReader(self.index, policy)
         self._reader.check(world, rank)
         self._own = plan.eval_batches(self.ids, batch_size, world, rank)

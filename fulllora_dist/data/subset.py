@@ -56,7 +56,14 @@ def _listed(file: str, index: Index, where: str) -> np.ndarray:
     lines = [line.split()[0] for line in _lines(file) if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"evaluation.ids: {urls.redacted(file)} names no sample")
-    numbers = all(line.isascii() and line.isdigit() for line in lines)
+    digits = [line.isascii() and line.isdigit() for line in lines]
+    numbers = all(digits)
+    if any(digits) and not numbers and not index.key(0).isdigit():
+        name = lines[digits.index(False)]
+        raise UserError(
+            f"evaluation.ids: {urls.redacted(file)} has ids and names, e.g. {lines[digits.index(True)]} and {name}; "
+            "either is right"
+        )
     if numbers and index.key(0).isdigit():  # as img2dataset's
         raise UserError(
             f"evaluation.ids: {urls.redacted(file)}: the pictures of {where} are named by numbers, so these may be ids "
@@ -74,7 +81,9 @@ def _listed(file: str, index: Index, where: str) -> np.ndarray:
 def _lines(file: str) -> list[str]:
     try:
         content = store.read(file) if urls.is_remote(file) else Path(file).read_bytes()
-        return content.decode().splitlines()
+        return content.decode("utf-8-sig").splitlines()
+    except UserError as error:
+        raise UserError(f"evaluation.ids: {error}") from None
     except OSError as error:
         raise UserError(f"evaluation.ids: {urls.redacted(file)} cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError:

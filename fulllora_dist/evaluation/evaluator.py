@@ -1,6 +1,7 @@
 """Robust accuracy: every sample attacked once, counted exactly over all ranks, with its uncertainty."""
 
 import hashlib
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from fulllora_dist.evaluation import checks
 from fulllora_dist.evaluation.attacks import EvalAttack, parse_attacks
 from fulllora_dist.evaluation.partial import Partial
 from fulllora_dist.evaluation.pieces import Piece, Progress
+from fulllora_dist.evaluation.report import size_in
 from fulllora_dist.evaluation.score import score
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.models.precision import in_full_fp32
@@ -52,9 +54,10 @@ class EvalPictures(Protocol):
 class Evaluator:
     """Accuracy under each attack, in the form of evaluation.json (docs/evaluation.md).
 
-    Ranks take piece after piece, each an attack on a batch, the costliest attacks first: none waits for another, and
-    what a piece gives depends on its own name alone. Each rank has a full replica of the model, in which a forward pass
-    is no collective.
+    Ranks take piece after piece, each an attack on a batch: clean pictures and the checks first, as they show what
+    is wrong before hours of attacks, then the costliest attacks first. None waits for another, and what a piece
+    gives depends on its own name alone. Each rank has a full replica of the model, in which a forward pass is no
+    collective.
 
     Args:
         attacks: names, see `EvalAttack`.
@@ -112,7 +115,8 @@ class Evaluator:
 
         Returns:
             On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "adapter_sha256", "seed",
-            "ids": [n], "data": hash of the index, "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1
+            "ids": [n], "data": hash of the index, "pictures": how they were made of the data, and the batch size,
+            "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1
             in the order of ids], "per_class": {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}],
             "checks": {check: its numbers}, "warnings": [lines]}. low and high bound Wilson's 95 % interval.
 
@@ -149,17 +153,22 @@ class Evaluator:
         pieces = self._pieces(variants, pictures, ids)
         left = [piece for piece in pieces if piece.name not in known]
         own: dict[str, Any] = {}
-        progress = Progress(pieces, left, known, self._ranks.counters(), self._shows)
+        sizes = [size_in(threat.norm, threat.eps).rpartition(" ")[2] for threat in self._threats]
+        progress = Progress(pieces, left, known, self._ranks.counters(), sizes, self._shows)
+        if known and self._shows:
+            print(f"evaluation: {len(pieces) - len(left)} of {len(pieces)} pieces are done; going on", file=sys.stderr)
         with progress, attacked(predict), in_full_fp32(), progress.seen(predict):
             for piece, batch in self._turns(left, pictures, progress.counters):
+                progress.begin(piece)
                 with variants[piece.variant]():
                     own[piece.name] = result = self._do(predict, piece, batch.to(self._ranks.device))
                 done.keep(piece.name, result)
                 progress.add(piece, result)
             progress.await_all(self._ranks.world)  # a collective has a limit, and the last pieces may be long
         known |= dict(self._ranks.union(list(own.items())))
+        made = getattr(pictures, "made", {})
         results = {
-            name: self._results(pictures.index, ids, [p for p in pieces if p.variant == name], known)
+            name: self._results(pictures.index, made, ids, [p for p in pieces if p.variant == name], known)
             for name in variants
         }
         if write is None:
@@ -186,7 +195,7 @@ class Evaluator:
         """Of all that a piece's result depends on besides its name."""
         if partial is None:
             return ""
-        digest = hashlib.sha256(f"{pictures.digest} {self._seed} {self._check}".encode())
+        digest = hashlib.sha256(f"{pictures.digest} {self._seed}".encode())
         if isinstance(predict, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
             digest.update(f"{predict.info} {predict.spec}".encode())
         for name, tensor in chain(predict.named_parameters(), predict.named_buffers()):
@@ -195,7 +204,7 @@ class Evaluator:
         return digest.hexdigest()
 
     def _pieces(self, variants: Iterable[str], pictures: EvalPictures, ids: np.ndarray) -> list[Piece]:
-        """All of them, the costliest first, so that the last ones, which some ranks may have to wait for, are short."""
+        """All of them in their order: the last ones, which some ranks may have to wait for, are short."""
         pieces = []
         for variant in variants:
             prefix = f"{variant}: " if variant else ""
@@ -208,9 +217,14 @@ class Evaluator:
             if self._check and self._threats[0].eps:
                 chosen = ids[stratified_order(pictures.index.labels[ids])[: self._check]]
                 cut = [chosen[i : i + _CHECK_BATCH] for i in range(0, len(chosen), _CHECK_BATCH)]
-                name = f"{prefix}checks {self._threats[0].norm} {self._threats[0].eps!r}"
+                name = f"{prefix}checks of {self._check} {self._threats[0].norm} {self._threats[0].eps!r}"
                 pieces += [Piece(f"{name} {i}", variant, None, 0, np.sort(batch)) for i, batch in enumerate(cut)]
-        return sorted(pieces, key=lambda piece: -piece.passes / len(piece.ids))
+
+        def turn(piece: Piece) -> tuple[int, float]:
+            early = 2 if piece.attack is None else 3
+            return (1 if piece.passes == len(piece.ids) else early, -piece.passes / len(piece.ids))
+
+        return sorted(pieces, key=turn)
 
     def _turns(self, pieces: list[Piece], pictures: EvalPictures, counters: Counters) -> Iterator[tuple[Piece, Batch]]:
         """The pieces that this rank gets, with their pictures; the next ones are read meanwhile,
@@ -249,7 +263,9 @@ class Evaluator:
         right = piece.attack.right(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
         return right.int().tolist()
 
-    def _results(self, index: Index, ids: np.ndarray, pieces: list[Piece], known: dict[str, Any]) -> dict[str, Any]:
+    def _results(
+        self, index: Index, made: Mapping[str, Any], ids: np.ndarray, pieces: list[Piece], known: dict[str, Any]
+    ) -> dict[str, Any]:
         scores: list[dict[str, Any]] = [{} for _ in self._threats]
         columns: list[dict[EvalAttack, np.ndarray]] = [{} for _ in self._threats]
         for number, attacks in enumerate(scores):
@@ -278,6 +294,7 @@ class Evaluator:
             **self._facts,
             "seed": self._seed,
             "data": index.hash,
+            "pictures": made,
             "ids": ids.tolist(),
             "attacks": scores[0],
             "more_eps": [

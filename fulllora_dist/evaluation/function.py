@@ -62,6 +62,8 @@ def evaluate(
     Raises:
         UserError: unknown attacks, no shards there, classes that do not fit the model.
     """
+    if isinstance(attacks, str):
+        raise UserError(f"attacks: {attacks!r} is one name; a list is right, e.g. [{attacks!r}]")
     info = model.info if isinstance(model, AdaptedModel) else None
     if isinstance(data, (str, Path)):
         if info is None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fulllora_dist.distributed.ranks import Counters
@@ -36,8 +37,18 @@ class Progress:
     """A bar over the passes of all ranks on rank 0, with the figures so far of the variant that it did last; brought up
     to date by each forward pass, at most once a second."""
 
-    def __init__(self, pieces: list[Piece], left: list[Piece], known: dict[str, Any], counters: Counters, shows: bool):
+    def __init__(
+        self,
+        pieces: list[Piece],
+        left: list[Piece],
+        known: dict[str, Any],
+        counters: Counters,
+        sizes: list[str],
+        shows: bool,
+    ):
         self.counters = counters
+        self._sizes = sizes
+        self._here = self._told = self._most = 0  # passes of the piece that is under way on this rank
         total, to_do = (sum(piece.passes for piece in some) for some in (pieces, left))
         self._before = {"passes": total - to_do}
         for piece in pieces:
@@ -78,9 +89,11 @@ class Progress:
     def seen(self, predict: nn.Module) -> Iterator[None]:
         """Inside, forward passes keep the bar alive through a long attack."""
 
-        def tick(*_: object) -> None:
+        def tick(_: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
+            self._here += len(inputs[0]) * (1 + torch.is_grad_enabled())  # the backward pass is to come
             if time.monotonic() - self._shown_at > 1:
                 self.counters.add("alive", 1)
+                self._tell(min(self._here, self._most))
                 self._show()
 
         handle = predict.register_forward_hook(tick)
@@ -89,10 +102,18 @@ class Progress:
         finally:
             handle.remove()
 
+    def begin(self, piece: Piece) -> None:
+        """A piece begins on this rank."""
+        self._here, self._told, self._most = 0, 0, piece.passes
+
+    def _tell(self, passes: int) -> None:
+        self.counters.add("passes", passes - self._told)
+        self._told = passes
+
     def add(self, piece: Piece, result: Any) -> None:
-        """A piece is done on this rank."""
+        """The piece that was begun is done."""
         self._variant = piece.variant
-        self.counters.add("passes", piece.passes)
+        self._tell(piece.passes)
         counted: dict[str, int] = {}
         self._count(counted, piece, result)
         for key, number in counted.items():
@@ -119,11 +140,11 @@ class Progress:
             if variant == self._variant
         }
         several = any(name.endswith("#1") for name in shares)
-        figures = {
-            name if several else name.partition("#")[0]: f"{right / seen:.1%}"
-            for name, (right, seen) in shares.items()
-            if seen
-        }
+        figures = {}
+        for name, (right, seen) in shares.items():
+            attack, _, radius = name.partition("#")
+            if seen:
+                figures[f"{attack} at {self._sizes[int(radius)]}" if several else attack] = f"{right / seen:.1%}"
         self._bar.set_postfix(figures, refresh=False)
         self._bar.set_description(f"evaluation {self._variant}".rstrip(), refresh=False)
         self._bar.n = self._now("passes")

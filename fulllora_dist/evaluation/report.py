@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from timm.data import ImageNetInfo
 from fulllora_dist.data.index_file import published
 from fulllora_dist.errors import UserError
 from fulllora_dist.intervals import wilson
-from fulllora_dist.tracking.figures import Curve, per_class_bars, robustness_curve
+from fulllora_dist.tracking.figures import Curve, least_and_most, per_class_bars, robustness_curve
 
 
 def write_evaluation(results: Mapping[str, Any], path: str | Path) -> None:
@@ -39,15 +39,19 @@ def write_figures(results: Mapping[str, Any], path: str | Path) -> list[Path]:
         name: {names[label]: counts for label, counts in score["per_class"].items()} for name, score in attacks.items()
     }
     per_class_bars(per_class, caption(results)).savefig(files[0])
+    against_eps = path.with_name(f"{path.stem}_eps.png")
     if results["more_eps"]:
         figure = robustness_curve(_curves(results), trained_eps=None, attack="attack", norm=results["norm"])
-        files.append(path.with_name(f"{path.stem}_eps.png"))
-        figure.savefig(files[1])
+        figure.suptitle(f"n = {results['n']}, {results['precision']}", fontsize=10)
+        figure.savefig(against_eps)
+        files.append(against_eps)
+    else:
+        against_eps.unlink(missing_ok=True)  # of an evaluation that this one replaces
     return files
 
 
 def check_output(path: str | Path) -> None:
-    """Refuse what `write_evaluation` could not write in the end; makes the folder where there is none.
+    """Refuse what `write_evaluation` could not write in the end, or should not; makes the folder where there is none.
 
     Raises:
         UserError: naming --output.
@@ -61,6 +65,31 @@ def check_output(path: str | Path) -> None:
         raise UserError(f"--output: {path.parent} cannot be made ({error.strerror or error})") from None
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--output: {path.parent} cannot be written to; name a file in another folder")
+    if path.exists() and _content(path) is None:
+        raise UserError(f"--output: {path} is there and no result of an evaluation; name another file")
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    """Of a result; None where it is something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "n" in found else None
+
+
+def check_replaced(path: str | Path, attacks: Sequence[str], n: int) -> None:
+    """Refuse to write over an evaluation that has what the new one would not have.
+
+    Raises:
+        UserError: naming --output.
+    """
+    path = Path(path)
+    found = (_content(path) or {}) if path.exists() else {}
+    lost = [f"under {name}" for name in found.get("attacks", ()) if name not in attacks]
+    lost += [f"of {found['n']} pictures"] if found.get("n", 0) > n else []
+    if lost:
+        raise UserError(f"--output: {path} holds an evaluation {', '.join(lost)}; name another file, or delete it")
 
 
 _imagenet_names = cache(lambda: ImageNetInfo("imagenet-22k"))  # a table of 22,000 rows
@@ -109,16 +138,20 @@ def table(results: Mapping[str, Any]) -> str:
         lines += ["", size_in(results["norm"], point["eps"])]
         lines += [f"{name:<{width}}  {with_interval(score)}" for name, score in point["attacks"].items()]
     per_class = {name: score["per_class"] for name, score in attacks.items()}
-    first = next(iter(per_class.values()))
+    *_, last = attacks
+    seen = {label: n for label, (_, n) in per_class[last].items() if n}
+    first = {label: n for label, n in seen.items() if label in least_and_most(per_class[last])}
     wide = max(len("class"), *(len(str(name)) for name in first))
     header = "  ".join(f"{name:>{max(6, len(name))}}" for name in attacks)
-    *_, last = attacks
     lines += ["", f"{'class':<{wide}}      n  {header}  95 % interval of {last}"]
-    for label, (_, n) in first.items():
-        if n:
-            cells = (f"{100 * per_class[name][label][0] / n:>{max(6, len(name))}.1f}" for name in attacks)
-            low, high = wilson(per_class[last][label][0], n)
-            lines.append(f"{label:<{wide}}  {n:>5}  {'  '.join(cells)}  {100 * low:.1f} to {100 * high:.1f}")
+    for label, n in first.items():
+        cells = (f"{100 * per_class[name][label][0] / n:>{max(6, len(name))}.1f}" for name in attacks)
+        low, high = wilson(per_class[last][label][0], n)
+        lines.append(f"{label:<{wide}}  {n:>5}  {'  '.join(cells)}  {100 * low:.1f} to {100 * high:.1f}")
+    if len(first) < len(seen):
+        lines.append(f"... and {len(seen) - len(first)} classes between these, the least and the most robust ones")
+    if results.get("checks") and not results["warnings"]:
+        lines += ["", f"{len(results['checks'])} checks for masked gradients, no warning"]
     return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])
 
 

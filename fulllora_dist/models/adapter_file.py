@@ -18,7 +18,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from fulllora_dist.data.urls import redacted
+from fulllora_dist.data.urls import explained, redacted
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import FAMILIES
@@ -116,6 +116,8 @@ def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             files[name] = filesystem.cat_file(f"{path}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"adapter: {folder} has no {name}; give a folder that save_adapter wrote") from None
+        except Exception as error:  # each store has its own kinds
+            raise UserError(f"adapter: {explained(error, f'{folder}/{name}')}") from None
     try:
         description = json.loads(files[DESCRIPTION])
         version = description["format_version"]

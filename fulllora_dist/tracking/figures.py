@@ -17,7 +17,17 @@ from fulllora_dist.intervals import wilson
 
 RIGHT, WRONG = "#0072B2", "#D55E00"
 GREY, BAR = "#555555", "#9CCBE8"
-STYLES = [(WRONG, "o", "--"), (RIGHT, "s", "-"), (GREY, "^", ":"), ("#009E73", "D", "-."), ("#CC79A7", "v", "-")]
+STYLES = [
+    (WRONG, "o", "--"),
+    (RIGHT, "s", "-"),
+    (GREY, "^", ":"),
+    ("#009E73", "D", "-."),
+    ("#CC79A7", "v", "-"),
+    ("#E69F00", "P", "--"),
+    ("#56B4E9", "X", ":"),
+    ("black", "*", "-."),
+]
+MOST_CLASSES = 40  # that a figure or table shows
 
 
 @dataclass(frozen=True)
@@ -195,13 +205,11 @@ def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], capti
         for name, (_, n) in per_class[attacks[-1]].items()
         if n
     }
-    names = sorted(shown, key=lambda name: shown[name][::-1])
-    total = len(names)
-    if total > 40:
-        names = [*names[:20], *names[-20:]]
+    total = len(shown)
+    names = sorted(least_and_most(per_class[attacks[-1]]), key=lambda name: shown[name][::-1])
     figure = Figure(figsize=(7.5, 1.6 + 0.27 * len(names)), dpi=110, layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(names)) + np.where(np.arange(len(names)) >= 20, 1 if total > 40 else 0, 0)
+    places = np.arange(len(names)) + np.where(np.arange(len(names)) >= MOST_CLASSES // 2, total > len(names), 0)
     heights = np.array([shown[name][-1] for name in names])
     bounds = 100 * np.array([wilson(*per_class[attacks[-1]][name]) for name in names])
     axes.barh(
@@ -221,13 +229,24 @@ def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], capti
     axes.set_yticks(places, [str(name) for name in names], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    left_out = f", {total - 40} classes in between left out" if total > 40 else ""
-    axes.set_xlabel(f"accuracy, %   ({caption}{left_out})", fontsize=10)
+    left_out = f"\n{total - len(names)} classes in between left out" if total > len(names) else ""
+    axes.set_xlabel(f"accuracy, %   ({caption}){left_out}", fontsize=10)
     axes.grid(axis="x", alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=min(len(attacks), 4), frameon=False)
+    figure.legend(loc="outside upper center", ncols=min(len(attacks), 3), frameon=False)
     return figure
+
+
+def least_and_most(per_class: Mapping[str, tuple[int, int]]) -> set[str]:
+    """The classes to show: all, or of many the least and the most robust ones, equally many of each.
+
+    Args:
+        per_class: {class: (right, n)}; classes without a picture are left out.
+    """
+    names = sorted((right / n, name) for name, (right, n) in per_class.items() if n)
+    half = MOST_CLASSES // 2
+    return {name for _, name in (names if len(names) <= MOST_CLASSES else [*names[:half], *names[-half:]])}
 
 
 def demo_picture(

@@ -92,5 +92,8 @@ def test_the_table_has_an_interval_for_each_class() -> None:
     lines = table(_results(["ant", "bee", "cat"])).splitlines()
     bounds = binomtest(2, 10).proportion_ci(method="wilson")
     (cat,) = (line.split() for line in lines if line.startswith("cat"))
+    of_many = table(_results([f"class{i}" for i in range(99)])).splitlines()
+    assert sum(line.startswith("class") for line in of_many) == 1 + 40
+    assert "... and 59 classes between these, the least and the most robust ones" in of_many
     assert cat == ["cat", "10", "30.0", "20.0", f"{100 * bounds.low:.1f}", "to", f"{100 * bounds.high:.1f}"]
     assert lines[-1] == "warning: something is odd"
