@@ -53,6 +53,13 @@ def test_bars_are_the_last_attack_least_robust_first() -> None:
     assert axes.get_xlabel() == "accuracy, %   (mine)"
 
 
+def test_the_interval_is_that_of_the_strongest_attack() -> None:
+    """Wherever it stands among the attacks."""
+    results = _results(["ant", "bee", "cat"])
+    results["attacks"] = dict(reversed(results["attacks"].items()))
+    assert "95 % interval of pgd10" in table(results)
+
+
 def test_of_many_classes_both_ends_are_shown() -> None:
     results = _results([f"c{k}" for k in range(99)])
     names, widths = _bars(figure := per_class_bars(_per_class(results), "mine"))

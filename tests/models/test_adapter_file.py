@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 import fulllora_dist as fd
 from fulllora_dist.build import build_evaluator
 from fulllora_dist.config import Config
-from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.distributed.ranks import Ranks, free_port
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.adapter_file import merge
 from fulllora_dist.models.finetune import AdaptedModel, create_model
@@ -130,6 +130,11 @@ def test_the_backbone_must_be_the_one_it_was_trained_on(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"belongs to {TAG} with fingerprint {model.info.sha256[:12]}, but"):
         fd.load(str(tmp_path / "a"), checkpoint=second)
     assert bits(fd.load(str(tmp_path / "a"), checkpoint=str(moved))) == bits(model)
+
+
+def test_a_store_that_does_not_answer_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"adapter: http://127.0.0.1:\d+/a/adapter.json: Cannot connect"):
+        fd.load(f"http://127.0.0.1:{free_port()}/a")
 
 
 def forge(folder: Path, description: Callable[[dict], object] = id, tensors: Callable[[dict], object] = id) -> None:
