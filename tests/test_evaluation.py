@@ -460,19 +460,20 @@ def test_clean_and_checks_come_first_and_the_bar_moves_within_a_piece(shards: Pa
     pieces = Evaluator(["pgd4", "clean", "autoattack"], Linf(EPS), ranks, check=8)._pieces([""], pictures, pictures.ids)
     order = list(dict.fromkeys(piece.attack.name if piece.attack else "checks" for piece in pieces))
     assert order == ["clean", "checks", "autoattack", "pgd4"]
-    progress = Progress(pieces, pieces, {}, Counters(None), ["4/255"], shows=False)
-    piece = next(piece for piece in pieces if piece.attack and piece.attack.name == "pgd4")
+    half = [piece for piece in pieces if piece.attack and piece.attack.name == "autoattack"][:2]
+    progress = Progress(half, half, {}, Counters(None), ["4/255"], shows=False)
+    most = [piece.passes for piece in half]
+    assert progress.reckoned() == (0, sum(most))
     done = []
     with progress, progress.seen(model):
-        progress.begin(piece)
-        for number in range(8):
+        for number in range(6):
             progress._shown_at -= 2  # shown two seconds ago
             with torch.set_grad_enabled(number > 1):
-                model(torch.rand(len(piece.ids), 3, SIDE, SIDE))
-            done.append(progress.counters.add("passes", 0) / len(piece.ids))
-        progress.add(piece, [1] * len(piece.ids))
-    assert done == [1, 2, 4, 6, 8, 10, 10, 10], "never more than the piece has"
-    assert progress.counters.add("passes", 0) == piece.passes == 10 * len(piece.ids)
+                model(torch.rand(10, 3, SIDE, SIDE))
+            done.append(progress.reckoned())
+        progress.add(half[0], [1] * len(half[0].ids))
+    assert done == [(passes, sum(most)) for passes in (10, 20, 40, 60, 80, 100)]
+    assert progress.reckoned() == (100, 200), "the other one is taken to need as few"
 
 
 def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:

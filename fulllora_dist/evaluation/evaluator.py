@@ -159,7 +159,6 @@ class Evaluator:
             print(f"evaluation: {len(pieces) - len(left)} of {len(pieces)} pieces are done; going on", file=sys.stderr)
         with progress, attacked(predict), in_full_fp32(), progress.seen(predict):
             for piece, batch in self._turns(left, pictures, progress.counters):
-                progress.begin(piece)
                 with variants[piece.variant]():
                     own[piece.name] = result = self._do(predict, piece, batch.to(self._ranks.device))
                 done.keep(piece.name, result)

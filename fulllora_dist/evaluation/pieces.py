@@ -29,13 +29,19 @@ class Piece:
     ids: np.ndarray
 
     @property
+    def kind(self) -> str:
+        return "checks" if self.attack is None else self.attack.name
+
+    @property
     def passes(self) -> int:
+        """At most, where an attack leaves out pictures that have fallen."""
         return len(self.ids) * (_CHECK_PASSES if self.attack is None else self.attack.passes)
 
 
 class Progress:
     """A bar over the passes of all ranks on rank 0, with the figures so far of the variant that it did last; brought up
-    to date by each forward pass, at most once a second."""
+    to date by each forward pass, at most once a second. What is left of an attack is reckoned by what its pieces have
+    really taken, as most pictures fall before AutoAttack has made all its passes."""
 
     def __init__(
         self,
@@ -48,9 +54,13 @@ class Progress:
     ):
         self.counters = counters
         self._sizes = sizes
-        self._here = self._told = self._most = 0  # passes of the piece that is under way on this rank
-        total, to_do = (sum(piece.passes for piece in some) for some in (pieces, left))
-        self._before = {"passes": total - to_do}
+        self._here = self._told = 0  # passes of the piece that is under way on this rank, and what all know of them
+        self._left: dict[str, int] = {}
+        for piece in left:
+            self._left[piece.kind] = self._left.get(piece.kind, 0) + piece.passes
+        total = sum(piece.passes for piece in pieces)
+        self._known = total - sum(self._left.values())
+        self._before: dict[str, int] = {}
         for piece in pieces:
             if piece.name in known:
                 self._count(self._before, piece, known[piece.name])
@@ -59,7 +69,7 @@ class Progress:
         self._shown_at = time.monotonic()
         self._bar = tqdm(
             total=total,
-            initial=total - to_do,
+            initial=self._known,
             desc="evaluation",
             unit="pass",
             unit_scale=True,
@@ -70,7 +80,7 @@ class Progress:
 
     @staticmethod
     def _name(piece: Piece) -> str:
-        return f"{piece.attack.name if piece.attack else 'checks'}#{piece.radius}"
+        return f"{piece.kind}#{piece.radius}"
 
     def _count(self, into: dict[str, int], piece: Piece, result: Any) -> None:
         if piece.attack is not None:
@@ -93,7 +103,7 @@ class Progress:
             self._here += len(inputs[0]) * (1 + torch.is_grad_enabled())  # the backward pass is to come
             if time.monotonic() - self._shown_at > 1:
                 self.counters.add("alive", 1)
-                self._tell(min(self._here, self._most))
+                self._tell(self._here)
                 self._show()
 
         handle = predict.register_forward_hook(tick)
@@ -102,18 +112,17 @@ class Progress:
         finally:
             handle.remove()
 
-    def begin(self, piece: Piece) -> None:
-        """A piece begins on this rank."""
-        self._here, self._told, self._most = 0, 0, piece.passes
-
     def _tell(self, passes: int) -> None:
-        self.counters.add("passes", passes - self._told)
+        self.counters.add("under way", passes - self._told)
         self._told = passes
 
     def add(self, piece: Piece, result: Any) -> None:
-        """The piece that was begun is done."""
+        """A piece is done on this rank."""
         self._variant = piece.variant
-        self._tell(piece.passes)
+        self._tell(0)
+        self.counters.add(f"made {piece.kind}", self._here)
+        self.counters.add(f"planned {piece.kind}", piece.passes)
+        self._here = 0
         counted: dict[str, int] = {}
         self._count(counted, piece, result)
         for key, number in counted.items():
@@ -147,8 +156,18 @@ class Progress:
                 figures[f"{attack} at {self._sizes[int(radius)]}" if several else attack] = f"{right / seen:.1%}"
         self._bar.set_postfix(figures, refresh=False)
         self._bar.set_description(f"evaluation {self._variant}".rstrip(), refresh=False)
-        self._bar.n = self._now("passes")
+        self._bar.n, self._bar.total = self.reckoned()
         self._bar.refresh()
+
+    def reckoned(self) -> tuple[int, int]:
+        """Passes that are made, and all that there will be."""
+        done, left = self._known, 0.0
+        for kind, passes in self._left.items():
+            made, planned = (self._now(f"{what} {kind}") for what in ("made", "planned"))
+            done += made
+            left += (passes - planned) * (made / planned if planned else 1)
+        now = done + self._now("under way")
+        return now, max(now, round(done + left))
 
     def _now(self, key: str) -> int:
         return self._before.get(key, 0) + self.counters.add(key, 0)

@@ -84,6 +84,8 @@ def _recipe(description: Mapping[str, Any]) -> list[str]:
     spec, training = description["adapter"], description["training"]
     lines = [f"- {key}: {spec[key]}" for key in _HEAD_SETTINGS if spec[key] is not None]
     lines.append(f"- trainable: {description['trainable']:,} parameters, {description['trainable_share']:.2%}")
+    if "made" not in training and training.get("method"):  # of an earlier version: as it was planned
+        lines.append(f"- method: {_listed(training['method'])}")
     for phase in training.get("made", ()):
         size = size_in(training["threat"]["norm"], phase["eps"])
         lines.append(f"- batches {phase['first']} to {phase['end']}: {_listed(phase['method'])}; {size}")

@@ -246,3 +246,10 @@ def test_what_signs_a_checkpoint_s_url_is_not_kept(web: str, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"has no adapter\.json") as caught:
         fd.load(f"{web}/gone?sig=dead")
     assert "dead" not in str(caught.value)
+
+
+def test_the_card_of_an_earlier_adapter_says_what_was_planned(tmp_path: Path) -> None:
+    """Adapters did not always say which batches were trained by what."""
+    fd.save_adapter(tiny(), str(tmp_path), training={"method": {"name": "pgd", "steps": 3}, "optim": {"lr": 0.1}})
+    card = model_card(json.loads((tmp_path / "adapter.json").read_text()))
+    assert "- method: name pgd, steps 3\n- optim: lr 0.1\n" in card
