@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # two at a time, the tests of a file after one another: most use one core. Real ranks have a thread each
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=12
 PARALLEL := -n 2 --dist loadfile
 
 .PHONY: demo test test-long lint
