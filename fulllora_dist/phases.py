@@ -6,6 +6,7 @@ batches are counted through, so that a run with phases resumes as any other.
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,15 +78,18 @@ class Phases:
 
     def safer_from(self, step: int) -> "Phases":
         """The same run with the safer methods from batch `step` on: as many updates, and as many batches unless they
-        make another number of updates from each."""
+        make another number of updates from each. What grows goes on as it was planned, by updates."""
         phases = [phase for phase in self.phases if phase.end <= step]
         for phase in self.phases[len(phases) :]:
             if phase.first < step:
                 phases.append(replace(phase, end=step))
-            first = phases[-1].end if phases else 0
-            updates = (phase.end - max(step, phase.first)) * phase.method.updates_per_batch
+            first, start = phases[-1].end if phases else 0, max(step, phase.first)
+            updates = (phase.end - start) * phase.method.updates_per_batch
             batches = math.ceil(updates / phase.safer.updates_per_batch)
-            phases.append(replace(phase, first=first, end=first + batches, method=phase.safer))
+            rate = phase.safer.updates_per_batch / phase.method.updates_per_batch
+            method, before = copy(phase.safer), phase.method.ramps
+            method.ramps = replace(method.ramps, since=first, planned=before.at(start), rate=before.rate * rate)
+            phases.append(replace(phase, first=first, end=first + batches, method=method))
         return Phases(phases)
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:

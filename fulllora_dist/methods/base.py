@@ -81,11 +81,11 @@ class Method(ABC):
 
     def threat_at(self, step: int) -> Threat:
         """The threat model of batch `step`: the full one, but for the warm-up."""
-        return self.threat.scaled(ramp(step, self.ramps.eps))
+        return self.threat.scaled(ramp(self.ramps.at(step), self.ramps.eps))
 
     def step_size(self, size: float, step: int) -> float:
         """The attack's step size at batch `step`, which is `size` after the warm-up."""
-        return size * ramp(step, self.ramps.step_size)
+        return size * ramp(self.ramps.at(step), self.ramps.step_size)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean over the samples, label smoothing included; y: labels [B] or probabilities [B, classes]."""

@@ -18,7 +18,7 @@ from fulllora_dist.attacks.pgd import Loss, ascend, attacked, cross_entropy
 from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.errors import UserError
 from fulllora_dist.methods.base import MethodSettings, PerturbedStep
-from fulllora_dist.methods.ramps import ramp
+from fulllora_dist.methods.ramps import Ramps, ramp
 from fulllora_dist.models.backbone import patch_size
 from fulllora_dist.pixels import Size
 from fulllora_dist.rng import sample_rng
@@ -87,7 +87,7 @@ class MultiStep(PerturbedStep):
             steps=settings.steps,
             step_size=self.step_size(size, step),
             loss=loss,
-            hook=Weakened(settings, patch, self.ramps.run, self.seed, step, ids) if weakened else None,
+            hook=Weakened(settings, patch, self.ramps, self.seed, step, ids) if weakened else None,
         )
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
@@ -121,16 +121,16 @@ class Weakened:
 
     Args:
         patch: side of the patches in pixels, a divisor of the pictures'; None where none are masked.
-        run: batches of the whole run.
+        ramps: with the batches of the whole run.
         step: number of this batch.
         ids: int64 [B].
     """
 
-    def __init__(self, settings: MultiStepSettings, patch: int | None, run: int, seed: int, step: int, ids: Tensor):
+    def __init__(self, settings: MultiStepSettings, patch: int | None, ramps: Ramps, seed: int, step: int, ids: Tensor):
         self._patch = patch
         self._seed, self._step, self._ids = seed, step, ids
-        self._attention_kept = ramp(step, round(settings.attention_drop * run))
-        self._patches_kept = ramp(step, round(settings.perturbation_mask * run))
+        self._attention_kept = ramp(ramps.at(step), round(settings.attention_drop * ramps.run))
+        self._patches_kept = ramp(ramps.at(step), round(settings.perturbation_mask * ramps.run))
 
     def _draw(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         return sample_rng(self._seed, f"train/{purpose}", self._step, self._ids).uniform(shape)

@@ -300,6 +300,23 @@ def test_another_safer_setting_is_refused_once_it_is_in_use() -> None:
         check_safer(rollback | {"safer_eps": 0.1}, GuardSettings())
 
 
+def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path) -> None:
+    """Free makes four updates of a batch: what it would have grown in one, PGD grows in four."""
+    settings = _method(_collapsing(tmp_path, shards, held_out, 0, "rollback"), "free", epochs=8)
+    settings["method"]["replays"] = 4
+    settings["threat"] = {"eps": EPS, "warmup": 1 / 2, "step_warmup": 1 / 3}
+    settings["guard"] |= {"safer_eps": None}
+    phases = build_phases(Config.model_validate(settings), steps_per_epoch=3)
+    assert phases.total_steps == 6
+    safer = phases.safer_from(2)
+    assert safer.total_steps == 2 + 4 * 4
+    for again in (safer, safer.safer_from(2), safer.safer_from(4)):  # once more changes nothing
+        grown = [again.at(step).method.threat_at(step).eps / EPS for step in (0, 1, 2, 3, 4, 6, 9)]
+        assert grown == pytest.approx([1 / 4, 2 / 4, 3 / 4, 3.25 / 4, 3.5 / 4, 1, 1])
+        sizes = [again.at(step).method.step_size(1.0, step) for step in (0, 1, 2)]
+        assert sizes == pytest.approx([1 / 3, 2 / 3, 1])
+
+
 @pytest.mark.parametrize(("method", "steps"), [("n_fgsm", 3), ("pgd", 7)])
 def test_a_safer_size_is_never_a_larger_one(
     shards: str, held_out: str, tmp_path: Path, method: str, steps: int

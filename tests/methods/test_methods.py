@@ -13,6 +13,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.methods.base import Means
 from fulllora_dist.methods.multi_step import Weakened
+from fulllora_dist.methods.ramps import Ramps
 from fulllora_dist.rng import sample_rng
 from tests import recipes
 from tests.recipes import SOFT, WEAKENED, Recipe, plain_loss
@@ -371,7 +372,7 @@ def test_attention_drop_belongs_to_the_sample_also_in_windows(family: str) -> No
     settings = METHODS["pgd"].Settings(attention_drop=1.0)
 
     def gradient(part: slice, drop: bool) -> tuple[Tensor, Tensor]:
-        weakened = Weakened(settings, None, run=9, seed=SEED, step=4, ids=ids[part])
+        weakened = Weakened(settings, None, Ramps(run=9), seed=SEED, step=4, ids=ids[part])
         leaf = x[part].clone().requires_grad_()
         with weakened.passing(model, 0) if drop else nullcontext():
             logits = model(leaf)
