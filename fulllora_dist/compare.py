@@ -10,7 +10,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation.report import size_in
+from fulllora_dist.evaluation.report import number_in
 from fulllora_dist.intervals import paired_score
 
 SAME = ("norm", "precision", "data")
@@ -75,6 +75,33 @@ def check_accuracies(found: Mapping[str, Any], name: str) -> None:
                 f"{name}: {attack} at eps {eps:.4g} has accuracy {accuracy} ({low} to {high}), but {right} of {n} "
                 "pictures right; evaluate again"
             )
+
+
+def check_replaced(
+    path: str | Path, attacks: Sequence[tuple[float, str]], norm: str, n: int, sha256: str | None
+) -> None:
+    """Refuse to write over a file that is no evaluation, or one that has what the new one would not have.
+
+    Args:
+        path: where it is to be written.
+        attacks: (eps, name) of the new one; `clean` at eps 0.
+        norm, n, sha256: its norm, number of pictures, and adapter.
+
+    Raises:
+        UserError: naming --output.
+    """
+    if not Path(path).exists():
+        return
+    try:
+        found = read_evaluation(path)
+    except UserError as error:
+        raise UserError(f"--output: {error}; name another file") from None
+    lost = _named(found["norm"], [(eps, name) for eps, name, _ in _scores(found) if (eps, name) not in attacks])
+    lost += [] if len(found["ids"]) <= n else [f"{len(found['ids'])} pictures"]
+    lost += [] if found["norm"] == norm else [found["norm"]]
+    lost += [] if found.get("adapter_sha256") == sha256 else ["another adapter"]
+    if lost:
+        raise UserError(f"--output: {path} holds an evaluation of {', '.join(lost)}; name another file, or delete it")
 
 
 def _check_ids(found: Mapping[str, Any], name: str) -> None:
@@ -161,7 +188,7 @@ def compare(
 
 
 def _named(norm: str, attacks: Sequence[tuple[float, str]]) -> list[str]:
-    return [name if eps == 0 else f"{name} at {size_in(norm, eps).rpartition(' ')[2]}" for eps, name in attacks]
+    return [name if eps == 0 else f"{name} at {number_in(norm, eps)}" for eps, name in attacks]
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random.Generator) -> dict[str, float]:
@@ -200,7 +227,7 @@ def comparison_table(found: Mapping[str, Any]) -> str:
     lines = [head]
     for row in found["rows"]:
         interval = f"{100 * row['difference']:+.2f} ({100 * row['low']:+.2f} to {100 * row['high']:+.2f})"
-        size = "" if row["eps"] == 0 else size_in(found["norm"], row["eps"]).rpartition(" ")[2]
+        size = "" if row["eps"] == 0 else number_in(found["norm"], row["eps"])
         numbers = (f"{100 * row['a']:.2f}", f"{100 * row['b']:.2f}", interval)
         lines.append((row["attack"], size, *numbers, str(row["only_a"]), str(row["only_b"]), f"{row['p']:.2g}"))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

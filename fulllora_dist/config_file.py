@@ -192,6 +192,6 @@ def add_number(arguments: argparse.ArgumentParser) -> None:
         "--n",
         "--pictures",
         metavar="N",
-        help="evaluation.n: pictures, drawn evenly over the classes (under the deepspeed launcher --pictures alone: it "
-        "takes --n for its own --num_nodes)",
+        help="evaluation.n: pictures, drawn evenly over the classes (--pictures under the deepspeed launcher, which "
+        "refuses --n as short for several options of its own)",
     )

@@ -26,6 +26,7 @@ def run_entry(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr, flush=True)
+        sys.stdout.flush()
         os._exit(130)
     except Exception as error:
         answer = exit_answer(error)

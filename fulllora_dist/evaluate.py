@@ -27,12 +27,13 @@ from fulllora_dist.build import (
     check_evaluation,
     load_index,
 )
+from fulllora_dist.compare import check_replaced
 from fulllora_dist.config import AdapterSettings, Config, ModelSettings
 from fulllora_dist.config_file import add_number, load_config, parser
 from fulllora_dist.data.urls import redacted
 from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
 from fulllora_dist.errors import SharedUserError, UserError, run_entry
-from fulllora_dist.evaluation import check_output, check_replaced, table, write_evaluation, write_figures
+from fulllora_dist.evaluation import check_output, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
@@ -92,6 +93,14 @@ def _check_backbone(settings: ModelSettings, info: BackboneInfo, adapter: str) -
             )
 
 
+def _other_norm(args: argparse.Namespace) -> bool:
+    """Whether the command line changes the norm of the config, whose sizes mean nothing then."""
+    given = [override for override in args.overrides if override.startswith("threat.norm=")]
+    given += [f"threat.norm={args.norm}"] if args.norm else []
+    others = [override for override in args.overrides if not override.startswith("threat.")]
+    return bool(given) and load_config(args.config, others).threat.norm != given[-1].partition("=")[2]
+
+
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """The command line, and the config with what the command line says of it.
 
@@ -123,19 +132,20 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     args = arguments.parse_intermixed_args(argv)
     for name in ("attacks", "n", "first", "ids", "eps", "norm", "output"):
         given = getattr(args, name)
-        if given is not None and not all(part.strip() for part in given.split(",")):
+        parts = given.split(",") if given and name in ("attacks", "eps") else [given]
+        if given is not None and not all(part.strip() for part in parts):
             raise UserError(f"--{name}: {given!r} is empty somewhere; leave the option out, or give what it takes")
-    named = {override.partition("=")[0] for override in args.overrides}
-    if (args.norm is not None or "threat.norm" in named) and args.eps is None and "threat.eps" not in named:
-        raise UserError("threat.norm: the balls of linf and l2 have no common size; give --eps too")
     eps, *more = args.eps.split(",") if args.eps else (None,)
+    other_norm = _other_norm(args)
+    if other_norm and eps is None and not any(override.startswith("threat.eps=") for override in args.overrides):
+        raise UserError("threat.norm: the balls of linf and l2 have no common size; give --eps too")
     short = {
         "evaluation.attacks": args.attacks and f"[{args.attacks}]",
         "evaluation.n": args.n,
         "evaluation.first": args.first,
         "evaluation.ids": args.ids,
         "threat.eps": eps,
-        "evaluation.eps": f"[{','.join(more)}]" if more else None,
+        "evaluation.eps": f"[{','.join(more)}]" if more or other_norm else None,
         "threat.norm": args.norm,
     }
     overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
@@ -154,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     sha256 = None if adapter is None else adapter_sha256(model)
     evaluator = build_evaluator(config, model.info, ranks, adapter, sha256)
     if args.output:
-        ranks.on_main(lambda: check_replaced(args.output, config.evaluation.attacks, len(stream.ids)))
+        names, sizes = config.evaluation.attacks, (config.threat.eps, *config.evaluation.eps)
+        new = [(0.0 if name == "clean" else eps, name) for name in names for eps in sizes]
+        ranks.on_main(lambda: check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256))
 
     def write(results: dict[str, Any]) -> None:
         print(table(results), flush=True)

@@ -87,7 +87,7 @@ class Guard:
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
         self._ranks, self._seed, self._settings = ranks, config.run.seed, settings
-        self._save_every = config.run.save_every
+        self._save_every, self._averages = config.run.save_every, config.optim.ema > 0
         self._of = [stream.index.hash, self._n, self.attack]
         self._least = least_that_counts(self._n, model.num_classes)
         if self._least > 1 and settings.on_collapse != "warn":
@@ -200,10 +200,14 @@ class Guard:
     def good_steps(self) -> list[int]:
         """Steps of the states that a run may go back to, the one to try first first."""
         steps = [self.good]
-        # an average may be at its best when the parameters have fallen; earlier states do not say
-        if self.best is not None and self.best.get("trained", 0.0) >= _GOOD * self.highest:
+        # an average may be at its best when the parameters have fallen
+        if self.best is not None and self._trained_at_best(self.best) >= _GOOD * self.highest:
             steps.append(self.best["step"])
         return list(dict.fromkeys(step for step in steps if step is not None))
+
+    def _trained_at_best(self, best: Mapping[str, Any]) -> float:
+        """Earlier states do not say it; with an average it is not known then."""
+        return best.get("trained", 0.0 if self._averages else best["robust_accuracy"])
 
     def _attacked(self, model: AdaptedModel) -> tuple[float, float, Examples]:
         """Robust and clean accuracy. Every rank has equally many batches, as the forward passes of ZeRO-3 are

@@ -16,12 +16,12 @@ from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config import PIXELS, Config, PhaseSettings
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation import size_in
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.methods.base import WeightStep
 from fulllora_dist.methods.multi_step import MultiStep
 from fulllora_dist.methods.pgd import PGDSettings
 from fulllora_dist.methods.ramps import Ramps
+from fulllora_dist.methods.standard import Standard
 
 
 @dataclass(frozen=True)
@@ -64,17 +64,20 @@ class Phases:
         return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
 
     def made(self, step: int) -> list[dict[str, Any]]:
-        """What the first `step` batches were trained by, JSON-able: batches, method and size of the perturbation."""
-        return [
-            {
-                "first": phase.first,
-                "end": min(phase.end, step),
-                "method": phase.method.settings.model_dump(mode="json"),
-                "eps": phase.method.threat.eps,
-            }
-            for phase in self.phases
-            if phase.first < step
-        ]
+        """What the first `step` batches were trained by, JSON-able: batches, method, size of the perturbation (None of
+        the method without one) and of the pictures (None: the model's)."""
+        found: list[dict[str, Any]] = []
+        for phase in self.phases:
+            if phase.first >= step:
+                break
+            eps = None if isinstance(phase.method, Standard) else phase.method.threat.eps
+            settings = phase.method.settings.model_dump(mode="json")
+            part = {"end": min(phase.end, step), "method": settings, "eps": eps, "image_size": phase.image_size}
+            if found and all(found[-1][key] == part[key] for key in ("method", "eps", "image_size")):
+                found[-1]["end"] = part["end"]  # a rollback has cut it in two
+            else:
+                found.append({"first": phase.first, **part})
+        return found
 
     def safer_from(self, step: int) -> "Phases":
         """The same run with the safer methods from batch `step` on: as many updates, and as many batches unless they
@@ -139,12 +142,6 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
         # a smaller size is reached sooner, so that nothing shrinks further where a run goes back amid the warm-up
         phase.safer.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
     guard = config.guard
-    largest = max(phase.method.threat.eps for phase in phases)
-    if guard.on_collapse == "rollback" and guard.safer_eps is not None and guard.safer_eps >= largest:
-        raise UserError(
-            f"guard.safer_eps: nothing is trained at more than {size_in(config.threat.norm, largest)}; a smaller one "
-            "is right"
-        )
     if guard.on_collapse == "rollback" and guard.safer_lr == 1 and all(p.safer is p.method for p in phases):
         raise UserError(
             f"guard.safer_lr: 1 leaves nothing safer after a rollback, as the method stays {config.method.name}; "

@@ -14,7 +14,7 @@ from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.guard import Guard, Look
-from fulllora_dist.models.adapter_file import read_adapter, set_adapter_state
+from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.phases import Phases
 from fulllora_dist.pictures import show_look
@@ -150,8 +150,7 @@ class RunState:
         """As `guard.on_collapse` says; whether the run went back.
 
         Raises:
-            Collapsed: the run ends here.
-            SharedUserError: it cannot go back.
+            Collapsed: the run ends here, or cannot go back.
         """
         assert self.guard is not None
         run, settings = self._run, self._run.config.guard
@@ -191,7 +190,10 @@ class RunState:
             run.tracker.go_back(facts["step"], f"metrics_before_rollback_{number}.jsonl")
             return tensors, facts
 
-        found = run.ranks.on_main(read, f"{failing} a state or metrics.jsonl in {run.config.run.output}")
+        try:
+            found = run.ranks.on_main(read, f"{failing} a state or metrics.jsonl in {run.config.run.output}")
+        except SharedUserError as error:
+            raise Collapsed(str(error)) from None
         tensors = run.ranks.share_tensors(found and found[0])
         facts = run.ranks.share(found and found[1])
         self.phases = self.phases.safer_from(facts["step"])
@@ -310,4 +312,4 @@ def _start_from(model: AdaptedModel, folder: str) -> None:
             now, then = getattr(mine, key, None), description[section].get(key)
             if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
                 raise UserError(f"adapter.start_from: {folder} was trained with {key} {then}, this run has {now}")
-    set_adapter_state(model, tensors)
+    model.load_trainable(tensors)

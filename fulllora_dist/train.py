@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from fulllora_dist.build import build_model, build_stream, check_inputs, track_data
 from fulllora_dist.config_file import load_config, parser
 from fulllora_dist.distributed.ranks import is_main_process
-from fulllora_dist.errors import run_entry
+from fulllora_dist.errors import SharedUserError, run_entry
 from fulllora_dist.finish import finish, save_best
 from fulllora_dist.guard import build_guard
 from fulllora_dist.phases import build_phases
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             for batch in run.progress(state):
                 state.advance(batch)
         except Collapsed:
-            save_best(run, state)
+            try:
+                save_best(run, state)
+            except SharedUserError as error:  # why the run ends is worth more
+                run.say(f"warning: {error}")
             raise
         if not state.stopped:
             finish(run, state)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulllora_dist.compare import compare, comparison_table, paired_difference, read_evaluation
+from fulllora_dist.compare import check_replaced, compare, comparison_table, paired_difference, read_evaluation
 from fulllora_dist.errors import UserError
 from fulllora_dist.intervals import paired_score
 
@@ -146,6 +146,27 @@ def test_an_attack_that_one_has_not_is_refused() -> None:
     a, b = pair(100)
     with pytest.raises(UserError, match=r"--attack: cw20 is not in both; in common they have clean, pgd20 at 4/255"):
         compare(evaluation(a), evaluation(b), attacks=["cw20"])
+
+
+def test_what_another_evaluation_found_is_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    both = [(0.0, "clean"), (4 / 255, "pgd20")]
+    check_replaced(path, both, "linf", 1, None)
+    path.write_text(json.dumps(evaluation(pair(33)[0], adapter_sha256="a")))
+    check_replaced(path, [*both, (8 / 255, "pgd20")], "linf", 40, "a")
+    for new, lost in (
+        ((both[:1], "linf", 33, "a"), "pgd20 at 4/255"),
+        (([*both[:1], (8 / 255, "pgd20")], "linf", 33, "a"), "pgd20 at 4/255"),
+        ((both, "linf", 32, "a"), "33 pictures"),
+        ((both, "l2", 33, "a"), "linf"),
+        ((both, "linf", 33, "b"), "another adapter"),
+    ):
+        with pytest.raises(UserError, match=f"--output: .* holds an evaluation of {lost}; name another file, or delet"):
+            check_replaced(path, *new)
+    for other in ('{"n": "x"}', '{"n": 3, "off": []}', "no json"):
+        path.write_text(other)
+        with pytest.raises(UserError, match=r"--output: .* is no evaluation.json; .*; name another file"):
+            check_replaced(path, both, "linf", 99, "a")
 
 
 def test_what_is_not_compared_is_said() -> None:

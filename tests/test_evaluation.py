@@ -29,7 +29,7 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.write import make_shards
 from fulllora_dist.distributed.ranks import Counters, Ranks, free_port
 from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation import EvalAttack, Evaluator, check_replaced, evaluate, table, write_evaluation
+from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
 from fulllora_dist.evaluation.pieces import Progress
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.rng import sample_rng
@@ -400,7 +400,7 @@ def entry() -> ModuleType:
         (["threat.norm=l2"], r"threat.norm: .* no common size; give --eps too"),
         (["--ids", ""], r"--ids: '' is empty"),
         (["--attacks", "clean,,pgd2"], r"--attacks: 'clean,,pgd2' is empty somewhere"),
-        (["--output", "config.yaml"], r"--output: config.yaml is there and no result of an evaluation"),
+        (["--output", "config.yaml"], r"--output: config.yaml is no evaluation.json; .* name another file"),
         (["--n", "0"], r"evaluation.n: .*greater than or equal to 1"),
         (["--adapter", "nowhere"], r"--adapter: nowhere holds no adapter.json"),
         (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
@@ -443,15 +443,15 @@ def test_an_adapter_of_another_model_than_the_config_s_is_refused(
     assert isinstance(entry.build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
 
 
-def test_what_another_evaluation_found_is_not_written_over(tmp_path: Path) -> None:
-    path = tmp_path / "evaluation.json"
-    check_replaced(path, ["clean"], 1)
-    path.write_text(json.dumps({"n": 33, "attacks": {"clean": {}, "autoattack": {}}}))
-    check_replaced(path, ["clean", "autoattack", "pgd20"], 33)
-    with pytest.raises(UserError, match=r"--output: .* holds an evaluation under autoattack; name another file, or de"):
-        check_replaced(path, ["clean"], 40)
-    with pytest.raises(UserError, match=r"--output: .* holds an evaluation of 33 pictures; name another file"):
-        check_replaced(path, ["clean", "autoattack"], 32)
+def test_another_norm_has_sizes_of_its_own(experiment: Path, entry: ModuleType) -> None:
+    """The config's own norm is no change; with another one the config's further eps mean nothing."""
+    common = ["--config", str(experiment / "config.yaml"), "evaluation.eps=[2/255]"]
+    for same in (["--norm", "linf"], ["threat.norm=linf"]):
+        assert entry.read_arguments([*common, *same])[1].evaluation.eps == (2 / 255,)
+    _, config = entry.read_arguments([*common, "--norm", "l2", "--eps", "0.5"])
+    assert (config.threat.norm, config.threat.eps, config.evaluation.eps) == ("l2", 0.5, ())
+    _, config = entry.read_arguments([*common, "threat.norm=l2", "--eps", "0.5,1"])
+    assert config.evaluation.eps == (1,)
 
 
 def test_clean_and_checks_come_first_and_the_bar_moves_within_a_piece(shards: Path, model: fd.AdaptedModel) -> None:

@@ -78,6 +78,7 @@ class Shifted:
     def __init__(self, pictures: Any):
         self._pictures = pictures
         self.batches, self.index, self.digest = pictures.batches, pictures.index, "shifted"
+        self.settings = pictures.settings
 
     def read(self, ids: np.ndarray) -> Batch:
         batch = self._pictures.read(ids)

@@ -8,6 +8,8 @@ branches are off. Prints a table, and writes where.json with where.png beside it
 """
 
 import argparse
+import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +45,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     args = arguments.parse_intermixed_args(argv)
     args.by = parse_by(args.by)
     if args.attack == "clean" or "," in args.attack:
-        raise UserError(f"--attack: {args.attack}; one that changes pictures is right, e.g. pgd10")
+        raise UserError(f"--attack: {args.attack}; clean is always measured, name one that changes pictures")
     if not args.output.endswith(".json"):
         raise UserError(f"--output: {args.output}; a name that ends in .json is right, the figure goes beside it")
     # of symptoms of masked gradients evaluate.py has told: here they would be looked for in each variant
@@ -52,10 +54,23 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     return args, load_config(args.config, [*args.overrides, *short])
 
 
+def _check_replaced(output: str) -> None:
+    if not os.path.exists(output):
+        return
+    try:
+        with open(output, "rb") as file:
+            ours = "off" in json.load(file)
+    except (OSError, ValueError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"--output: {output} is there and none of this tool's results; name another file")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure as the command line says."""
     args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter, args.output)
+    _check_replaced(args.output)
 
     ranks = start_ranks(config.distributed.timeout_minutes)
     adapter = ranks.share(ranks.on_main(lambda: resolved(args.adapter, config.tracking_uri())))

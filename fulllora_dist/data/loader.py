@@ -6,6 +6,7 @@ iteration starts there, and a saved state holds nothing else that changes.
 
 import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -196,7 +197,7 @@ class EvalStream:
         ids: int64 [n], all samples over all ranks, ascending.
         batches: int64 arrays of ids, the batches of all ranks in order.
         digest: hash of the samples, their cut into batches, and the transform.
-        made: {setting: value} of the transform, and the batch size, JSON-able.
+        settings: {name: value} of the transform, and the batch size, JSON-able.
     """
 
     def __init__(
@@ -222,10 +223,8 @@ class EvalStream:
         self.batches = [self.ids[i : i + batch_size] for i in range(0, len(self.ids), batch_size)]
         facts = f"{self.index.hash} {batch_size} {transform!r} ".encode() + self.ids.tobytes()
         self.digest = hashlib.sha256(facts).hexdigest()
-        self.made = {
-            **(asdict(transform) if is_dataclass(transform) and not isinstance(transform, type) else {}),
-            "batch_size": batch_size,
-        }
+        known: dict[str, Any] = asdict(transform) if is_dataclass(transform) and not isinstance(transform, type) else {}
+        self.settings = json.loads(json.dumps({**known, "batch_size": batch_size}, default=str))
         self._reader = ShardReader(self.index, policy)
         self._reader.check(world, rank)
         self._own = plan.eval_batches(self.ids, batch_size, world, rank)

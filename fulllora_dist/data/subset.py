@@ -56,14 +56,7 @@ def _listed(file: str, index: Index, where: str) -> np.ndarray:
     lines = [line.split()[0] for line in _lines(file) if line.strip() and not line.lstrip().startswith("#")]
     if not lines:
         raise UserError(f"evaluation.ids: {urls.redacted(file)} names no sample")
-    digits = [line.isascii() and line.isdigit() for line in lines]
-    numbers = all(digits)
-    if any(digits) and not numbers and not index.key(0).isdigit():
-        name = lines[digits.index(False)]
-        raise UserError(
-            f"evaluation.ids: {urls.redacted(file)} has ids and names, e.g. {lines[digits.index(True)]} and {name}; "
-            "either is right"
-        )
+    numbers = all(line.isascii() and line.isdigit() for line in lines)
     if numbers and index.key(0).isdigit():  # as img2dataset's
         raise UserError(
             f"evaluation.ids: {urls.redacted(file)}: the pictures of {where} are named by numbers, so these may be ids "
@@ -107,6 +100,7 @@ def _by_name(names: Sequence[str], index: Index, file: str, where: str) -> list[
         found = keys.get(name, bare.get(_bare(name)))
         if found is None:
             what = "several samples" if _bare(name) in bare else "no sample"
-            raise UserError(f"evaluation.ids: {name} of {urls.redacted(file)} is {what} of {where}")
+            mixed = "; ids beside names are no ids" if name.isdigit() else ""
+            raise UserError(f"evaluation.ids: {name} of {urls.redacted(file)} is {what} of {where}{mixed}")
         ids.append(found)
     return ids

@@ -3,21 +3,13 @@
 from fulllora_dist.evaluation.attacks import EvalAttack, is_right, parse_attacks
 from fulllora_dist.evaluation.evaluator import EvalPictures, Evaluator
 from fulllora_dist.evaluation.function import eval_transform, evaluate
-from fulllora_dist.evaluation.report import (
-    check_output,
-    check_replaced,
-    size_in,
-    table,
-    write_evaluation,
-    write_figures,
-)
+from fulllora_dist.evaluation.report import check_output, size_in, table, write_evaluation, write_figures
 
 __all__ = [
     "EvalAttack",
     "EvalPictures",
     "Evaluator",
     "check_output",
-    "check_replaced",
     "eval_transform",
     "evaluate",
     "is_right",

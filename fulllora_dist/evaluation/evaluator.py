@@ -25,7 +25,7 @@ from fulllora_dist.evaluation import checks
 from fulllora_dist.evaluation.attacks import EvalAttack, parse_attacks
 from fulllora_dist.evaluation.partial import Partial
 from fulllora_dist.evaluation.pieces import Piece, Progress
-from fulllora_dist.evaluation.report import size_in
+from fulllora_dist.evaluation.report import number_in
 from fulllora_dist.evaluation.score import score
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.models.precision import in_full_fp32
@@ -41,11 +41,13 @@ class EvalPictures(Protocol):
         batches: int64 arrays, the ids of each batch; every sample in one of them.
         index: class names and the labels by id.
         digest: differs where the pictures of these ids or the batches do.
+        settings: how they are made of the data, for the report; JSON-able.
     """
 
     batches: list[np.ndarray]
     index: Index
     digest: str
+    settings: Mapping[str, Any]
 
     def read(self, ids: np.ndarray) -> Batch:
         """The pictures of these ids."""
@@ -153,7 +155,7 @@ class Evaluator:
         pieces = self._pieces(variants, pictures, ids)
         left = [piece for piece in pieces if piece.name not in known]
         own: dict[str, Any] = {}
-        sizes = [size_in(threat.norm, threat.eps).rpartition(" ")[2] for threat in self._threats]
+        sizes = [number_in(threat.norm, threat.eps) for threat in self._threats]
         progress = Progress(pieces, left, known, self._ranks.counters(), sizes, self._shows)
         if known and self._shows:
             print(f"evaluation: {len(pieces) - len(left)} of {len(pieces)} pieces are done; going on", file=sys.stderr)
@@ -165,10 +167,8 @@ class Evaluator:
                 progress.add(piece, result)
             progress.await_all(self._ranks.world)  # a collective has a limit, and the last pieces may be long
         known |= dict(self._ranks.union(list(own.items())))
-        made = getattr(pictures, "made", {})
         results = {
-            name: self._results(pictures.index, made, ids, [p for p in pieces if p.variant == name], known)
-            for name in variants
+            name: self._results(pictures, ids, [p for p in pieces if p.variant == name], known) for name in variants
         }
         if write is None:
             self._ranks.barrier()  # every rank has the results
@@ -263,8 +263,9 @@ class Evaluator:
         return right.int().tolist()
 
     def _results(
-        self, index: Index, made: Mapping[str, Any], ids: np.ndarray, pieces: list[Piece], known: dict[str, Any]
+        self, pictures: EvalPictures, ids: np.ndarray, pieces: list[Piece], known: dict[str, Any]
     ) -> dict[str, Any]:
+        index = pictures.index
         scores: list[dict[str, Any]] = [{} for _ in self._threats]
         columns: list[dict[EvalAttack, np.ndarray]] = [{} for _ in self._threats]
         for number, attacks in enumerate(scores):
@@ -293,7 +294,7 @@ class Evaluator:
             **self._facts,
             "seed": self._seed,
             "data": index.hash,
-            "pictures": made,
+            "pictures": dict(pictures.settings),
             "ids": ids.tolist(),
             "attacks": scores[0],
             "more_eps": [

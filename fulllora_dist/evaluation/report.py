@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def write_figures(results: Mapping[str, Any], path: str | Path) -> list[Path]:
 
 
 def check_output(path: str | Path) -> None:
-    """Refuse what `write_evaluation` could not write in the end, or should not; makes the folder where there is none.
+    """Refuse what `write_evaluation` could not write in the end; makes the folder where there is none.
 
     Raises:
         UserError: naming --output.
@@ -67,31 +67,6 @@ def check_output(path: str | Path) -> None:
         raise UserError(f"--output: {path.parent} cannot be made ({error.strerror or error})") from None
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"--output: {path.parent} cannot be written to; name a file in another folder")
-    if path.exists() and _content(path) is None:
-        raise UserError(f"--output: {path} is there and no result of an evaluation; name another file")
-
-
-def _content(path: Path) -> dict[str, Any] | None:
-    """Of a result; None where it is something else."""
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and "n" in found else None
-
-
-def check_replaced(path: str | Path, attacks: Sequence[str], n: int) -> None:
-    """Refuse to write over an evaluation that has what the new one would not have.
-
-    Raises:
-        UserError: naming --output.
-    """
-    path = Path(path)
-    found = (_content(path) or {}) if path.exists() else {}
-    lost = [f"under {name}" for name in found.get("attacks", ()) if name not in attacks]
-    lost += [f"of {found['n']} pictures"] if found.get("n", 0) > n else []
-    if lost:
-        raise UserError(f"--output: {path} holds an evaluation {', '.join(lost)}; name another file, or delete it")
 
 
 _imagenet_names = cache(lambda: ImageNetInfo("imagenet-22k"))  # a table of 22,000 rows
@@ -125,7 +100,12 @@ def caption(results: Mapping[str, Any]) -> str:
 
 def size_in(norm: str, eps: float) -> str:
     """A radius as the field writes it: Linf in grey levels, L2 as a length."""
-    return f"{norm} eps = {eps * 255:.4g}/255" if norm == "linf" else f"{norm} eps = {eps:.4g}"
+    return f"{norm} eps = {number_in(norm, eps)}"
+
+
+def number_in(norm: str, eps: float) -> str:
+    """The number of `size_in` alone."""
+    return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g}"
 
 
 def _strongest(attacks: Mapping[str, Any]) -> str:
@@ -147,7 +127,8 @@ def table(results: Mapping[str, Any]) -> str:
     per_class = {name: score["per_class"] for name, score in attacks.items()}
     strongest = _strongest(attacks)
     seen = {label: n for label, (_, n) in per_class[strongest].items() if n}
-    first = {label: n for label, n in seen.items() if label in least_and_most(per_class[strongest])}
+    chosen = least_and_most(per_class[strongest])
+    first = {label: n for label, n in seen.items() if label in chosen}
     wide = max(len("class"), *(len(str(name)) for name in first))
     header = "  ".join(f"{name:>{max(6, len(name))}}" for name in attacks)
     lines += ["", f"{'class':<{wide}}      n  {header}  95 % interval of {strongest}"]

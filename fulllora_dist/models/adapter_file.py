@@ -55,6 +55,9 @@ def set_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor]) -> None:
     """
     statistics = {name: state[name] for name in _statistics(model) if name in state}
     model.load_trainable({name: tensor for name, tensor in state.items() if name not in statistics})
+    for name, own in _statistics(model).items():
+        if name in statistics and own.shape != statistics[name].shape:
+            raise UserError(f"adapter: {name} is {tuple(statistics[name].shape)}, the model's {tuple(own.shape)}")
     model.backbone.load_state_dict(statistics, strict=False)
 
 

@@ -86,11 +86,15 @@ def _recipe(description: Mapping[str, Any]) -> list[str]:
     lines.append(f"- trainable: {description['trainable']:,} parameters, {description['trainable_share']:.2%}")
     if "made" not in training and training.get("method"):  # of an earlier version: as it was planned
         lines.append(f"- method: {_listed(training['method'])}")
+        lines += [f"- in {len(training['phases'])} phases"] if training.get("phases") else []
     for phase in training.get("made", ()):
-        size = size_in(training["threat"]["norm"], phase["eps"])
-        lines.append(f"- batches {phase['first']} to {phase['end']}: {_listed(phase['method'])}; {size}")
+        size = "clean" if phase["eps"] is None else size_in(training["threat"]["norm"], phase["eps"])
+        side = "" if phase["image_size"] is None else f", {phase['image_size']} pixels"
+        lines.append(f"- batches {phase['first']} to {phase['end']}: {_listed(phase['method'])}; {size}{side}")
+    factor = 1.0
     for rollback in training.get("rollbacks", ()):
-        at, to, factor = (rollback[key] for key in ("at", "to", "safer_lr"))
+        factor *= rollback["safer_lr"]
+        at, to = rollback["at"], rollback["to"]
         lines.append(f"- collapsed at batch {at}, went back to {to} and on with {factor:g} of the learning rate")
     if training.get("optim"):
         lines.append(f"- optim: {_listed(training['optim'])}")

@@ -77,7 +77,7 @@ def test_a_file_at_a_url(shards: Path, tmp_path: Path) -> None:
         ("ILSVRC2012_val_00000099.JPEG\n", "is no sample"),
         ("# nothing\n", "names no sample"),
         (b"\xff\xfe\xfa", "is no text"),
-        ("3\nsome.JPEG\n", "has ids and names, e.g. 3 and some.JPEG; either is right"),
+        ("3\nILSVRC2012_val_00000001.JPEG\n", "3 of .* is no sample of .*; ids beside names are no ids"),
         (b"\xef\xbb\xbf12\n", "has id 12; .* has 12 samples"),
     ],
 )

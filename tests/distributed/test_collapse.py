@@ -28,6 +28,8 @@ from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.finish import finish
 from fulllora_dist.guard import Guard, Look, least_that_counts
+from fulllora_dist.methods.multi_step import Weakened
+from fulllora_dist.methods.pgd import PGDSettings
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.phases import build_phases
 from fulllora_dist.run_state import check_safer
@@ -276,7 +278,7 @@ def test_figures_that_could_be_noise_are_no_collapse(shards: str, held_out: str,
             True,
             "guard.safer_lr: 1 leaves nothing",
         ),
-        ({"on_collapse": "rollback", "safer_eps": "40/255"}, True, "guard.safer_eps: nothing is trained at more than "),
+        ({"on_collapse": "rollback", "safer_eps": "40/255"}, True, "guard.safer_eps: .* is no smaller size"),
         ({"on_collapse": "rollback", "safer_eps": 0}, True, r"guard\.safer_eps"),
         ({"on_collapse": "rollback", "safer_eps": 4}, True, "guard.safer_eps: 4 is outside"),
     ],
@@ -304,7 +306,7 @@ def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path
     """Free makes four updates of a batch: what it would have grown in one, PGD grows in four."""
     settings = _method(_collapsing(tmp_path, shards, held_out, 0, "rollback"), "free", epochs=8)
     settings["method"]["replays"] = 4
-    settings["threat"] = {"eps": EPS, "warmup": 1 / 2, "step_warmup": 1 / 3}
+    settings["threat"] = {"eps": EPS, "warmup": 1 / 2, "step_warmup": 5 / 6}
     settings["guard"] |= {"safer_eps": None}
     phases = build_phases(Config.model_validate(settings), steps_per_epoch=3)
     assert phases.total_steps == 6
@@ -313,8 +315,15 @@ def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path
     for again in (safer, safer.safer_from(2), safer.safer_from(4)):  # once more changes nothing
         grown = [again.at(step).method.threat_at(step).eps / EPS for step in (0, 1, 2, 3, 4, 6, 9)]
         assert grown == pytest.approx([1 / 4, 2 / 4, 3 / 4, 3.25 / 4, 3.5 / 4, 1, 1])
-        sizes = [again.at(step).method.step_size(1.0, step) for step in (0, 1, 2)]
-        assert sizes == pytest.approx([1 / 3, 2 / 3, 1])
+        sizes = [again.at(step).method.step_size(1.0, step) for step in (0, 1, 2, 3, 6, 14)]
+        assert sizes == pytest.approx([1 / 6, 2 / 6, 3 / 6, 3.25 / 6, 4 / 6, 1])
+        made = [(part["first"], part["end"], part["method"]["name"]) for part in again.made(18)]
+        assert made == [(0, 2, "free"), (2, 18, "pgd")], "however often it went back"
+    kept = [
+        Weakened(PGDSettings(attention_drop=0.5), None, safer.at(step).method.ramps, 0, step, torch.arange(2))
+        for step in (4, 6)
+    ]
+    assert [weakened._attention_kept for weakened in kept] == pytest.approx([3.5 / 4, 1])
 
 
 @pytest.mark.parametrize(("method", "steps"), [("n_fgsm", 3), ("pgd", 7)])

@@ -126,7 +126,10 @@ def test_two_ranks_equal_one_also_after_a_kill(server: RankServer, experiment: P
         ),
         (["--adapter", "{folder}/nowhere"], "holds no adapter.json; give the folder adapter/ of a run"),
         (["--by", "layer"], "--by: 'layer' is unknown; known: component, block, branch"),
-        (["--attack", "clean"], "--attack: clean is always measured; name one that changes pictures, e.g. pgd10"),
+        (
+            ["--attack", "clean"],
+            "--attack: clean; clean is always measured, name one that changes pictures",
+        ),
         (["--attack", "pdg10"], "'pdg10' is no attack"),
         (["--n", "0"], "evaluation.n: "),
         (["data.validation=null"], "data.validation is not set"),

@@ -1,5 +1,6 @@
 """The MLflow flavor: native and pyfunc, without pickle, on the right backbone alone."""
 
+import dataclasses
 import json
 import os
 import pickle
@@ -19,10 +20,11 @@ import fulllora_dist as fd
 from fulllora_dist.distributed.ranks import free_port
 from fulllora_dist.errors import UserError
 from fulllora_dist.tracking import flavor
+from fulllora_dist.tracking.card import model_card
 from fulllora_dist.tracking.publish import publish
 from fulllora_dist.tracking.registry import Registry
 from tests.models.test_adapter_file import from_weights, no_pickle, weights
-from tests.registry.conftest import TRAINING, evaluation, right
+from tests.registry.conftest import EPS, TRAINING, evaluation, right
 from tests.tiny import CLASSES, SIDE, stir, tiny
 
 
@@ -103,6 +105,24 @@ def test_the_backbone_must_be_the_right_one(sqlite: str, tmp_path: Path, monkeyp
     np.testing.assert_array_equal(mlflow.pyfunc.load_model(address).predict(x), native(model, x))
 
 
+def test_the_card_says_what_trained_which_batches() -> None:
+    adapted = json.loads(json.dumps(dataclasses.asdict(tiny().spec)))
+    training = {
+        "threat": {"norm": "linf", "eps": EPS},
+        "made": [
+            {"first": 0, "end": 4, "method": {"name": "standard"}, "eps": None, "image_size": 8},
+            {"first": 4, "end": 9, "method": {"name": "pgd"}, "eps": EPS / 2, "image_size": None},
+        ],
+        "rollbacks": [{"at": at, "to": 4, "safer_lr": 0.5} for at in (6, 7)],
+    }
+    backbone = {"name": "x", "image_size": 16, "num_classes": 4, "checkpoint": None, "pretrained": False, "sha256": "a"}
+    facts = {"backbone": backbone, "training": training, "adapter": adapted, "trainable": 1, "trainable_share": 0.1}
+    card = model_card(facts).splitlines()
+    assert "- batches 0 to 4: name standard; clean, 8 pixels" in card
+    assert "- batches 4 to 9: name pgd; linf eps = 4/255" in card
+    assert "- collapsed at batch 7, went back to 4 and on with 0.25 of the learning rate" in card
+
+
 def test_the_card(tmp_path: Path) -> None:
     found = evaluation(right(120), right(190), warnings=["square: is stronger"], more_eps=[])
     fd.save_adapter(stir(tiny()), str(tmp_path / "adapter"), training=TRAINING)
@@ -110,7 +130,7 @@ def test_the_card(tmp_path: Path) -> None:
     card = (tmp_path / "model" / "README.md").read_text()
     for line in (
         "# bees",
-        "Trained against linf eps = 8/255, in pixels of [0, 1]; white box, untargeted.",
+        "Made for linf eps = 8/255, in pixels of [0, 1]; white box, untargeted.",
         "| clean |  | 95.00 % | 91.0 to 97.3 % |",
         "| pgd20 | linf eps = 8/255 | 60.00 % | 53.1 to 66.5 % |",
         "n = 200, fp32.",
