@@ -77,10 +77,24 @@ def check_accuracies(found: Mapping[str, Any], name: str) -> None:
             )
 
 
+def read_replaced(path: str | Path) -> dict[str, Any] | None:
+    """The evaluation that an evaluation would be written over; None where there is none.
+
+    Raises:
+        UserError: what is there is none, naming --output.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        return read_evaluation(path)
+    except UserError as error:
+        raise UserError(f"--output: {error}; name another file") from None
+
+
 def check_replaced(
     path: str | Path, attacks: Sequence[tuple[float, str]], norm: str, n: int, sha256: str | None
 ) -> None:
-    """Refuse to write over a file that is no evaluation, or one that has what the new one would not have.
+    """Refuse to write over an evaluation that has what the new one would not have, or over what is none.
 
     Args:
         path: where it is to be written.
@@ -90,12 +104,9 @@ def check_replaced(
     Raises:
         UserError: naming --output.
     """
-    if not Path(path).exists():
+    found = read_replaced(path)
+    if found is None:
         return
-    try:
-        found = read_evaluation(path)
-    except UserError as error:
-        raise UserError(f"--output: {error}; name another file") from None
     lost = _named(found["norm"], [(eps, name) for eps, name, _ in _scores(found) if (eps, name) not in attacks])
     lost += [] if len(found["ids"]) <= n else [f"{len(found['ids'])} pictures"]
     lost += [] if found["norm"] == norm else [found["norm"]]

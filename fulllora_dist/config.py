@@ -381,21 +381,21 @@ class Config(Settings):
         for name, method in chosen.items():
             if METHODS[method.name].needs_labels and self.targets.mixes:
                 raise ValueError(f"{name}: {method.name} needs one label a picture; leave out targets.mixup and cutmix")
+        if self.threat.norm == "linf":
+            sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in PIXELS}
+            sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
+            sizes["guard.safer_eps"] = self.guard.safer_eps
+            for name, size in sizes.items():
+                try:
+                    check_pixel_range(size or 0)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
         trained = [self.threat.eps if phase.eps is None else phase.eps for phase in self.phases] or [self.threat.eps]
         safer_eps = self.guard.safer_eps
         if self.guard.on_collapse == "rollback" and safer_eps is not None and safer_eps >= max(trained):
             raise ValueError(
                 f"guard.safer_eps: {safer_eps:g} is no smaller size, nothing is trained at more than {max(trained):g}"
             )
-        if self.threat.norm == "linf":
-            sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in PIXELS}
-            sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
-            sizes["guard.safer_eps"] = safer_eps
-            for name, size in sizes.items():
-                try:
-                    check_pixel_range(size or 0)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
 
     def tracking_uri(self) -> str:
         """Where MLflow writes: our setting, else MLFLOW_TRACKING_URI, else sqlite beside the output folder."""

@@ -27,7 +27,7 @@ from fulllora_dist.build import (
     check_evaluation,
     load_index,
 )
-from fulllora_dist.compare import check_replaced
+from fulllora_dist.compare import check_replaced, read_replaced
 from fulllora_dist.config import AdapterSettings, Config, ModelSettings
 from fulllora_dist.config_file import add_number, load_config, parser
 from fulllora_dist.data.urls import redacted
@@ -156,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate as the command line says."""
     args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter, args.output)
+    if args.output:
+        read_replaced(args.output)
 
     ranks = start_ranks(config.distributed.timeout_minutes)
     adapter = ranks.share(ranks.on_main(lambda: args.adapter and resolved(args.adapter, config.tracking_uri())))

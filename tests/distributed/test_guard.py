@@ -174,9 +174,11 @@ def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path
     assert guard.best is not None
     assert (guard.best["step"], guard.good, guard.highest) == (6, 8, 0.95)
     assert guard.good_steps == [8], "where the average was best the parameters had fallen"
-    guard.resume({"step": 6, "robust_accuracy": 0.9, "of": guard.best["of"]}, {"highest": 0.9})
-    assert guard.good_steps == [6], "an earlier state without an average"
     assert "95.0 % at batch 8, best 95.0 %" in guard.described_fall()
+    guard.resume({"step": 6, "robust_accuracy": 0.9, "of": guard.best["of"]}, {"highest": 0.9})
+    assert guard.good_steps == [], "an earlier state does not say how the parameters were"
+    guard._averages = False
+    assert guard.good_steps == [6], "without an average they were as good"
 
 
 def test_too_few_pictures_to_notice_a_collapse_by(shards: str, held_out: str, tmp_path: Path) -> None:
