@@ -153,7 +153,8 @@ class Progress:
         for name, (right, seen) in shares.items():
             attack, _, radius = name.partition("#")
             if seen:
-                figures[f"{attack} at {self._sizes[int(radius)]}" if several else attack] = f"{right / seen:.1%}"
+                at = f" at {self._sizes[int(radius)]}" if several and attack != "clean" else ""
+                figures[attack + at] = f"{right / seen:.1%}"
         self._bar.set_postfix(figures, refresh=False)
         self._bar.set_description(f"evaluation {self._variant}".rstrip(), refresh=False)
         self._bar.n, self._bar.total = self.reckoned()
