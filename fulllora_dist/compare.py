@@ -153,7 +153,7 @@ def compare(
     Returns:
         {"n", "norm", "rows": [{"attack", "eps", "a", "b": accuracies, "difference", "low", "high" (shares of 1),
         "only_a", "only_b": pictures that only one has right, "p"}], "warnings": [of both, and what of theirs is not
-            compared, or not made alike]}.
+        compared, or not made alike]}.
 
     Raises:
         UserError: other pictures, norm, precision or data; nothing in common; a picture twice.

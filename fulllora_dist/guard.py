@@ -73,6 +73,7 @@ class Guard:
         clean_accuracy: of the newest look; None before.
         examples: of the newest look, of this rank's pictures.
         classes: names of all classes.
+        fallen: whether the newest look is a collapse.
 
     Raises:
         SharedUserError: too few pictures to notice a collapse by, where one is to be answered.
@@ -102,12 +103,12 @@ class Guard:
         self.clean_accuracy: float | None = None
         self.examples: Examples | None = None
         self.classes = stream.index.classes
-        self._fallen = self._due = False
+        self.fallen = self._due = False
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to know besides `best`."""
         rest = {"last": self.last, "highest": self.highest, "good": self.good}
-        return rest | {"fallen": self._fallen, "due": self._due}
+        return rest | {"fallen": self.fallen, "due": self._due}
 
     def resume(self, best: dict[str, Any] | None, rest: Mapping[str, Any]) -> None:
         """Go on from a state's `best` and `state_dict`. Figures of other pictures, or under another attack, cannot be
@@ -116,7 +117,7 @@ class Guard:
             best, rest = None, {}
         self.best, self.last, self.good = best, rest.get("last", best), rest.get("good")
         self.highest = rest.get("highest", best["robust_accuracy"] if best else 0.0)
-        self._fallen, self._due = rest.get("fallen", False), rest.get("due", False)
+        self.fallen, self._due = rest.get("fallen", False), rest.get("due", False)
 
     def due(self, step: int, skipping: bool) -> bool:
         """Whether to look after that many batches; while updates are skipped a look waits for one that is made."""
@@ -148,8 +149,8 @@ class Guard:
         below = trained < self._settings.collapse_below * highest
         fallen = below and highest >= self._least and surely_below(trained, highest, self._n)
         warns = self._settings.on_collapse == "warn"
-        collapsed = fallen and not (warns and self._fallen)
-        self._fallen = fallen
+        collapsed = fallen and not (warns and self.fallen)
+        self.fallen = fallen
         keep = best
         if not warns and trained >= _GOOD * highest:
             keep |= self.good is None or step // self._save_every > self.good // self._save_every
@@ -170,11 +171,6 @@ class Guard:
             best = {"best_robust_accuracy": self.best["robust_accuracy"], "best_step": self.best["step"]}
             found |= best | {"last_robust_accuracy": self.last["robust_accuracy"]}
         return found
-
-    @property
-    def fallen(self) -> bool:
-        """Whether the last look is a collapse."""
-        return self._fallen
 
     @property
     def overfitted(self) -> bool:

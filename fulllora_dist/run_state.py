@@ -180,20 +180,15 @@ class RunState:
         run, guard = self._run, self._run.config.guard
         number = len(self.rollbacks) + 1
 
-        failing = f"guard.on_collapse: rollback: {what}; cannot go back:"
-
         def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            try:
-                tensors, facts = run.states.go_back(good)
-            except UserError as error:
-                raise UserError(f"{failing} {error}") from None
+            tensors, facts = run.states.go_back(good)
             run.tracker.go_back(facts["step"], f"metrics_before_rollback_{number}.jsonl")
             return tensors, facts
 
         try:
-            found = run.ranks.on_main(read, f"{failing} a state or metrics.jsonl in {run.config.run.output}")
+            found = run.ranks.on_main(read, f"a state or metrics.jsonl in {run.config.run.output}")
         except SharedUserError as error:
-            raise Collapsed(str(error)) from None
+            raise Collapsed(f"guard.on_collapse: rollback: {what}; cannot go back: {error}") from None
         tensors = run.ranks.share_tensors(found and found[0])
         facts = run.ranks.share(found and found[1])
         self.phases = self.phases.safer_from(facts["step"])

@@ -118,9 +118,9 @@ class Evaluator:
         Returns:
             On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "adapter_sha256", "seed",
             "ids": [n], "data": hash of the index, "pictures": how they were made of the data, and the batch size,
-            "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1
-            in the order of ids], "per_class": {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}],
-            "checks": {check: its numbers}, "warnings": [lines]}. low and high bound Wilson's 95 % interval.
+            "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1 in the order of ids], "per_class":
+            {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}], "checks": {check: its numbers}, "warnings":
+            [lines]}. low and high bound Wilson's 95 % interval.
 
         Raises:
             SharedUserError: the model has not as many outputs as the data has classes, or too few for an attack; or
@@ -219,9 +219,11 @@ class Evaluator:
                 name = f"{prefix}checks of {self._check} {self._threats[0].norm} {self._threats[0].eps!r}"
                 pieces += [Piece(f"{name} {i}", variant, None, 0, np.sort(batch)) for i, batch in enumerate(cut)]
 
+        early = ("clean", "checks")
+
         def turn(piece: Piece) -> tuple[int, float]:
-            early = 2 if piece.attack is None else 3
-            return (1 if piece.passes == len(piece.ids) else early, -piece.passes / len(piece.ids))
+            first = early.index(piece.kind) if piece.kind in early else len(early)
+            return first, -piece.passes / len(piece.ids)
 
         return sorted(pieces, key=turn)
 

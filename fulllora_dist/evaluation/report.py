@@ -38,7 +38,7 @@ def write_figures(results: Mapping[str, Any], path: str | Path) -> list[Path]:
     strongest = _strongest(attacks)
     per_class = {
         name: {names[label]: counts for label, counts in attacks[name]["per_class"].items()}
-        for name in [*(name for name in attacks if name != strongest), strongest]
+        for name in sorted(attacks, key=lambda name: name == strongest)  # that one last, the others as they stand
     }
     per_class_bars(per_class, caption(results)).savefig(files[0])
     against_eps = path.with_name(f"{path.stem}_eps.png")
@@ -127,17 +127,16 @@ def table(results: Mapping[str, Any]) -> str:
     per_class = {name: score["per_class"] for name, score in attacks.items()}
     strongest = _strongest(attacks)
     seen = {label: n for label, (_, n) in per_class[strongest].items() if n}
-    chosen = least_and_most(per_class[strongest])
-    first = {label: n for label, n in seen.items() if label in chosen}
-    wide = max(len("class"), *(len(str(name)) for name in first))
+    shown = least_and_most(per_class[strongest])
+    wide = max(len("class"), *(len(str(label)) for label in shown))
     header = "  ".join(f"{name:>{max(6, len(name))}}" for name in attacks)
     lines += ["", f"{'class':<{wide}}      n  {header}  95 % interval of {strongest}"]
-    for label, n in first.items():
+    for label, n in ((label, n) for label, n in seen.items() if label in shown):
         cells = (f"{100 * per_class[name][label][0] / n:>{max(6, len(name))}.1f}" for name in attacks)
         low, high = wilson(per_class[strongest][label][0], n)
         lines.append(f"{label:<{wide}}  {n:>5}  {'  '.join(cells)}  {100 * low:.1f} to {100 * high:.1f}")
-    if len(first) < len(seen):
-        lines.append(f"... and {len(seen) - len(first)} classes between these, the least and the most robust ones")
+    if len(shown) < len(seen):
+        lines.append(f"... and {len(seen) - len(shown)} classes between these, the least and the most robust ones")
     if results.get("checks") and not results["warnings"]:
         lines += ["", f"{len(results['checks'])} checks for masked gradients, no warning"]
     return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])

@@ -22,7 +22,7 @@ from fulllora_dist.data.urls import explained, redacted
 from fulllora_dist.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import FAMILIES
-from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, Precision, create_model
+from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, Precision, create_model, set_tensors
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
@@ -45,20 +45,6 @@ def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = No
     """
     found = {**(model.trainable() if trained is None else trained), **_statistics(model)}
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-
-
-def set_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor]) -> None:
-    """Take over what `adapter_state` gave; buffers that are not in it stay the backbone's.
-
-    Raises:
-        UserError: names or shapes differ from this model's.
-    """
-    statistics = {name: state[name] for name in _statistics(model) if name in state}
-    model.load_trainable({name: tensor for name, tensor in state.items() if name not in statistics})
-    for name, own in _statistics(model).items():
-        if name in statistics and own.shape != statistics[name].shape:
-            raise UserError(f"adapter: {name} is {tuple(statistics[name].shape)}, the model's {tuple(own.shape)}")
-    model.backbone.load_state_dict(statistics, strict=False)
 
 
 def adapter_sha256(model: AdaptedModel) -> str:
@@ -179,11 +165,13 @@ def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "
     whole_model = spec.finetune == "full"  # its tensors replace the backbone's: no need to fetch those
     if whole_model:
         model = build(dataclasses.replace(info, checkpoint=None, pretrained=False), spec, precision=precision)
-        whole_model = _statistics(model).keys() <= state.keys()  # earlier versions did not write them
+        whole_model = _statistics(model).keys() <= state.keys()
     if not whole_model:
         model = build(info, spec, checkpoint=checkpoint, precision=precision)
         check_backbone(folder, info, model.info)
-    set_adapter_state(model, state)
+    # earlier versions did not write the statistics: these stay the backbone's
+    statistics = {name: tensor for name, tensor in _statistics(model).items() if name in state}
+    set_tensors({**model.trainable(), **statistics}, state)
     if whole_model:  # it still stems from the backbone that it was trained from
         kept = {key: getattr(info, key) for key in ("checkpoint", "pretrained", "own_classes", "sha256")}
         model.info = dataclasses.replace(model.info, **kept)

@@ -129,15 +129,23 @@ class AdaptedModel(nn.Module):
         Raises:
             UserError: names or shapes differ from this model's.
         """
-        own = self.trainable()
-        if wrong := sorted(own.keys() ^ state.keys()):
-            raise UserError(f"adapter: {wrong[0]} is {'missing' if wrong[0] in own else 'not in this model'}")
-        for name, parameter in own.items():
-            if parameter.shape != state[name].shape:
-                raise UserError(f"adapter: {name} is {tuple(state[name].shape)}, the model's {tuple(parameter.shape)}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
+        set_tensors(self.trainable(), state)
+
+
+def set_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Set a model's tensors to those of an adapter.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    if wrong := sorted(own.keys() ^ state.keys()):
+        raise UserError(f"adapter: {wrong[0]} is {'missing' if wrong[0] in own else 'not in this model'}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise UserError(f"adapter: {name} is {tuple(state[name].shape)}, the model's {tuple(tensor.shape)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
 
 
 def _accept_timm_keys(model: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
