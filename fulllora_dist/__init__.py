@@ -11,24 +11,23 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulllora_dist.adapters import load
     from fulllora_dist.attacks.pgd import pgd
-    from fulllora_dist.errors import UserError
+    from fulllora_dist.core.errors import UserError
     from fulllora_dist.evaluation import evaluate
     from fulllora_dist.models.adapter_file import save_adapter
     from fulllora_dist.models.finetune import AdaptedModel, create_model
-    from fulllora_dist.models.several import MultiAdapter
+    from fulllora_dist.registry.address import MultiAdapter, load
 
 __version__ = "0.1.0"
 __all__ = ["AdaptedModel", "MultiAdapter", "UserError", "create_model", "evaluate", "load", "pgd", "save_adapter"]
 
 _HOMES = {
     "AdaptedModel": "models.finetune",
-    "MultiAdapter": "models.several",
-    "UserError": "errors",
+    "MultiAdapter": "registry.address",
+    "UserError": "core.errors",
     "create_model": "models.finetune",
     "evaluate": "evaluation",
-    "load": "adapters",
+    "load": "registry.address",
     "pgd": "attacks.pgd",
     "save_adapter": "models.adapter_file",
 }

@@ -1,69 +1,14 @@
-"""Adversarial finetuning: `deepspeed --num_gpus N fulllora_dist/train.py --config FILE [key=value ...]`.
-
-One process: `python fulllora_dist/train.py --config FILE`. A run that is started again goes on where it was.
-"""
+"""The script that launchers start: `deepspeed fulllora_dist/train.py --config FILE`; see commands/train.py."""
 
 import sys
 from pathlib import Path
 
-# run as a script, this folder heads sys.path, where evaluate.py would shadow the package of that name
+# run as a script, this folder heads sys.path, where its modules would hide others
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import os
-import signal
-from collections.abc import Sequence
-
-from fulllora_dist.build import build_model, build_stream, check_inputs, track_data
-from fulllora_dist.config_file import load_config, parser
-from fulllora_dist.distributed.ranks import is_main_process
-from fulllora_dist.errors import SharedUserError, run_entry
-from fulllora_dist.finish import finish, save_best
-from fulllora_dist.guard import build_guard
-from fulllora_dist.phases import build_phases
-from fulllora_dist.planning import estimate
-from fulllora_dist.run import start_run
-from fulllora_dist.run_state import Collapsed, RunState
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says; the exit code is 128 + the signal's number where one ended the run."""
-    arguments = parser(__doc__ or "")
-    arguments.add_argument("--check", action="store_true", help="check the settings, estimate the cost, train nothing")
-    args = arguments.parse_intermixed_args(argv)
-    config = load_config(args.config, args.overrides)
-    if args.check:
-        if is_main_process():
-            print(estimate(config))
-        return 0
-    check_inputs(config, world=int(os.environ.get("WORLD_SIZE", "1")))
-
-    with start_run(config) as run:
-        model = build_model(config)
-        run.say(str(model.report))
-        track_data(config, run.tracker)
-        stream = build_stream(config, model.info, run.ranks)
-        run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} pictures fill none, others each epoch")
-        phases = build_phases(config, stream.steps_per_epoch)
-        phases.prepare(model.backbone, model.info.image_size)
-        guard = build_guard(config, model.info, run.ranks)
-        state = RunState(run, model, stream, phases, guard)  # resumes where there is something to resume
-        try:
-            for batch in run.progress(state):
-                state.advance(batch)
-        except Collapsed:
-            try:
-                save_best(run, state)
-            except SharedUserError as error:  # why the run ends is worth more
-                run.say(f"warning: {error}")
-            raise
-        if not state.stopped:
-            finish(run, state)
-            return 0
-        where = "here" if run.states.newest == state.step else f"its newest state: {run.states.described()}"
-        run.say(f"stopped at batch {state.step} of {state.total_steps}; the same command goes on from {where}")
-        return 128 + (run.stop.signal or signal.SIGTERM)  # the signal may have come to another rank
-
+from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.train import main
 
 if __name__ == "__main__":
     run_entry(main)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from scipy.stats import beta
 from torch import Tensor, nn
 
-from fulllora_dist.config import Config
-from fulllora_dist.phases import Phases, build_phases
-from fulllora_dist.rng import sample_rng
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.rng import sample_rng
+from fulllora_dist.training.phases import Phases, build_phases
 
 Recipe = dict[str, Any]
 

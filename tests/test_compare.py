@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulllora_dist.compare import check_replaced, compare, comparison_table, paired_difference, read_evaluation
-from fulllora_dist.errors import UserError
-from fulllora_dist.intervals import paired_score
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.stats import paired_score
+from fulllora_dist.evaluation.compare import (
+    check_replaced,
+    compare,
+    comparison_table,
+    paired_difference,
+    read_evaluation,
+)
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,13 +9,14 @@ import pytest
 import yaml
 
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.build import check_inputs
-from fulllora_dist.config import Config
-from fulllora_dist.config_file import describe_settings, load_config, read_frame
-from fulllora_dist.data.indexing import index_shards
-from fulllora_dist.errors import UserError
+from fulllora_dist.config.describe import describe_settings
+from fulllora_dist.config.load import load_config, read_frame
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.methods import METHODS
-from fulllora_dist.phases import build_phases
+from fulllora_dist.training.build import check_inputs
+from fulllora_dist.training.phases import build_phases
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = {yaml.safe_load(path.read_text()).get("base") for path in CONFIGS.glob("*.yaml")}

@@ -1,7 +1,6 @@
 """The evaluator against a plain loop, one rank against two, and the command line."""
 
 import copy
-import importlib.util
 import json
 import math
 import os
@@ -9,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,19 +20,20 @@ from torch import Tensor, nn
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.config_file import load_config
+from fulllora_dist.commands import evaluate as evaluate_command
+from fulllora_dist.config.load import load_config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.data.write import make_shards
-from fulllora_dist.distributed.ranks import Counters, Ranks, free_port
-from fulllora_dist.errors import UserError
+from fulllora_dist.distributed.comm import Counters, Ranks, free_port
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
-from fulllora_dist.evaluation.pieces import Progress
+from fulllora_dist.evaluation.work_items import Progress
 from fulllora_dist.models.adapter_file import adapter_sha256
-from fulllora_dist.rng import sample_rng
-from fulllora_dist.tracking.publish import publish
-from fulllora_dist.tracking.registry import Registry
+from fulllora_dist.registry.publish import publish
+from fulllora_dist.registry.registry import Registry
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, stir, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -376,17 +375,6 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> Non
     assert "found None" in done.stdout, done.stderr[-500:]
 
 
-@pytest.fixture(scope="module")
-def entry() -> ModuleType:
-    """evaluate.py under another name: as fulllora_dist.evaluate it would hide the function of that name."""
-    spec = importlib.util.spec_from_file_location("evaluate_entry", ROOT / "fulllora_dist" / "evaluate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -413,12 +401,12 @@ def entry() -> ModuleType:
     ],
 )
 def test_bad_input_is_refused_before_the_ranks_meet(
-    experiment: Path, entry: ModuleType, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+    experiment: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(experiment)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--config", str(experiment / "config.yaml"), *arguments])
     with pytest.raises(UserError, match=message):
-        entry.main()
+        evaluate_command.main()
     assert not torch.distributed.is_initialized()
 
 
@@ -433,24 +421,22 @@ def test_bad_input_is_refused_before_the_ranks_meet(
         ("model.num_classes=7", r"model.num_classes: 7, but the adapter .* is of 4"),
     ],
 )
-def test_an_adapter_of_another_model_than_the_config_s_is_refused(
-    experiment: Path, entry: ModuleType, setting: str, message: str
-) -> None:
+def test_an_adapter_of_another_model_than_the_config_s_is_refused(experiment: Path, setting: str, message: str) -> None:
     config = load_config(str(experiment / "config.yaml"), [setting])
     with pytest.raises(UserError, match=message):
-        entry.build_evaluated(config, str(experiment / "adapter"))
+        evaluate_command.build_evaluated(config, str(experiment / "adapter"))
     without_a_tag = load_config(str(experiment / "config.yaml"), ["model.backbone=vit_tiny_patch16_224"])
-    assert isinstance(entry.build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
+    assert isinstance(evaluate_command.build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
 
 
-def test_another_norm_has_sizes_of_its_own(experiment: Path, entry: ModuleType) -> None:
+def test_another_norm_has_sizes_of_its_own(experiment: Path) -> None:
     """The config's own norm is no change; with another one the config's further eps mean nothing."""
     common = ["--config", str(experiment / "config.yaml"), "evaluation.eps=[2/255]"]
     for same in (["--norm", "linf"], ["threat.norm=linf"]):
-        assert entry.read_arguments([*common, *same])[1].evaluation.eps == (2 / 255,)
-    _, config = entry.read_arguments([*common, "--norm", "l2", "--eps", "0.5"])
+        assert evaluate_command.read_arguments([*common, *same])[1].evaluation.eps == (2 / 255,)
+    _, config = evaluate_command.read_arguments([*common, "--norm", "l2", "--eps", "0.5"])
     assert (config.threat.norm, config.threat.eps, config.evaluation.eps) == ("l2", 0.5, ())
-    _, config = entry.read_arguments([*common, "threat.norm=l2", "--eps", "0.5,1"])
+    _, config = evaluate_command.read_arguments([*common, "threat.norm=l2", "--eps", "0.5,1"])
     assert config.evaluation.eps == (1,)
 
 

@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fulllora_dist.build import build_model, check_inputs
-from fulllora_dist.config import Config
-from fulllora_dist.config_file import load_config
-from fulllora_dist.errors import UserError
+from fulllora_dist.commands.plan import IMAGENET, estimate
+from fulllora_dist.config.load import load_config
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import create_model
-from fulllora_dist.phases import Phases, build_phases
-from fulllora_dist.planning import IMAGENET, estimate
+from fulllora_dist.training.build import build_model, check_inputs
+from fulllora_dist.training.phases import Phases, build_phases
 from tests.methods.test_methods import PlainEngine, start
 from tests.tiny import ARCHITECTURE, SIDE, batches, pictures, stir, tiny
 

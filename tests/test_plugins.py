@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch.nn.functional as F
 
-from fulllora_dist.config_file import load_config
-from fulllora_dist.errors import UserError
+from fulllora_dist.config.load import load_config
+from fulllora_dist.config.plugins import import_plugins
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.methods import METHODS, register_method
 from fulllora_dist.methods.base import MethodSettings, PerturbedStep
-from fulllora_dist.phases import build_phases
-from fulllora_dist.plugins import import_plugins
+from fulllora_dist.training.phases import build_phases
 from tests.methods.test_methods import PlainEngine, start
 from tests.tiny import batches
 

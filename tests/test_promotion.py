@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fulllora_dist.errors import UserError
-from fulllora_dist.promotion import Rules, judge
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.registry.promotion import Rules, judge
 from tests.registry.conftest import evaluation, right
 
 N = 1000

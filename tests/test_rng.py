@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fulllora_dist.rng import numpy_rng, sample_rng
+from fulllora_dist.core.rng import numpy_rng, sample_rng
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fulllora_dist.config import Config
-from fulllora_dist.distributed.preemption import StopRequest
-from fulllora_dist.distributed.ranks import Ranks, free_port
-from fulllora_dist.run import Run
+from fulllora_dist.config.schema import Config
+from fulllora_dist.distributed.comm import Ranks, free_port
+from fulllora_dist.distributed.signals import StopRequest
+from fulllora_dist.training.context import Run
 
 
 def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(

@@ -17,9 +17,9 @@ from PIL import Image
 
 from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import TrainStream
-from fulllora_dist.distributed.ranks import local_launcher
+from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.distributed.comm import local_launcher
 from tests.services.mock_s3 import MockS3, mock_s3
 
 TRAIN = Path(__file__).parent / "traced_train.py"

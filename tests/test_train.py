@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from fulllora_dist.distributed.ranks import local_launcher
+from fulllora_dist.distributed.comm import local_launcher
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fulllora_dist" / "train.py")

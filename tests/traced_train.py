@@ -9,21 +9,21 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from fulllora_dist import train
-from fulllora_dist.errors import run_entry
-from fulllora_dist.run import Run
+from fulllora_dist.commands import train
+from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.training.trainer import RunState
 
-_progress = Run.progress
+_batches = RunState.batches
 
 
-def _traced(self, state):
-    for batch in _progress(self, state):
+def _traced(self):
+    for batch in _batches(self):
         checksums = [zlib.crc32(image.cpu().numpy().tobytes()) for image in batch.images]
         with open(os.environ["TRACE"], "a") as file:
-            file.write(json.dumps([state.step, batch.slot, batch.ids.tolist(), checksums]) + "\n")
+            file.write(json.dumps([self.step, batch.slot, batch.ids.tolist(), checksums]) + "\n")
         yield batch
 
 
 if __name__ == "__main__":
-    Run.progress = _traced
+    RunState.batches = _traced
     run_entry(train.main)

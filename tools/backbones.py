@@ -12,7 +12,8 @@ import sys
 
 from tqdm import tqdm
 
-from fulllora_dist.errors import UserError, run_entry
+from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.backbone import check_name
 from fulllora_dist.models.survey import Backbone, architectures, examine, page
 

@@ -8,7 +8,7 @@ python tools/benchmark.py several    several adapters on one backbone: switching
 import argparse
 import importlib
 
-from fulllora_dist.errors import run_entry
+from fulllora_dist.commands.entry import run_entry
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fulllora_dist.adapters import load
 from fulllora_dist.models.adapter_file import save_adapter
 from fulllora_dist.models.finetune import create_model
-from fulllora_dist.models.several import MultiAdapter
+from fulllora_dist.models.multi_adapter import MultiAdapter
+from fulllora_dist.registry.address import load
 
 
 def megabytes(tensors: dict[str, Tensor]) -> float:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.config import DistributedSettings, OptimSettings
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.distributed.comm import Ranks, start_ranks, stop_ranks
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.distributed.ranks import Ranks, start_ranks, stop_ranks
+from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.methods import METHODS
 from fulllora_dist.models.families import family_of
 from fulllora_dist.models.finetune import AdaptedModel, create_model

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from fulllora_dist.distributed.ranks import local_launcher
-from fulllora_dist.errors import UserError, run_entry
+from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.adapter_file import TENSORS
 

@@ -25,21 +25,22 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fulllora_dist.attacks.threat import threat_model
-from fulllora_dist.config import Config
-from fulllora_dist.config_file import load_config
+from fulllora_dist.commands.adapters import as_json, told
+from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.config.load import load_config
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.ranks import local_launcher
-from fulllora_dist.errors import UserError, run_entry
+from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.models.adapter_file import load, read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
-from fulllora_dist.promotion import Rules
-from fulllora_dist.tracking.champion import promote
-from fulllora_dist.tracking.commands import as_json, told
-from fulllora_dist.tracking.figures import Attacked, Curve, demo_picture, in_255ths
-from fulllora_dist.tracking.registry import SHA256, Registry, Version
+from fulllora_dist.plots.figures import Attacked, Curve, demo_picture, in_255ths
+from fulllora_dist.registry.champion import promote
+from fulllora_dist.registry.promotion import Rules
+from fulllora_dist.registry.registry import SHA256, Registry, Version
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 2

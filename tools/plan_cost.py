@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from fulllora_dist.data.index import INDEX_NAME, Index, content_hash
-from fulllora_dist.data.progress import Progress
-from fulllora_dist.data.scan import Shard
+from fulllora_dist.data.position import Progress
+from fulllora_dist.data.shards.scan import Shard
 
 SAMPLES, SHARDS, CLASSES = 1_281_167, 1024, 1000
 BATCH, WORLD, RANKS, WORKERS = 4096, 64, 8, 8

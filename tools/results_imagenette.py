@@ -23,14 +23,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fulllora_dist.build import build_model
-from fulllora_dist.compare import paired_difference
-from fulllora_dist.config_file import load_config
+from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.config.load import load_config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.ranks import local_launcher
-from fulllora_dist.errors import UserError, run_entry
+from fulllora_dist.distributed.comm import local_launcher
+from fulllora_dist.evaluation.compare import paired_difference
 from fulllora_dist.models.finetune import AdaptedModel
-from fulllora_dist.phases import build_phases
+from fulllora_dist.training.build import build_model
+from fulllora_dist.training.phases import build_phases
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/imagenette_vit_tiny.yaml"

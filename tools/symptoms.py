@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist import evaluate, load
+from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.loader import EvalStream
-from fulllora_dist.distributed.ranks import local_launcher
-from fulllora_dist.errors import UserError, run_entry
+from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import EvalPictures, eval_transform
 from fulllora_dist.evaluation.checks import CHECKS, Numbers
 

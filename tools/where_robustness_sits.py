@@ -13,16 +13,18 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from fulllora_dist.adapters import resolved
-from fulllora_dist.build import build_eval_stream, build_evaluator, check_evaluation
-from fulllora_dist.config import Config
-from fulllora_dist.config_file import add_number, load_config, parser
-from fulllora_dist.distributed.ranks import start_ranks, stop_ranks
-from fulllora_dist.errors import UserError, run_entry
-from fulllora_dist.evaluate import build_evaluated, check_inputs
+from fulllora_dist.commands.arguments import add_number, parser
+from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.evaluate import build_evaluated, check_inputs
+from fulllora_dist.config.load import load_config
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.comm import start_ranks, stop_ranks
 from fulllora_dist.evaluation import write_evaluation
 from fulllora_dist.evaluation.where import parse_by, where_robustness_sits
 from fulllora_dist.evaluation.where_report import where_figure, where_table
+from fulllora_dist.registry.address import resolved
+from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import attacked, cross_entropy, input_gradient
-from fulllora_dist.attacks.threat import Norm, in_box, threat_model
-from fulllora_dist.rng import sample_rng
+from fulllora_dist.attacks.settings import Norm
+from fulllora_dist.attacks.threat import in_box, threat_model
+from fulllora_dist.core.rng import sample_rng
 
 
 def single_step(

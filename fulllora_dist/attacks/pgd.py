@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.threat import Norm, Threat, in_box, threat_model
-from fulllora_dist.rng import sample_rng
+from fulllora_dist.attacks.settings import Norm
+from fulllora_dist.attacks.threat import Threat, in_box, threat_model
+from fulllora_dist.core.rng import sample_rng
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits [B, classes], what is attacked: labels [B] or probabilities [B, classes]) -> the sum over samples."""

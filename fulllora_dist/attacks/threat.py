@@ -2,15 +2,14 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from fulllora_dist.errors import UserError
-from fulllora_dist.rng import SampleRng
-
-Norm = Literal["linf", "l2"]
+from fulllora_dist.attacks.settings import Norm
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.rng import SampleRng
 
 
 @dataclass(frozen=True)
@@ -114,3 +113,13 @@ def in_box(pixels: Tensor) -> Tensor:
 def _norms(pixels: Tensor) -> Tensor:
     """Euclidean length of each sample, [B, 1, 1, 1]."""
     return pixels.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+
+
+def size_in(norm: str, eps: float) -> str:
+    """A radius as the field writes it: Linf in grey levels, L2 as a length."""
+    return f"{norm} eps = {number_in(norm, eps)}"
+
+
+def number_in(norm: str, eps: float) -> str:
+    """The number of `size_in` alone."""
+    return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g}"

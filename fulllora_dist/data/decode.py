@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fulllora_dist.data.pictures import check_pixels, decode, decode_fast
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.images import check_pixels, decode, decode_fast
 from fulllora_dist.data.randaugment import RandAugment
-from fulllora_dist.errors import UserError
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the source
 Backend = Literal["fast", "pil"]

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from fulllora_dist.data import store, urls
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index_cache import fetched
 from fulllora_dist.data.index_file import DamagedIndex, map_columns, pack_columns
-from fulllora_dist.data.scan import COLUMNS, IMAGE_EXTENSIONS, Shard, ShardScan
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.scan import COLUMNS, IMAGE_EXTENSIONS, Shard, ShardScan
+from fulllora_dist.storage import store, urls
 
 INDEX_NAME = "index.safetensors"
 FORMAT_VERSION = 2

@@ -5,9 +5,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from fulllora_dist.data import store, urls
-from fulllora_dist.data.index_file import DamagedIndex, is_whole, published
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.atomic import published
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.index_file import DamagedIndex, is_whole
+from fulllora_dist.storage import store, urls
 
 
 def cache_folder() -> Path:

@@ -5,55 +5,26 @@ that reads safetensors reads it. Two things are ours: the arrays are mapped and 
 `sha256`, is the digest of every byte before it, so that a cut or flipped bit anywhere is refused.
 """
 
-import glob
 import hashlib
 import json
 import mmap
-import os
-import secrets
 import struct
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 
 _DTYPES = {"I64": "<i8", "I32": "<i4", "U32": "<u4", "U8": "|u1"}
 _NAMES = {np.dtype(numpys): name for name, numpys in _DTYPES.items()}
 _CHECKSUM = "sha256"
 _CHECKSUM_BYTES = 32
-STALE_SECONDS = 600.0
-"""Without a write, after which a temporary file belongs to a process that was killed."""
 
 
 class DamagedIndex(UserError):
     """The file cannot be mapped, or its bytes are not those that its checksum belongs to."""
-
-
-@contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` only once it is whole and on disk (temporary name, fsync, rename).
-
-    Several may write it at once: the last that ends stays. What killed ones left is removed.
-    """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def pack_columns(meta: Mapping[str, Any], columns: Mapping[str, np.ndarray]) -> bytes:

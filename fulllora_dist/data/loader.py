@@ -16,16 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data import plan
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.parts import BadSample, Part, Parts, Transform, read_ahead
-from fulllora_dist.data.progress import Progress, Work, check_batch_size, check_rank
-from fulllora_dist.data.ranges import ReadPolicy
+from fulllora_dist.data.position import Progress, Work, check_batch_size, check_rank
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.data.urls import redacted
-from fulllora_dist.errors import SharedUserError, UserError
+from fulllora_dist.data.worker_dataset import BadSample, Part, Parts, Transform, read_ahead
+from fulllora_dist.storage.ranges import ReadPolicy
+from fulllora_dist.storage.urls import redacted
 
 _logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fulllora_dist.rng import numpy_rng
+from fulllora_dist.core.rng import numpy_rng
 
 PLAN_VERSION = 2  # part of a stream's state: a changed plan must not continue an old one
 CHUNK = 16  # neighbours read together, about 2 MB of ImageNet

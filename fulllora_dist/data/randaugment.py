@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 
 _GREY = 128  # where a picture is turned or moved out of the frame
 _STRENGTHS = 31  # steps of magnitude, as in the paper

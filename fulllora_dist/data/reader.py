@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from fsspec.utils import merge_offset_ranges
 
-from fulllora_dist.data import store, urls
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import CHUNK
-from fulllora_dist.data.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
-from fulllora_dist.errors import UserError
+from fulllora_dist.storage import store, urls
+from fulllora_dist.storage.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
 
 AHEAD = 512  # samples that a process asks for before it needs them, beyond the windows in use
 _MAX_OPEN = 64  # files of each process; a large data set has more shards than a process may have open files

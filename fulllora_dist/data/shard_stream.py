@@ -6,12 +6,12 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import steps_per_epoch
-from fulllora_dist.data.progress import Progress, check_batch_size, check_rank
-from fulllora_dist.data.ranges import ReadPolicy
+from fulllora_dist.data.position import Progress, check_batch_size, check_rank
 from fulllora_dist.data.reader import ShardReader
-from fulllora_dist.errors import UserError
+from fulllora_dist.storage.ranges import ReadPolicy
 
 
 class ShardStream(IterableDataset):

@@ -6,10 +6,11 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from fulllora_dist.data import plan, store, urls
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data import plan
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.scan import IMAGE_EXTENSIONS
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.scan import IMAGE_EXTENSIONS
+from fulllora_dist.storage import store, urls
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from fulllora_dist.config import DistributedSettings, OptimSettings
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import UserError
+from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.models.finetune import AdaptedModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

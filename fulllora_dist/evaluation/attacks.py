@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fulllora_dist.attacks.fgsm import single_step
 from fulllora_dist.attacks.pgd import LossName, attacked, pgd
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.errors import SharedUserError, UserError
-from fulllora_dist.rng import base_key
+from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.rng import base_key
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The four parts of the standard AutoAttack, in its order."""

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import attacked, cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.core.rng import base_key
 from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed, is_right, official_autoattack, own_generator
-from fulllora_dist.rng import base_key
 
 Numbers = dict[str, float]
 

@@ -15,18 +15,17 @@ import torch
 from torch import nn
 
 from fulllora_dist.attacks.pgd import attacked
-from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.attacks.threat import Threat, number_in
+from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import stratified_order
-from fulllora_dist.distributed.ranks import Counters, Ranks
-from fulllora_dist.errors import SharedUserError, UserError
+from fulllora_dist.distributed.comm import Counters, Ranks
 from fulllora_dist.evaluation import checks
 from fulllora_dist.evaluation.attacks import EvalAttack, parse_attacks
-from fulllora_dist.evaluation.partial import Partial
-from fulllora_dist.evaluation.pieces import Piece, Progress
-from fulllora_dist.evaluation.report import number_in
+from fulllora_dist.evaluation.resume_log import Partial
 from fulllora_dist.evaluation.score import score
+from fulllora_dist.evaluation.work_items import Piece, Progress
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.models.precision import in_full_fp32
 

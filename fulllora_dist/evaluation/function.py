@@ -7,16 +7,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from fulllora_dist.attacks.threat import Norm, threat_model
+from fulllora_dist.attacks.settings import Norm
+from fulllora_dist.attacks.threat import threat_model
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.units import parse_size
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import UserError
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.evaluation.evaluator import EvalPictures, Evaluator
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
-from fulllora_dist.pixels import parse_size
 
 
 def eval_transform(

@@ -9,10 +9,11 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
-from fulllora_dist.data.index_file import published
-from fulllora_dist.errors import UserError
-from fulllora_dist.intervals import wilson
-from fulllora_dist.tracking.figures import Curve, least_and_most, per_class_bars, robustness_curve
+from fulllora_dist.attacks.threat import size_in
+from fulllora_dist.core.atomic import published
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.stats import wilson
+from fulllora_dist.plots.figures import Curve, least_and_most, per_class_bars, robustness_curve
 
 
 def write_evaluation(results: Mapping[str, Any], path: str | Path) -> None:
@@ -96,16 +97,6 @@ def _curves(results: Mapping[str, Any]) -> list[Curve]:
 def caption(results: Mapping[str, Any]) -> str:
     """What the figures are of, in a line."""
     return f"n = {results['n']}, {size_in(results['norm'], results['eps'])}, {results['precision']}"
-
-
-def size_in(norm: str, eps: float) -> str:
-    """A radius as the field writes it: Linf in grey levels, L2 as a length."""
-    return f"{norm} eps = {number_in(norm, eps)}"
-
-
-def number_in(norm: str, eps: float) -> str:
-    """The number of `size_in` alone."""
-    return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g}"
 
 
 def _strongest(attacks: Mapping[str, Any]) -> str:

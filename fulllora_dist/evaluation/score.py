@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fulllora_dist.intervals import wilson
+from fulllora_dist.core.stats import wilson
 
 
 def score(correct: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from functools import partial as bind
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fulllora_dist.compare import compare
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation.compare import compare
 from fulllora_dist.evaluation.evaluator import EvalPictures, Evaluator
 from fulllora_dist.models.branches import Branch, branches_of, switched_off
 from fulllora_dist.models.finetune import AdaptedModel

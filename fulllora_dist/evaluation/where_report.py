@@ -6,7 +6,7 @@ from typing import Any
 
 from fulllora_dist.evaluation.report import caption, with_interval
 from fulllora_dist.models.branches import by_place
-from fulllora_dist.tracking.branch_figure import Loss, branch_figure
+from fulllora_dist.plots.branch_figure import Loss, branch_figure
 
 
 def where_table(results: Mapping[str, Any]) -> str:

@@ -23,9 +23,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fulllora_dist.config import Config
-from fulllora_dist.config_file import read_frame
-from fulllora_dist.errors import UserError
+from fulllora_dist.config.load import read_frame
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
 
 ATTEMPTS = "attempts.jsonl"
 LAUNCHES = "launches"

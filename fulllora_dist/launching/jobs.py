@@ -12,8 +12,8 @@ import psutil
 from submitit import SlurmJob
 from submitit.core.utils import JobPaths, pickle_load
 
-from fulllora_dist.launching.attempt import WILL_GO_ON
 from fulllora_dist.launching.folder import launch_folders, read_attempts, read_record
+from fulllora_dist.launching.worker import WILL_GO_ON
 
 # SLURM's words for jobs that run, will run, or run again
 _ALIVE = frozenset(

@@ -5,12 +5,12 @@ import os
 import time
 from pathlib import Path
 
-from fulllora_dist.config import Config
-from fulllora_dist.distributed.checkpoint import list_states, step_of
-from fulllora_dist.errors import UserError
+from fulllora_dist.checkpoints.format import list_states, step_of
+from fulllora_dist.checkpoints.manager import state_places
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.folder import LAUNCHES, launch_folders, read_attempts, read_settings
 from fulllora_dist.launching.jobs import RunJob, newest_launch, run_jobs
-from fulllora_dist.states import state_places
 from fulllora_dist.tracking.outbox import METRICS
 
 _COLUMNS = ("launch", "job", "what", "state", "restarts", "time", "nodes", "last")

@@ -12,8 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BeforeValidator, Field, ValidationError
 from yaml import YAMLError
 
-from fulllora_dist.config import Settings
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.settings import Settings
 
 
 def minutes(text: object) -> object:

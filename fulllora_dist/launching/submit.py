@@ -17,18 +17,17 @@ from submitit import DebugExecutor, LocalExecutor, SlurmExecutor
 from submitit.core.core import Executor, Job
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from fulllora_dist.build import check_inputs
-from fulllora_dist.config import Config
-from fulllora_dist.config_file import load_config, parser
-from fulllora_dist.data import urls
-from fulllora_dist.distributed.checkpoint import DESCRIPTION, list_states
-from fulllora_dist.errors import UserError
-from fulllora_dist.launching.attempt import REQUEUE_SIGNALS, Attempt, entry_point
+from fulllora_dist.checkpoints.format import DESCRIPTION, list_states
+from fulllora_dist.checkpoints.manager import state_places
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.folder import CODE, CONFIG, launches_of, launching, make_folder, write_record
 from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.resources import Resources
-from fulllora_dist.run import check_same_run
-from fulllora_dist.states import state_places
+from fulllora_dist.launching.worker import REQUEUE_SIGNALS, Attempt
+from fulllora_dist.storage import urls
+from fulllora_dist.training.build import check_inputs
+from fulllora_dist.training.resume import check_same_run
 
 ExecutorName = Literal["slurm", "local", "debug"]
 EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
@@ -57,6 +56,7 @@ class _ScriptWriter(SlurmExecutor):
 
 
 def submit(
+    config: Config,
     settings: list[str],
     asked: Resources,
     executor: ExecutorName,
@@ -66,7 +66,8 @@ def submit(
     """Submit the training and, where arguments of evaluate.py are given, an evaluation that begins after its success.
 
     Args:
-        settings: what train.py is given: --config FILE key=value ...
+        config: that `check` has let through.
+        settings: what it was read from, as train.py is given it: --config FILE key=value ...
         command: the command line, for the record.
         evaluation: beyond --config, --adapter and --output.
 
@@ -74,9 +75,8 @@ def submit(
         The launch's folder; the jobs, the training first.
 
     Raises:
-        UserError: the settings are bad, a job of the run is alive, or the scheduler refuses.
+        UserError: a job of the run is alive, or the scheduler refuses.
     """
-    config = check(settings, asked, executor, evaluation)
     if executor == "slurm" and shutil.which("srun") is None:
         raise UserError("--executor slurm: there is no srun here; submit on a login node, or take --executor local")
     with launching(config.run.output):
@@ -134,20 +134,21 @@ def _submit(
     return folder, jobs
 
 
-def check(settings: list[str], asked: Resources, executor: ExecutorName, evaluation: list[str] | None) -> Config:
-    """The config; refuses what can be refused before anything is queued.
+def check(config: Config, asked: Resources, executor: ExecutorName, evaluates: bool) -> None:
+    """Refuse what can be refused before anything is queued.
+
+    Args:
+        evaluates: whether an evaluation is to follow.
 
     Raises:
         UserError: naming the setting.
     """
-    args = parser("").parse_intermixed_args(settings)
-    config = load_config(args.config, args.overrides)
     world = asked.nodes * asked.gpus_per_node
     if executor == "debug" and world > 1:
         raise UserError(f"--gpus-per-node: --executor debug runs one task in this process, not {world}")
     if executor != "slurm" and asked.nodes > 1:
         raise UserError(f"--nodes: --executor {executor} has one machine, not {asked.nodes}")
-    if executor != "slurm" and evaluation is not None:
+    if executor != "slurm" and evaluates:
         raise UserError(f"--evaluate: --executor {executor} has no queue; run evaluate.py when the training is done")
     if executor != "slurm" and asked.setup:
         raise UserError(f"--setup: --executor {executor} has no batch script to run it; run it in this shell before")
@@ -157,10 +158,6 @@ def check(settings: list[str], asked: Resources, executor: ExecutorName, evaluat
         raise UserError(f"run.output: {config.run.output}: ':' would end the folder's name in the jobs' PYTHONPATH")
     check_inputs(config, world)
     _check_states(config)
-    if evaluation is not None:
-        evaluate = entry_point("evaluate")
-        evaluate["check_inputs"](evaluate["read_arguments"]([*settings, *evaluation])[1], adapter=None)
-    return config
 
 
 def _check_states(config: Config) -> None:

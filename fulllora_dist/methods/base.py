@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods.ramps import Ramps, ramp
 from fulllora_dist.methods.targets import Mixer, TargetSettings
+from fulllora_dist.methods.warmup import Ramps, ramp
 
 
 class WeightStep(Protocol):

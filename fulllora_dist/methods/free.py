@@ -13,9 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import Linf, in_box
+from fulllora_dist.core.units import Size
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.base import Means, Method, MethodSettings, WeightStep, register_method
-from fulllora_dist.pixels import Size
 
 
 class FreeSettings(MethodSettings):

@@ -13,11 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.core.rng import SampleRng
+from fulllora_dist.core.units import Size
 from fulllora_dist.methods.base import WeightStep, register_method
 from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
 from fulllora_dist.methods.trades import gaussian_start
-from fulllora_dist.pixels import Size
-from fulllora_dist.rng import SampleRng
 
 
 class MARTSettings(MultiStepSettings):

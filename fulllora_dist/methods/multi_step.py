@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import Loss, ascend, attacked, cross_entropy
 from fulllora_dist.attacks.threat import Threat, in_box
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.rng import sample_rng
+from fulllora_dist.core.units import Size
 from fulllora_dist.methods.base import MethodSettings, PerturbedStep
-from fulllora_dist.methods.ramps import Ramps, ramp
+from fulllora_dist.methods.warmup import Ramps, ramp
 from fulllora_dist.models.backbone import patch_size
-from fulllora_dist.pixels import Size
-from fulllora_dist.rng import sample_rng
 
 
 class MultiStepSettings(MethodSettings):

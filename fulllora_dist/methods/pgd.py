@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.core.rng import SampleRng
 from fulllora_dist.methods.base import register_method
 from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
-from fulllora_dist.rng import SampleRng
 
 
 class PGDSettings(MultiStepSettings):

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from scipy.stats import beta
 from torch import Tensor
 
+from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.rng import sample_rng
 
 _QUANTILES = 4097
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import attacked, kl_divergence
 from fulllora_dist.attacks.threat import Threat, in_box
+from fulllora_dist.core.rng import SampleRng, sample_rng
+from fulllora_dist.core.units import Size
 from fulllora_dist.methods.base import WeightStep, register_method
 from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
-from fulllora_dist.pixels import Size
-from fulllora_dist.rng import SampleRng, sample_rng
 
 
 def gaussian_start(deviation: float, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulllora_dist.nested import flattened
+from fulllora_dist.core.settings import flattened
 
 _NOT_SETTINGS = ("trainable", "trainable_share", "format_version", "sha256", "checksum")
 

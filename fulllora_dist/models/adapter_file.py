@@ -18,11 +18,12 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from fulllora_dist.data.urls import explained, redacted
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import FAMILIES
-from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, Precision, create_model, set_tensors
+from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, create_model, set_tensors
+from fulllora_dist.models.settings import Precision
+from fulllora_dist.storage.urls import explained, redacted
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
-from fulllora_dist.data.urls import redacted, refuse_credentials
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.families import Family, family_of
+from fulllora_dist.storage.urls import redacted, refuse_credentials
 
 
 @dataclass(frozen=True)

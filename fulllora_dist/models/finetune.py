@@ -9,19 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.rng import base_key
 from fulllora_dist.models.backbone import BackboneInfo, build_backbone
 from fulllora_dist.models.families import Family, family_of
 from fulllora_dist.models.families.family import check_forward
 from fulllora_dist.models.lnlora import QKV, LNLoRABranch, LNLoRASplit, attach
-from fulllora_dist.models.placement import COMPONENTS, FUSED, Adapted, PlacementReport, Site
+from fulllora_dist.models.placement import FUSED, Adapted, PlacementReport, Site
 from fulllora_dist.models.precision import compute_in_bf16
-from fulllora_dist.rng import base_key
-
-Finetune = Literal["fulllora", "lora", "full", "head", "layernorm"]
-Head = Literal["auto", "frozen", "trained", "adapted"]
-Precision = Literal["fp32", "bf16"]
-Qkv = Literal["separate", "shared"]
+from fulllora_dist.models.settings import COMPONENTS, Finetune, Head, Precision, Qkv
 
 WITH_BRANCHES = ("fulllora", "lora")
 TOKEN_NORM_EPS = 1e-6

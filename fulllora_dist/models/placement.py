@@ -1,11 +1,9 @@
 """Names of the layers that get a branch, and the report of what trains. `families/` says which layers they are."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
-Component = Literal["patch_embed", "reduction", "q", "k", "v", "proj", "fc1", "fc2"]
-COMPONENTS: tuple[Component, ...] = get_args(Component)
-"""Names a placement is written in. `reduction` is Swin's patch merging."""
+from fulllora_dist.models.settings import Component
+
 FUSED: dict[str, tuple[Component, ...]] = {"qkv": ("q", "k", "v"), "qk": ("q", "k"), "kv": ("k", "v")}
 """Projections that hold several components as equal parts of their outputs."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import timm
 import torch
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import create_model
 
 MODULES = (

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from fulllora_dist.data import urls
+from fulllora_dist.storage import urls
 from fulllora_dist.tracking.spool import Line, points_of
 
 KEY = "fulllora_run"

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.data.index_file import published
+from fulllora_dist.core.atomic import published
 from fulllora_dist.tracking.spool import Line, Position, Spool, points_of, step_of
 
 METRICS = "metrics.jsonl"

@@ -13,18 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fulllora_dist.config import Config
+from fulllora_dist.core.atomic import published
+from fulllora_dist.core.settings import flattened
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.index_file import published
-from fulllora_dist.data.urls import is_remote, local_path, redacted
-from fulllora_dist.nested import flattened
+from fulllora_dist.storage.urls import is_remote, local_path, redacted
 from fulllora_dist.tracking.outbox import METRICS, Outbox, belongs
+from fulllora_dist.tracking.settings import TrackingSettings
 from fulllora_dist.tracking.shipping import Shipper
 from fulllora_dist.tracking.spool import Line, Spool
 
@@ -39,12 +40,31 @@ _CHANGED = " with changes"
 _KILLED_SECONDS = 5.0  # a scheduler that has sent a signal kills soon
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker knows of its run.
+
+    Attributes:
+        output: its output folder.
+        settings: how it is tracked.
+        uri: MLflow's tracking store.
+        name: of the MLflow run, where it is made.
+        params: all settings of the run; {section: {key: value}}.
+    """
+
+    output: str
+    settings: TrackingSettings
+    uri: str
+    name: str
+    params: Mapping[str, Any]
+
+
 class Tracker:
     """The metrics and artifacts of one run over all its restarts. Does nothing but on rank 0; there, no call waits for
     the network, or for a database.
 
     Args:
-        config: the run's.
+        run: the run.
         active: False on every rank but 0.
         run_id: of the MLflow run that this one continues, where the state knows it.
         step: of the run's own state that it goes on from, 0 where it has none; later lines of `metrics.jsonl` are
@@ -53,7 +73,7 @@ class Tracker:
     """
 
     def __init__(
-        self, config: Config, active: bool, run_id: str | None = None, step: int = 0, hosts: Sequence[str] = ()
+        self, run: TrackedRun, active: bool, run_id: str | None = None, step: int = 0, hosts: Sequence[str] = ()
     ):
         self.uri: str | None = None
         self._active = active
@@ -61,28 +81,28 @@ class Tracker:
         self._outbox: Outbox | None = None
         if not active:
             return
-        output, settings = config.run.output, config.tracking
+        output, settings = run.output, run.settings
         if not settings.enabled:
             self._metrics = Spool(Path(output) / METRICS)
             self._metrics.cut(lambda line: belongs(line, step), lambda dropped: None)
             return
-        self.uri, self._wait = config.tracking_uri(), settings.wait_seconds
+        self.uri, self._wait = run.uri, settings.wait_seconds
         self._outbox = Outbox(output)
         self._outbox.begin(run_id, step)
         self._metrics = self._outbox.metrics
         self._first_sample = next((line["time"] for line in self._outbox.system), None)
-        self._shipper = Shipper(self._outbox, self.uri, settings.experiment, run_name(config), _say)
+        self._shipper = Shipper(self._outbox, self.uri, settings.experiment, run.name, _say)
         self._drawing = ThreadPoolExecutor(1, "pictures")
-        self._begin_attempt(config, step, hosts)
+        self._begin_attempt(run, step, hosts)
         self._shipper.start()
 
-    def _begin_attempt(self, config: Config, step: int, hosts: Sequence[str]) -> None:
+    def _begin_attempt(self, run: TrackedRun, step: int, hosts: Sequence[str]) -> None:
         assert self._outbox is not None
         earlier = list(self._outbox.events)
         self._non_finite = {name for event in earlier if event["do"] == "tags" for name in event["values"]}
         number = 1 + sum(event == {"do": "status", "status": "RUNNING"} for event in earlier)
         if number == 1:
-            params = {name: redacted(value) for name, value in flattened(config.model_dump(mode="json"))}
+            params = {name: redacted(value) for name, value in flattened(run.params)}
             self._event("params", values=params)
         self._event("status", status="RUNNING")
         commit = git_commit()
@@ -93,7 +113,7 @@ class Tracker:
             "git_commit": commit,
         }
         tags = {
-            "output": os.path.abspath(config.run.output),
+            "output": os.path.abspath(run.output),
             "git_commit": commit,
             "mlflow.source.git.commit": commit and commit.removesuffix(_CHANGED),  # which MLflow's page shows
             **{f"version/{name}": _version(name) for name in _VERSIONS},
@@ -260,11 +280,6 @@ class Tracker:
         if kind not in self._warned:
             _say(line)
         self._warned.add(kind)
-
-
-def run_name(config: Config) -> str:
-    """The MLflow run's, where it is made."""
-    return config.tracking.run_name or os.path.basename(os.path.abspath(config.run.output))
 
 
 def _say(line: str) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fulllora_dist.data.urls import one_line, redacted
+from fulllora_dist.storage.urls import one_line, redacted
 from fulllora_dist.tracking.mlflow_run import MlflowRun, Refused, is_artifact
 from fulllora_dist.tracking.outbox import Outbox
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.data.index_file import published
+from fulllora_dist.core.atomic import published
 
 _BLOCK = 1 << 20  # bytes read at once where a position is checked
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import fulllora_dist as fd
 from fulllora_dist.attacks.fgsm import single_step
 from fulllora_dist.attacks.pgd import LOSSES
-from fulllora_dist.rng import sample_rng
+from fulllora_dist.core.rng import sample_rng
 from tests.tiny import pictures, stir, tiny
 
 ROUNDING = 1e-7

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import fulllora_dist as fd
 from fulllora_dist.attacks.fgsm import single_step
 from fulllora_dist.attacks.threat import THREATS, in_box, threat_model
-from fulllora_dist.errors import UserError
-from fulllora_dist.rng import sample_rng
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.rng import sample_rng
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "linf": lambda d: d.abs().flatten(1).max(dim=1).values,

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.data.indexing import index_shards
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.indexing import index_shards
 
 UNREADABLE = b"not a picture"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fulllora_dist.data.write import make_shards
+from fulllora_dist.data.shards.make import make_shards
 
 SIDE = 24
 CLASS_SIZES = {"ant": 14, "bee": 10, "cat": 8}

@@ -18,14 +18,14 @@ from pathlib import Path
 import pytest
 from byte_shards import Checksum, arrived, in_tars, write_shards
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data import reader
-from fulllora_dist.data.cache import RangeCache
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
-from fulllora_dist.data.progress import Progress, Work
-from fulllora_dist.data.ranges import RangeFetcher, ReadPolicy
+from fulllora_dist.data.position import Progress, Work
 from fulllora_dist.data.reader import ShardReader
-from fulllora_dist.errors import UserError
+from fulllora_dist.storage.cache import RangeCache
+from fulllora_dist.storage.ranges import RangeFetcher, ReadPolicy
 from tests.services.fault_server import FaultServer
 
 
@@ -198,7 +198,7 @@ def test_several_processes_share_it(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from fulllora_dist.data.cache import RangeCache
+from fulllora_dist.storage.cache import RangeCache
 cache = RangeCache(sys.argv[1], 10**9)
 print("up", flush=True)
 i = 0

@@ -13,9 +13,9 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import v2
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.decode import Augment, Backend, EvalTransform, TrainTransform, random_box
 from fulllora_dist.data.randaugment import RandAugment
-from fulllora_dist.errors import UserError
 
 
 def png(image: Image.Image, **options) -> bytes:

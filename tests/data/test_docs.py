@@ -53,7 +53,7 @@ def test_there_are_commands() -> None:
 def test_the_settings_are_settings(block: str) -> None:
     import yaml
 
-    from fulllora_dist.config import DataSettings
+    from fulllora_dist.data.settings import DataSettings
 
     settings = DataSettings.model_validate(yaml.safe_load(block)["data"])
     assert settings.randaugment.magnitude == 9

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
-from fulllora_dist.data.progress import Progress
+from fulllora_dist.data.position import Progress
 from fulllora_dist.data.reader import ShardReader
 
 UNEVEN = (1, 40, 2, 17, 33, 5, 9)  # 107

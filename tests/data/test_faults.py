@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 from byte_shards import UNREADABLE, Checksum, arrived, in_tars, write_shards
 
-from fulllora_dist.data import ranges, reader, store
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data import reader
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import EvalStream, TrainStream
-from fulllora_dist.data.progress import Spares, TrainWorks
-from fulllora_dist.data.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
+from fulllora_dist.data.position import Spares, TrainWorks
 from fulllora_dist.data.reader import DamagedSample, ShardReader
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.storage import ranges, store
+from fulllora_dist.storage.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
 from tests.services.fault_server import FATAL, PASSING, FaultServer, Request
 
 QUICK = ReadPolicy(request_seconds=0.5, retry_seconds=30)

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index, content_hash
 from fulllora_dist.data.index_file import map_columns, pack_columns
-from fulllora_dist.data.scan import IMAGE_EXTENSIONS, scan_file
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.scan import IMAGE_EXTENSIONS, scan_file
 
 
 def write_tar(path: Path, samples: list[tuple[str, int]]) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fulllora_dist.data import store, urls
+from fulllora_dist.core.atomic import published
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.index_file import DamagedIndex, published
-from fulllora_dist.data.urls import ObjectInfo
+from fulllora_dist.data.index_file import DamagedIndex
+from fulllora_dist.storage import store, urls
+from fulllora_dist.storage.urls import ObjectInfo
 from tests.services.fault_server import FaultServer
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from fulllora_dist.data import store
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.indexing import index_shards
-from fulllora_dist.data.write import make_shards
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.storage import store
 from tests.services.fault_server import FaultServer
 from tests.services.mock_s3 import MockS3, mock_s3
 

@@ -16,11 +16,12 @@ import webdataset
 from PIL import Image
 from scipy.io import savemat
 
-from fulllora_dist.data import indexing, write
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.scan import scan_file
-from fulllora_dist.data.write import make_shards
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards import indexing
+from fulllora_dist.data.shards import make as shard_writer
+from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.data.shards.scan import scan_file
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
 
@@ -85,23 +86,23 @@ def test_a_restarted_run_makes_only_what_is_missing(image_folder, shards, tmp_pa
 
 
 def test_a_restarted_run_reads_no_finished_shard_again(image_folder, shards, tmp_path, own_cache, monkeypatch) -> None:
-    write_shard, scanned = write._write_shard, []
+    write_shard, scanned = make._write_shard, []
 
     def cut_short(job, file):
         if job.number == 3:
             raise KeyboardInterrupt
         return write_shard(job, file)
 
-    monkeypatch.setattr(write, "_write_shard", cut_short)
+    monkeypatch.setattr(shard_writer, "_write_shard", cut_short)
     with pytest.raises(KeyboardInterrupt):
         make(image_folder, tmp_path)
-    monkeypatch.setattr(write, "_write_shard", write_shard)
+    monkeypatch.setattr(shard_writer, "_write_shard", write_shard)
 
     def noted(path: Path, *rest):
         scanned.append(path.name)
         return scan_file(path, *rest)
 
-    for module in (write, indexing):
+    for module in (shard_writer, indexing):
         monkeypatch.setattr(module, "scan_file", noted)
     make(image_folder, tmp_path)
     assert len(scanned) == 2
@@ -334,7 +335,7 @@ def test_what_cannot_be_read_is_not_left_out(image_folder, tmp_path, monkeypatch
     def fail(*_) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr("fulllora_dist.data.source.walk_tar", fail)
+    monkeypatch.setattr("fulllora_dist.data.shards.source.walk_tar", fail)
     with pytest.raises(UserError, match=r"source\.tar: cannot be read \(Input/output error\)"):
         make(tmp_path / "source.tar", tmp_path / "d")
 

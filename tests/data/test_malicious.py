@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.decode import EvalTransform, TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.index_file import pack_columns
-from fulllora_dist.data.scan import scan_file, scan_stream
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.scan import scan_file, scan_stream
 
 END = bytes(1024)
 ARMED = Path("/tmp/fulllora_dist_was_here")

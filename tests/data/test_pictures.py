@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fulllora_dist.data.pictures import decode, decode_fast
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.images import decode, decode_fast
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

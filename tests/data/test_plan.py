@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fulllora_dist.data import plan
 from fulllora_dist.data.plan import WINDOW, Segment, epoch_plan
-from fulllora_dist.data.progress import TrainWorks
+from fulllora_dist.data.position import TrainWorks
 
 IMAGENET = 1_281_167
 sizes = st.integers(1, 12)

@@ -10,10 +10,10 @@ import pytest
 import s3fs
 from byte_shards import Checksum, arrived, in_tars, write_shards
 
-from fulllora_dist.data.indexing import index_shards
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream, TrainStream
-from fulllora_dist.data.ranges import ChangedObject, ReadPolicy
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.storage.ranges import ChangedObject, ReadPolicy
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
 QUICK = ReadPolicy(request_seconds=10, retry_seconds=20)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fulllora_dist.data.scan import ANY_LABELS, IMAGE_EXTENSIONS, Labels, ShardScan, scan_file, scan_stream
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.shards.scan import ANY_LABELS, IMAGE_EXTENSIONS, Labels, ShardScan, scan_file, scan_stream
 
 SAMPLES = [(f"d/k{i}", bytes([i]) * (300 + 212 * i)) for i in range(4)]  # one fills its blocks exactly
 MEMBERS = [(key + extension, data) for key, jpg in SAMPLES for extension, data in ((".cls", b"1"), (".jpg", jpg))]

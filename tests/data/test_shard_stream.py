@@ -13,9 +13,9 @@ from byte_shards import Checksum, in_tars, write_shards
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.shard_stream import ShardStream
-from fulllora_dist.errors import UserError
 from tests.services.fault_server import FaultServer
 
 BATCH = 12

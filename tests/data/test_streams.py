@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.decode import EvalTransform, TrainTransform
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.reader import DamagedSample
+from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.errors import UserError
 
 SIDE = 24
 AS_IT_IS = TrainTransform(SIDE, "none")
@@ -275,7 +275,7 @@ def test_real_pictures(real_data, tmp_path) -> None:
     """Imagenette's validation tar to shards to batches: the pictures of every class arrive, each once."""
     import tarfile
 
-    from fulllora_dist.data.write import make_shards
+    from fulllora_dist.data.shards.make import make_shards
 
     make_shards(
         real_data / "imagenette224-val1000.tar", tmp_path, split_name="val", samples_per_shard=300, progress=False

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.data.write import make_shards
-from fulllora_dist.errors import UserError
 
 
 @pytest.fixture(scope="module")

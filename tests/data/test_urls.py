@@ -9,9 +9,9 @@ import pytest
 import s3fs
 from botocore.exceptions import EndpointConnectionError
 
-from fulllora_dist.data import store, urls
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import split_index
-from fulllora_dist.errors import UserError
+from fulllora_dist.storage import store, urls
 from tests.services.fault_server import FaultServer
 
 

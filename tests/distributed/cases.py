@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fulllora_dist.config import DistributedSettings, OptimSettings
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.data.write import make_shards
+from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.distributed.engine import Engine, TrainableState
-from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.methods import Method
-from fulllora_dist.models.finetune import AdaptedModel, Finetune, create_model
-from fulllora_dist.phases import Phases
+from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.models.settings import Finetune
+from fulllora_dist.training.phases import Phases
 from tests import recipes
 from tests.recipes import SOFT, WEAKENED, Recipe
 

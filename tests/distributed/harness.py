@@ -91,7 +91,7 @@ def _serve(pipe: Connection) -> None:
 def _fork(
     world: int, work: Callable[..., Any], args: tuple, timeout: float, prepare: Callable[..., Any] | None
 ) -> list[bytes] | str:
-    from fulllora_dist.distributed.ranks import free_port
+    from fulllora_dist.distributed.comm import free_port
 
     made = (prepare(*args),) if prepare else ()
     context = multiprocessing.get_context("fork")
@@ -134,7 +134,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[bytes] | str:
 def _rank(
     rank: int, world: int, port: int, timeout: float, pipe: Connection, work: Callable[..., Any], args: tuple
 ) -> None:
-    from fulllora_dist.distributed.ranks import start_ranks
+    from fulllora_dist.distributed.comm import start_ranks
 
     faulthandler.dump_traceback_later(timeout, exit=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fulllora_dist.attacks.pgd import attacked
-from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.distributed.comm import Ranks
 
 DEPTH = 6
 PLACEMENTS = {"with the patch embedding": ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2"), "without": ("q", "fc2")}

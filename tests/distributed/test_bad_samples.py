@@ -8,12 +8,12 @@ import pytest
 from harness import RankServer
 from PIL import Image
 
+from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.decode import TrainTransform
-from fulllora_dist.data.indexing import index_shards
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.plan import epoch_plan
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import SharedUserError
+from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.distributed.comm import Ranks
 
 BAD = (2, 13, 21)
 

@@ -18,22 +18,23 @@ from harness import RankServer
 from test_guard import _guarded, _states
 from test_resume import BATCHES, _start, _train
 
-from fulllora_dist import train
-from fulllora_dist.build import build_model
-from fulllora_dist.config import Config, GuardSettings
-from fulllora_dist.distributed.checkpoint import write_state
+from fulllora_dist.checkpoints.format import write_state
+from fulllora_dist.commands import train
+from fulllora_dist.config.schema import Config
+from fulllora_dist.config.training import GuardSettings
+from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import SharedUserError, UserError
 from fulllora_dist.evaluation import size_in
-from fulllora_dist.finish import finish
-from fulllora_dist.guard import Guard, Look, least_that_counts
 from fulllora_dist.methods.multi_step import Weakened
 from fulllora_dist.methods.pgd import PGDSettings
 from fulllora_dist.models.adapter_file import read_adapter
-from fulllora_dist.phases import build_phases
-from fulllora_dist.run_state import check_safer
-from fulllora_dist.tracking.card import model_card
+from fulllora_dist.registry.card import model_card
+from fulllora_dist.training.build import build_model
+from fulllora_dist.training.finalize import finish
+from fulllora_dist.training.guard import Guard, Look, least_that_counts
+from fulllora_dist.training.phases import build_phases
+from fulllora_dist.training.resume import check_safer
 
 # {factor of the learning rate, which tells the attempts apart: {batch: robust accuracy}}; looks at even batches
 ONCE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.6, 6: 0.65}}
@@ -92,7 +93,7 @@ def _run(ranks: Ranks, settings: dict, script: Script, until: int | None = None,
             run.say = said.append  # type: ignore[method-assign]
             if until == AMID:
                 run.tracker.go_back = _killed  # type: ignore[method-assign]
-            for batch in run.progress(state):
+            for batch in state.batches():
                 if state.rollbacks and state.step == until:
                     break
                 state.advance(batch)

@@ -19,8 +19,8 @@ from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.evaluation import EvalAttack, Evaluator, pieces
+from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.evaluation import EvalAttack, Evaluator, work_items
 
 EPS = 0.2 / 255
 ATTACKS = ["clean", "fgsm", "pgd3x2", "apgd-ce"]
@@ -186,7 +186,7 @@ class Slow(nn.Module):
 
 def _outlast(ranks: Ranks, shards: str, seconds: float) -> int:
     dataclasses.replace(ranks, patience=timedelta(seconds=seconds)).limit_waiting()
-    pieces.STILL_SECONDS = 2.0
+    work_items.STILL_SECONDS = 2.0
     evaluator = Evaluator(["pgd10"], Linf(EPS), ranks, progress=False)
     return evaluator.run(Slow(ranks.rank), _stream(shards, 10))["n"]
 

@@ -13,12 +13,13 @@ import torch
 from harness import RankError, RankServer
 from test_resume import BATCHES, _config, _start, _train
 
-from fulllora_dist import run_state, states
-from fulllora_dist.data import store
-from fulllora_dist.distributed.checkpoint import list_states, read_newest_state, read_state
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import SharedUserError
-from fulllora_dist.finish import finish
+from fulllora_dist.checkpoints import manager
+from fulllora_dist.checkpoints.format import list_states, read_newest_state, read_state
+from fulllora_dist.core.errors import SharedUserError
+from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.storage import store
+from fulllora_dist.training import trainer
+from fulllora_dist.training.finalize import finish
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
 Said = list[str]
@@ -35,7 +36,7 @@ def _run(
         run, state = _start(ranks, settings)
         run.say = said.append  # type: ignore[method-assign]
         run.states._say = said.append
-        for batch in run.progress(state):
+        for batch in state.batches():
             run.settle()  # or a state that is due waits for a slow one, and comes a batch later
             if ranks.is_main and state.step in events:
                 subprocess.run(events[state.step], shell=True, check=True)
@@ -194,17 +195,17 @@ def test_states_in_a_bucket(
 
 def _slow(ranks: Ranks, settings: dict) -> list[bool]:
     """With a disk that takes until the last batch but one for a state: whether each state came so far in time."""
-    write, released, in_time = states.write_state, threading.Event(), []
+    write, released, in_time = manager.write_state, threading.Event(), []
 
     def slow(*args: object, **kwargs: object) -> str:
         in_time.append(released.wait(20))
         return write(*args, **kwargs)  # type: ignore[arg-type]
 
-    states.write_state = slow  # type: ignore[assignment]
+    manager.write_state = slow  # type: ignore[assignment]
     if ranks.rank == 1:
-        run_state.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]  # rank 0's clock counts
-    run, state = _start(ranks, settings)
-    for batch in run.progress(state):
+        trainer.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]  # rank 0's clock counts
+    _, state = _start(ranks, settings)
+    for batch in state.batches():
         state.advance(batch)
         if state.step == BATCHES - 1:
             released.set()

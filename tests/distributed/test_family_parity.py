@@ -12,8 +12,8 @@ from cases import CHECKPOINTING, OPTIM, Case, batches, build_engine, build_metho
 from harness import RankServer
 from plain_loop import Result, plain_training
 
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.models.finetune import AdaptedModel
 from tests.tiny import FAMILIES, roughen, softmax_ignores, stir, tiny
 

@@ -13,17 +13,17 @@ from harness import RankServer
 from safetensors.torch import load_file
 from test_resume import BATCHES, _config, _start, _train_all
 
-from fulllora_dist.build import build_model, check_inputs
-from fulllora_dist.config import Config
+from fulllora_dist.checkpoints.format import list_states, read_state
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
-from fulllora_dist.distributed.checkpoint import list_states, read_state
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import UserError
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.evaluation import evaluate
-from fulllora_dist.finish import finish
-from fulllora_dist.guard import Guard
+from fulllora_dist.training.build import build_model, check_inputs
+from fulllora_dist.training.finalize import finish
+from fulllora_dist.training.guard import Guard
 
 ALL_STATES = [("run", "save_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
 STEPS = 3

@@ -19,14 +19,14 @@ from harness import RankError, RankServer
 from safetensors.torch import load_file
 from test_resume import ALL, BATCHES, _config, _expected_tensors, _last, _train, _train_all
 
-from fulllora_dist import train
 from fulllora_dist.attacks.threat import L2, Linf
+from fulllora_dist.checkpoints.format import list_states, read_state
+from fulllora_dist.commands import train
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.checkpoint import list_states, read_state
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.evaluation import Evaluator
-from fulllora_dist.run_state import RunState
+from fulllora_dist.training.trainer import RunState
 
 TRAINING = ("attack", "backward", "before rename", "after rename")
 FIRST_STATE = 2

@@ -12,15 +12,15 @@ import torch
 from harness import RankServer
 from torch import Tensor
 
-from fulllora_dist.build import build_model
-from fulllora_dist.config import Config
-from fulllora_dist.config_file import load_config
+from fulllora_dist.config.load import load_config
+from fulllora_dist.config.schema import Config
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.models.adapter_file import load, read_adapter, save_adapter
 from fulllora_dist.models.finetune import AdaptedModel
-from fulllora_dist.phases import Phase, build_phases
+from fulllora_dist.training.build import build_model
+from fulllora_dist.training.phases import Phase, build_phases
 
 pytestmark = pytest.mark.long
 

@@ -10,8 +10,9 @@ import pytest
 from cases import STAGES, Case, batches, build_engine, build_method, train
 from harness import RankServer
 
-from fulllora_dist.distributed import ranks as ranks_module
-from fulllora_dist.distributed.ranks import Ranks, lost_contact
+from fulllora_dist.distributed import comm as ranks_module
+from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.failures import lost_contact
 
 PATIENCE = 2.0
 

@@ -27,7 +27,7 @@ from harness import RankServer
 from plain_loop import Result, plain_training
 from torch import Tensor
 
-from fulllora_dist.distributed.ranks import Ranks
+from fulllora_dist.distributed.comm import Ranks
 
 SPLITS = (2, 4, 8)
 IN_PAIRS = (2, 4)  # where pictures are mixed

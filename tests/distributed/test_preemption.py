@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fulllora_dist.distributed.preemption import ECHO_SECONDS, SIGNALS, StopRequest
+from fulllora_dist.distributed.signals import ECHO_SECONDS, SIGNALS, StopRequest
 
 
 def _child(work: Callable[[StopRequest, Callable[[], None]], None]) -> int:

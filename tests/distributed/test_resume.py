@@ -14,16 +14,16 @@ from cases import ARCHITECTURE, BATCH, EPS, RECIPES, STAGES, largest_difference
 from harness import RankServer
 from torch import Tensor
 
-from fulllora_dist.build import build_model, build_stream
-from fulllora_dist.config import Config
-from fulllora_dist.distributed.checkpoint import list_states, read_state
-from fulllora_dist.distributed.preemption import StopRequest
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import UserError
-from fulllora_dist.guard import build_guard
-from fulllora_dist.phases import build_phases
-from fulllora_dist.run import Run
-from fulllora_dist.run_state import RunState
+from fulllora_dist.checkpoints.format import list_states, read_state
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.signals import StopRequest
+from fulllora_dist.training.build import build_model, build_stream
+from fulllora_dist.training.context import Run
+from fulllora_dist.training.guard import build_guard
+from fulllora_dist.training.phases import build_phases
+from fulllora_dist.training.trainer import RunState
 
 BATCHES = 6
 CUT = 4  # batches until the run is cut short; its last state is that of the third
@@ -76,7 +76,7 @@ def _train(ranks: Ranks, settings: dict, until: int) -> tuple[int, int]:
     """As train.py does, but falling over after batch `until`. The batches it began at and ended at."""
     run, state = _start(ranks, settings)
     began = state.step
-    for batch in run.progress(state):
+    for batch in state.batches():
         state.advance(batch)
         if state.step == until:
             break
@@ -184,7 +184,7 @@ def _signalled(ranks: Ranks, settings: dict) -> tuple[int, bool, int | None]:
     with StopRequest() as stop:
         run, state = _start(ranks, settings)
         run.stop = stop
-        for batch in run.progress(state):
+        for batch in state.batches():
             if ranks.rank == 1 and state.step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             state.advance(batch)

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from harness import RankServer
 
-from fulllora_dist.build import build_eval_stream, build_stream
-from fulllora_dist.config import Config
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.indexing import index_shards
+from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import UserError
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.training.build import build_eval_stream, build_stream
 
 INFO = BackboneInfo(
     "none", None, False, 0, None, 3, None, True, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.9, "bicubic", {}

@@ -14,11 +14,11 @@ from test_resume import BATCHES, _config, _start
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import threat_model
+from fulllora_dist.checkpoints.format import list_states, read_state
+from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.checkpoint import list_states, read_state
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.distributed.engine import Engine, TrainableState
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import SharedUserError
 from fulllora_dist.methods import METHODS
 
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -100,7 +100,7 @@ def _run(ranks: Ranks, settings: dict, bad: list[int], until: int) -> tuple[int,
     said: list[str] = []
     run.say = said.append  # type: ignore[method-assign]
     try:
-        for batch in run.progress(state):
+        for batch in state.batches():
             if ranks.rank == 1 and state.step in bad:
                 batch = replace(batch, images=batch.pixels() * torch.nan)
             state.advance(batch)

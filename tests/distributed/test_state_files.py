@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fulllora_dist.distributed.checkpoint import (
+from fulllora_dist.checkpoints.format import (
     DESCRIPTION,
     TENSORS,
     DamagedState,
@@ -20,7 +20,7 @@ from fulllora_dist.distributed.checkpoint import (
     read_state,
     write_state,
 )
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 
 
 def _content(step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:

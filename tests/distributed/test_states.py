@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from fulllora_dist import states
-from fulllora_dist.config import RunSettings
-from fulllora_dist.data import store
-from fulllora_dist.distributed.checkpoint import DESCRIPTION, TENSORS, list_states
-from fulllora_dist.errors import UserError
-from fulllora_dist.states import States
+from fulllora_dist.checkpoints import manager
+from fulllora_dist.checkpoints.format import DESCRIPTION, TENSORS, list_states
+from fulllora_dist.checkpoints.manager import States
+from fulllora_dist.checkpoints.settings import RunSettings
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.storage import store
 
 Said = list[str]
 
@@ -93,7 +93,7 @@ def test_the_best_one_stays_until_a_better_one_is_whole(tmp_path: Path, monkeypa
         _write(kept, step, best=2 if step > 1 else 1)
     assert _steps(tmp_path / "states") == [3, 2]
     with monkeypatch.context() as patch:
-        patch.setattr(states, "write_state", lambda *_: os.listdir("/nowhere"))
+        patch.setattr(manager, "write_state", lambda *_: os.listdir("/nowhere"))
         assert not _write(kept, 4, best=4)
     _write(kept, 5, best=4)
     assert _steps(tmp_path / "states") == [5, 2]
@@ -140,7 +140,7 @@ def test_whatever_happens_to_a_state_the_training_goes_on(tmp_path: Path, monkey
     def no_memory(*_: object) -> str:
         raise MemoryError("of 8 GB")
 
-    monkeypatch.setattr(states, "write_state", no_memory)
+    monkeypatch.setattr(manager, "write_state", no_memory)
     kept, said = _states(tmp_path)
     assert not _write(kept, 1)
     assert "MemoryError of 8 GB; the newest is none" in said[0]

@@ -19,11 +19,11 @@ from harness import RankError, RankServer
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
-from fulllora_dist import train
+from fulllora_dist.commands import train
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
-from fulllora_dist.distributed.ranks import Ranks, free_port
-from fulllora_dist.run_state import RunState
+from fulllora_dist.distributed.comm import Ranks, free_port
+from fulllora_dist.training.trainer import RunState
 from tests.services.mlflow_server import MlflowServer
 
 BATCHES = 300

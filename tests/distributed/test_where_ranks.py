@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fulllora_dist as fd
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.evaluation import EvalAttack
 from tests.tiny import stir
 

@@ -10,8 +10,8 @@ from harness import RankServer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.distributed.ranks import Ranks
 from fulllora_dist.models.backbone import fingerprint
 
 SCALARS = 256  # bytes: norms, flags, barriers

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import L2, Linf
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.evaluation.attacks import autoattack_seed
 from tests.tiny import CLASSES

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from fulllora_dist.evaluation import table, write_figures
 from fulllora_dist.evaluation.score import score
-from fulllora_dist.tracking.figures import Curve, per_class_bars, robustness_curve
+from fulllora_dist.plots.figures import Curve, per_class_bars, robustness_curve
 
 
 def _results(classes: list[str], more_eps: tuple[float, ...] = ()) -> dict[str, Any]:

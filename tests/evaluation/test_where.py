@@ -14,12 +14,12 @@ from matplotlib.image import imread
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.distributed.ranks import Ranks
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.stats import paired_score
+from fulllora_dist.distributed.comm import Ranks
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate
 from fulllora_dist.evaluation.where import By, parse_by, where_robustness_sits
 from fulllora_dist.evaluation.where_report import where_figure, where_table
-from fulllora_dist.intervals import paired_score
 from tests.tiny import stir, tiny
 
 ATTACK, N, SEED = "pgd3", 60, 5

@@ -14,14 +14,14 @@ import pytest
 import yaml
 from submitit import JobEnvironment
 
-from fulllora_dist.config_file import load_config
-from fulllora_dist.errors import UserError
-from fulllora_dist.launching.attempt import join_ranks
+from fulllora_dist.config.load import load_config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.folder import launching, make_folder
 from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.report import find_runs
 from fulllora_dist.launching.resources import Resources, minutes, read_profile, resources
 from fulllora_dist.launching.submit import submit
+from fulllora_dist.launching.worker import join_ranks
 from tests.launching.conftest import LAUNCH, ROOT, STEPS, Site
 
 CONFIG = ["--config", "config.yaml"]
@@ -124,14 +124,14 @@ def test_a_launch_that_fails_leaves_nothing(site: Site, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     settings = [*CONFIG, "plugins=[]", "method=pgd", f"run.output={tmp_path}/run"]
     with pytest.raises(UserError, match="there is no srun here"):
-        submit(settings, Resources(), "slurm", [])
+        submit(load_config("config.yaml", settings[2:]), settings, Resources(), "slurm", [])
     assert not (tmp_path / "run").exists()
     config = load_config("config.yaml", settings[2:]).model_copy(update={"plugins": ("/nowhere/gone.py",)})
     with pytest.raises(FileNotFoundError), launching(config.run.output):
         make_folder(config)
     monkeypatch.setattr("fulllora_dist.launching.submit.write_record", lambda *_: os.mkdir("/nowhere/at/all"))
     with pytest.raises(FileNotFoundError):
-        submit(settings, Resources(), "debug", [])
+        submit(load_config("config.yaml", settings[2:]), settings, Resources(), "debug", [])
     assert os.listdir(tmp_path / "run") == []
     (tmp_path / "run" / "launches").mkdir()
     with pytest.raises(UserError, match="no run here was launched"):

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 from submitit import DebugExecutor
 
-from fulllora_dist.errors import UserError
-from fulllora_dist.evaluation.partial import Partial
-from fulllora_dist.launching import attempt, jobs
-from fulllora_dist.launching.attempt import Attempt
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation.resume_log import Partial
+from fulllora_dist.launching import jobs, worker
 from fulllora_dist.launching.folder import read_attempts
 from fulllora_dist.launching.jobs import RunJob, newest_launch, wait
 from fulllora_dist.launching.report import find_runs, status
 from fulllora_dist.launching.resources import Resources
 from fulllora_dist.launching.submit import _executor, refuse_second
+from fulllora_dist.launching.worker import Attempt
 from tests.launching.conftest import LAUNCH, ROOT
 
 STOPPED = 128 + signal.SIGUSR2
@@ -57,10 +57,10 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         values |= {"LOCAL_JOB_NUM_NODES": 1, "LOCAL_NODEID": 0, "LOCAL_GLOBALID": 0, "LOCAL_LOCALID": 0}
         for name, value in values.items():
             monkeypatch.setenv(f"SUBMITIT_{name}", str(value))
-        monkeypatch.setattr(attempt, "join_ranks", lambda _: None)
-        monkeypatch.setattr(attempt, "entry_point", lambda _: {"main": lambda _: end()})
-        monkeypatch.setattr(attempt, "_exit", exit_by)
-        monkeypatch.setattr(attempt.store, "stop_retrying", lambda: None)
+        monkeypatch.setattr(worker, "join_ranks", lambda _: None)
+        monkeypatch.setattr(worker, "entry_point", lambda _: {"main": lambda _: end()})
+        monkeypatch.setattr(worker, "_exit", exit_by)
+        monkeypatch.setattr(worker.store, "stop_retrying", lambda: None)
         with pytest.raises(SystemExit) as left:
             Attempt(entry, [])()
         return left.value.code
@@ -77,7 +77,7 @@ def test_a_job_without_progress_gives_up(tmp_path: Path, one_attempt: Callable[.
         return STOPPED
 
     codes = [one_attempt(folder, lambda step=step: saved(step)) for step in (5, 9, 9, 12, 12, 12)]
-    requeue = attempt.LOCAL_REQUEUE_RETURN_CODE
+    requeue = worker.LOCAL_REQUEUE_RETURN_CODE
     assert codes == [requeue] * 5 + [1]
     said = status(str(tmp_path))
     assert "FAILED" in said
@@ -109,7 +109,7 @@ def test_a_bucket_that_does_not_answer_is_no_lack_of_progress(
     def silent(*_: str) -> list[str]:
         raise UserError("the bucket does not answer")
 
-    monkeypatch.setattr(attempt, "list_states", silent)
+    monkeypatch.setattr(worker, "list_states", silent)
     assert 1 not in [one_attempt(folder, lambda: STOPPED) for _ in range(4)]
 
 
@@ -133,8 +133,8 @@ def test_a_mistake_opens_no_debugger(
         raise UserError("data.train: it is gone")
 
     monkeypatch.setenv("SUBMITIT_FOLDER", str(tmp_path))
-    monkeypatch.setattr(attempt, "join_ranks", lambda _: None)
-    monkeypatch.setattr(attempt, "entry_point", lambda _: {"main": mistake})
+    monkeypatch.setattr(worker, "join_ranks", lambda _: None)
+    monkeypatch.setattr(worker, "entry_point", lambda _: {"main": mistake})
     monkeypatch.setattr("pdb.post_mortem", lambda: pytest.fail("a debugger"))
     assert DebugExecutor(tmp_path).submit(Attempt("train", [])).results() == [2]
     assert "error: data.train: it is gone\n" in capsys.readouterr().err
@@ -142,7 +142,7 @@ def test_a_mistake_opens_no_debugger(
 
 def test_a_full_disk_costs_a_note_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = SimpleNamespace(folder=tmp_path / "gone")
-    note = attempt._Notes(SimpleNamespace(paths=paths, global_rank=0, job_id="1"), "train")  # type: ignore[arg-type]
+    note = worker._Notes(SimpleNamespace(paths=paths, global_rank=0, job_id="1"), "train")  # type: ignore[arg-type]
     note("finished")
     assert capsys.readouterr().err.count("'finished' is not noted") == 1
 

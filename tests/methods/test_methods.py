@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.methods.base import Means
 from fulllora_dist.methods.multi_step import Weakened
-from fulllora_dist.methods.ramps import Ramps
-from fulllora_dist.rng import sample_rng
+from fulllora_dist.methods.warmup import Ramps
 from tests import recipes
 from tests.recipes import SOFT, WEAKENED, Recipe, plain_loss
 from tests.tiny import CLASSES, batches, pictures, stir, tiny

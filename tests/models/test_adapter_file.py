@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 import fulllora_dist as fd
-from fulllora_dist.build import build_evaluator
-from fulllora_dist.config import Config
-from fulllora_dist.distributed.ranks import Ranks, free_port
-from fulllora_dist.errors import UserError
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.comm import Ranks, free_port
 from fulllora_dist.models.adapter_file import merge
 from fulllora_dist.models.finetune import AdaptedModel, create_model
-from fulllora_dist.tracking.card import model_card
+from fulllora_dist.registry.card import model_card
+from fulllora_dist.training.build import build_evaluator
 from tests.tiny import ARCHITECTURE, architecture, pictures, roughen, stir, tiny
 
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

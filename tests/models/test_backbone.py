@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.backbone import fingerprint
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 from tests.tiny import ARCHITECTURE, pictures
@@ -203,7 +203,7 @@ def test_another_image_size_resamples_the_position_embedding_as_timm_does(
 
 FROM_HUB = f"""
 import json
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import create_model
 settings = dict(architecture={ARCHITECTURE!r}, image_size={SIDE}, rank=1)
 sha256 = create_model({TAG!r}, **settings).info.sha256

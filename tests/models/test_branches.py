@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.branches import Branch, branches_of, switched_off
 from fulllora_dist.models.finetune import AdaptedModel
 from tests.tiny import CLASSES, FAMILIES, SIDE, architecture, branches, pictures, roughen, stir, tiny

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from timm.models.convit import GPSA
 from torch import Tensor, nn
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, branches, pictures, roughen, stir, tiny
 

@@ -5,7 +5,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import create_model
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, branches, pictures, stir, tiny
 

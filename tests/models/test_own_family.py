@@ -18,7 +18,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 import fulllora_dist as fd
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.families import FAMILIES, Family, register_family
 from tests.tiny import branches, patches, pictures, roughen, stir
 
@@ -103,7 +103,7 @@ def test_it_computes_in_bf16_and_refuses_checkpointing(own: ModuleType) -> None:
 LOAD = """
 import sys
 import fulllora_dist as fd
-from fulllora_dist.plugins import import_plugins
+from fulllora_dist.config.plugins import import_plugins
 if sys.argv[2] == "import":
     import my_family
 elif sys.argv[2] == "file":

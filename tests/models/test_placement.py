@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 from tests.tiny import (
     CLASSES,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fulllora_dist as fd
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from tests.tiny import CLASSES, FAMILIES, pictures, stir, tiny
 
 OTHERS: list[dict[str, Any]] = [

@@ -10,7 +10,7 @@ import pytest
 
 import fulllora_dist as fd
 from fulllora_dist.evaluation.score import score
-from fulllora_dist.tracking.registry import Registry
+from fulllora_dist.registry.registry import Registry
 from tests.services.mlflow_server import MlflowServer
 from tests.tiny import CLASSES, stir, tiny
 

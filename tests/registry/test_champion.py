@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from fulllora_dist.errors import UserError
-from fulllora_dist.promotion import Rules
-from fulllora_dist.tracking import champion
-from fulllora_dist.tracking.champion import LostRace, Outcome, promote, rollback
-from fulllora_dist.tracking.publish import publish
-from fulllora_dist.tracking.registry import Registry, Version
-from fulllora_dist.tracking.store import StoreError
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.registry import champion
+from fulllora_dist.registry.champion import LostRace, Outcome, promote, rollback
+from fulllora_dist.registry.mlflow_client import StoreError
+from fulllora_dist.registry.promotion import Rules
+from fulllora_dist.registry.publish import publish
+from fulllora_dist.registry.registry import Registry, Version
 from tests.registry.conftest import evaluation, right
 
 RULES = Rules(margin=0.01, clean_floor=0.5)

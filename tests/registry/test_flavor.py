@@ -17,12 +17,12 @@ import pytest
 import torch
 
 import fulllora_dist as fd
-from fulllora_dist.distributed.ranks import free_port
-from fulllora_dist.errors import UserError
-from fulllora_dist.tracking import flavor
-from fulllora_dist.tracking.card import model_card
-from fulllora_dist.tracking.publish import publish
-from fulllora_dist.tracking.registry import Registry
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.comm import free_port
+from fulllora_dist.registry import flavor
+from fulllora_dist.registry.card import model_card
+from fulllora_dist.registry.publish import publish
+from fulllora_dist.registry.registry import Registry
 from tests.models.test_adapter_file import from_weights, no_pickle, weights
 from tests.registry.conftest import EPS, TRAINING, evaluation, right
 from tests.tiny import CLASSES, SIDE, stir, tiny

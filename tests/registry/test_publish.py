@@ -15,10 +15,10 @@ import pytest
 import torch
 
 import fulllora_dist as fd
-from fulllora_dist.errors import UserError
-from fulllora_dist.tracking.publish import publish
-from fulllora_dist.tracking.registry import Registry, Version, data_name
-from fulllora_dist.tracking.version_tags import Lineage
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.registry.publish import publish
+from fulllora_dist.registry.registry import Registry, Version, data_name
+from fulllora_dist.registry.version_tags import Lineage
 from tests.registry.conftest import TRAINING, evaluation, right
 from tests.tiny import pictures
 

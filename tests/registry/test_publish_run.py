@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fulllora_dist.config import Config
-from fulllora_dist.tracking.publish_run import publish_run
-from fulllora_dist.tracking.registry import Registry
+from fulllora_dist.config.schema import Config
+from fulllora_dist.registry.publish_run import publish_run
+from fulllora_dist.registry.registry import Registry
 from tests.registry.conftest import evaluation, right
 from tests.registry.test_tools import call
 

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 import fulllora_dist as fd
+from fulllora_dist.commands import adapter_actions, adapters
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.decode import EvalTransform
-from fulllora_dist.data.write import make_shards
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.models.adapter_diff import layer_differences
 from fulllora_dist.models.adapter_file import read_adapter
-from fulllora_dist.prediction import predict
-from fulllora_dist.tracking import commands
+from fulllora_dist.registry.predict import predict
 from tests.registry.conftest import TRAINING, evaluation, right
 from tests.tiny import SIDE, stir, tiny
 
@@ -30,13 +30,8 @@ CLASSES = TRAINING["data"]["classes"]
 
 def call(uri: str, *arguments: str) -> tuple[str, dict[str, Any], int]:
     """The command in this process: (text, JSON, exit code)."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        import adapters
-    finally:
-        sys.path.pop(0)
     args = adapters._parser().parse_args([*arguments, "--uri", uri])
-    text, result, code = getattr(commands, f"{args.command}_command")(args)
+    text, result, code = getattr(adapter_actions, f"{args.command}_command")(args)
     json.dumps(result)
     return text, result, code
 

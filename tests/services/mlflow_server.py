@@ -11,7 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.distributed.comm import free_port
 
 _START_SECONDS = 120
 

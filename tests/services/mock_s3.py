@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from fulllora_dist.distributed.ranks import free_port
+from fulllora_dist.distributed.comm import free_port
 
 BUCKET = "bucket"
 

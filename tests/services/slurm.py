@@ -98,7 +98,7 @@ class Cluster:
         paths |= {"log-file": folder / "log" / "munged.log", "seed-file": folder / "munge.seed"}
         self._daemon("munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in paths.items()))
         self._await("munged", lambda: self._fine("munge", "-S", str(socket_path), "-n"))
-        from fulllora_dist.distributed.ranks import free_port  # --install and --help need nothing but Python
+        from fulllora_dist.distributed.comm import free_port  # --install and --help need nothing but Python
 
         database, dbd, *ports = (free_port() for _ in range(NODES + 3))
         self._configure(socket_path, dbd, ports)

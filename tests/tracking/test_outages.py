@@ -14,13 +14,13 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from fulllora_dist.config import Config
+from fulllora_dist.commands.sync import sync
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.write import make_shards
-from fulllora_dist.distributed.ranks import free_port
-from fulllora_dist.errors import UserError
+from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.distributed.comm import free_port
 from fulllora_dist.tracking.run import Tracker
-from fulllora_dist.tracking.sync import sync
 from tests.services.mlflow_server import MlflowServer, SlowWay
 from tools import sync_tracking
 
@@ -106,7 +106,7 @@ def test_a_server_that_comes_late_and_is_killed(
     sys.addaudithook(_audit)  # for good
     with MlflowServer(tmp_path / "server") as server:
         with _watched():
-            tracker = Tracker(_config(tmp_path, server.uri), active=True)
+            tracker = Tracker(_config(tmp_path, server.uri).tracked_run(), active=True)
 
         def come() -> None:
             server.start()
@@ -140,7 +140,7 @@ def test_two_seconds_for_each_answer(tmp_path: Path, record_property: Callable, 
     with MlflowServer(tmp_path / "server") as server:
         server.start()
         with SlowWay(server.uri, 2.0) as slow:
-            tracker = Tracker(_config(tmp_path, slow.uri), active=True)
+            tracker = Tracker(_config(tmp_path, slow.uri).tracked_run(), active=True)
             began = time.perf_counter()
             longest = _log_all(tracker, {})
             assert time.perf_counter() - began < 2, "all is logged before the first answer"
@@ -157,7 +157,7 @@ def test_two_seconds_for_each_answer(tmp_path: Path, record_property: Callable, 
 def test_artifacts_and_data(tmp_path: Path, shards: Path, serve_artifacts: bool) -> None:
     with MlflowServer(tmp_path / "server", serve_artifacts) as server:
         server.start()
-        tracker = Tracker(_config(tmp_path, server.uri), active=True)
+        tracker = Tracker(_config(tmp_path, server.uri).tracked_run(), active=True)
         output = tmp_path / "run"
         (output / "adapter").mkdir()
         (output / "adapter" / "adapter.json").write_text("{}")
@@ -185,7 +185,7 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(
 ) -> None:
     """The end waits no longer than it is told to, and says what to do; and the tool does it, more than once."""
     config = _config(tmp_path, f"http://127.0.0.1:{free_port()}", wait_seconds=1)
-    tracker = Tracker(config, active=True)
+    tracker = Tracker(config.tracked_run(), active=True)
     _log_all(tracker, {})
     began = time.monotonic()
     tracker.finish("FINISHED")

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fulllora_dist.config import Config
-from fulllora_dist.pictures import show_end
+from fulllora_dist.config.schema import Config
+from fulllora_dist.training.run_plots import show_end
 from tests.tiny import tiny
 
 CONFIG = {

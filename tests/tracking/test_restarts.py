@@ -14,7 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
-from fulllora_dist.config import Config
+from fulllora_dist.config.schema import Config
 from fulllora_dist.tracking import mlflow_run
 from fulllora_dist.tracking.mlflow_run import MlflowRun, first_use_alone
 from fulllora_dist.tracking.outbox import Outbox
@@ -67,7 +67,7 @@ def _sent(config: Config, run_id: str | None = None, step: int = 0, then: Callab
     """An attempt that has sent what it may, does `then` and is killed."""
 
     def work() -> None:
-        tracker = Tracker(config, active=True, run_id=run_id, step=step)
+        tracker = Tracker(config.tracked_run(), active=True, run_id=run_id, step=step)
         assert tracker.settle()
         then(tracker)
 
@@ -76,11 +76,11 @@ def _sent(config: Config, run_id: str | None = None, step: int = 0, then: Callab
 
 def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
     """Before its first state the run is known by a file; later by the state; its status is that of the last attempt."""
-    _killed(lambda: Tracker(config, active=True))  # MLflow may or may not have heard of it
+    _killed(lambda: Tracker(config.tracked_run(), active=True))  # MLflow may or may not have heard of it
     _sent(config)
     ((run_id, status),) = _runs(config).items()
     assert status == "RUNNING"
-    second = Tracker(config, active=True)  # no state yet
+    second = Tracker(config.tracked_run(), active=True)  # no state yet
     assert second.run_id == run_id
     second.log({"train/loss": 1.0}, 1)
     second.commit(1)
@@ -89,7 +89,7 @@ def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
 
     _sent(config, run_id, 1)
     assert _runs(config) == {run_id: "RUNNING"}
-    third = Tracker(config, active=True, run_id=run_id, step=1, hosts=["a", "a", "b"])
+    third = Tracker(config.tracked_run(), active=True, run_id=run_id, step=1, hosts=["a", "a", "b"])
     third.finish("FINISHED")
     assert _runs(config) == {run_id: "FINISHED"}
     tags = MlflowClient(config.tracking.uri).get_run(run_id).data.tags
@@ -99,7 +99,7 @@ def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
 
     # its states are lost, so that it begins anew: what was sent stays with the old one, which says how it ended
     _sent(config, run_id, 1)
-    anew = Tracker(config, active=True)
+    anew = Tracker(config.tracked_run(), active=True)
     anew.settle()
     assert anew.run_id != run_id
     assert _runs(config) == {run_id: "FAILED", anew.run_id: "RUNNING"}
@@ -113,8 +113,8 @@ def test_what_a_killed_attempt_has_not_sent_is_sent_by_the_next(config: Config) 
         for step in (1, 2, 3):
             tracker.log({"train/loss": float(step)}, step)
 
-    _killed(lambda: unsent(Tracker(config, active=True)))
-    second = Tracker(config, active=True, step=2)  # its state, which does not know MLflow's id
+    _killed(lambda: unsent(Tracker(config.tracked_run(), active=True)))
+    second = Tracker(config.tracked_run(), active=True, step=2)  # its state, which does not know MLflow's id
     second.log({"train/loss": 30.0}, 3)
     second.finish("KILLED")
     assert len(_runs(config)) == 1
@@ -122,19 +122,19 @@ def test_what_a_killed_attempt_has_not_sent_is_sent_by_the_next(config: Config) 
 
     # the answer to the request that made the run was lost, or the file
     os.unlink(Path(config.run.output, "tracking", "sent.json"))
-    third = Tracker(config, active=True, run_id=second.run_id, step=3)
+    third = Tracker(config.tracked_run(), active=True, run_id=second.run_id, step=3)
     third.finish("KILLED")
     assert third.run_id == second.run_id
     assert _points(config, third.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 30.0)], "sent again, none doubled"
 
 
 def test_the_run_is_found_whose_making_was_not_heard_of(config: Config) -> None:
-    tracker = Tracker(config, active=True)
+    tracker = Tracker(config.tracked_run(), active=True)
     tracker.finish("KILLED")
     path = Path(config.run.output, "tracking", "sent.json")
     noted = json.loads(path.read_text())
     path.write_text(json.dumps({"key": noted["key"]}))
-    again = Tracker(config, active=True)
+    again = Tracker(config.tracked_run(), active=True)
     again.finish("FINISHED")
     assert _runs(config) == {tracker.run_id: "FINISHED"}
 
@@ -142,7 +142,7 @@ def test_the_run_is_found_whose_making_was_not_heard_of(config: Config) -> None:
 def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
     """A final evaluation that is repeated, and steps after a state that was lost: the same values are the same
     points, others are further ones."""
-    first = Tracker(config, active=True)
+    first = Tracker(config.tracked_run(), active=True)
     for step in (1, 2, 3):
         first.log({"train/loss": float(step), "train/accuracy": 0.5}, step)
     first.log({"eval/clean": 0.75}, 3)
@@ -150,7 +150,7 @@ def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
     first.finish("FINISHED")
     written = Path(config.run.output, "metrics.jsonl").read_bytes()
 
-    again = Tracker(config, active=True, run_id=first.run_id, step=1)  # the state of batch 3 is damaged
+    again = Tracker(config.tracked_run(), active=True, run_id=first.run_id, step=1)  # the state of batch 3 is damaged
     assert len(list(again.lines())) == 1
     for step in (2, 3):
         again.log({"train/loss": float(step), "train/accuracy": 0.5}, step)
@@ -161,7 +161,7 @@ def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
     assert _points(config, first.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert _points(config, first.run_id, "eval/clean") == [(3, 0.75)]
 
-    other = Tracker(config, active=True, run_id=first.run_id, step=3)
+    other = Tracker(config.tracked_run(), active=True, run_id=first.run_id, step=3)
     other.log({"eval/clean": 0.5}, 3)  # evaluated otherwise
     other.commit(3)
     other.finish("FINISHED")
@@ -172,7 +172,7 @@ def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
 
 def test_a_run_that_goes_back(config: Config) -> None:
     """What MLflow has got stays there; what it has not got of the abandoned part never comes."""
-    tracker = Tracker(config, active=True)
+    tracker = Tracker(config.tracked_run(), active=True)
     for step in range(1, 7):
         tracker.log({"train/loss": float(step)}, step)
         if step == 4:
@@ -236,7 +236,7 @@ def test_one_process_at_a_time_makes_a_store(tmp_path: Path) -> None:
 
 def test_a_name_that_mlflow_refuses(config: Config, capsys: pytest.CaptureFixture) -> None:
     """Its points stay in the file, said once; all others arrive, and so does what comes after them."""
-    tracker = Tracker(config, active=True)
+    tracker = Tracker(config.tracked_run(), active=True)
     for step in (1, 2):
         tracker.log({"train/loss": 1.0, "train//x": 2.0, "train/accuracy": 0.5}, step)
         tracker.commit(step)
@@ -253,7 +253,7 @@ def test_a_name_that_mlflow_refuses(config: Config, capsys: pytest.CaptureFixtur
 def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Config) -> None:
     """MLflow refuses them with the same code as a bad name."""
     client = MlflowClient(config.tracking.uri)
-    tracker = Tracker(config, active=True)
+    tracker = Tracker(config.tracked_run(), active=True)
     assert tracker.settle()
     client.delete_run(tracker.run_id)
     tracker.log({"train/loss": float("nan"), "train/norm": float("-inf")}, 1)  # tags, no points
@@ -272,7 +272,7 @@ def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Confi
 
 def test_a_run_that_fails_shows_its_last_points(config: Config) -> None:
     """No state covers them, so that they may be made again: a file has them."""
-    tracker = Tracker(config, active=True)
+    tracker = Tracker(config.tracked_run(), active=True)
     for step in (1, 2, 3):
         tracker.log({"train/loss": 10.0**step}, step)
     tracker.commit(1)
@@ -298,7 +298,7 @@ def test_a_tracker_decides_how_often_mlflow_tries(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_signal_leaves_no_time_for_pictures(config: Config) -> None:
-    tracker = Tracker(config, active=True)
+    tracker = Tracker(config.tracked_run(), active=True)
     going_on, drawn = threading.Event(), []
 
     def draw(name: str) -> Figure:
@@ -317,7 +317,7 @@ def test_a_signal_leaves_no_time_for_pictures(config: Config) -> None:
 
 def test_a_disk_that_takes_half_a_line(config: Config, capsys: pytest.CaptureFixture) -> None:
     settings = config.tracking.model_copy(update={"enabled": False})
-    tracker = Tracker(config.model_copy(update={"tracking": settings}), active=True)
+    tracker = Tracker(config.model_copy(update={"tracking": settings}).tracked_run(), active=True)
     tracker.log({"train/loss": 1.0}, 1)
     path = Path(config.run.output, "metrics.jsonl")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -5,7 +5,7 @@ import pkgutil
 
 from torch import nn
 
-from fulllora_dist.errors import UserError
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.families.family import FAMILIES, Family, register_family
 
 for _module in pkgutil.iter_modules(__path__):

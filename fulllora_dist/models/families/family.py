@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from fulllora_dist.errors import UserError
-from fulllora_dist.models.placement import COMPONENTS, FUSED, Site
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.placement import FUSED, Site
+from fulllora_dist.models.settings import COMPONENTS
 
 Parts = Mapping[type[nn.Module], Mapping[str, str | None]]
 Weights = dict[str, Tensor]

@@ -1,0 +1,212 @@
+"""States of a run, on a disk or in a bucket: safetensors and JSON, found by themselves.
+
+A state is a folder `<place>/<step>` with state.safetensors and state.json, which holds the checksum of both. On a disk
+it is written under a temporary name, flushed and renamed, so that a folder of the right name is complete. A bucket
+cannot rename: there the description is written last, and a folder without one is no state.
+Nothing in it is bound to a number of ranks or a ZeRO stage, and nothing is pickled. The backbone is never in it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.storage import store, urls
+
+FORMAT_VERSION = 1
+TENSORS = "state.safetensors"
+DESCRIPTION = "state.json"
+
+
+class DamagedState(Exception):
+    """A state that is incomplete or whose bytes changed; the message says what and where."""
+
+
+def _write(path: str, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush_folder(path: str) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest(content: bytes, facts: Mapping[str, Any]) -> str:
+    """sha256 of the tensors' file and the facts: one damaged digit in the latter is no state either."""
+    digest = hashlib.sha256(content)
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def write_state(
+    place: str,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    keep: int,
+    spared: Collection[int] = (),
+) -> str:
+    """Publish the state of `step` under `place`. Of the older ones delete all but the `keep` - 1 newest and, besides,
+    those of the steps `spared`. Returns its path or URL.
+
+    Args:
+        place: a folder, or an s3:// or gs:// URL.
+        tensors: on the host.
+        facts: JSON-able.
+
+    Raises:
+        OSError, UserError: it cannot be written there; older states are as they were.
+    """
+    content = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
+    description = {"format_version": FORMAT_VERSION, "step": step, **facts}
+    description["sha256"] = _digest(content, description)
+    final = f"{place.rstrip('/')}/{step:08d}"
+    publish = _publish_objects if urls.is_remote(place) else _publish_folder
+    publish(place, final, {TENSORS: content, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()})
+    # newer ones were passed over as damaged: they do not count, or they would push this one out
+    older = [path for path in list_states(place) if step_of(path) < step and step_of(path) not in spared]
+    for old in older[keep - 1 :]:
+        with contextlib.suppress(OSError, UserError):  # the new one is whole; the next one tries again
+            delete_state(old)
+    return final
+
+
+def _publish_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
+    os.makedirs(place, exist_ok=True)
+    _delete_unfinished(place)
+    temporary = os.path.join(place, f".tmp-{os.path.basename(final)}")
+    try:
+        os.makedirs(temporary)
+        for name, content in files.items():
+            _write(os.path.join(temporary, name), content)
+        _flush_folder(temporary)
+        if os.path.exists(final):  # a run that went back to an older state makes this step again
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
+        raise
+    _flush_folder(place)
+
+
+def _delete_unfinished(folder: str) -> None:
+    for name in os.listdir(folder):
+        if name.startswith(".tmp-"):
+            shutil.rmtree(os.path.join(folder, name))
+
+
+def _publish_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
+    for path, names in _folders(place).items():
+        if DESCRIPTION not in names or path == final:  # unfinished, or damaged and made again
+            delete_state(path, names)
+    for name in (TENSORS, DESCRIPTION):
+        store.write(f"{final}/{name}", files[name])
+
+
+def delete_state(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)) -> None:
+    """Delete a state by its path or URL; `names`: what is there of it in a bucket.
+
+    Raises:
+        OSError, UserError: it cannot be deleted.
+    """
+    if not urls.is_remote(path):
+        shutil.rmtree(path)
+        return
+    fs = urls.filesystem(path)
+    for name in sorted(names):  # without its description it is no state any more, whatever happens next
+        url = f"{path}/{name}"
+        store.persistent(lambda url=url: fs.rm_file(url), path)  # type: ignore[misc]
+
+
+def _folders(place: str) -> dict[str, set[str]]:
+    """What lies in a bucket under `place`: the URL of each step's folder, and the files in it."""
+    fs, place = urls.filesystem(place), place.rstrip("/")
+    inside = re.compile(re.escape(fs._strip_protocol(place)) + r"/(\d+)/([^/]+)")
+    found: dict[str, set[str]] = {}
+    for key in store.persistent(lambda: fs.find(place), place):
+        if match := inside.fullmatch(key):
+            found.setdefault(f"{place}/{match[1]}", set()).add(match[2])
+    return found
+
+
+def list_states(*places: str) -> list[str]:
+    """Paths or URLs of the published states, newest first."""
+    paths: list[str] = []
+    for place in places:
+        if urls.is_remote(place):
+            paths += [path for path, names in _folders(place).items() if DESCRIPTION in names]
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                paths += [os.path.join(place, name) for name in os.listdir(place) if name.isdigit()]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def step_of(path: str) -> int:
+    """The step of a state's path or URL."""
+    return int(os.path.basename(path))
+
+
+def read_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of a state, checked.
+
+    Raises:
+        DamagedState: missing files, changed bytes.
+        UserError: a format version this program does not know, a bucket that does not answer.
+        OSError: a disk that does not answer: that is no damage, and another attempt may find it whole.
+    """
+    try:
+        files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)
+        facts, content = json.loads(files[DESCRIPTION]), files[TENSORS]
+        version, sha256 = facts["format_version"], facts.pop("sha256")
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
+        raise DamagedState(f"{path} is incomplete ({error})") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
+    if _digest(content, facts) != sha256:
+        raise DamagedState(f"{path} is damaged: its sha256 is not the one in {DESCRIPTION}")
+    try:
+        return load_safetensors(content), facts
+    except SafetensorError as error:
+        raise DamagedState(f"{path}/{TENSORS} is damaged ({error})") from None
+
+
+def _read_folder(path: str) -> dict[str, bytes]:
+    files = {}
+    for name in (DESCRIPTION, TENSORS):
+        with open(os.path.join(path, name), "rb") as file:
+            files[name] = file.read()
+    return files
+
+
+def _read_objects(path: str) -> dict[str, bytes]:
+    """What is there of the two files. A bucket that does not answer is no missing file, and a UserError."""
+    fs = urls.filesystem(path)
+    names = {key.rpartition("/")[2] for key in store.persistent(lambda: fs.find(path), path)}
+    return {name: store.read(f"{path}/{name}") for name in (DESCRIPTION, TENSORS) if name in names}
+
+
+def read_newest_state(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, dict[str, str]]:
+    """The newest state that is whole, or None; and of each damaged one that was passed over its path and a line."""
+    damaged: dict[str, str] = {}
+    for path in list_states(*places):
+        try:
+            return read_state(path), damaged
+        except DamagedState as error:
+            damaged[path] = str(error)
+    return None, damaged

@@ -1,0 +1,209 @@
+"""The states of one run, as rank 0 keeps them: the newest is found, others are written beside the training."""
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+from yaml import YAMLError
+
+from fulllora_dist.checkpoints.format import (
+    DamagedState,
+    delete_state,
+    list_states,
+    read_newest_state,
+    read_state,
+    step_of,
+    write_state,
+)
+from fulllora_dist.checkpoints.settings import RunSettings
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.storage import store, urls
+
+
+def state_places(settings: RunSettings) -> list[str]:
+    """Folders or URLs where the states of a run may lie, whatever `run.states` was in its other attempts."""
+    places = _places(settings)
+    for place in [*_places_before(settings.output), os.path.join(settings.output, "states")]:
+        if place not in places:
+            places.append(place)
+    return places
+
+
+def _places(settings: RunSettings) -> list[str]:
+    """Where they are written; each takes what the ones before it refuse."""
+    own = os.path.join(settings.output, "states")
+    if settings.states is None:
+        return [own]
+    return [settings.states, own] if urls.is_remote(settings.states) else [urls.local_path(settings.states)]
+
+
+def _places_before(output: str) -> list[str]:
+    """`run.states` of the newest attempt, as its config.yaml in the output folder has it."""
+    try:
+        saved = OmegaConf.load(os.path.join(output, "config.yaml"))
+        states = OmegaConf.select(saved, "run.states")
+    except (OSError, YAMLError, OmegaConfBaseException):
+        return []
+    return [] if states is None else [states if urls.is_remote(states) else urls.local_path(states)]
+
+
+def kept_besides(facts: Mapping[str, Any]) -> frozenset[int]:
+    """Steps of the best and the good state, where a state's facts name some."""
+    best, good = facts.get("best"), facts.get("guard", {}).get("good")
+    return frozenset(step for step in (best and best["step"], good) if step is not None)
+
+
+class States:
+    """Finds and writes states; used on rank 0 alone.
+
+    They lie under `run.states`, or in the output folder. Where a bucket refuses one, it goes to the output folder, and
+    is found there by whoever starts again with the same disk. A state that nothing takes costs a warning: the training
+    goes on, and older states are as they were. Those that are damaged stay where they are, too.
+
+    Attributes:
+        newest: step of the newest state that is whole, None where there is none.
+    """
+
+    def __init__(self, settings: RunSettings, say: Callable[[str], None]):
+        self._settings, self._say = settings, say
+        self._places, self._found_in = _places(settings), state_places(settings)
+        self.newest: int | None = None
+        self._kept: frozenset[int] = frozenset()  # whole ones that are kept besides the newest
+        self._damaged: set[int] = set()
+        self._hurried = False
+        self._thread = ThreadPoolExecutor(1, "states")
+        self._writing: tuple[int, frozenset[int], Future[list[str]]] | None = None
+
+    def find(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The run's own newest whole state, else the one it was told to start from, else None.
+
+        Raises:
+            UserError: a bucket that does not answer, no whole state among those there are, or a given state that is
+                damaged.
+            OSError: a disk that does not answer.
+        """
+        found, damaged = read_newest_state(*self._found_in)
+        self._damaged = {step_of(path) for path in damaged}
+        if damaged and found is None:
+            raise UserError(
+                f"run.output: none of the {len(damaged)} states of {self._settings.output} is whole "
+                f"({urls.redacted(next(iter(damaged.values())))}); choose another folder to begin anew"
+            )
+        for line in damaged.values():
+            self._say(f"warning: {urls.redacted(line)}; going on from an older state")
+        if found is not None:
+            self.newest = found[1]["step"]
+            self._kept = kept_besides(found[1])
+        elif self._settings.resume_from is not None:
+            try:
+                found = read_state(self._settings.resume_from)
+            except DamagedState as error:
+                raise UserError(f"run.resume_from: {error}") from None
+            found[1].update(mlflow_run_id=None, best=None, guard={})  # that run and its states go on elsewhere
+        return found
+
+    @property
+    def idle(self) -> bool:
+        """Whether no state is being written."""
+        return self._writing is None or self._writing[2].done()
+
+    def hurry(self) -> None:
+        """This process ends soon: from now on a state goes to the disk first, and to the bucket in one attempt."""
+        self._hurried = True
+        store.stop_retrying()
+
+    def read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and facts of a state that was kept.
+
+        Raises:
+            UserError: it is not there any more, or damaged.
+        """
+        found = [path for path in list_states(*self._found_in) if step_of(path) == step]
+        try:
+            return read_state(found[0])
+        except (IndexError, DamagedState) as error:
+            reason = error if found else "it is not there"
+            raise UserError(f"the state of batch {step}: {reason}") from None
+
+    def go_back(self, steps: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Read the first of the states of `steps` that is whole, and then delete all that are newer.
+
+        Raises:
+            UserError: none is whole, and nothing was deleted; or one cannot be deleted.
+            OSError: a disk that does not answer, or a state that cannot be deleted.
+        """
+        self.settle()
+        reasons = []
+        for step in steps:
+            try:
+                found = self.read(step)
+                break
+            except UserError as error:
+                reasons.append(str(error))
+        else:
+            raise UserError(f"there is no good state: {'; '.join(reasons) or 'none was kept'}")
+        # newest first: whatever is left after a kill is older than the collapse, which is then found again
+        for path in list_states(*self._found_in):
+            if step_of(path) > step and step_of(path) not in self._damaged:
+                delete_state(path)
+        self.newest = step
+        self._kept = frozenset(kept for kept in self._kept if kept <= step)
+        return found
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Begin to write a state, in a thread; one that is still being written comes first.
+
+        Args:
+            tensors: copies of one's own, on the host.
+            facts: with what they say of a best and a good state, which are kept besides the newest.
+        """
+        self.settle()
+        kept = kept_besides(facts)
+        # those before are spared too, until the new ones are whole
+        spared = self._damaged | kept | self._kept
+        self._writing = step, kept, self._thread.submit(self._write, step, tensors, facts, spared)
+
+    def settle(self) -> bool:
+        """Wait for the state that is being written and report what became of it; whether it is whole."""
+        if self._writing is None:
+            return False
+        (step, kept, future), self._writing = self._writing, None
+        failed = future.result()
+        whole = len(failed) < len(self._places)
+        if whole:
+            self.newest = step
+            self._damaged.discard(step)  # made again
+            self._kept |= kept & {step}
+            if kept <= self._kept:
+                self._kept = kept
+        if failed:
+            instead = f"it is in {self._places[-1]}" if whole else f"the newest is {self.described()}"
+            self._say(f"warning: the state of batch {step} is not saved: {'; '.join(failed)}; {instead}")
+        return whole
+
+    def described(self) -> str:
+        """The newest state, for people."""
+        return "none" if self.newest is None else f"that of batch {self.newest}"
+
+    def _write(
+        self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], spared: Collection[int]
+    ) -> list[str]:
+        """Why each place that did not take it did not."""
+        failed = []
+        hurried = self._hurried
+        for place in reversed(self._places) if hurried else self._places:
+            try:
+                write_state(place, step, tensors, facts, self._settings.keep_states, spared)
+                if not hurried:
+                    break
+            except UserError as error:
+                failed.append(str(error))
+            except OSError as error:
+                failed.append(f"{urls.redacted(place)}: {error.strerror or error}")
+            except Exception as error:  # memory for a copy, say: the training can do without this state
+                failed.append(f"{urls.redacted(place)}: {type(error).__name__} {error}")
+        return failed

@@ -1,0 +1,154 @@
+"""What a run will cost, before a GPU is touched: counted on the meta device, where nothing is allocated."""
+
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation import size_in
+from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.training.build import build_model, check_files, check_settings, load_index
+from fulllora_dist.training.phases import build_phases
+
+IMAGENET = 1_281_167
+ASSUMED_FLOPS = 3e14
+"""Sustained FLOP/s of one GPU that the hours are given for: about 30 % of an H200's bf16 peak."""
+
+
+class _SavedBytes:
+    """Bytes that autograd keeps for backward, each storage once, parameters and buffers left out."""
+
+    def __init__(self, model: AdaptedModel):
+        self._own = {id_of(t) for t in (*model.parameters(), *model.buffers())}
+        self._seen: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # a storage that died could lend its identity to another
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        key = id_of(tensor)
+        if key not in self._own:
+            self._seen[key] = tensor.untyped_storage().nbytes()
+            self._kept.append(tensor)
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(self._seen.values())
+
+
+def id_of(tensor: Tensor) -> int:
+    """Identity of a tensor's storage, on the meta device too."""
+    return tensor.untyped_storage()._cdata
+
+
+class _Cost(NamedTuple):
+    """Of a forward and backward pass for one picture, to what requires a gradient; `flops` is of both."""
+
+    forward_flops: int
+    flops: int
+    saved_bytes: int
+
+
+def _count(model: AdaptedModel, size: int) -> _Cost:
+    pixels = torch.empty(1, 3, size, size, device="meta", requires_grad=True)
+    saved = _SavedBytes(model)
+    with FlopCounterMode(display=False) as flops:
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            logits = model(pixels)
+            loss = F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device="meta"))
+        forward = flops.get_total_flops()
+        loss.backward()
+    return _Cost(forward, flops.get_total_flops(), saved.total)
+
+
+def estimate(config: Config, ranks: int | None = None) -> str:
+    """Parameters, passes, FLOPs, memory and communication of a run, as a table for people.
+
+    Args:
+        ranks: to plan for; the launcher's WORLD_SIZE, else the most up to 8 that divide the batch, unless given.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+    parts = config.optim.batch_size // config.distributed.grad_accumulation
+    likely = next(n for n in range(8, 0, -1) if parts % n == 0)
+    world = ranks or int(os.environ.get("WORLD_SIZE", likely))
+    notes = []
+    check_settings(config, world)
+    try:
+        pictures = len(load_index(config.data.train, "data.train"))
+    except UserError as error:
+        notes.append(f"not ready: {error}; counts are for ImageNet-1k")
+        pictures = IMAGENET
+    else:
+        check_files(config)
+    with torch.device("meta"):
+        model = build_model(config)
+    phases = build_phases(config, pictures // config.optim.batch_size)
+    phases.prepare(model.backbone, model.info.image_size)
+    micro = config.optim.batch_size // world // config.distributed.grad_accumulation
+    checkpointing = config.distributed.activation_checkpointing
+
+    sizes = [phase.image_size or model.info.image_size for phase in phases.phases]
+    model.set_activation_checkpointing(checkpointing != "off")
+    weight_step = {size: _count(model, size) for size in sizes}
+    model.set_activation_checkpointing(checkpointing == "all")
+    for parameter in model.trainable().values():
+        parameter.requires_grad_(False)
+    attack_pass = {size: _count(model, size) for size in sizes}
+
+    total_flops, activations, update_passes, phase_lines = 0, 0, 0.0, []
+    for phase, size in zip(phases.phases, sizes, strict=True):
+        method, batches = phase.method, phase.end - phase.first
+        forward, backward = method.passes()
+        updates, seen = method.updates_per_batch, method.pictures_in_weight_step
+        attacks, without_backward = backward - updates * seen, forward - backward
+        step, attack = weight_step[size], attack_pass[size]
+        total_flops += batches * (
+            attacks * attack.flops + without_backward * attack.forward_flops + updates * seen * step.flops
+        )
+        activations = max(activations, seen * step.saved_bytes, attack.saved_bytes if attacks else 0)
+        update_passes = max(update_passes, 1 + (attacks + without_backward / 2) / updates)
+        phase_lines.append(
+            f"{method.settings.name} at {size} pixels, {size_in(method.threat.norm, method.threat.eps)}: "
+            f"{forward} forward, {backward} backward passes a batch; {batches:,} batches, {phase.updates:,} updates; "
+            f"attack pass {attack.flops / 1e9:.1f} GFLOP, weight step {seen * step.flops / 1e9:.1f} GFLOP a picture"
+        )
+    total_flops *= config.optim.batch_size
+
+    stage = config.distributed.zero_stage
+    weights = sum(
+        p.numel() * p.element_size() for n, p in model.backbone.named_parameters() if n not in model.trainable()
+    )
+    adapter = 4 * model.report.trainable
+    memory = {
+        "frozen weights": weights / (world if stage == 3 else 1),
+        "adapter": adapter / (world if stage == 3 else 1),
+        "gradients": adapter / (world if stage >= 2 else 1),
+        "optimizer": (2 + (stage > 0)) * adapter / (world if stage >= 1 else 1),
+        "average": adapter if config.optim.ema else 0,
+        "activations": activations * micro,
+    }
+    reduced = 2 * adapter * (world - 1) / world
+    passes = update_passes * config.distributed.grad_accumulation
+    gathered = 2 * passes * (weights + adapter) if stage == 3 else 0
+    lines = [
+        f"{model.info.name} at {model.info.image_size} pixels, {config.finetune}, "
+        f"{config.model.precision}, ZeRO-{stage}, {world} ranks",
+        str(model.report),
+        f"  rank of the branches: {model.spec.rank}" if model.spec.rank else "  no branches",
+        *phase_lines,
+        f"{phases.total_steps:,} batches, {phases.total_updates:,} optimizer updates on {pictures:,} pictures; "
+        f"whole run {total_flops / 1e18:.2f} EFLOP, {total_flops / ASSUMED_FLOPS / 3600:.1f} GPU-hours "
+        f"at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s",
+        f"memory a rank at micro-batch {micro}: "
+        + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
+        + f"; together {sum(memory.values()) / 2**30:.1f} GiB, transients not counted",
+        f"communication a rank and update: {reduced / 2**20:.1f} MiB of gradients"
+        + (f", {gathered / 2**30:.1f} GiB of weights gathered" if gathered else ", attack passes none"),
+    ]
+    return "\n".join(lines + notes)

@@ -1,0 +1,158 @@
+"""Making and indexing shards: tools/make_shards.py and tools/index_shards.py."""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.data.shards.make import make_shards
+
+MAKE = """Pictures -> WebDataset shards + index, on disk or in a bucket.
+
+    python tools/make_shards.py ILSVRC2012_img_train.tar s3://bucket/imagenet/train --workers 16 \\
+        --holdout 10 --holdout-dst s3://bucket/imagenet/holdout
+    python tools/make_shards.py ILSVRC2012_img_val.tar s3://bucket/imagenet/val --split-name val \\
+        --labels ILSVRC2012_devkit_t12.tar.gz
+    python tools/make_shards.py pictures/train shards/train
+
+SRC is a folder with a subfolder of JPEGs, PNGs or WebPs for each class, an uncompressed tar of such a folder, or an
+uncompressed tar of one tar a class. With --labels the pictures may lie anywhere in SRC. Every picture is decoded once
+and every finished shard is re-read, so what is written is readable. The index comes last; after an interruption the
+same command goes on with what is missing.
+"""
+INDEX = """WebDataset shards that are there -> one index, on disk or in a bucket.
+
+    python tools/index_shards.py shards/train
+    python tools/index_shards.py 's3://bucket/imagenet/train/train-{000000..001281}.tar' --workers 16
+    python tools/index_shards.py 'https://host/set/{000..127}.tar' --output index/ --classes names.txt --label-field y
+
+Each shard is read once, from its first to its last byte, and refused by name and offset unless it is a complete, plain
+tar of samples with one picture (.jpg, .jpeg, .png, .webp) and one label (.cls, or a field of .json), every key once.
+What was read survives an interruption: the same command goes on with the other shards. The index comes last.
+"""
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=MAKE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SRC", help="image folder, or a tar of one, or a tar of tars")
+    parser.add_argument("destination", metavar="DST", help="folder, s3:// or gs:// for shards and index")
+    parser.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="classes of pictures that no folder tells: ImageNet's development kit, or lines 'name class'",
+    )
+    parser.add_argument("--split-name", default="train", help="shards are called NAME-000000.tar ... (default: train)")
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        help="resize the shorter side, cut out the centre and encode anew (default: keep the bytes as they are)",
+    )
+    parser.add_argument("--samples-per-shard", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--classes",
+        type=lambda text: text.split(","),
+        metavar="A,B,...",
+        help="take only these class folders, labels in this order (default: all, sorted)",
+    )
+    parser.add_argument("--limit", type=int, help="take only so many pictures, balanced over the classes")
+    parser.add_argument(
+        "--holdout",
+        type=float,
+        default=0.0,
+        metavar="SHARE|N",
+        help="share of each class, or pictures of each class, to hold out, to choose checkpoints on",
+    )
+    parser.add_argument("--holdout-dst", metavar="DST2", help="folder for the held-out shards")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a summary")
+    return parser
+
+
+def make() -> None:
+    """Make shards as the command line says."""
+    args = _make_parser().parse_args()
+    start = time.monotonic()
+    result = make_shards(
+        args.source,
+        args.destination,
+        labels=args.labels,
+        split_name=args.split_name,
+        image_size=args.image_size,
+        samples_per_shard=args.samples_per_shard,
+        workers=args.workers,
+        classes=args.classes,
+        limit=args.limit,
+        holdout=args.holdout,
+        holdout_destination=args.holdout_dst,
+    )
+    result["seconds"] = round(time.monotonic() - start, 2)
+    if args.json:
+        print(json.dumps(result))
+        return
+    for split in result["splits"]:
+        print(
+            f"{split['folder']}: {split['samples']} pictures of {len(result['classes'])} classes in {split['shards']} "
+            f"shards, {split['bytes'] / 1e6:.1f} MB, index {split['index_hash'][:12]}"
+        )
+    if result["skipped_files"]:
+        print(f"skipped {result['skipped_files']} files that are no pictures")
+
+
+def _classes(text: str) -> int | list[str]:
+    if text.isdecimal():
+        return int(text)
+    try:
+        return [line.strip() for line in Path(text).read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes {text}: a number, or a file with one class name a line, is right") from error
+
+
+def _index_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=INDEX, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "shards",
+        metavar="URL",
+        nargs="+",
+        help="path, s3://, gs://, http(s)://; {000..127} and {a,b} are spelt out, * and folders are listed (but over "
+        "http). The order given is that of the sample ids",
+    )
+    parser.add_argument(
+        "--output", metavar="WHERE", help="folder, URL or FILE.safetensors of the index (default: the shards' folder)"
+    )
+    parser.add_argument(
+        "--classes",
+        metavar="N|FILE",
+        help="number of classes, or a file with their names in label order, one a line (default: as many as occur)",
+    )
+    parser.add_argument("--label-field", default="label", help="field of .json members (default: label)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a summary")
+    return parser
+
+
+def index() -> None:
+    """Index shards as the command line says."""
+    args = _index_parser().parse_args()
+    start = time.monotonic()
+    result = index_shards(
+        args.shards,
+        args.output,
+        classes=None if args.classes is None else _classes(args.classes),
+        label_field=args.label_field,
+        workers=args.workers,
+    )
+    result["seconds"] = round(time.monotonic() - start, 2)
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"{result['index']}: {result['samples']} samples of {result['classes']} classes in {result['shards']} shards, "
+        f"{result['bytes'] / 1e6:.1f} MB, index {result['index_hash'][:12]}"
+    )
+    if result["reused_shards"]:
+        print(f"{result['reused_shards']} shards had been read by an earlier call")
+    if result["empty_classes"]:
+        print(f"{result['empty_classes']} classes have no samples")

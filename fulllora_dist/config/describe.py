@@ -1,0 +1,33 @@
+"""All settings as text."""
+
+from pydantic import BaseModel
+
+from fulllora_dist.config.load import _section
+from fulllora_dist.config.schema import Config
+from fulllora_dist.methods import METHODS, MethodSettings
+
+
+def describe_settings() -> str:
+    """All settings with type, default and meaning, for `--help`."""
+    lines: list[str] = []
+
+    def describe(model: type[BaseModel], prefix: str) -> None:
+        for key, field in model.model_fields.items():
+            if key == "name" and issubclass(model, MethodSettings):
+                continue  # the heading says it
+            section = _section(field.annotation)
+            one = section is field.annotation
+            if section is not None and not issubclass(section, MethodSettings) and one:
+                describe(section, f"{prefix}{key}.")
+                continue
+            default = "required" if field.is_required() else f"default {field.default!r}"
+            meaning = " ".join((field.description or "").split())
+            lines.append(f"  {prefix}{key} ({default})\n      {meaning}")
+            if section is not None and not one:
+                describe(section, f"{prefix}{key}[].")
+
+    describe(Config, "")
+    for name, method in METHODS.items():
+        lines.append(f"method: {name}")
+        describe(method.Settings, "  method.")
+    return "\n".join(lines)

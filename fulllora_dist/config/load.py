@@ -1,0 +1,146 @@
+"""From a YAML file and `key=value` arguments to a checked `Config`: one clear line for whatever is wrong."""
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from yaml import YAMLError
+
+from fulllora_dist.checkpoints.settings import RunSettings
+from fulllora_dist.config.plugins import import_plugins
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.methods import METHODS
+from fulllora_dist.tracking.settings import TrackingSettings
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """The checked config of a file, with `key=value` overrides (`optim.lr=1e-3`).
+
+    A file may name another one, relative to itself, under `base`; its own keys win.
+
+    Raises:
+        UserError: one line that names the setting or file.
+    """
+    merged = _read(path)
+    settings = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{override!r} is no setting; write key=value, e.g. optim.lr=1e-3")
+        # a name alone would be lost when a setting of the method follows it
+        named = key == "method" and not value.lstrip().startswith(("{", "["))
+        settings.append(f"method.name={value}" if named else override)
+    try:
+        merged = _merge(merged, OmegaConf.from_dotlist(settings))
+        values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    plugins = values.get("plugins") or []
+    if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
+        raise UserError(f"{path}: plugins: {plugins!r} is no list of modules or files; write plugins=[{plugins}]")
+    import_plugins(plugins)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_explain(error, values)}") from None
+
+
+def read_frame(path: Path) -> Config:
+    """`run` and `tracking` alone of a resolved config; its plugins, which the rest may need, are not imported.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        parts: dict[str, Any] = {
+            "run": RunSettings.model_validate(values["run"]),
+            "tracking": TrackingSettings.model_validate(values["tracking"]),
+        }
+        return Config.model_construct(**parts)
+    except Exception as error:  # of the disk, YAML, or another version's settings
+        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:150]})") from None
+
+
+def _merge(below: Any, above: Any) -> Any:
+    """`above` wins key by key. Settings of a method are its own: naming another method drops them."""
+    old, new = below.get("method"), above.get("method")
+    if isinstance(old, str):
+        below["method"] = old = {"name": old}
+    if OmegaConf.is_dict(old) and OmegaConf.is_dict(new) and "name" in new and new["name"] != old.get("name"):
+        del below["method"]
+    try:
+        return OmegaConf.merge(below, above)
+    except (TypeError, OmegaConfBaseException):
+        raise UserError(
+            f"a list or value stands for a section, or a section for one, in {', '.join(map(str, above))}"
+        ) from None
+
+
+def _read(path: str, named_by: Sequence[str] = ()) -> Any:
+    if not os.path.isfile(path):
+        raise UserError(f"--config: {path} does not exist; ready ones are in configs/")
+    try:
+        values: Any = OmegaConf.load(path)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is no valid YAML: {_first_line(error)}") from None
+    if not OmegaConf.is_dict(values):
+        raise UserError(f"{path} is empty or a list; it should hold sections such as model: and data:")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    chain = (*named_by, os.path.realpath(path))
+    below = os.path.join(os.path.dirname(path), str(base))
+    if os.path.realpath(below) in chain:
+        raise UserError(f"{path}: base: {base} leads back to itself; name a file that shares its settings")
+    return _merge(_read(below, chain), values)
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
+    """The keys that the section at `location` takes."""
+    model: type[BaseModel] | None = Config
+    for part in location:
+        values = values[part]
+        if part == "method":
+            return list(METHODS[values["name"]].Settings.model_fields)
+        if isinstance(part, str):  # a number is a place in a list of sections
+            field = model.model_fields.get(part) if model else None
+            model = _section(field.annotation) if field else None
+    return list(model.model_fields) if model else []
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The settings behind a field: of a section, or of each section in a tuple of them."""
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _explain(error: ValidationError, values: Any) -> str:
+    """The first thing that is wrong, and what would be right. A mistyped key comes before what it leaves missing."""
+    errors = error.errors()
+    details = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    *section, key = details["loc"] or ("",)
+    name = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
+        known = _known_keys(section, values)
+        near = difflib.get_close_matches(str(key), known, n=1) or difflib.get_close_matches(str(key), known, 1, 0.3)
+        return f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    if details["type"] == "missing":
+        return f"{name} is missing; it has no default"
+    message = details["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    given = details["input"]
+    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) and repr(given) not in message else ""
+    return f"{name}: {message}{shown}"

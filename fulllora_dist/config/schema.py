@@ -1,0 +1,146 @@
+"""Every setting of a run, typed, with its meaning under it.
+
+`config_file.py` reads a YAML file and the command line into a `Config`; `--help` prints this page.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    model_validator,
+)
+
+from fulllora_dist.attacks.settings import ThreatSettings
+from fulllora_dist.checkpoints.settings import RunSettings
+from fulllora_dist.config.training import GuardSettings, MethodChoice, PhaseSettings
+from fulllora_dist.core.settings import Settings
+from fulllora_dist.core.units import check_pixel_range
+from fulllora_dist.data.settings import DataSettings
+from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
+from fulllora_dist.evaluation.settings import EvaluationSettings
+from fulllora_dist.methods import METHODS
+from fulllora_dist.methods.targets import TargetSettings
+from fulllora_dist.models.settings import (
+    AdapterSettings,
+    Finetune,
+    ModelSettings,
+)
+from fulllora_dist.tracking.run import TrackedRun
+from fulllora_dist.tracking.settings import TrackingSettings
+
+
+def _tracking(value: object) -> object:
+    """`none` or null -> the settings of no tracking."""
+    return {"enabled": False} if value in (None, "none") else value
+
+
+PIXELS = ("step_size", "start")
+"""Settings of methods that are sizes of a perturbation."""
+
+_DERIVED_FROM_OURS = {
+    "train_batch_size": "optim.batch_size",
+    "train_micro_batch_size_per_gpu": "optim.batch_size and distributed.grad_accumulation",
+    "gradient_accumulation_steps": "distributed.grad_accumulation",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim",
+    "fp16": "model.precision",
+    "bf16": "model.precision",
+    "torch_autocast": "model.precision",
+    "amp": "model.precision",
+    "data_types": "model.precision",
+    "activation_checkpointing": "distributed.activation_checkpointing",
+}
+
+
+class Config(Settings):
+    """The whole run."""
+
+    finetune: Finetune = "fulllora"
+    """What trains: fulllora (LNLoRA branches), lora (the same without LN), full, head, layernorm."""
+    model: ModelSettings
+    adapter: AdapterSettings = AdapterSettings()
+    threat: ThreatSettings
+    method: MethodChoice
+    """How it trains: a name, or name and settings (below)."""
+    phases: tuple[PhaseSettings, ...] = ()
+    """The run in parts, e.g. most of it with small pictures and a single-step method, the end with PGD at full size."""
+    targets: TargetSettings = TargetSettings()
+    plugins: tuple[str, ...] = ()
+    """Modules (or .py files) that are imported first: methods and families of one's own (docs/extending.md)."""
+    data: DataSettings
+    optim: OptimSettings = OptimSettings()
+    distributed: DistributedSettings = DistributedSettings()
+    deepspeed: dict[str, Any] = Field({})
+    """More of DeepSpeed's own settings; those that follow from ours are refused here."""
+    run: RunSettings
+    guard: GuardSettings = GuardSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    tracking: Annotated[TrackingSettings, BeforeValidator(_tracking)] = TrackingSettings()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Config":
+        for key in self.deepspeed:
+            if key in _DERIVED_FROM_OURS:
+                raise ValueError(f"deepspeed.{key} follows from {_DERIVED_FROM_OURS[key]}; set that instead")
+        zero = self.deepspeed.get("zero_optimization", {})
+        if not isinstance(zero, Mapping):
+            raise ValueError(
+                f"deepspeed.zero_optimization: {zero!r} is no section; its stage is distributed.zero_stage"
+            )
+        if "stage" in zero:
+            raise ValueError("deepspeed.zero_optimization.stage follows from distributed.zero_stage; set that instead")
+        if self.optim.batch_size % self.distributed.grad_accumulation:
+            raise ValueError(
+                f"optim.batch_size: {self.optim.batch_size} does not divide by distributed.grad_accumulation "
+                f"{self.distributed.grad_accumulation}"
+            )
+        self._check_phases()
+        if self.guard.on_collapse != "warn" and self.data.held_out is None:
+            raise ValueError(
+                f"guard.on_collapse: {self.guard.on_collapse} needs data.held_out, pictures to notice a collapse on; "
+                "make them with make_shards.py --holdout"
+            )
+        if self.finetune == "full" and self.adapter.start_from:
+            raise ValueError("adapter.start_from: finetune: full has no adapter; set model.checkpoint")
+        return self
+
+    def _check_phases(self) -> None:
+        total = sum(phase.share for phase in self.phases)
+        if self.phases and abs(total - 1) > 1e-6:
+            raise ValueError(f"phases: their shares add up to {total:g}; 1 is right")
+        chosen = {"method": self.method}
+        chosen |= {f"phases.{i}.method": phase.method for i, phase in enumerate(self.phases) if phase.method}
+        if self.guard.safer_method is not None:
+            chosen["guard.safer_method"] = self.guard.safer_method
+        for name, method in chosen.items():
+            if METHODS[method.name].needs_labels and self.targets.mixes:
+                raise ValueError(f"{name}: {method.name} needs one label a picture; leave out targets.mixup and cutmix")
+        if self.threat.norm == "linf":
+            sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in PIXELS}
+            sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
+            sizes["guard.safer_eps"] = self.guard.safer_eps
+            for name, size in sizes.items():
+                try:
+                    check_pixel_range(size or 0)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+        trained = [self.threat.eps if phase.eps is None else phase.eps for phase in self.phases] or [self.threat.eps]
+        safer_eps = self.guard.safer_eps
+        if self.guard.on_collapse == "rollback" and safer_eps is not None and safer_eps >= max(trained):
+            raise ValueError(
+                f"guard.safer_eps: {safer_eps:g} is no smaller size, nothing is trained at more than {max(trained):g}"
+            )
+
+    def tracking_uri(self) -> str:
+        """Where MLflow writes: our setting, else MLFLOW_TRACKING_URI, else sqlite beside the output folder."""
+        beside = os.path.join(os.path.dirname(os.path.abspath(self.run.output)), "mlflow.db")
+        return self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"
+
+    def tracked_run(self) -> TrackedRun:
+        """What the tracker knows of this run."""
+        name = self.tracking.run_name or os.path.basename(os.path.abspath(self.run.output))
+        return TrackedRun(self.run.output, self.tracking, self.tracking_uri(), name, self.model_dump(mode="json"))

@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all."""
+
+import glob
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+STALE_SECONDS = 600.0
+"""Without a write, after which a temporary file belongs to a process that was killed."""
+
+
+@contextmanager
+def published(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that appears as `path` only once it is whole and on disk (temporary name, fsync, rename).
+
+    Several may write it at once: the last that ends stays. What killed ones left is removed.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,198 @@
+"""Shards that are there, to an index: each is read once, and what was found survives an interruption."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fulllora_dist.core.atomic import published
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.index import Index, split_index
+from fulllora_dist.data.index_cache import cache_folder
+from fulllora_dist.data.index_file import map_columns, pack_columns
+from fulllora_dist.data.shards.pool import run_jobs
+from fulllora_dist.data.shards.scan import ANY_LABELS, Labels, Shard, ShardScan, scan_file, scan_stream
+from fulllora_dist.storage import store, urls
+
+_ASKING = 16  # objects whose length is asked for at a time
+
+
+def index_shards(
+    shards: Sequence[str],
+    output: str | None = None,
+    *,
+    classes: int | Sequence[str] | None = None,
+    label_field: str = "label",
+    workers: int = 1,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Read every shard strictly (`scan.scan_stream` lists what is refused), publish one index of them all.
+
+    Args:
+        shards: paths and URLs, patterns among them (`store.expand`); their order is that of the sample ids.
+        output: folder or URL for index.safetensors, or its full name. Without it, the folder that all shards share.
+            Shards below it are recorded by their names within it, so that all can move together; others by their full
+            paths or URLs.
+        classes: how many, or their names in label order. Without it, as many as the labels say.
+        label_field: of JSON labels.
+        workers: processes; each reads whole shards.
+        progress: a bar on stderr.
+
+    Returns:
+        index, samples, shards, bytes, classes, empty_classes, index_hash, reused_shards; JSON fits.
+
+    Raises:
+        UserError: see above; nothing is published then. What was read stays known: the same command goes on.
+    """
+    if workers < 1:
+        raise UserError(f"workers {workers}: 1 or more is right")
+    names = None if classes is None else [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
+    first: dict[str, int] = {}
+    for label, name in enumerate(names or ()):
+        if not name.strip() or first.setdefault(name, label) != label:
+            raise UserError(f"classes: number {label} is {name!r}; a name for each label, no two the same, is right")
+    found = store.expand(shards)
+    base, file_name = split_index(output if output is not None else _common_folder(found))
+    base = store.writable_folder(base)
+    labels = Labels(label_field, None if names is None else len(names))
+    with ThreadPoolExecutor(_ASKING) as pool:
+        versions = list(pool.map(version_of, found))
+    jobs = [ScanJob(url, _recorded_name(url, base), v, labels) for url, v in zip(found, versions, strict=True)]
+    scans = {job.url: scan for job in jobs if (scan := recorded_scan(job)) is not None}
+    reused = len(scans)
+    missing = [job for job in jobs if job.url not in scans]
+    total = sum(job.version.bytes for job in jobs)
+    with tqdm(total=total, desc="shards", unit="B", unit_scale=True, disable=not progress) as bar:
+        bar.update(total - sum(job.version.bytes for job in missing))
+        new = run_jobs(scan_and_record, missing, workers, lambda job: bar.update(job.version.bytes))
+    scans |= {job.url: scan for job, scan in zip(missing, new, strict=True)}
+    index = Index.from_scans(base, [scans[job.url] for job in jobs], names)
+    index.save(file_name)
+    for job in jobs:
+        forget_scan(job)
+    return {
+        "index": urls.redacted(urls.join(base, file_name)),
+        "samples": len(index),
+        "shards": len(index.shards),
+        "bytes": sum(shard.bytes for shard in index.shards),
+        "classes": len(index.classes),
+        "empty_classes": len(index.classes) - len(np.unique(index.labels)),
+        "index_hash": index.hash,
+        "reused_shards": reused,
+    }
+
+
+def _common_folder(found: Sequence[str]) -> str:
+    folders = {url.partition("?")[0].rpartition("/")[0] for url in found}
+    if len(folders) > 1:
+        one, other = sorted(folders)[:2]
+        raise UserError(
+            f"the shards lie in {len(folders)} folders ({urls.redacted(one)}, {urls.redacted(other)}, ...): "
+            "--output names the place of the index"
+        )
+    return folders.pop() or "."
+
+
+def _recorded_name(url: str, base: str) -> str:
+    """What the index calls a shard: its name below `base`, else in full."""
+    folder = f"{base.rstrip('/')}/"
+    if url.startswith(folder):
+        return url[len(folder) :]
+    if urls.scheme_of(url) in ("http", "https") and "?" in url:
+        raise UserError(
+            f"{urls.redacted(url)}: the index would hold what follows the question mark, signatures too; name them "
+            "without it, and give credentials to fsspec (docs/data.md)"
+        )
+    if urls.is_remote(url):
+        return url
+    if urls.is_remote(base):
+        raise UserError(f"{url}: an index in a bucket cannot point to this machine's files; upload the shards first")
+    return url if base == "." and not os.path.isabs(url) else os.path.abspath(url)
+
+
+@dataclass(frozen=True)
+class Version:
+    """What tells one content of a shard from another without reading it. `mtime` in ns, of local files."""
+
+    bytes: int
+    etag: str | None
+    mtime: int | None
+
+
+def version_of(url: str) -> Version:
+    """Asked anew. UserError where the shard is missing or the server does not tell its length."""
+    info = store.info(url)
+    if info.bytes is None:
+        raise UserError(f"{urls.redacted(url)}: the server does not tell the length; ranges could not be read there")
+    mtime = None if urls.is_remote(url) else os.stat(urls.local_path(url)).st_mtime_ns
+    return Version(info.bytes, info.etag, mtime)
+
+
+@dataclass(frozen=True)
+class ScanJob:
+    """A shard to read: where it is, what the index will call it, its version, which labels it may have."""
+
+    url: str
+    name: str
+    version: Version
+    labels: Labels = ANY_LABELS
+
+
+def scan_and_record(job: ScanJob) -> ShardScan:
+    """What the strict pass finds in a shard, which is recorded.
+
+    Raises:
+        UserError: what `scan_stream` refuses; the shard has changed while it was read.
+    """
+    if urls.is_remote(job.url):
+        with store.ObjectStream(job.url, job.version.bytes) as stream:
+            scan = scan_stream(
+                stream, urls.redacted(job.url), length=job.version.bytes, etag=job.version.etag, labels=job.labels
+            )
+    else:
+        scan = scan_file(Path(urls.local_path(job.url)), job.url, job.labels)
+    if version_of(job.url) != job.version:
+        raise UserError(f"{urls.redacted(job.url)}: has changed while it was read")
+    scan = ShardScan(replace(scan.shard, url=job.name), scan.columns)
+    record_scan(job, scan)
+    return scan
+
+
+def recorded_scan(job: ScanJob) -> ShardScan | None:
+    """What an earlier pass over the same version of the shard found."""
+    path = _record(job)
+    if not path.exists():
+        return None
+    try:
+        meta, columns, _ = map_columns(path)
+    except UserError:
+        return None
+    return ShardScan(replace(Shard(**meta["shard"]), url=job.name), columns)
+
+
+def record_scan(job: ScanJob, scan: ShardScan) -> None:
+    """Keep a scan in the user's cache folder until an index is published."""
+    path = _record(job)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with published(path) as file:
+            file.write(pack_columns({"shard": asdict(scan.shard)}, scan.columns))
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from error
+
+
+def forget_scan(job: ScanJob) -> None:
+    """An index holds it now."""
+    _record(job).unlink(missing_ok=True)
+
+
+def _record(job: ScanJob) -> Path:
+    where = job.url if urls.is_remote(job.url) else os.path.abspath(urls.local_path(job.url))
+    name = hashlib.sha256(repr((where, job.version, job.labels)).encode()).hexdigest()
+    return cache_folder() / "scans" / f"{name}.safetensors"

@@ -1,0 +1,230 @@
+"""This process among the others of the run: rank, device, and the few collectives that are not the engine's."""
+
+import contextlib
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fulllora_dist.core.errors import SharedUserError, UserError
+
+T = TypeVar("T")
+
+# (host, process id) of every rank, to tell which one has died; known once they have met
+_processes: list[tuple[str, int]] = []
+
+
+class Counters:
+    """Whole numbers by name that all ranks add to, one after the other; each begins at 0. Where `store` is None there
+    is one rank alone."""
+
+    def __init__(self, store: dist.Store | None):
+        self._store = store
+        self._own: dict[str, int] = {}
+
+    def add(self, name: str, amount: int) -> int:
+        """The number after adding `amount`; no other rank gets this one in between."""
+        if self._store is not None:
+            return self._store.add(name, amount)
+        self._own[name] = self._own.get(name, 0) + amount
+        return self._own[name]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands.
+
+    Attributes:
+        rank, world: of this process, over all nodes.
+        device: where the model lives.
+        control: a gloo group for small host-side messages, which costs no synchronisation with the GPU.
+        patience: how long a rank waits for others in a collective.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    control: Any
+    patience: timedelta = timedelta(minutes=30)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def max(self, number: int) -> int:
+        """The largest number that any rank has. Every rank must ask."""
+        if self.world == 1:
+            return number
+        vote = torch.tensor([number])
+        dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control)
+        return int(vote.item())
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks, on the host; exact for integers."""
+        values = values.detach().cpu().clone()
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def gather(self, value: torch.Tensor) -> list[torch.Tensor] | None:
+        """Equally shaped host tensors of all ranks in rank order, on rank 0 alone."""
+        value = value.detach().cpu().contiguous()
+        if self.world == 1:
+            return [value]
+        parts = [torch.empty_like(value) for _ in range(self.world)] if self.is_main else None
+        dist.gather(value, parts, group=self.control)
+        return parts
+
+    def union(self, items: list[Any]) -> list[Any]:
+        """The items of all ranks in rank order, on every rank. Cheap where there are none."""
+        if self.world == 1 or not self.max(len(items)):
+            return list(items)
+        parts: list[Any] = [None] * self.world
+        dist.all_gather_object(parts, items, group=self.control)
+        return [item for part in parts for item in part]
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """Rank 0's host tensors on every rank."""
+        if self.world == 1:
+            return tensors or {}
+        shapes = self.share({name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
+        found = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        for name in shapes:
+            found[name] = found[name].contiguous()
+            dist.broadcast(found[name], src=0, group=self.control)
+        return found
+
+    def on_main(self, call: Callable[[], T], failing: str = "") -> T | None:
+        """`call()` on rank 0, while the others wait; they get None.
+
+        Raises:
+            SharedUserError: on every rank, where it raises a UserError there, or an OSError; `failing` says of what.
+        """
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = call()
+            except UserError as reason:
+                error = str(reason)
+            except OSError as reason:
+                error = f"{failing} ({reason.strerror or reason})"
+        error = self.share(error)
+        if error is not None:
+            raise SharedUserError(error)
+        return result
+
+    def limit_waiting(self) -> None:
+        """`patience` for every group that there is: those of DeepSpeed come with torch's own."""
+        groups = dist.distributed_c10d
+        set_timeout = getattr(groups, "set_timeout", None) or groups._set_pg_timeout
+        for group in groups._world.pg_map:
+            set_timeout(self.patience, group)
+
+    def counters(self) -> Counters:
+        """New ones, at zero. Rank 0 serves them: it may leave only when no rank counts any more."""
+        if self.world == 1:
+            return Counters(None)
+        host = os.environ["MASTER_ADDR"]  # of rank 0
+        options: dict[str, Any] = {"timeout": self.patience, "wait_for_workers": False}
+        served = dist.TCPStore(host, 0, is_master=True, **options) if self.is_main else None
+        port = self.share(served and served.port)
+        return Counters(served or dist.TCPStore(host, port, is_master=False, **options))
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+
+def processes() -> list[tuple[str, int]]:
+    """(host, process id) of every rank, once they have met."""
+    return _processes
+
+
+def hosts() -> list[str]:
+    """The host of every rank, once they have met."""
+    return [host for host, _ in _processes] or [socket.gethostname()]
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, also before the ranks have met."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def start_ranks(timeout_minutes: float = 30) -> Ranks:
+    """Join the ranks that the launcher started, or be the only one under plain `python`.
+
+    NCCL where there are GPUs (one a local rank), else gloo. Call once a process.
+
+    Args:
+        timeout_minutes: how long a rank waits for others in a collective.
+
+    Raises:
+        UserError: the launcher's variables are incomplete, or there are more local ranks than GPUs.
+    """
+    try:
+        rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}; a launcher sets them to integers") from None
+    if world > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
+        raise UserError("MASTER_ADDR and MASTER_PORT are not set, but WORLD_SIZE is over 1; start with `deepspeed`")
+    patience = timedelta(minutes=timeout_minutes)
+    device = torch.device("cpu")
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        torch.backends.cudnn.allow_tf32 = False  # else the patch embedding's fp32 convolution keeps 10 bits
+        visible = torch.cuda.device_count()
+        local = local if visible > 1 or local == 0 else 0  # a scheduler may show each task only its own GPU
+        if local >= visible:
+            raise UserError(f"LOCAL_RANK {local} has no GPU: {visible} are visible; start fewer ranks a node")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local)}
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience)
+    control: Any = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
+    _processes[:] = [(socket.gethostname(), os.getpid())] * world
+    if world > 1:
+        dist.all_gather_object(_processes, _processes[rank], group=control)
+    return Ranks(rank, world, device, control, patience)
+
+
+def stop_ranks() -> None:
+    """Leave, so that no rank waits for this one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listened on just now, below those that a system gives to whoever asks for
+    any: none of the many connections of ranks has taken it before it is used."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
+def local_launcher(ranks: int) -> list[str]:
+    """What to put before a script and its arguments to run it on that many ranks of this machine, on a free port."""
+    if ranks == 1:
+        return [sys.executable]
+    deepspeed = Path(sys.executable).with_name("deepspeed")
+    return [str(deepspeed), "--num_gpus", str(ranks), "--master_port", str(free_port())]

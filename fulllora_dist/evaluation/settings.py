@@ -1,0 +1,23 @@
+"""Settings of the evaluation."""
+
+from pydantic import Field
+
+from fulllora_dist.core.settings import Settings
+from fulllora_dist.core.units import Size
+
+
+class EvaluationSettings(Settings):
+    attacks: tuple[str, ...] = ("clean", "pgd20")
+    """clean, fgsm, autoattack, parts of it (apgd-ce+square), pgdK, cwK, dlrK for K steps; 5 restarts: pgd20x5."""
+    eps: tuple[Size, ...] = ()
+    """Further sizes of the perturbation beside threat.eps, for robust accuracy against eps."""
+    n: int | None = Field(None, ge=1)
+    """How many pictures, drawn evenly over the classes; null takes all."""
+    first: int | None = Field(None, ge=1)
+    """Instead of n, so many from the beginning of the index."""
+    ids: str | None = None
+    """Instead of n, a text file (path or URL) with an id or a picture's name a line, as RobustBench's 5,000."""
+    check: int = Field(50, ge=0)
+    """On how many pictures symptoms of masked gradients are looked for; 0 looks for none."""
+    batch_size: int = Field(64, ge=1)
+    """Pictures a rank and batch."""

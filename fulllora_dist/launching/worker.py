@@ -1,0 +1,183 @@
+"""What every task of a job runs: its rank, then train.py or evaluate.py; and how it leaves when it is told to.
+
+submitit's own way, a `checkpoint` that is called in a signal handler on rank 0, does not fit: saving is a collective,
+and a run that is requeued from outside is not asked. So a signal only asks the run to stop (StopRequest). It saves
+after the step on all ranks, and the task ends with 128 + the signal's number, by which the batch script (submit.py)
+knows whether to requeue. A run finds its own newest state, so the pickle that started it never changes.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from submitit import JobEnvironment
+from submitit.core.utils import cloudpickle_dump, temporary_save_path
+from submitit.helpers import TorchDistributedEnvironment
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+
+from fulllora_dist.checkpoints.format import list_states, step_of
+from fulllora_dist.checkpoints.manager import state_places
+from fulllora_dist.distributed.failures import exit_answer
+from fulllora_dist.distributed.signals import StopRequest
+from fulllora_dist.evaluation.resume_log import pieces_done
+from fulllora_dist.launching.folder import ATTEMPTS, read_attempts, read_settings
+from fulllora_dist.storage import store
+
+PATIENCE = 3
+"""Attempts in a row that may end at the same batch before the job is not requeued any more."""
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+"""They say that the time is nearly up. SIGTERM may as well be somebody who wants the job to end."""
+WILL_GO_ON = frozenset(f"stopped by {number.name}" for number in REQUEUE_SIGNALS)
+"""Events of attempts.jsonl after which a job is requeued."""
+_PACKAGE = Path(__file__).parents[1]
+_FIRST_PORT, _PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
+
+
+class Attempt:
+    """`main(arguments)` of an entry point as one task of a job.
+
+    Args:
+        entry: train or evaluate.
+        arguments: its command line.
+    """
+
+    def __init__(self, entry: str, arguments: list[str]):
+        self.entry, self.arguments = entry, arguments
+
+    def __call__(self) -> int:
+        """The exit code, where the job runs in the caller's process; otherwise a task that is not successful leaves."""
+        with StopRequest():
+            environment = JobEnvironment()
+            # what an earlier attempt of the job left would be taken for this one's
+            environment.paths.result_pickle.unlink(missing_ok=True)
+            join_ranks(environment)
+            note = _Notes(environment, self.entry)
+            note("started", nodes=list(environment.hostnames), code=str(_PACKAGE))
+            try:
+                code = entry_point(self.entry)["main"](self.arguments) or 0
+            except SystemExit as stop:  # a signal came outside of the training loop
+                code = int(stop.code or 0)
+            except Exception as error:
+                note(f"failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
+                answer = exit_answer(error)
+                if answer is None:
+                    _leave_after_traceback()
+                    raise
+                line, code = answer
+                if line is not None:
+                    print(line, file=sys.stderr, flush=True)
+                if environment.cluster != "debug":
+                    _leave_with_reason(environment, line or str(error), code)
+                return code
+        if code > 128:
+            note(f"stopped by {signal.Signals(code - 128).name}", **_reached(environment, self.entry))
+        else:
+            note("finished")
+        if code - 128 in REQUEUE_SIGNALS and environment.global_rank == 0 and _stuck(environment):
+            line = f"gave up: {PATIENCE} attempts without progress; give more --time"
+            note(line)
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            _leave_with_reason(environment, line, 1)
+        if code and environment.cluster != "debug":
+            self._leave(environment, code)
+        return code
+
+    @staticmethod
+    def _leave(environment: JobEnvironment, code: int) -> None:
+        """Without a result: the job is not done. Rank 0 speaks for all, as one code that is not 0 ends the others."""
+        if environment.global_rank:
+            code = 0
+        elif environment.cluster == "local" and code - 128 in REQUEUE_SIGNALS:
+            code = LOCAL_REQUEUE_RETURN_CODE
+        _exit(code)
+
+
+def entry_point(name: str) -> dict[str, Any]:
+    """What train.py or evaluate.py defines. They are loaded as scripts: as a module of the package, evaluate would hide
+    the function of that name."""
+    return runpy.run_path(str(_PACKAGE / f"{name}.py"))
+
+
+def join_ranks(environment: JobEnvironment) -> None:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from the scheduler's variables.
+
+    The port follows from the job's number, so that jobs that share a node have different ones.
+    """
+    job = int("".join(filter(str.isdigit, environment.job_id)))
+    os.environ["MASTER_PORT"] = str(_FIRST_PORT + job % _PORTS)
+    # CUDA_VISIBLE_DEVICES stays the scheduler's: start_ranks takes its own among those that are visible
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    if environment.num_nodes == 1:
+        os.environ["MASTER_ADDR"] = "127.0.0.1"  # a laptop's name may not resolve
+
+
+class _Notes:
+    """Lines of attempts.jsonl beside the jobs' logs, from rank 0."""
+
+    def __init__(self, environment: JobEnvironment, entry: str):
+        self._path = environment.paths.folder / ATTEMPTS if environment.global_rank == 0 else None
+        restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self._always = {"job": environment.job_id, "entry": entry, "restart": restart}
+
+    def __call__(self, event: str, **more: Any) -> None:
+        if self._path is None:
+            return
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"time": time.time(), **self._always, "event": event, **more}) + "\n")
+        except OSError as error:  # a full disk must not fail a run that is done
+            print(f"warning: {self._path}: {error.strerror}; '{event}' is not noted", file=sys.stderr, flush=True)
+
+
+def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
+    """For the note of an attempt that was stopped: the newest state's step, None where there is none, and how far the
+    evaluation is; nothing where it cannot be told."""
+    if environment.global_rank or environment.cluster == "debug":
+        return {}
+    store.stop_retrying()  # the scheduler does not wait
+    try:
+        run = read_settings(environment.paths.folder).run
+        evaluated = pieces_done(run.output)
+        states = list_states(*state_places(run)) if entry == "train" else []
+    except Exception as error:  # of a bucket, say: the run is saved, and the note can do without
+        print(f"warning: the newest state is not known: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        return {}
+    return {"step": step_of(states[0]) if states else None, "evaluated": evaluated}
+
+
+def _stuck(environment: JobEnvironment) -> bool:
+    """Whether the last attempts of this job were all stopped for a requeue at the same place."""
+    notes = [note for note in read_attempts(environment.paths.folder, environment.job_id) if note["event"] != "started"]
+    last = notes[-PATIENCE:]
+    told = all(note["event"] in WILL_GO_ON and "evaluated" in note for note in last)
+    return told and len(last) == PATIENCE and len({(note["step"], note["evaluated"]) for note in last}) == 1
+
+
+def _exit(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no clean-up that could wait for other ranks
+
+
+def _leave_with_reason(environment: JobEnvironment, line: str, code: int) -> None:
+    """Leave one line where submitit would leave a traceback, for `status` and --wait."""
+    with contextlib.suppress(OSError), temporary_save_path(environment.paths.result_pickle) as path:
+        cloudpickle_dump(("error", line), path)
+    try:
+        time.sleep(1)  # a rank that others lost is reported first
+    finally:  # srun's SIGTERM may come meanwhile
+        _exit(code)
+
+
+def _leave_after_traceback() -> None:
+    """Have the process end as soon as submitit has written what failed: what else is cleaned up then, such as
+    communicators with ranks that wait in a collective, may take forever."""
+    if JobEnvironment().cluster != "debug":
+        atexit.register(_exit, 1)

@@ -1,0 +1,273 @@
+"""Pictures for people: what an attack does to a model before and after training, and how strong it has to be.
+
+The colours are of Okabe and Ito's eight, which colour-blind readers can tell apart; right and wrong have
+marks, too.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, SubFigure
+from torch import Tensor
+
+from fulllora_dist.core.stats import wilson
+
+RIGHT, WRONG = "#0072B2", "#D55E00"
+GREY, BAR = "#555555", "#9CCBE8"
+STYLES = [
+    (WRONG, "o", "--"),
+    (RIGHT, "s", "-"),
+    (GREY, "^", ":"),
+    ("#009E73", "D", "-."),
+    ("#CC79A7", "v", "-"),
+    ("#E69F00", "P", "--"),
+    ("#56B4E9", "X", ":"),
+    ("black", "*", "-."),
+]
+MOST_CLASSES = 40  # that a figure or table shows
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """One model under attack.
+
+    Attributes:
+        name: for the picture, e.g. "backbone".
+        adversarial: [N, 3, H, W] in [0, 1], made against this model.
+        before, after: int64 [N], its predictions on the clean and on the adversarial pictures.
+    """
+
+    name: str
+    adversarial: Tensor
+    before: Tensor
+    after: Tensor
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Robust accuracy of one model.
+
+    Attributes:
+        name: for the picture.
+        scores: {eps in pixels of [0, 1]: "accuracy", "low" and "high" as in evaluation.json}.
+    """
+
+    name: str
+    scores: Mapping[float, Mapping[str, float]]
+
+
+def in_255ths(eps: float) -> str:
+    """0.0157 -> "4/255"."""
+    return f"{eps * 255:.3g}/255"
+
+
+def _show(axes: Axes, picture: Tensor) -> None:
+    axes.imshow(picture.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _verdict(axes: Axes, lines: Sequence[tuple[str, str, bool]]) -> None:
+    """Under a picture, one line for each (model, predicted class, right)."""
+    for i, (model, predicted, right) in enumerate(lines):
+        axes.text(
+            0.5,
+            -0.05 - 0.17 * i,
+            f"{model}: {predicted} {'✓' if right else '✗'}",
+            transform=axes.transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            color=RIGHT if right else WRONG,
+            fontweight="normal" if right else "bold",
+        )
+    if len(lines) == 1:
+        for spine in axes.spines.values():
+            spine.set(color=RIGHT if lines[0][2] else WRONG, linewidth=2.5)
+
+
+def _draw_examples(
+    figure: Figure | SubFigure,
+    clean: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    models: Sequence[Attacked],
+    eps: float,
+) -> None:
+    """A row for each picture; the perturbation is shown on grey, stretched so that eps spans half the range."""
+    rows, magnified = len(clean), 0.5 / eps
+    grid = figure.subplots(rows, 1 + 2 * len(models), squeeze=False, gridspec_kw={"wspace": 0.12, "hspace": 0.5})
+    titles = ["clean"]
+    for model in models:
+        titles += [f"perturbation\nagainst {model.name}\n(x {magnified:.0f})", f"{model.name}\nunder attack"]
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=10)
+    for i, row in enumerate(grid):
+        label = int(labels[i])
+        _show(row[0], clean[i])
+        row[0].set_ylabel(f"true class: {classes[label]}", fontsize=10 if len(classes[label]) < 12 else 8)
+        _verdict(row[0], [(m.name, classes[int(m.before[i])], int(m.before[i]) == label) for m in models])
+        for j, model in enumerate(models):
+            _show(row[1 + 2 * j], 0.5 + magnified * (model.adversarial[i] - clean[i]))
+            _show(row[2 + 2 * j], model.adversarial[i])
+            after = int(model.after[i])
+            _verdict(row[2 + 2 * j], [(model.name, classes[after], after == label)])
+
+
+def _draw_curves(
+    axes: Axes, curves: Sequence[Curve], trained_eps: float | None, attack: str, norm: str = "linf"
+) -> None:
+    unit = 255 if norm == "linf" else 1
+    for curve, (color, marker, line) in zip(curves, itertools.cycle(STYLES)):
+        eps = sorted(curve.scores)
+        levels = [unit * e for e in eps]
+        accuracy, low, high = (
+            np.array([100 * curve.scores[e][key] for e in eps]) for key in ("accuracy", "low", "high")
+        )
+        axes.fill_between(levels, low, high, color=color, alpha=0.15, linewidth=0)
+        axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=curve.name)
+    if trained_eps is not None:
+        axes.axvline(unit * trained_eps, color=GREY, linewidth=1, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"trained at {in_255ths(trained_eps)}",
+            (unit * trained_eps, 103),
+            textcoords="offset points",
+            xytext=(4, 0),
+            fontsize=9,
+            color=GREY,
+            va="center",
+        )
+    axes.set_ylim(-3, 107)
+    axes.set_xlim(left=0)
+    axes.set_xticks(sorted({round(unit * e, 2) for curve in curves for e in curve.scores}))
+    change = "largest change of a pixel, in 1/255 of its range" if norm == "linf" else "L2 length of the change"
+    axes.set_xlabel(f"eps: {change}", fontsize=11)
+    axes.set_ylabel(f"accuracy under {attack}, % (band: 95 % interval)", fontsize=11)
+    axes.grid(alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    # above the axes, where no line can be
+    columns = min(len(curves), 3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=12)
+
+
+def adversarial_examples(
+    clean: Tensor, labels: Tensor, classes: Sequence[str], models: Sequence[Attacked], eps: float
+) -> Figure:
+    """A few pictures clean, their perturbations magnified, and under attack, with each model's predictions.
+
+    Args:
+        clean: [N, 3, H, W] in [0, 1]; four or five are readable.
+        labels: int64 [N], the true classes.
+        classes: class names.
+        models: e.g. the backbone and the adapted model.
+        eps: size of the perturbation in pixels of [0, 1].
+
+    Returns:
+        A figure; `figure.savefig(path)` writes it.
+    """
+    height = 0.9 + 2.2 * len(clean)
+    figure = Figure(figsize=(2.0 * (1 + 2 * len(models)), height), dpi=120)
+    _draw_examples(figure, clean, labels, classes, models, eps)
+    figure.subplots_adjust(left=0.07, right=0.98, top=1 - 0.75 / height, bottom=0.5 / height)
+    return figure
+
+
+def robustness_curve(
+    curves: Sequence[Curve], *, trained_eps: float | None = None, attack: str = "PGD-20", norm: str = "linf"
+) -> Figure:
+    """Robust accuracy against eps, with 95 % intervals, for a few models (the backbone first) or attacks.
+
+    Args:
+        trained_eps: marked where given, in pixels of [0, 1].
+        attack: its name for the axis.
+        norm: of eps, "linf" or "l2".
+    """
+    figure = Figure(figsize=(6.5, 4.5), dpi=120, layout="constrained")
+    _draw_curves(figure.subplots(), curves, trained_eps, attack, norm)
+    return figure
+
+
+def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], caption: str) -> Figure:
+    """Accuracy of each class, the least robust on top: a bar with its 95 % interval for the last attack, a mark for
+    each of the others. Of many classes the 20 least and the 20 most robust ones.
+
+    Args:
+        per_class: {attack: {class: (right, n)}}; classes without a picture are left out.
+        caption: what the numbers are of.
+    """
+    attacks = list(per_class)
+    shown = {
+        name: [100 * per_class[attack][name][0] / n for attack in attacks]
+        for name, (_, n) in per_class[attacks[-1]].items()
+        if n
+    }
+    total = len(shown)
+    names = sorted(least_and_most(per_class[attacks[-1]]), key=lambda name: shown[name][::-1])
+    figure = Figure(figsize=(7.5, 1.6 + 0.27 * len(names)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(names)) + np.where(np.arange(len(names)) >= MOST_CLASSES // 2, total > len(names), 0)
+    heights = np.array([shown[name][-1] for name in names])
+    bounds = 100 * np.array([wilson(*per_class[attacks[-1]][name]) for name in names])
+    axes.barh(
+        places,
+        heights,
+        xerr=np.abs(bounds.T - heights),
+        error_kw={"ecolor": GREY, "elinewidth": 1, "capsize": 2},
+        color=BAR,
+        height=0.7,
+        label=f"{attacks[-1]} (with 95 % interval)",
+    )
+    for number, (attack, (color, marker, _)) in enumerate(zip(attacks[:-1], itertools.cycle(STYLES))):
+        values = [shown[name][number] for name in names]
+        axes.scatter(
+            values, places, color=color, marker=marker, edgecolor="white", s=45, zorder=3, clip_on=False, label=attack
+        )
+    axes.set_yticks(places, [str(name) for name in names], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    left_out = f"\n{total - len(names)} classes in between left out" if total > len(names) else ""
+    axes.set_xlabel(f"accuracy, %   ({caption}){left_out}", fontsize=10)
+    axes.grid(axis="x", alpha=0.25)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=min(len(attacks), 3), frameon=False)
+    return figure
+
+
+def least_and_most(per_class: Mapping[str, tuple[int, int]]) -> set[str]:
+    """The classes to show: all, or of many the least and the most robust ones, equally many of each.
+
+    Args:
+        per_class: {class: (right, n)}; classes without a picture are left out.
+    """
+    names = sorted((right / n, name) for name, (right, n) in per_class.items() if n)
+    half = MOST_CLASSES // 2
+    return {name for _, name in (names if len(names) <= MOST_CLASSES else [*names[:half], *names[-half:]])}
+
+
+def demo_picture(
+    clean: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    models: Sequence[Attacked],
+    curves: Sequence[Curve],
+    *,
+    eps: float,
+    title: str,
+    subtitle: str,
+    attack: str = "PGD-20",
+) -> Figure:
+    """Examples on the left, curves on the right, one headline and a line of facts below it."""
+    figure = Figure(figsize=(15, 1.2 + 1.9 * len(clean)), dpi=110)
+    figure.suptitle(title, fontsize=17, y=0.985)
+    figure.text(0.5, 0.935, subtitle, fontsize=11, color=GREY, ha="center", va="top")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1), squeeze=False)[0]
+    _draw_examples(left, clean, labels, classes, models, eps)
+    left.subplots_adjust(left=0.05, right=0.99, top=0.82, bottom=0.06)
+    _draw_curves(right.subplots(), curves, eps, attack)
+    right.subplots_adjust(left=0.13, right=0.97, top=0.82, bottom=0.1)
+    return figure

@@ -1,0 +1,90 @@
+"""Adapters by their address: a folder, an fsspec URL, or a version of MLflow's model registry."""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.models import multi_adapter
+from fulllora_dist.models.adapter_file import load as load_folder
+from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.settings import Precision
+
+
+def in_mlflow(where: str) -> bool:
+    """Whether it is an address of MLflow: models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-ID, runs:/ID/PATH."""
+    return where.startswith(("models:", "runs:"))
+
+
+def resolved(where: str, uri: str | None = None) -> str:
+    """An address without an alias, which may move: models:/NAME@champion -> models:/NAME/3. Others as they are."""
+    if not in_mlflow(where):
+        return where
+    from fulllora_dist.registry.registry import Registry  # mlflow takes a second to import
+
+    return Registry(uri).resolved(where)
+
+
+@contextmanager
+def local_folder(where: str, uri: str | None = None) -> Iterator[str]:
+    """The adapter's folder for the time inside, fetched from MLflow where it lies there. Errors name the address.
+
+    Args:
+        where: see `load`.
+        uri: see `load`.
+    """
+    if not in_mlflow(where):
+        yield where
+        return
+    from fulllora_dist.registry.registry import Registry  # mlflow takes a second to import
+
+    with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
+        found = Registry(uri).fetch(where, folder)
+        try:
+            yield found
+        except UserError as error:
+            raise UserError(str(error).replace(found, where)) from error
+
+
+def load(
+    where: str, *, checkpoint: str | None = None, precision: Precision = "fp32", uri: str | None = None
+) -> AdaptedModel:
+    """The adapted model of an adapter: its backbone is built from timm or `checkpoint`, and checked.
+
+    Args:
+        where: what `save_adapter` wrote, a local path or fsspec URL; or an address of MLflow: "models:/NAME@champion",
+            "models:/NAME/3", "runs:/ID/adapter".
+        checkpoint: where the backbone's weights lie now, if not where they were at training.
+        precision: see `create_model`.
+        uri: MLflow's tracking store, which is its `set_tracking_uri` from then on; None takes the one that is set
+            (MLFLOW_TRACKING_URI).
+
+    Raises:
+        UserError: missing or damaged files, an unknown version or alias, another backbone, other shapes.
+    """
+    with local_folder(where, uri) as folder:
+        return load_folder(folder, checkpoint=checkpoint, precision=precision)
+
+
+class MultiAdapter(multi_adapter.MultiAdapter):
+    """Several adapters on one backbone, each by its address; see `models.multi_adapter`.
+
+    Args:
+        adapters: {name of one's own: address}; see `load`.
+        checkpoint, precision, uri: see `load`.
+
+    Raises:
+        UserError: adapters of different backbones, one that is a whole model (finetune: full); as for `load`.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, str],
+        *,
+        checkpoint: str | None = None,
+        precision: Precision = "fp32",
+        uri: str | None = None,
+    ):
+        fetch = partial(local_folder, uri=uri)
+        super().__init__(adapters, checkpoint=checkpoint, precision=precision, local_folder=fetch)

@@ -1,0 +1,221 @@
+"""Predictions for a folder of pictures or for shards, one line each, that a second call goes on with."""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.decode import EvalTransform
+from fulllora_dist.data.index import Index
+from fulllora_dist.data.reader import ShardReader
+from fulllora_dist.data.shards.scan import IMAGE_EXTENSIONS
+
+COLUMNS = ("picture", "class", "label", "probability", "error", "adapter")
+Read = Callable[[], bytes]
+
+
+def predict(
+    model: nn.Module,
+    source: str,
+    output: str,
+    transform: EvalTransform,
+    classes: Sequence[str],
+    *,
+    batch_size: int = 64,
+    workers: int = 2,
+    adapter: str | None = None,
+    progress: bool = True,
+) -> dict[str, int]:
+    """Write the most likely class of each picture to `output`.
+
+    Lines of pictures that are there already stay, and those pictures are passed over; a line that a kill cut short is
+    made again. A picture that cannot be read gets a line with the error.
+
+    Args:
+        model: pixels in [0, 1] -> logits, in evaluation mode, on the device where its parameters are.
+        source: folder of pictures, searched with all folders below, or folder or URL of shards with an index.
+        output: .jsonl, or .csv; columns are `COLUMNS`: name of the picture, of its class, its number, the softmax
+            probability, why it could not be read, and `adapter`.
+        transform: the model's evaluation crop.
+        classes: names of the outputs.
+        workers: decoding threads.
+        adapter: what tells the model from others (its sha256), kept with each line; no output has lines of two.
+
+    Returns:
+        {"pictures": all of the source, "predicted": by this call, "unreadable": of those}.
+
+    Raises:
+        UserError: no pictures there; an output of another form or adapter, or that cannot be written.
+    """
+    table = _Table(output, adapter)
+    pictures = _pictures(source)
+    left = [(name, read) for name, read in pictures if name not in table.done]
+    device = next(model.parameters()).device
+    unreadable = 0
+
+    def decode(picture: tuple[str, Read]) -> tuple[str, Tensor | None, str | None]:
+        name, read = picture
+        try:
+            return name, transform(read()), None
+        except UserError as error:
+            return name, None, str(error)
+
+    bar = tqdm(total=len(pictures), initial=len(pictures) - len(left), unit="img", desc="predict", disable=not progress)
+    with table, bar, ThreadPoolExecutor(max(1, workers)) as threads:
+        for batch in _ahead(left, batch_size, lambda part: threads.map(decode, part)):
+            good = [pixels for _, pixels, _ in batch if pixels is not None]
+            scores = iter(_probabilities(model, good, device))
+            rows: list[tuple[Any, ...]] = []
+            for name, pixels, error in batch:
+                if pixels is None:
+                    unreadable += 1
+                    rows.append((name, None, None, None, error, adapter))
+                else:
+                    score = next(scores)
+                    label = int(score.argmax())
+                    rows.append((name, classes[label], label, round(float(score[label]), 6), None, adapter))
+            table.write(rows)
+            bar.update(len(batch))
+    return {"pictures": len(pictures), "predicted": len(left), "unreadable": unreadable}
+
+
+def _ahead(items: list, size: int, start: Callable[[list], Iterator]) -> Iterator[list]:
+    """Batches; the next one is being decoded while one is used."""
+    parts = (items[i : i + size] for i in range(0, len(items), size))
+    coming = [start(part) for part in islice(parts, 2)]
+    while coming:
+        batch = list(coming.pop(0))
+        coming += [start(part) for part in islice(parts, 1)]
+        yield batch
+
+
+def _probabilities(model: nn.Module, pictures: list[Tensor], device: torch.device) -> np.ndarray:
+    if not pictures:
+        return np.empty((0, 0))
+    with torch.inference_mode():
+        logits = model(torch.stack(pictures).to(device).float() / 255)
+        return logits.softmax(dim=1).cpu().numpy()
+
+
+def _pictures(source: str) -> list[tuple[str, Read]]:
+    """(name, what reads its bytes), in the order of names or of the index."""
+    if Path(source).is_dir():
+        files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        if files:
+            return [(path.relative_to(source).as_posix(), _reader(path)) for path in files]
+    try:
+        index = Index.load(source)
+    except UserError as error:
+        raise UserError(f"{source} holds no pictures ({', '.join(IMAGE_EXTENSIONS)}), nor shards: {error}") from None
+    shards = ShardReader(index)
+    return [(index.key(i), lambda i=i: shards.read(i)) for i in range(len(index))]  # type: ignore[misc]
+
+
+def _reader(path: Path) -> Read:
+    def read() -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot be read ({error.strerror})") from None
+
+    return read
+
+
+class _Table:
+    """The output, appended to batch by batch. A file of something else is not touched.
+
+    Attributes:
+        done: names of the pictures that it has whole lines of.
+    """
+
+    def __init__(self, path: str, adapter: str | None):
+        self._path, self._adapter = path, adapter
+        self._csv = path.endswith(".csv")
+        if not self._csv and not path.endswith(".jsonl"):
+            raise UserError(f"--output: {path} is neither .jsonl nor .csv; one of them is right")
+        with self._writable():
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            content = Path(path).read_bytes() if os.path.exists(path) else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        self._length = len(whole)
+        self.done = self._found(whole.decode(errors="surrogateescape"), content[len(whole) :])
+
+    def _found(self, whole: str, cut: bytes) -> set[str]:
+        """Names in whole lines; `cut`: what a kill left of the next one."""
+        try:
+            rows = self._rows(whole)
+            if not whole and not self._begins_a_line(cut):
+                raise ValueError
+        except (ValueError, csv.Error):
+            raise UserError(
+                f"--output: {self._path} holds something else than predictions; choose another file"
+            ) from None
+        for row in rows:
+            if (found := row.get("adapter") or None) != self._adapter:
+                shown = [str(one)[:12] for one in (found, self._adapter)]
+                raise UserError(
+                    "--output: {} holds predictions of the adapter {}, this one is {}; choose another file".format(
+                        self._path, *shown
+                    )
+                )
+        return {row["picture"] for row in rows}
+
+    def _rows(self, whole: str) -> list[dict[str, Any]]:
+        """Raises ValueError where one is none of ours."""
+        if self._csv:
+            head, *cells = list(csv.reader(io.StringIO(whole, newline=""))) or [list(COLUMNS)]
+            rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells]
+            ours = tuple(head) == COLUMNS
+        else:
+            rows = [json.loads(line) for line in whole.split("\n")[:-1]]
+            ours = all(isinstance(row, dict) and row.keys() <= set(COLUMNS) for row in rows)
+            ours = ours and all(isinstance(row.get("picture"), str) for row in rows)
+        if not ours:
+            raise ValueError
+        return rows
+
+    def _begins_a_line(self, cut: bytes) -> bool:
+        begin = ",".join(COLUMNS) if self._csv else json.dumps({COLUMNS[0]: ""})[:-2]
+        return begin.encode().startswith(cut) or (not self._csv and cut.startswith(begin.encode()))
+
+    @contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"--output: {self._path} cannot be written ({error.strerror or error})") from None
+
+    def __enter__(self) -> "_Table":
+        with self._writable():
+            self._file = open(self._path, "a", newline="", encoding="utf-8", errors="surrogateescape")
+            self._file.truncate(self._length)
+        if self._csv and not self._length:
+            csv.writer(self._file).writerow(COLUMNS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._writable():
+            self._file.close()
+
+    def write(self, rows: list[tuple[Any, ...]]) -> None:
+        """Whole lines, on their way to the disk when it returns."""
+        with self._writable():
+            if self._csv:
+                csv.writer(self._file).writerows(rows)
+            else:
+                for row in rows:
+                    present = {key: value for key, value in zip(COLUMNS, row, strict=True) if value is not None}
+                    self._file.write(json.dumps(present) + "\n")
+            self._file.flush()

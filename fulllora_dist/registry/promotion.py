@@ -1,0 +1,153 @@
+"""Whether an adapter may take the champion's place: the evaluations of both, judged in words.
+
+The comparison is one of non-inferiority: the candidate passes where the paired 95 % interval of its difference to the
+champion lies above minus the margin, so that a loss of more than the margin is excluded. The fewer the pictures, the
+wider the interval, and the less can be excluded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fulllora_dist.attacks.threat import size_in
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation.compare import check_accuracies, compare
+
+Evaluation = Mapping[str, Any]
+_SHOWN = {"precision": "precision", "norm": "norm", "data": "data (digest of the index)"}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Of the gate.
+
+    Attributes:
+        margin: largest loss of robust accuracy against the champion that must be excluded, a share of 1.
+        clean_floor: lowest clean accuracy, a share of 1.
+    """
+
+    margin: float = 0.01
+    clean_floor: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value in (("margin", self.margin), ("clean floor", self.clean_floor)):
+            if not 0 <= value <= 1:
+                raise UserError(f"{name}: {value} is no share of the pictures; 0 to 1 is right, 0.01 for a point")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate says.
+
+    Attributes:
+        reasons: what speaks against the candidate; it passes where there is none.
+        findings: what was found besides.
+    """
+
+    reasons: tuple[str, ...]
+    findings: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        """Whether the candidate may be champion."""
+        return not self.reasons
+
+
+def judge(
+    candidate: Evaluation | None, champion: Evaluation | None, rules: Rules, *, first: bool, threat: str | None = None
+) -> Verdict:
+    """The verdict on a candidate.
+
+    Args:
+        candidate, champion: in the form of evaluation.json; None where there is none.
+        first: there is no champion yet, so that the candidate stands for itself.
+        threat: the one that the model is for, as `size_in` writes it.
+    """
+    if candidate is None:
+        return Verdict(("it was never evaluated; evaluate it, and publish it with --evaluation",))
+    reasons, findings = _own(candidate, rules, threat)
+    if not first:
+        against, found = _against(candidate, champion, rules) if not _broken(candidate) else ([], [])
+        reasons, findings = reasons + against, findings + found
+    return Verdict(tuple(reasons), tuple(findings))
+
+
+def _broken(evaluation: Evaluation) -> str | None:
+    try:
+        check_accuracies(evaluation, "its evaluation")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _robust(evaluation: Evaluation) -> list[str]:
+    return [attack for attack in evaluation["attacks"] if attack != "clean"]
+
+
+def _own(candidate: Evaluation, rules: Rules, threat: str | None) -> tuple[list[str], list[str]]:
+    """What speaks against a candidate by itself, and its figures."""
+    if broken := _broken(candidate):
+        return [broken], []
+    reasons, findings = [], []
+    attacks, size = candidate["attacks"], size_in(candidate["norm"], candidate["eps"])
+    if "clean" not in attacks:
+        reasons.append("its clean accuracy was not measured; evaluate with --attacks clean,...")
+    elif attacks["clean"]["accuracy"] < rules.clean_floor:
+        reasons.append(f"its clean accuracy is {_percent(attacks['clean'])}, the floor is {rules.clean_floor:.2%}")
+    if not _robust(candidate):
+        reasons.append("it was not attacked; evaluate with --attacks clean,pgd20 or more")
+    if threat is not None and size != threat:
+        reasons.append(f"it was attacked at {size}, the model is for {threat}")
+    if not candidate.get("checks"):
+        reasons.append("no check for masked gradients was made; evaluate with evaluation.check=50")
+    reasons += [f"a check warned: {line}" for line in candidate["warnings"]]
+    findings += [f"{attack}: {_percent(score)}" for attack, score in attacks.items()]
+    return reasons, findings
+
+
+def _percent(score: Mapping[str, float]) -> str:
+    return f"{score['accuracy']:.2%} ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
+
+
+def _against(candidate: Evaluation, champion: Evaluation | None, rules: Rules) -> tuple[list[str], list[str]]:
+    if champion is None:
+        return ["the champion was never evaluated, so that nothing can be compared; evaluate and publish it"], []
+    if broken := _broken(champion):
+        return [f"the champion's figures are damaged: {broken}"], []
+    if differing := _differences(candidate, champion):
+        return [f"the evaluations are not of one kind: {line}" for line in differing], []
+    reasons = []
+    findings = [f"the champion's own check warned: {line}" for line in champion["warnings"]]
+    for row in compare(champion, candidate)["rows"]:
+        if row["eps"] not in (0.0, champion["eps"]):
+            continue
+        interval = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
+        shown = f"{row['attack']}: {100 * row['difference']:+.2f} points to the champion (paired 95 %: {interval})"
+        findings.append(shown)
+        if row["attack"] == "clean" or row["low"] >= -rules.margin - 1e-12:
+            continue
+        margin = f"{100 * rules.margin:g} point{'' if rules.margin == 0.01 else 's'}"
+        if row["high"] < -rules.margin:
+            reasons.append(f"{shown}: it is less robust by more than {margin}")
+        else:
+            reasons.append(f"{shown}: a loss of more than {margin} is not excluded; more pictures may do that")
+    return reasons, findings
+
+
+def _differences(candidate: Evaluation, champion: Evaluation) -> list[str]:
+    """Where two evaluations are not of one kind: all of it."""
+    lines = []
+    if candidate["attacks"].keys() != champion["attacks"].keys():
+        lines.append(f"attacks {', '.join(candidate['attacks'])}, the champion's {', '.join(champion['attacks'])}")
+    for key, shown in _SHOWN.items():
+        if candidate.get(key) != champion.get(key):
+            lines.append(f"{shown} {candidate.get(key)}, the champion's {champion.get(key)}")
+    if candidate["eps"] != champion["eps"]:
+        sizes = (size_in(found["norm"], found["eps"]) for found in (candidate, champion))
+        lines.append("{}, the champion's {}".format(*sizes))
+    if len(candidate["ids"]) != len(champion["ids"]):
+        lines.append(f"n = {len(candidate['ids'])}, the champion's {len(champion['ids'])}")
+    elif set(candidate["ids"]) != set(champion["ids"]):
+        common = len(set(candidate["ids"]) & set(champion["ids"]))
+        lines.append(f"other pictures: of {len(candidate['ids'])} ids {common} are the champion's")
+    return lines

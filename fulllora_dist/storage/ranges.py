@@ -1,0 +1,215 @@
+"""Byte ranges of objects, several in flight, checked, and tried again while the store is in trouble.
+
+No client does this alone: fsspec's http retries nothing, and every client takes a short or altered body for the truth.
+"""
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
+
+import fsspec.asyn
+
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.storage import urls
+from fulllora_dist.storage.cache import RangeCache
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0  # seconds between tries, doubled each time
+_REREADS = 3  # of bytes whose crc32 differs; then the object itself is damaged
+_LOUD_AFTER = 10.0  # seconds without success until people are told
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class ReadPolicy:
+    """How remote shards are read.
+
+    Attributes:
+        connections: ranges in flight of each process.
+        request_seconds: until an unanswered request is given up and made again.
+        retry_seconds: until a range that does not succeed ends the run.
+        cache: local folder that keeps what was read; None keeps nothing.
+        cache_gb: its largest size, 10**9 bytes.
+    """
+
+    connections: int = 4
+    request_seconds: float = 60.0
+    retry_seconds: float = 600.0
+    cache: str | None = None
+    cache_gb: float = 100.0
+
+
+class Range(NamedTuple):
+    """Bytes [start, end) of the object at `url`, whose content must still be `etag` (None: unknown)."""
+
+    url: str
+    etag: str | None
+    start: int
+    end: int
+
+    def identity(self) -> str:
+        """What a cache knows it by."""
+        return "\0".join(map(str, self))
+
+    def __str__(self) -> str:
+        return f"{urls.redacted(self.url)}, bytes {self.start} to {self.end}"
+
+
+class Piece(NamedTuple):
+    """Bytes inside a range, `start` counted from its beginning, with the checksum that they must have.
+
+    One that is not wanted is checked along, as a cache keeps the range for those who want it.
+    """
+
+    start: int
+    size: int
+    crc32: int
+    wanted: bool = True
+
+
+class ChangedObject(UserError):
+    """The object is no longer the one that was indexed."""
+
+    def __init__(self, url: str, how: str):
+        super().__init__(
+            f"{urls.redacted(url)}: has changed since it was indexed ({how}); restore it, or index the shards again "
+            "and start a new run"
+        )
+
+
+class RangeFetcher:
+    """Fetches ranges in the background, in the order in which they were asked for."""
+
+    def __init__(self, policy: ReadPolicy):
+        self._policy = policy
+        self._cache = RangeCache(policy.cache, int(policy.cache_gb * 10**9)) if policy.cache else None
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._places = asyncio.Semaphore(policy.connections)
+        self._etags: dict[str, str] = {}  # of stores whose etags are not in the index: as first seen
+        self._random = random.Random()  # jitter of the waits, nothing that a run depends on
+
+    def submit(self, wanted: Range, pieces: Sequence[Piece]) -> Future[list[bytes | None]]:
+        """The pieces of a range; None for one that is not wanted, or whose checksum is still wrong after several reads
+        of an unchanged object.
+
+        The future raises UserError where the object is missing, may not be read or has changed, or where the store has
+        not delivered within `retry_seconds`.
+        """
+        filesystem = urls.filesystem(wanted.url)
+        return asyncio.run_coroutine_threadsafe(self._wanted(filesystem, wanted, pieces), fsspec.asyn.get_loop())
+
+    async def _wanted(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> list[bytes | None]:
+        found = await self._pieces(filesystem, wanted, pieces)
+        return [data if piece.wanted else None for data, piece in zip(found, pieces, strict=True)]
+
+    async def _pieces(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> list[bytes | None]:
+        if self._cache is None:
+            return (await self._read(filesystem, wanted, pieces))[1]
+        name = wanted.identity()
+        async with self._turns.setdefault(name, asyncio.Lock()):  # who wants the same range meanwhile finds it kept
+            kept = await asyncio.to_thread(self._cache.get, name)
+            if kept is not None:
+                found = _cut(kept, pieces)
+                if len(kept) == wanted.end - wanted.start and None not in found:
+                    return found
+                _logger.warning("%s: the kept copy is damaged; reading it again", wanted)
+                await asyncio.to_thread(self._cache.drop, name)
+            data, found = await self._read(filesystem, wanted, pieces)
+            if None not in found:
+                await asyncio.to_thread(self._cache.put, name, data)
+            return found
+
+    async def _read(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> tuple[bytes, list[bytes | None]]:
+        for reread in itertools.count():
+            data = await self._fetch(filesystem, wanted)
+            found = _cut(data, pieces)
+            if None not in found or reread == _REREADS:
+                return data, found
+            _logger.warning("%s: other bytes came than were indexed; reading them again", wanted)
+            await asyncio.sleep(_FIRST_WAIT * 2**reread)
+        raise AssertionError
+
+    async def _fetch(self, filesystem: Any, wanted: Range) -> bytes:
+        async def once() -> bytes:
+            etag = wanted.etag or self._etags.get(wanted.url)
+            try:
+                data, found = await _get(filesystem, wanted, etag)
+            except Exception as error:
+                if (status := urls.http_status(error)) in (412, 416):
+                    raise ChangedObject(wanted.url, f"the store answers {status}") from error
+                raise
+            if etag and found and urls.bare_etag(found) != urls.bare_etag(etag):
+                raise ChangedObject(wanted.url, f"etag {urls.bare_etag(found)}, was {urls.bare_etag(etag)}")
+            if len(data) != wanted.end - wanted.start:
+                raise OSError(f"{wanted}: {len(data)} bytes came")
+            if found:
+                self._etags[wanted.url] = found
+            return data
+
+        return await self._patiently(wanted.url, once)
+
+    async def _patiently(self, url: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        begun, wait, told = 0.0, _FIRST_WAIT, False
+        while True:
+            try:
+                async with self._places:
+                    begun = begun or time.monotonic()  # waiting for a place is no trouble of the store
+                    return await asyncio.wait_for(attempt(), self._policy.request_seconds)
+            except Exception as error:
+                meaning = urls.explained(error, url)
+                if isinstance(meaning, UserError):
+                    raise meaning from error
+                trouble = meaning
+            passed = time.monotonic() - begun
+            if passed + wait > self._policy.retry_seconds:
+                raise UserError(
+                    f"{trouble}; given up after {passed:.0f} s (data.retry_seconds {self._policy.retry_seconds:g}): "
+                    "check the store and the network"
+                )
+            if passed > _LOUD_AFTER and not told:
+                _logger.warning("%s; trying again for %g s", trouble, self._policy.retry_seconds)
+                told = True
+            await asyncio.sleep(wait * self._random.uniform(0.5, 1.0))
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+
+def _cut(data: bytes, pieces: Sequence[Piece]) -> list[bytes | None]:
+    cut = [data[piece.start : piece.start + piece.size] for piece in pieces]
+    return [part if zlib.crc32(part) == piece.crc32 else None for part, piece in zip(cut, pieces, strict=True)]
+
+
+async def _get(filesystem: Any, wanted: Range, etag: str | None) -> tuple[bytes, str | None]:
+    """(body, etag that came with it). The store compares etags where it can: a weak one never matches If-Match."""
+    span = f"bytes={wanted.start}-{wanted.end - 1}"
+    match = f'"{urls.bare_etag(etag)}"' if etag and not etag.startswith("W/") else None
+    scheme = urls.scheme_of(wanted.url)
+    if scheme == "s3":
+        bucket, key, version = filesystem.split_path(wanted.url)
+        more = {"IfMatch": match} if match else {}
+        if version:
+            more["VersionId"] = version
+        answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=span, **more)
+        async with answer["Body"] as body:
+            return await body.read(), answer.get("ETag")
+    if scheme in ("http", "https"):
+        options = dict(filesystem.kwargs)
+        # a server that compresses would send other lengths than those of the range
+        headers = {**options.pop("headers", {}), "Range": span, "Accept-Encoding": "identity"}
+        if match:
+            headers["If-Match"] = match
+        session = await filesystem.set_session()
+        async with session.get(filesystem.encode_url(wanted.url), headers=headers, **options) as answer:
+            answer.raise_for_status()
+            if answer.status != 206:
+                raise UserError(f"{urls.redacted(wanted.url)}: the server serves no byte ranges; use one that does")
+            return await answer.read(), answer.headers.get("ETag")
+    data = await filesystem._cat_file(wanted.url, start=wanted.start, end=wanted.end)
+    return data, (await filesystem._info(wanted.url)).get("etag")

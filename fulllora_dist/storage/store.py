@@ -1,0 +1,231 @@
+"""Whole files, local or remote: what makes and indexes shards needs of a store. Training reads through `reader`.
+
+Everything is tried again for some minutes where the store does not answer. An upload appears whole or not at all: a
+local file by rename, an object because a PUT and the completion of a multipart upload are atomic.
+"""
+
+import itertools
+import logging
+import os
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Self, TypeVar
+
+from braceexpand import braceexpand
+
+from fulllora_dist.core.atomic import published
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.storage import urls
+from fulllora_dist.storage.urls import ObjectInfo
+
+PATIENCE_SECONDS = 300.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0
+_RANGE = 8 << 20
+_AHEAD = 3
+
+T = TypeVar("T")
+_hurry = threading.Event()
+_logger = logging.getLogger(__name__)
+
+
+def stop_retrying() -> None:
+    """This process ends soon: from now on nothing is tried again, in other threads too."""
+    _hurry.set()
+
+
+def persistent(call: Callable[[], T], url: str) -> T:
+    """`call()`, again and again with growing pauses while the store fails in a way that may pass.
+
+    Raises:
+        UserError: what cannot pass, at once; what did not pass within PATIENCE_SECONDS.
+    """
+    deadline, pause = time.monotonic() + PATIENCE_SECONDS, _FIRST_PAUSE
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            meaning = urls.explained(error, url)
+            if isinstance(meaning, UserError):
+                raise meaning from error
+            if _hurry.is_set() or time.monotonic() + pause > deadline:
+                tried = PATIENCE_SECONDS - max(0.0, deadline - time.monotonic())
+                raise UserError(f"{meaning} (tried for {tried:.0f} s)") from error
+            if pause == _FIRST_PAUSE:
+                _logger.warning("%s; trying again for %.0f s", meaning, PATIENCE_SECONDS)
+        _hurry.wait(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def info(url: str) -> ObjectInfo:
+    """Length and etag of a local file or an object. UserError where it is missing."""
+    return persistent(lambda: urls.object_info(url), url)
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file or an object."""
+    if not urls.is_remote(url):
+        return os.path.isfile(urls.local_path(url))
+    return persistent(lambda: bool(urls.filesystem(url).isfile(url)), url)
+
+
+def read(url: str) -> bytes:
+    """All bytes of a small file or object."""
+    if not urls.is_remote(url):
+        try:
+            return Path(urls.local_path(url)).read_bytes()
+        except OSError as error:
+            raise UserError(f"{url}: cannot be read ({error.strerror})") from error
+
+    def once() -> bytes:
+        size = urls.object_info(url).bytes
+        data: bytes = urls.filesystem(url).cat_file(url)
+        if size is not None and len(data) != size:
+            raise OSError(f"{urls.redacted(url)}: got {len(data)} of {size} bytes")
+        return data
+
+    return persistent(once, url)
+
+
+def write(url: str, data: bytes) -> None:
+    """Publish a small file or object, whole or not at all."""
+    refuse_read_only(url)
+    if urls.is_remote(url):
+        persistent(lambda: urls.filesystem(url).pipe_file(url, data), url)
+        return
+    try:
+        with published(Path(urls.local_path(url))) as file:
+            file.write(data)
+    except OSError as error:
+        raise UserError(f"{url}: cannot be written ({error.strerror})") from error
+
+
+def upload(path: Path, url: str) -> None:
+    """Publish a local file as an object, and see that it arrived in full length."""
+    refuse_read_only(url)
+    persistent(lambda: urls.filesystem(url).put_file(str(path), url), url)
+    found, length = info(url).bytes, path.stat().st_size
+    if found != length:
+        raise UserError(f"{urls.redacted(url)}: {found} bytes arrived of {length}")
+
+
+def refuse_read_only(url: str) -> None:
+    """UserError where nothing can be written to."""
+    if urls.scheme_of(url) in ("http", "https"):
+        raise UserError(f"{urls.redacted(url)}: nothing can be written there; a path, s3:// or gs:// is right")
+
+
+def writable_folder(url: str) -> str:
+    """A local path, made where it is missing, or the URL of a folder that can be written to.
+
+    Raises:
+        UserError: http, or a path that cannot be made.
+    """
+    refuse_read_only(url)
+    if urls.is_remote(url):
+        return url
+    path = urls.local_path(url)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror})") from error
+    return path
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """Files and objects by name, in the order given: braces ({000..127}, {a,b}) multiply, *, ? and [] and folders list.
+
+    Raises:
+        UserError: a pattern that matches nothing; a listing over http, which has none.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        urls.scheme_of(pattern)
+        try:
+            names = list(braceexpand(pattern))
+        except ValueError as error:
+            raise UserError(f"{urls.redacted(pattern)}: {error}") from error
+        for name in names:
+            found += _listed(name)
+    for url, times in Counter(found).items():
+        if times > 1:
+            raise UserError(f"{urls.redacted(url)}: named {times} times")
+    return found
+
+
+def shards_in(folder: str) -> list[str]:
+    """The *.tar files or objects of a folder, by name."""
+    fs, path = urls.filesystem(folder), folder if urls.is_remote(folder) else urls.local_path(folder)
+    return sorted(persistent(lambda: fs.glob(f"{path.rstrip('/')}/*.tar"), folder))
+
+
+def _listed(name: str) -> list[str]:
+    scheme = urls.scheme_of(name)
+    if scheme in ("http", "https"):
+        if "*" in name or name.partition("?")[0].endswith("/"):
+            raise UserError(f"{urls.redacted(name)}: http has no listings; name the shards, e.g. with {{000..127}}")
+        return [name]
+    fs, path = urls.filesystem(name), urls.local_path(name) if scheme == "file" else name
+    if not re.search(r"[*?\[]", path):
+        if path.endswith(".tar") or not persistent(lambda: fs.isdir(path), name):
+            return [path]
+        path = f"{path.rstrip('/')}/*.tar"
+    matches = sorted(persistent(lambda: fs.glob(path), name))
+    if not matches:
+        raise UserError(f"{urls.redacted(path)}: no shards there")
+    return [match if scheme == "file" else f"{scheme}://{match}" for match in matches]
+
+
+class ObjectStream:
+    """An object from its first byte to its last, in ranges of 8 MiB with some in flight, each checked for its length.
+
+    Use as a context manager: leaving it waits for what is in flight.
+    """
+
+    def __init__(self, url: str, length: int):
+        self._url = url
+        self._starts = iter(range(0, length, _RANGE))
+        self._length = length
+        self._pool = ThreadPoolExecutor(_AHEAD)
+        self._ahead: list[Future[bytes]] = []
+        self._current = memoryview(b"")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes; fewer only at the end."""
+        parts: list[memoryview] = []
+        while size > 0:
+            if not self._current and not self._advance():
+                break
+            parts.append(self._current[:size])
+            self._current = self._current[size:]
+            size -= len(parts[-1])
+        return b"".join(parts)
+
+    def _advance(self) -> bool:
+        for start in itertools.islice(self._starts, _AHEAD - len(self._ahead)):
+            self._ahead.append(self._pool.submit(self._fetch, start, min(start + _RANGE, self._length)))
+        if not self._ahead:
+            return False
+        self._current = memoryview(self._ahead.pop(0).result())
+        return True
+
+    def _fetch(self, start: int, end: int) -> bytes:
+        def once() -> bytes:
+            data: bytes = urls.filesystem(self._url).cat_file(self._url, start=start, end=end)
+            if len(data) > end - start:
+                raise UserError(f"{urls.redacted(self._url)}: the server sends more than the range that was asked for")
+            if len(data) < end - start:
+                raise OSError(f"{urls.redacted(self._url)}: got {len(data)} of {end - start} bytes at {start}")
+            return data
+
+        return persistent(once, self._url)

@@ -1,0 +1,213 @@
+"""Where shards lie: a path, or a URL that fsspec opens. The only place that knows schemes, clients and their errors.
+
+Credentials are fsspec's own matter (environment, ~/.aws, ~/.config/fsspec). A URL with user:password@ is refused, as it
+would end up in configs, indexes and logs; of a signed one no message shows what follows the question mark.
+"""
+
+import asyncio
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import aiohttp
+import fsspec
+
+from fulllora_dist.core.errors import UserError
+
+SCHEMES = ("file", "s3", "gs", "http", "https")
+CONNECT_SECONDS = 15
+READ_SECONDS = 60  # of silence; s3fs alone would wait for ever
+
+# to the last @ before the path; to the last of all where no port follows a colon, but a password with / ? or # in it
+_CREDENTIALS = re.compile(r"(\w+://)(?:[^/?#\s]*@|[^/?#\s:]*:(?!\d*(?:[/?#\s'\"]|$))\S*@)")
+_QUERY = re.compile(r"(https?://[^\s?]*\?)\S+", re.IGNORECASE)
+# what botocore and google-auth, which may not be installed, call troubles of the network that are no OSError
+_PASSING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"}
+_PASSING |= {"MetadataRetrievalError", "TransportError"}
+# held for good: fsspec drops a parent's clients in a forked process, which would close their connections, and take them
+# out of the epoll instance that both processes share, so that the parent waited for an answer in vain
+_clients: set[Any] = set()
+_TO_INSTALL = {"s3": "s3fs: pip install 'fulllora-dist[s3]'", "gs": "gcsfs: pip install 'fulllora-dist[gs]'"}
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """An object as its store describes it.
+
+    Attributes:
+        bytes: its length; None where the server does not say.
+        etag: the store's name of this content; None where it has none (local files, some web servers).
+    """
+
+    bytes: int | None
+    etag: str | None
+
+
+def redacted(text: object) -> str:
+    """`text` without the credentials in its URLs."""
+    return _QUERY.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", str(text)))
+
+
+def one_line(error: object) -> str:
+    """What an error says, without the credentials in its URLs, on one line of 200 characters at most."""
+    return " ".join(redacted(error).split())[:200]
+
+
+def scheme_of(url: str) -> str:
+    """One of SCHEMES; a plain path is "file".
+
+    Raises:
+        UserError: anything else, `pipe:` and chained URLs (`simplecache::s3://`) among it; user:password@.
+    """
+    scheme, separator, _ = url.partition("://")
+    if url.startswith("pipe:") or "::" in scheme or (separator and scheme.lower() not in SCHEMES):
+        raise UserError(f"{redacted(url)}: a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)} is right")
+    refuse_credentials(url)
+    return scheme.lower() if separator else "file"
+
+
+def refuse_credentials(url: str) -> None:
+    """UserError for user:password@."""
+    if _CREDENTIALS.match(url):
+        raise UserError(
+            f"{redacted(url)}: a URL without user:password@ is right; credentials belong into the environment or "
+            "~/.config/fsspec (docs/data.md)"
+        )
+
+
+def is_remote(url: str) -> bool:
+    """Not on a mounted disk. Raises UserError for schemes that are not allowed."""
+    return scheme_of(url) != "file"
+
+
+def local_path(url: str) -> str:
+    """The path of a plain path or a file:// URL."""
+    return unquote(urlsplit(url).path) if "://" in url else url
+
+
+def join(folder: str, name: str) -> str:
+    """`name` in `folder`, or `name` itself where it is absolute. A query (a signature) stays at the end of the URL."""
+    if "://" in name or os.path.isabs(name) or name.startswith("pipe:"):
+        scheme_of(name)
+        return name
+    if not is_remote(folder):
+        return os.path.join(local_path(folder), name)
+    if ".." in name.split("/"):
+        raise UserError(f"{redacted(folder)}: {name} leaves the folder")
+    if scheme_of(folder) in ("http", "https"):
+        parts = urlsplit(folder)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def filesystem(url: str) -> Any:
+    """The fsspec filesystem of `url`, made in this process when first asked for (fsspec keeps it).
+
+    Raises:
+        UserError: a scheme that is not allowed, or whose client is not installed.
+    """
+    scheme = scheme_of(url)
+    options: dict[str, Any] = {}
+    if scheme in ("s3", "gs"):
+        options["use_listings_cache"] = False  # what was listed once may have changed since
+    if scheme == "s3":
+        given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        options["config_kwargs"] = {"read_timeout": READ_SECONDS, "connect_timeout": CONNECT_SECONDS, **given}
+    try:
+        client = fsspec.filesystem(scheme, **options)
+        _clients.add(client)
+        return client
+    except ImportError as error:
+        raise UserError(f"{redacted(url)}: needs {_TO_INSTALL.get(scheme, error)}") from error
+
+
+def object_info(url: str) -> ObjectInfo:
+    """Length and etag, asked anew.
+
+    Raises:
+        UserError: it is missing or access is denied.
+        OSError: the store does not answer; trying again may help.
+    """
+    if not is_remote(url):
+        try:
+            return ObjectInfo(os.stat(local_path(url)).st_size, None)
+        except OSError as error:
+            raise UserError(f"{url}: cannot be read ({error.strerror})") from error
+    try:
+        facts = filesystem(url).info(url)
+    except Exception as error:
+        raise explained(error, url) from error
+    return ObjectInfo(facts.get("size"), facts.get("ETag") or facts.get("etag"))
+
+
+def bare_etag(etag: str) -> str:
+    """As clients tell it: some with quotes, some without; W/ before it is a web server's."""
+    return etag.removeprefix("W/").strip('"')
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status behind an exception of s3fs, gcsfs or fsspec's http, where there is one."""
+    seen: BaseException | None = error
+    while seen is not None:
+        status = None
+        if isinstance(seen, aiohttp.ClientResponseError):
+            status = seen.status
+        elif isinstance(response := getattr(seen, "response", None), dict):  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        elif type(seen).__module__.startswith("gcsfs"):
+            status = getattr(seen, "code", None)
+        if status is not None and str(status).isdigit():
+            return int(status)
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def explained(error: Exception, url: str) -> UserError | OSError:
+    """What `error`, raised by a client on `url`, means.
+
+    Returns:
+        UserError where only somebody can mend it: says what to check. OSError where trying again may help: after
+        timeouts, errors of the network and answers that say so, and nothing else.
+    """
+    if isinstance(error, UserError):
+        return error
+    where, status = redacted(url), http_status(error)
+    reason = _reason(error, where)
+    # fsspec's http calls everything "not found" that goes wrong while it asks for the length
+    cause = error.__cause__
+    missing = isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError))
+    if status == 404 or (missing and status is None):
+        return UserError(f"{where}: does not exist; check bucket, path and endpoint")
+    denied = isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "TokenRetrievalError")
+    if denied or status in (401, 403):
+        return UserError(f"{where}: access denied ({reason}); check the credentials, their rights and the endpoint")
+    if isinstance(error, ImportError):
+        return UserError(f"{where}: {reason}")
+    if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
+        return TimeoutError(f"{where}: no answer in time")
+    if status is not None and 400 <= status < 500 and status not in (408, 412, 416, 429):
+        return UserError(f"{where}: the store refuses the request ({reason}); check the URL and the endpoint")
+    if status is None and not _may_pass(error):
+        return UserError(f"{where}: {reason} ({type(error).__name__}); check the URL and its client's settings")
+    return OSError(f"{where}: {reason}")
+
+
+def _reason(error: BaseException, where: str) -> str:
+    """What `error` says, on one line and without the URL, which stands before it already."""
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"{error.status} {error.message}"
+    text = " ".join(redacted(error).split())
+    if text == where and error.__cause__ is not None:  # fsspec's http
+        return _reason(error.__cause__, where)
+    return text.removeprefix(where).lstrip(",: ") or type(error).__name__
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        return _may_pass(error.__cause__)
+    if isinstance(error, aiohttp.InvalidURL):
+        return False
+    known = isinstance(error, (OSError, aiohttp.ClientError))
+    return known or not _PASSING.isdisjoint(kind.__name__ for kind in type(error).__mro__)

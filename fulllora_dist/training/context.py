@@ -1,0 +1,123 @@
+"""The frame of a training run: ranks, output folder, signals, tracker, progress; and how it begins and ends."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch import Tensor
+from tqdm import tqdm
+
+from fulllora_dist.checkpoints.manager import States
+from fulllora_dist.config.schema import Config
+from fulllora_dist.distributed.comm import Ranks, hosts, start_ranks, stop_ranks
+from fulllora_dist.distributed.signals import StopRequest
+from fulllora_dist.storage import store, urls
+from fulllora_dist.tracking.run import Tracker
+from fulllora_dist.tracking.system import SystemSampler
+from fulllora_dist.training.resume import check_same_run
+
+
+class Run:
+    """One training run over all its attempts.
+
+    Attributes:
+        config: of this attempt.
+        settings: the config as YAML for others to see, without what signs a URL.
+        ranks: this process among the others.
+        saved: (tensors, facts) of the state to go on from, None at a run's beginning.
+        stop: whether somebody asked for an end.
+        states: on disk or in a bucket, for rank 0.
+        tracker: metrics and artifacts, on rank 0.
+    """
+
+    def __init__(self, config: Config, ranks: Ranks, stop: StopRequest):
+        self.config = config
+        self.ranks = ranks
+        self.stop = stop
+        self.states = States(config.run, self.say)
+        self.saved = self._find_state()
+        facts = self.saved[1] if self.saved else {}
+        resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+        self.settings = urls.redacted(resolved)
+        ranks.on_main(lambda: self._open_output(resolved), f"run.output: {config.run.output} cannot be written")
+        own = facts if self.states.newest is not None else {}  # not of a given state
+        begun = own.get("mlflow_run_id"), own.get("step", 0), hosts()
+        tracker = ranks.on_main(
+            lambda: Tracker(config.tracked_run(), True, *begun), f"run.output: metrics in {config.run.output}"
+        )
+        self.tracker = tracker or Tracker(config.tracked_run(), False)
+        self.tracker.text(self.settings, "config.yaml")
+        self._sampler = self._sample_node()
+
+    def say(self, text: str) -> None:
+        """A line for people, from rank 0, on stderr (stdout belongs to results)."""
+        if self.ranks.is_main:
+            tqdm.write(text, file=sys.stderr)
+
+    def _find_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What rank 0 finds, on every rank: the others need not see its disk."""
+
+        def find() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+            found = self.states.find()
+            if found is not None:
+                check_same_run(self.config, found[1]["config"], self.config.run.output)
+            return found
+
+        found = self.ranks.on_main(find, "run.output: its states cannot be read")
+        facts = self.ranks.share(found and found[1])
+        if facts is None:
+            return None
+        return self.ranks.share_tensors(found and found[0]), facts
+
+    def _open_output(self, resolved: str) -> None:
+        """The config goes where results and states go, which shows that they can be written there; whole only on one's
+        own disk."""
+        output, states = self.config.run.output, self.config.run.states
+        os.makedirs(output, exist_ok=True)
+        if states is not None:
+            store.write(urls.join(store.writable_folder(states), "config.yaml"), self.settings.encode())
+        store.write(urls.join(output, "config.yaml"), resolved.encode())
+        self.say(self.settings)
+
+    def _sample_node(self) -> SystemSampler | None:
+        """On the first rank of each node."""
+        settings, all_hosts = self.config.tracking, hosts()
+        first = all_hosts.index(all_hosts[self.ranks.rank]) == self.ranks.rank
+        if not settings.enabled or settings.system_seconds is None or not first:
+            return None
+        return SystemSampler(all_hosts[self.ranks.rank], settings.system_seconds)
+
+    def gather_samples(self) -> None:
+        """The nodes' samples go to the tracker. A collective."""
+        if self.config.tracking.enabled and self.config.tracking.system_seconds is not None:
+            self.tracker.system(self.ranks.union(self._sampler.take() if self._sampler else []))
+
+    def settle(self) -> None:
+        """Wait for the state that is being written; what it covers may go to the tracker."""
+        if self.states.settle() and self.states.newest is not None:
+            self.tracker.commit(self.states.newest)
+
+
+@contextmanager
+def start_run(config: Config) -> Iterator[Run]:
+    """Ranks, output folder, tracker and signal handlers; on leaving, the MLflow run's status and the ranks' farewell.
+
+    Raises:
+        UserError: the output folder holds another run, or a state that cannot be read.
+    """
+    ranks = start_ranks(config.distributed.timeout_minutes)
+    with StopRequest() as stop:
+        run = Run(config, ranks, stop)
+        status = "FAILED"
+        try:
+            yield run
+            status = "FINISHED"
+        finally:
+            try:
+                run.settle()
+            finally:
+                run.tracker.finish(status if stop.signal is None else "KILLED")
+    stop_ranks()

@@ -1,0 +1,122 @@
+"""What a trained run leaves behind: the adapter, its evaluation, and both in the tracker."""
+
+import os
+import sys
+from typing import Any
+
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation import table, write_evaluation, write_figures
+from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
+from fulllora_dist.registry.registry import data_name
+from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
+from fulllora_dist.training.context import Run
+from fulllora_dist.training.guard import Guard
+from fulllora_dist.training.run_plots import show_end
+from fulllora_dist.training.trainer import RunState
+
+
+def finish(run: Run, state: RunState) -> None:
+    """Save the adapter, and the one that the guard found best; evaluate the first as it was saved, log all. Safe to
+    repeat. A collective."""
+    output = run.config.run.output
+    adapter = os.path.join(output, "adapter")
+    tensors = state.engine.adapter()
+
+    def save() -> None:
+        save_adapter(state.engine.model, adapter, state=tensors, training=_provenance(run.config, state))
+        run.tracker.artifact(adapter, "adapter")
+
+    run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
+    run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
+    save_best(run, state)
+    if run.config.data.validation is not None:
+        _evaluate(run, adapter, run.config.data.validation, state.step)
+    if run.config.tracking.enabled and run.config.tracking.publish:
+        run.ranks.on_main(lambda: run.say(_publish(run)))
+
+
+def _publish(run: Run) -> str:
+    from fulllora_dist.registry.publish_run import publish_run  # mlflow takes a second to import
+
+    run.tracker.settle()  # the run that the version comes from is made by then
+    return publish_run(run.config, run.settings, run.tracker.uri, run.tracker.run_id)
+
+
+def _best_and_last(guard: Guard) -> str:
+    why = "catastrophic overfitting" if guard.fallen else "robust overfitting"
+    better = f"; adapter_best/ is the more robust one ({why})" if guard.overfitted else ""
+    return f"adapter: {guard.described()}{better}"
+
+
+def save_best(run: Run, state: RunState) -> None:
+    """The adapter of the state with the highest robust accuracy on held-out pictures, in a folder of its own; nothing
+    where no pictures are held out. A collective."""
+    guard = state.guard
+    if guard is None or guard.best is None:
+        return
+    best, folder = guard.best, os.path.join(run.config.run.output, "adapter_best")
+    step = best["step"]
+
+    def save() -> None:
+        try:
+            saved, facts = run.states.read(step)
+        except UserError as error:
+            run.say(f"warning: no {folder}: {error}")
+            return
+        kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
+        tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
+        then = _provenance(run.config, state) | {"batches": step, "updates": facts["updates"], "held_out": best}
+        then["rollbacks"] = facts.get("rollbacks", [])  # later ones are none of its own
+        then["made"] = state.phases.made(step)
+        save_adapter(state.engine.model, folder, state=tensors, training=then)
+        run.tracker.artifact(folder, "adapter_best")
+
+    run.ranks.on_main(save, f"run.output: no adapter_best in {run.config.run.output}")
+    run.say(f"adapter_best: {folder}, of batch {step}")
+    run.say(_best_and_last(guard))
+
+
+def _provenance(config: Config, state: RunState) -> dict[str, Any]:
+    return {
+        "threat": config.threat.model_dump(mode="json"),
+        "method": config.method.model_dump(mode="json"),
+        "phases": [phase.model_dump(mode="json") for phase in config.phases],
+        "made": state.phases.made(state.step),
+        "targets": config.targets.model_dump(mode="json"),
+        "optim": config.optim.model_dump(mode="json"),
+        "seed": config.run.seed,
+        "batches": state.step,
+        "updates": state.engine.updates,
+        "rollbacks": state.rollbacks,
+        "data": {
+            "name": data_name(config.data.train),
+            "index": state.stream.index.hash,
+            "classes": list(state.stream.index.classes),
+            "augment": config.data.augment,
+            "crop_pct": config.data.crop_pct,
+            "interpolation": config.data.interpolation,
+            "decode": config.data.decode,
+        },
+    }
+
+
+def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
+    """On all ranks, each with a full fp32 replica made from the saved file: what is reported is what is shipped."""
+    config = run.config
+    model = load(adapter, checkpoint=config.model.checkpoint).to(run.ranks.device)
+    path = os.path.join(config.run.output, "evaluation.json")
+    evaluator = build_evaluator(config, model.info, run.ranks, adapter, adapter_sha256(model))
+    stream = build_eval_stream(config, validation, model.info, run.ranks, subset=check_evaluation(config))
+
+    def write(results: dict[str, Any]) -> None:
+        print(table(results), file=sys.stdout, flush=True)
+        write_evaluation(results, path)
+        run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in results["attacks"].items()}, step)
+        run.tracker.commit(step)
+        for file in (path, *write_figures(results, path)):
+            run.tracker.artifact(str(file))
+        show_end(run.tracker, config, model, stream)
+
+    evaluator.run(model, stream, partial=f"{path}.partial", write=write)
+    run.gather_samples()

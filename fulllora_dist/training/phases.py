@@ -1,0 +1,173 @@
+"""A run in phases, each with its own method, threat model and image size.
+
+Phases take shares of the optimizer updates. Optimizer, learning rate and stream know nothing of them: updates and
+batches are counted through, so that a run with phases resumes as any other.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from fulllora_dist.attacks.threat import threat_model
+from fulllora_dist.config.schema import PIXELS, Config
+from fulllora_dist.config.training import PhaseSettings
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.batch import Batch
+from fulllora_dist.methods import METHODS, Method
+from fulllora_dist.methods.base import WeightStep
+from fulllora_dist.methods.multi_step import MultiStep
+from fulllora_dist.methods.pgd import PGDSettings
+from fulllora_dist.methods.standard import Standard
+from fulllora_dist.methods.warmup import Ramps
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Batches `first` to `end` - 1 of the run.
+
+    Attributes:
+        image_size: side in pixels, None for the model's own.
+        safer: how it goes on after a collapse, which may be the method itself.
+    """
+
+    first: int
+    end: int
+    image_size: int | None
+    method: Method
+    safer: Method
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the phase."""
+        return (self.end - self.first) * self.method.updates_per_batch
+
+
+class Phases:
+    """The phases of a run; to the training loop they are one method."""
+
+    def __init__(self, phases: Sequence[Phase]):
+        self.phases = tuple(phases)
+        self.total_steps = self.phases[-1].end
+        self.total_updates = sum(phase.updates for phase in self.phases)
+
+    def prepare(self, backbone: nn.Module, image_size: int) -> None:
+        """`Method.prepare` of each phase, before the first batch; `image_size` is the model's own."""
+        for phase in self.phases:
+            for method in {phase.method, phase.safer}:
+                method.prepare(backbone, phase.image_size or image_size, phase.first)
+
+    def at(self, step: int) -> Phase:
+        """The phase of batch `step`; at the run's end the last one."""
+        return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
+
+    def made(self, step: int) -> list[dict[str, Any]]:
+        """What the first `step` batches were trained by, JSON-able: batches, method, size of the perturbation (None of
+        the method without one) and of the pictures (None: the model's)."""
+        found: list[dict[str, Any]] = []
+        for phase in self.phases:
+            if phase.first >= step:
+                break
+            eps = None if isinstance(phase.method, Standard) else phase.method.threat.eps
+            settings = phase.method.settings.model_dump(mode="json")
+            part = {"end": min(phase.end, step), "method": settings, "eps": eps, "image_size": phase.image_size}
+            if found and all(found[-1][key] == part[key] for key in ("method", "eps", "image_size")):
+                found[-1]["end"] = part["end"]  # a rollback has cut it in two
+            else:
+                found.append({"first": phase.first, **part})
+        return found
+
+    def safer_from(self, step: int) -> "Phases":
+        """The same run with the safer methods from batch `step` on: as many updates, and as many batches unless they
+        make another number of updates from each. What grows goes on as it was planned, by updates."""
+        phases = [phase for phase in self.phases if phase.end <= step]
+        for phase in self.phases[len(phases) :]:
+            if phase.first < step:
+                phases.append(replace(phase, end=step))
+            first, start = phases[-1].end if phases else 0, max(step, phase.first)
+            updates = (phase.end - start) * phase.method.updates_per_batch
+            batches = math.ceil(updates / phase.safer.updates_per_batch)
+            rate = phase.safer.updates_per_batch / phase.method.updates_per_batch
+            method, before = copy(phase.safer), phase.method.ramps
+            method.ramps = replace(method.ramps, since=first, planned=before.at(start), rate=before.rate * rate)
+            phases.append(replace(phase, first=first, end=first + batches, method=method))
+        return Phases(phases)
+
+    def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
+        """`Method.step` of the batch's phase."""
+        return self.at(step).method.step(engine, batch, step)
+
+    def slot_state(self, step: int) -> dict[str, Tensor]:
+        """`Method.slot_state` of the phase that goes on with batch `step`: what an ended phase kept is not needed."""
+        return self.at(step).method.slot_state()
+
+    def load_slot_state(self, state: Mapping[str, Tensor], step: int) -> None:
+        """`Method.load_slot_state` of the phase that goes on with batch `step`."""
+        self.at(step).method.load_slot_state(state)
+
+
+def build_phases(config: Config, steps_per_epoch: int) -> Phases:
+    """The phases of a config, or the whole run as one.
+
+    The run has epochs x steps_per_epoch optimizer updates; a phase ends with the first whole batch at which its and all
+    earlier shares are reached.
+
+    Raises:
+        UserError: a phase would have no batch.
+    """
+    updates = config.optim.epochs * steps_per_epoch
+    phases: list[Phase] = []
+    share, made, first = 0.0, 0, 0
+    for i, wanted in enumerate(config.phases or (PhaseSettings(share=1),)):
+        choice = wanted.method or config.method
+        threat = threat_model(config.threat.norm, config.threat.eps if wanted.eps is None else wanted.eps)
+        method = METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)
+        share += wanted.share
+        # less than a billionth of an update is rounding of the shares, and no reason for another batch
+        batches = math.ceil((share * updates - made) / method.updates_per_batch - 1e-9)
+        if batches < 1:
+            raise UserError(
+                f"phases.{i}.share: {wanted.share:g} of {updates:g} updates leaves no batch for this phase, as those "
+                "before it end with whole batches; a larger share or more optim.epochs is right"
+            )
+        safer = _safer(method, config)
+        phases.append(Phase(first, first + batches, wanted.image_size, method, safer))
+        first, made = phases[-1].end, made + phases[-1].updates
+    ramps = Ramps(round(config.threat.warmup * first), round(config.threat.step_warmup * first), first)
+    for phase in phases:
+        phase.method.ramps = ramps
+        share = phase.safer.threat.eps / phase.method.threat.eps if phase.method.threat.eps else 1.0
+        # a smaller size is reached sooner, so that nothing shrinks further where a run goes back amid the warm-up
+        phase.safer.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
+    guard = config.guard
+    if guard.on_collapse == "rollback" and guard.safer_lr == 1 and all(p.safer is p.method for p in phases):
+        raise UserError(
+            f"guard.safer_lr: 1 leaves nothing safer after a rollback, as the method stays {config.method.name}; "
+            "a smaller number is right, or another guard.safer_method or guard.safer_eps"
+        )
+    return Phases(phases)
+
+
+def _safer(method: Method, config: Config) -> Method:
+    """What a phase's method becomes after a collapse.
+
+    Raises:
+        UserError: that method keeps something for each slot, which a state from before the rollback would not have.
+    """
+    choice, threat, smaller = config.guard.safer_method, method.threat, 1.0
+    if config.guard.safer_eps is not None and config.guard.safer_eps < threat.eps:
+        smaller = config.guard.safer_eps / threat.eps
+        threat = replace(threat, eps=config.guard.safer_eps)
+    if choice is None and isinstance(method, MultiStep):  # its sizes in pixels were chosen for the larger eps
+        sizes = {key: getattr(method.settings, key, None) for key in PIXELS}
+        scaled = {key: size * smaller for key, size in sizes.items() if size is not None}
+        choice = method.settings.model_copy(update=scaled)
+    choice = choice or PGDSettings()
+    if choice == method.settings and threat == method.threat:
+        return method
+    if METHODS[choice.name].slot_state is not Method.slot_state:
+        raise UserError(f"guard.safer_method: {choice.name} keeps a perturbation of each picture; pgd is right")
+    return METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)
