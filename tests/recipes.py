@@ -29,7 +29,7 @@ def build(recipe: Recipe, *, eps: float, seed: int, updates: int) -> Phases:
         {
             "model": {"backbone": "none"},
             "data": {"train": "none"},
-            "run": {"output": "none", "seed": seed},
+            "run": {"output_dir": "none", "seed": seed},
             "optim": {"epochs": 1},
             **recipe,
             "threat": {"eps": eps, **recipe.get("threat", {})},
@@ -71,16 +71,16 @@ def _start(method: Recipe, x: Tensor, ids: Tensor, step: int, seed: int, eps: fl
 
 
 def mixed(x: Tensor, y: Tensor, ids: Tensor, step: int, seed: int, classes: int, settings: Recipe) -> tuple:
-    """mixup (Zhang et al., arXiv 1710.09412) or CutMix (Yun et al., arXiv 1905.04899), each picture with its pair."""
+    """mixup (Zhang et al., arXiv 1710.09412) or CutMix (Yun et al., arXiv 1905.04899), each image with its pair."""
     if not settings.get("mixup") and not settings.get("cutmix"):
         return x, y
     grid = np.linspace(0, 1, 4097)
     draws = sample_rng(seed, "train/mix", step, ids).uniform((5,)).double().numpy()
-    pictures, targets = [], []
+    images, targets = [], []
     for i in range(len(x)):
         j = i + 1 if i % 2 == 0 else i - 1
         chance, which, u, across, down = draws[i]
-        picture, share = x[i].clone(), 1.0
+        image, share = x[i].clone(), 1.0
         if chance < settings.get("mix_probability", 1.0):
             cut = which < 0.5 if settings.get("mixup") and settings.get("cutmix") else bool(settings.get("cutmix"))
             alpha = settings["cutmix" if cut else "mixup"]
@@ -92,21 +92,21 @@ def mixed(x: Tensor, y: Tensor, ids: Tensor, step: int, seed: int, classes: int,
                 taken = 0
                 for r in range(max(0, top), min(height, top + rows)):
                     for c in range(max(0, left), min(width, left + columns)):
-                        picture[:, r, c] = x[j, :, r, c]
+                        image[:, r, c] = x[j, :, r, c]
                         taken += 1
                 share = 1 - taken / (height * width)
             else:
-                picture = share * x[i] + (1 - share) * x[j]
+                image = share * x[i] + (1 - share) * x[j]
         target = torch.zeros(classes, dtype=torch.float64)
         target[y[i]] += share
         target[y[j]] += 1 - share
-        pictures.append(picture)
+        images.append(image)
         targets.append(target)
-    return torch.stack(pictures), torch.stack(targets).to(x.dtype)
+    return torch.stack(images), torch.stack(targets).to(x.dtype)
 
 
 def _unmasked(delta: Tensor, kept: float, patch: int, draws: Tensor) -> Tensor:
-    """Mo et al.'s perturbation random masking: int(n (1 - kept)) patches of each picture lose their perturbation."""
+    """Mo et al.'s perturbation random masking: int(n (1 - kept)) patches of each image lose their perturbation."""
     delta = delta.clone()
     columns = delta.shape[3] // patch
     for i, draw in enumerate(draws):
@@ -143,8 +143,8 @@ def plain_loss(
     """The mean loss of one weight step on pixels x in [0, 1]; for pgd, trades and mart."""
     method, threat, targets = recipe["method"], recipe.get("threat", {}), recipe.get("targets", {})
     name, steps, norm = method["name"], method["steps"], threat.get("norm", "linf")
-    eps = threat.get("eps", eps) * rise(step, threat.get("warmup", 0), run)
-    size = min(2.5 * eps / steps, eps) * rise(step, threat.get("step_warmup", 0), run)
+    eps = threat.get("eps", eps) * rise(step, threat.get("eps_warmup_ratio", 0), run)
+    size = min(2.5 * eps / steps, eps) * rise(step, threat.get("step_size_warmup_ratio", 0), run)
     model.eval()
     with torch.no_grad():
         x, y = mixed(x, y, ids, step, seed, model(x).shape[1], targets)

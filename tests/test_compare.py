@@ -22,17 +22,17 @@ from fulllora_dist.evaluation.compare import (
 ROOT = Path(__file__).parents[1]
 
 
-def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **facts: Any) -> dict[str, Any]:
+def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **metadata: Any) -> dict[str, Any]:
     """In the form of evaluation.json, as far as it is compared."""
     n = len(robust)
     attacks = {"clean": {"correct": (np.ones(n, int) if clean is None else clean).tolist()}}
     attacks["pgd20"] = {"correct": robust.astype(int).tolist()}
     found = {"n": n, "eps": 4 / 255, "norm": "linf", "precision": "fp32", "data": "hash", "warnings": []}
-    return {**found, "ids": list(range(n)), "attacks": attacks, "more_eps": [], **facts}
+    return {**found, "ids": list(range(n)), "attacks": attacks, "more_eps": [], **metadata}
 
 
 def pair(n: int, seed: int = 0, gain: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """Correlated results: most pictures are as hard for the one as for the other."""
+    """Correlated results: most images are as hard for the one as for the other."""
     rng = np.random.default_rng(seed)
     hard, luck = rng.random(n), rng.random((2, n))
     return hard + 0.3 * luck[0] < 0.6, hard + 0.3 * luck[1] < 0.6 + gain
@@ -42,7 +42,7 @@ def robust_row(found: dict[str, Any]) -> dict[str, Any]:
     return next(row for row in found["rows"] if row["attack"] == "pgd20")
 
 
-def test_equals_a_bootstrap_over_pictures() -> None:
+def test_equals_a_bootstrap_over_images() -> None:
     a, b = pair(400)
     row = robust_row(compare(evaluation(a), evaluation(b), samples=40_000))
     rng = np.random.default_rng(1)
@@ -74,7 +74,7 @@ def test_the_other_way_round_and_with_itself() -> None:
     assert back["low"] == pytest.approx(-there["high"], abs=0.01)
     same = robust_row(compare(a, a))
     assert (same["difference"], same["p"]) == (0, 1)
-    tells = 1.96**2 / (300 + 1.96**2)  # what 300 pictures can tell
+    tells = 1.96**2 / (300 + 1.96**2)  # what 300 images can tell
     assert (same["low"], same["high"]) == pytest.approx((-tells, tells), rel=1e-3)
 
 
@@ -92,7 +92,7 @@ def test_the_score_interval_is_what_pearson_does_not_reject(counts: tuple[int, i
     assert paired_score(7, 0, 7)[0] == -1
 
 
-def test_covers_the_truth_where_few_pictures_differ() -> None:
+def test_covers_the_truth_where_few_images_differ() -> None:
     """One or two of 100: the bootstrap alone covers the difference 84 % of the time."""
     rng, inside = np.random.default_rng(0), 0
     for only_a, only_b, _ in rng.multinomial(100, [0.005, 0.02, 0.975], size=1000):
@@ -126,26 +126,26 @@ def test_clean_is_compared_at_any_eps() -> None:
 def test_shared_ids_are_paired_by_id() -> None:
     a, b = pair(100)
     first, second = evaluation(a), evaluation(b[50:], ids=list(range(50, 100)), n=50)
-    with pytest.raises(UserError, match=r"A has 100 pictures, B 50, and 50 of them are the same; .*--shared"):
+    with pytest.raises(UserError, match=r"A has 100 images, B 50, and 50 of them are the same; .*--shared"):
         compare(first, second)
     row = robust_row(compare(first, second, shared=True))
     assert row["difference"] == pytest.approx(b[50:].mean() - a[50:].mean())
 
 
 @pytest.mark.parametrize(
-    ("facts", "message"),
+    ("metadata", "message"),
     [
         ({"norm": "l2"}, "norm of A is linf, of B l2"),
         ({"precision": "bf16"}, "precision of A is fp32, of B bf16"),
         ({"data": "other"}, "data of A is hash, of B other"),
         ({"ids": list(range(100, 200))}, "0 of them are the same"),
-        ({"ids": [0, *range(99)]}, "B: 1 of 100 ids stand there already; evaluate each picture once"),
+        ({"ids": [0, *range(99)]}, "B: 1 of 100 ids stand there already; evaluate each image once"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(facts: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_compared_is_refused(metadata: dict[str, Any], message: str) -> None:
     a, b = pair(100)
     with pytest.raises(UserError, match=message):
-        compare(evaluation(a), evaluation(b, **facts))
+        compare(evaluation(a), evaluation(b, **metadata))
 
 
 def test_an_attack_that_one_has_not_is_refused() -> None:
@@ -163,7 +163,7 @@ def test_what_another_evaluation_found_is_not_written_over(tmp_path: Path) -> No
     for new, lost in (
         ((both[:1], "linf", 33, "a"), "pgd20 at 4/255"),
         (([*both[:1], (8 / 255, "pgd20")], "linf", 33, "a"), "pgd20 at 4/255"),
-        ((both, "linf", 32, "a"), "33 pictures"),
+        ((both, "linf", 32, "a"), "33 images"),
         ((both, "l2", 33, "a"), "linf"),
         ((both, "linf", 33, "b"), "another adapter"),
     ):

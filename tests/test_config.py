@@ -25,7 +25,7 @@ model: {backbone: vit_tiny_patch16_224.augreg_in21k_ft_in1k}
 threat: {eps: 4/255}
 method: {name: pgd, steps: 2}
 data: {train: shards}
-run: {output: out}
+run: {output_dir: out}
 """
 
 
@@ -48,13 +48,18 @@ def test_ready_configs_load_and_build_their_method(file: Path) -> None:
 def test_values_come_from_file_base_and_command_line(path: Path) -> None:
     (path.parent / "sub").mkdir()
     child = path.parent / "sub" / "child.yaml"
-    child.write_text("base: ../run.yaml\noptim: {lr: 2e-3, clip: 0.5}\n")
+    child.write_text("base: ../run.yaml\noptim: {lr: 2e-3, grad_clip: 0.5}\n")
     grandchild = path.parent / "grandchild.yaml"
-    grandchild.write_text("base: sub/child.yaml\noptim: {clip: 0.25}\nthreat: {eps: 0.5}\n")
+    grandchild.write_text("base: sub/child.yaml\noptim: {grad_clip: 0.25}\nthreat: {eps: 0.5}\n")
     config = load_config(str(grandchild), ["optim.epochs=1e1", "threat.eps=8/255", "optim.betas=[0.8,0.9]"])
-    assert (config.optim.lr, config.optim.clip, config.optim.epochs, config.optim.betas) == (2e-3, 0.25, 10, (0.8, 0.9))
+    assert (config.optim.lr, config.optim.grad_clip, config.optim.epochs, config.optim.betas) == (
+        2e-3,
+        0.25,
+        10,
+        (0.8, 0.9),
+    )
     assert config.threat.eps == 8 / 255
-    assert config.run.output == "out"
+    assert config.run.output_dir == "out"
     assert Config.model_validate(config.model_dump(mode="json")) == config
     assert config.model_dump()["method"] == {
         **{"name": "pgd", "steps": 2, "step_size": None, "random_start": True},
@@ -107,7 +112,7 @@ REFUSED = {
     "threat.norm=l3": "threat.norm: .*'linf' or 'l2'.*'l3'",
     "threat.norm=l2 threat.eps=-3": "threat.eps: -3 is outside",
     "targets.mix_probability=0.5": "targets: mix_probability has no effect",
-    "targets.mixup=0.2 method=mart": "method: mart needs one label a picture; leave out targets.mixup",
+    "targets.mixup=0.2 method=mart": "method: mart needs one label an image; leave out targets.mixup",
     "plugins=noise.py": r"plugins: 'noise.py' is no list .* write plugins=.noise.py.",
     "plugins=3": "plugins: 3 is no list",
     "method.name=[pgd]": r"method: name: \['pgd'\] is no method",
@@ -118,11 +123,12 @@ REFUSED = {
     "method=pdg": "method: name: 'pdg' is no method; known: fgsm_rs, free, mart",
     "method=[pgd]": "a list or value stands for a section",
     "finetune=lroa": "finetune: .*'lora'.*'lroa'",
-    "distributed.grad_accumulation=3": "optim.batch_size: 256 does not divide by distributed.grad_accumulation 3",
+    "distributed.gradient_accumulation_steps=3": "optim.batch_size: 256 does not divide by "
+    "distributed.gradient_accumulation_steps 3",
     "deepspeed.train_batch_size=8": "deepspeed.train_batch_size follows from optim.batch_size",
     "deepspeed.bf16.enabled=true": "deepspeed.bf16 follows from model.precision",
     "deepspeed.fp16.enabled=true": "deepspeed.fp16 follows from model.precision",
-    "deepspeed.gradient_clipping=1": "deepspeed.gradient_clipping follows from optim.clip",
+    "deepspeed.gradient_clipping=1": "deepspeed.gradient_clipping follows from optim.grad_clip",
     "deepspeed.optimizer.type=Adam": "deepspeed.optimizer follows from optim",
     "deepspeed.zero_optimization.stage=3": "stage follows from distributed.zero_stage",
     "deepspeed.zero_optimization=3": "deepspeed.zero_optimization: 3 is no section",
@@ -131,17 +137,17 @@ REFUSED = {
     "optim.lr=inf": "optim.lr: .*finite",
     "optim.betas=[0.9,1.1]": "optim.betas.1: .*less than 1",
     "model.std=[0,1,1]": "model.std.0: .*greater than 0",
-    "model.classes=[]": "model.classes: .*at least 2",
-    "model.classes=[-1,2]": "model.classes.0: .*greater than or equal to 0",
+    "model.class_indices=[]": "model.class_indices: .*at least 2",
+    "model.class_indices=[-1,2]": "model.class_indices.0: .*greater than or equal to 0",
     "model=": "model: .*valid dictionary",
     "optim=3": "optim: .*valid dictionary",
     "tracking=mlflow": "tracking: .*valid dictionary",
-    "run.output=": "run.output: .*valid string",
-    "run.output=${nowhere}": "nowhere",
+    "run.output_dir=": "run.output_dir: .*valid string",
+    "run.output_dir=${nowhere}": "nowhere",
     "optim.lr=[": "parsing",
     "optim.lr": "'optim.lr' is no setting; write key=value",
     "=3": "'=3' is no setting; write key=value",
-    "finetune=full adapter.start_from=a": "adapter.start_from: finetune: full has no adapter",
+    "finetune=full adapter.init_from=a": "adapter.init_from: finetune: full has no adapter",
 }
 
 
@@ -155,13 +161,19 @@ def test_a_bad_override_is_refused(path: Path, override: str) -> None:
 @pytest.mark.parametrize(
     ("phases", "words"),
     [
-        ("[{share: 0.5}, {share: 0.4}]", "phases: their shares add up to 0.9; 1 is right"),
-        ("[{shar: 1}]", "unknown setting phases.0.shar; did you mean share?"),
-        ("[{share: 0.5, method: mart}, {share: 0.5}]", "phases.0.method: mart needs one label"),
-        ("[{share: 0.5}, {share: 0.5, method: pdg}]", "phases.1.method: name: 'pdg' is no method"),
-        ("[{share: 1, method: {name: pgd, stepz: 1}}]", "unknown setting phases.0.method.stepz; did you mean steps?"),
-        ("[{share: 1, eps: 4}]", r"phases.0.eps: 4 is outside \[0, 1\].* write 4/255"),
-        ("[{share: 1, method: {name: free, step_size: 2}}]", "phases.0.method.step_size: 2 is outside.* write 2/255"),
+        ("[{fraction: 0.5}, {fraction: 0.4}]", "phases: their shares add up to 0.9; 1 is right"),
+        ("[{frac: 1}]", "unknown setting phases.0.frac; did you mean fraction?"),
+        ("[{fraction: 0.5, method: mart}, {fraction: 0.5}]", "phases.0.method: mart needs one label"),
+        ("[{fraction: 0.5}, {fraction: 0.5, method: pdg}]", "phases.1.method: name: 'pdg' is no method"),
+        (
+            "[{fraction: 1, method: {name: pgd, stepz: 1}}]",
+            "unknown setting phases.0.method.stepz; did you mean steps?",
+        ),
+        ("[{fraction: 1, eps: 4}]", r"phases.0.eps: 4 is outside \[0, 1\].* write 4/255"),
+        (
+            "[{fraction: 1, method: {name: free, step_size: 2}}]",
+            "phases.0.method.step_size: 2 is outside.* write 2/255",
+        ),
     ],
 )
 def test_bad_phases_are_refused(path: Path, phases: str, words: str) -> None:
@@ -202,9 +214,9 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str | None, words: str) -> 
     ("override", "world", "words"),
     [
         ("optim.batch_size=6", 4, "optim.batch_size: 6 does not divide by 4 ranks"),
-        ("optim.batch_size=12 distributed.grad_accumulation=2", 4, "take a multiple of 8"),
-        ("model.checkpoint=gone.pth", 1, "model.checkpoint: gone.pth does not exist"),
-        ("adapter.start_from=gone", 1, "adapter.start_from: gone does not exist"),
+        ("optim.batch_size=12 distributed.gradient_accumulation_steps=2", 4, "take a multiple of 8"),
+        ("model.checkpoint_path=gone.pth", 1, "model.checkpoint_path: gone.pth does not exist"),
+        ("adapter.init_from=gone", 1, "adapter.init_from: gone does not exist"),
         ("run.resume_from=gone", 1, "run.resume_from: gone does not exist"),
         ("data.train=gone", 1, "data.train: gone/index.safetensors: no index there"),
         ("data.train=pipe:cat", 1, "data.train: pipe:cat: a path or a URL of file://, s3://"),
@@ -227,7 +239,7 @@ def test_what_is_missing_or_indivisible_is_refused(path: Path, override: str, wo
 
 
 def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:
-    overrides = ["method.name=free", "method.replays=4", "optim.epochs=3", "threat.warmup=0.25"]
+    overrides = ["method.name=free", "method.replays=4", "optim.epochs=3", "threat.eps_warmup_ratio=0.25"]
     phases = build_phases(load_config(str(path), overrides), steps_per_epoch=21)
     method = phases.at(0).method
     assert (phases.total_steps, phases.total_updates, method.ramps.eps) == (16, 64, 4)  # 63 updates, four on each batch
@@ -238,7 +250,7 @@ def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:
 def test_a_run_without_tracking(path: Path, tmp_path: Path, written: str) -> None:
     """In a file or over a file's section; what is written of it is read again."""
     path.write_text(f"{SMALLEST}tracking: {written}\n")
-    (tmp_path / "section.yaml").write_text(f"{SMALLEST}tracking: {{experiment: mine}}\n")
+    (tmp_path / "section.yaml").write_text(f"{SMALLEST}tracking: {{experiment_name: mine}}\n")
     for config in (load_config(str(path)), load_config(str(tmp_path / "section.yaml"), [f"tracking={written}"])):
         assert not config.tracking.enabled
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))

@@ -28,9 +28,9 @@ from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.comm import Counters, Ranks, free_port
+from fulllora_dist.distributed.comm import Comm, Counters, free_port
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
-from fulllora_dist.evaluation.work_items import Progress
+from fulllora_dist.evaluation.work_items import WorkQueue
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.registry.publish import publish
 from fulllora_dist.registry.registry import Registry
@@ -39,7 +39,7 @@ from tests.tiny import ARCHITECTURE, CLASSES, SIDE, stir, tiny
 ROOT = Path(__file__).parents[1]
 CLASS_SIZES = {"ant": 12, "bee": 9, "cat": 7, "dog": 5}
 EPS = 4 / 255
-ONE = Ranks(0, 1, torch.device("cpu"), control=None)
+ONE = Comm(0, 1, torch.device("cpu"), control=None)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def stream(shards: Path, n: int | None = None, **ranks: int) -> EvalStream:
 
 
 def whole(shards: Path, n: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """All pictures in [0, 1], labels and ids as one batch."""
+    """All images in [0, 1], labels and ids as one batch."""
     transform = EvalTransform(size=SIDE, crop_pct=1.0)
     (batch,) = EvalStream(shards, batch_size=n or sum(CLASS_SIZES.values()), transform=transform, subset=Subset(n))
     return batch.pixels(), batch.labels, batch.ids
@@ -84,7 +84,7 @@ def model(shards: Path) -> fd.AdaptedModel:
 
 class Rough(nn.Module):
     """Nearest class mean plus waves shorter than eps: where PGD ends depends on where it starts. In float64, so that
-    one picture alone and a batch take the same way."""
+    one image alone and a batch take the same way."""
 
     def __init__(self, shards: Path):
         super().__init__()
@@ -105,11 +105,11 @@ def rough(shards: Path) -> Rough:
 
 
 def plain_loop(model: nn.Module, x: Tensor, y: Tensor, ids: Tensor, name: str, steps: int, restarts: int) -> list[bool]:
-    """PGD of Madry et al. for one picture after the other: whether each is still right under every restart."""
+    """PGD of Madry et al. for one image after the other: whether each is still right under every restart."""
     correct = []
     for i in range(len(x)):
         own = x[i : i + 1]
-        right = bool(model(own).argmax() == y[i])  # the picture is in the ball, too
+        right = bool(model(own).argmax() == y[i])  # the image is in the ball, too
         for restart in range(restarts):
             start = sample_rng(7, f"eval/{name}/start/{restart}", 0, ids[i : i + 1]).uniform(own.shape[1:])
             adv = (own + (2 * start - 1) * EPS).clamp(0, 1)
@@ -167,7 +167,7 @@ def test_dropout_is_off_and_modes_come_back(shards: Path, model: fd.AdaptedModel
 
 
 def test_cw_moves_along_the_margin() -> None:
-    """On a linear model one step from the picture goes along the sign of w_runner-up - w_own."""
+    """On a linear model one step from the image goes along the sign of w_runner-up - w_own."""
     torch.manual_seed(0)
     layer = nn.Linear(3 * 2 * 2, 5)
     x, y = torch.full((6, 3, 2, 2), 0.5), torch.tensor([0, 1, 2, 3, 4, 0])
@@ -278,12 +278,12 @@ def experiment(shards: Path, model: fd.AdaptedModel, tmp_path_factory: pytest.Te
     save_file(model.backbone.state_dict(), folder / "backbone.safetensors")
     settings = {
         "backbone": "vit_tiny_patch16_224.augreg_in21k",
-        "checkpoint": str(folder / "backbone.safetensors"),
+        "checkpoint_path": str(folder / "backbone.safetensors"),
         "num_classes": CLASSES,
         "image_size": SIDE,
         "mean": [0.5] * 3,
         "std": [0.5] * 3,
-        "architecture": ARCHITECTURE,
+        "model_kwargs": ARCHITECTURE,
     }
     name = settings["backbone"]
     adapted = fd.create_model(name, **{k: v for k, v in settings.items() if k != "backbone"}, rank=2)
@@ -292,8 +292,8 @@ def experiment(shards: Path, model: fd.AdaptedModel, tmp_path_factory: pytest.Te
         "model": settings,
         "threat": {"eps": "4/255"},
         "method": "pgd",
-        "data": {"train": str(folder / "not-there"), "validation": str(shards), "crop_pct": 1.0, "workers": 0},
-        "run": {"output": str(folder / "run"), "seed": 7},
+        "data": {"train": str(folder / "not-there"), "validation": str(shards), "crop_pct": 1.0, "num_workers": 0},
+        "run": {"output_dir": str(folder / "run"), "seed": 7},
         "evaluation": {"attacks": ["clean", "pgd4"], "batch_size": 4},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -311,7 +311,7 @@ def start(*arguments: str, rank: int = 0, world: int = 1, port: int = 0) -> subp
 
 
 def test_two_ranks_equal_one(experiment: Path, shards: Path) -> None:
-    """33 pictures in batches of 4 on 2 ranks: one rank's last batch is short, the other's is padding throughout."""
+    """33 images in batches of 4 on 2 ranks: one rank's last batch is short, the other's is padding throughout."""
     adapter, output = str(experiment / "adapter"), experiment / "two.json"
     arguments = ["--config", str(experiment / "config.yaml"), "--adapter", adapter, "--output", str(output)]
     port = free_port()
@@ -327,7 +327,7 @@ def test_two_ranks_equal_one(experiment: Path, shards: Path) -> None:
 
 def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, model: fd.AdaptedModel) -> None:
     output = experiment / "bare.json"
-    arguments = ["--attacks", "cw3", "--n", "13", "--norm", "l2", "--eps", "0.5", "--output", str(output)]
+    arguments = ["--attacks", "cw3", "--num-samples", "13", "--norm", "l2", "--eps", "0.5", "--output", str(output)]
     arguments.append("evaluation.batch_size=5")
     process = start("--config", str(experiment / "config.yaml"), *arguments)
     _, errors = process.communicate(timeout=180)
@@ -342,7 +342,7 @@ def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, mode
     assert json.loads(output.read_text()) == {**here, "backbone": "vit_tiny_patch16_224.augreg_in21k", "pictures": made}
 
 
-def test_listed_pictures_at_several_eps(experiment: Path, shards: Path) -> None:
+def test_listed_images_at_several_eps(experiment: Path, shards: Path) -> None:
     (experiment / "ids.txt").write_text("31\n2\n17\n5\n")
     adapter, output = str(experiment / "adapter"), experiment / "listed.json"
     arguments = ["--adapter", adapter, "--ids", str(experiment / "ids.txt"), "--eps", "4/255,8/255", "--output"]
@@ -382,14 +382,17 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> Non
         (["--eps", "4"], r"threat.eps: .*4/255"),
         (["--eps", "4/255,400/255"], r"evaluation.eps: .*"),
         (["--first", "40"], r"evaluation.first: 40; .* has 33 samples"),
-        (["--first", "4", "--n", "4"], r"evaluation.n, evaluation.first and evaluation.ids: one of them is right"),
+        (
+            ["--first", "4", "--num-samples", "4"],
+            r"evaluation.num_samples, evaluation.first and evaluation.ids: one of them is right",
+        ),
         (["--ids", "nowhere.txt"], r"evaluation.ids: nowhere.txt cannot be read"),
         (["--norm", "l2"], r"threat.norm: .* no common size; give --eps too"),
         (["threat.norm=l2"], r"threat.norm: .* no common size; give --eps too"),
         (["--ids", ""], r"--ids: '' is empty"),
         (["--attacks", "clean,,pgd2"], r"--attacks: 'clean,,pgd2' is empty somewhere"),
         (["--output", "config.yaml"], r"--output: config.yaml is no evaluation.json; .* name another file"),
-        (["--n", "0"], r"evaluation.n: .*greater than or equal to 1"),
+        (["--num-samples", "0"], r"evaluation.num_samples: .*greater than or equal to 1"),
         (["--adapter", "nowhere"], r"--adapter: nowhere holds no adapter.json"),
         (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
         (["data.validation=null"], r"data.validation is not set"),
@@ -417,7 +420,7 @@ def test_bad_input_is_refused_before_the_ranks_meet(
         ("model.backbone=vit_tiny_patch16_224.other", r"model.backbone: vit_tiny_patch16_224.other, but the adapter "),
         ("model.mean=[0.1,0.1,0.1]", r"model.mean: \(0.1, 0.1, 0.1\), but the adapter .* is of "),
         ("model.image_size=32", r"model.image_size: 32, but the adapter .* is of 16; give the config that it was tr"),
-        ("model.architecture.depth=5", r"model.architecture: .*'depth': 5.*, but the adapter .* is of "),
+        ("model.model_kwargs.depth=5", r"model.model_kwargs: .*'depth': 5.*, but the adapter .* is of "),
         ("model.num_classes=7", r"model.num_classes: 7, but the adapter .* is of 4"),
     ],
 )
@@ -441,14 +444,14 @@ def test_another_norm_has_sizes_of_its_own(experiment: Path) -> None:
 
 
 def test_clean_and_checks_come_first_and_the_bar_moves_within_a_piece(shards: Path, model: fd.AdaptedModel) -> None:
-    ranks = Ranks(0, 1, torch.device("cpu"), None)
-    pictures = stream(shards)
-    pieces = Evaluator(["pgd4", "clean", "autoattack"], Linf(EPS), ranks, check=8)._pieces([""], pictures, pictures.ids)
-    order = list(dict.fromkeys(piece.attack.name if piece.attack else "checks" for piece in pieces))
+    ranks = Comm(0, 1, torch.device("cpu"), None)
+    images = stream(shards)
+    items = Evaluator(["pgd4", "clean", "autoattack"], Linf(EPS), ranks, check=8)._work_items([""], images, images.ids)
+    order = list(dict.fromkeys(item.attack.name if item.attack else "checks" for item in items))
     assert order == ["clean", "checks", "autoattack", "pgd4"]
-    half = [piece for piece in pieces if piece.attack and piece.attack.name == "autoattack"][:2]
-    progress = Progress(half, half, {}, Counters(None), ["4/255"], shows=False)
-    most = [piece.passes for piece in half]
+    half = [item for item in items if item.attack and item.attack.name == "autoattack"][:2]
+    progress = WorkQueue(half, half, {}, Counters(None), ["4/255"], shows=False)
+    most = [item.passes for item in half]
     assert progress.reckoned() == (0, sum(most))
     done = []
     with progress, progress.seen(model):
@@ -464,7 +467,7 @@ def test_clean_and_checks_come_first_and_the_bar_moves_within_a_piece(shards: Pa
 
 def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:
     """An evaluation that could not be written goes on with other checks: no attack is made again."""
-    ranks = Ranks(0, 1, torch.device("cpu"), None)
+    ranks = Comm(0, 1, torch.device("cpu"), None)
 
     def fail(_: object) -> None:
         raise UserError("the disk is full")

@@ -14,11 +14,11 @@ from tests import test_train
 from tests.test_train import end, rank_process, start, wait_for_state
 
 config = test_train.config
-LONG = ["optim.epochs=2000", "method=standard", "run.save_every=10"]  # ends when it is told to
+LONG = ["optim.epochs=2000", "method=standard", "run.checkpoint_every=10"]  # ends when it is told to
 
 
 def newest(output: Path) -> int:
-    return max(int(p.name) for p in (output / "states").iterdir() if p.name.isdigit())
+    return max(int(p.name) for p in (output / "checkpoints").iterdir() if p.name.isdigit())
 
 
 def status(config: Path, output: Path) -> str:
@@ -31,7 +31,7 @@ def status(config: Path, output: Path) -> str:
 @pytest.mark.long
 def test_signals_stop_it_and_a_second_one_ends_it_at_once(config: Path) -> None:
     output = config.parent / "signalled"
-    launched = start(config, f"run.output={output}", *LONG)
+    launched = start(config, f"run.output_dir={output}", *LONG)
     wait_for_state(output, 10)
     ranks = [rank_process(launched, rank) for rank in (0, 1)]
     workers = [p for rank in ranks for p in rank.children(recursive=True)]
@@ -44,7 +44,7 @@ def test_signals_stop_it_and_a_second_one_ends_it_at_once(config: Path) -> None:
     assert stopped_at == newest(output)
     assert status(config, output) == "KILLED"
 
-    launched = start(config, f"run.output={output}", *LONG)
+    launched = start(config, f"run.output_dir={output}", *LONG)
     wait_for_state(output, stopped_at + 10)
     zero, one = (rank_process(launched, rank) for rank in (0, 1))
     one.suspend()  # rank 0 now waits for it in a collective
@@ -65,7 +65,7 @@ def test_signals_stop_it_and_a_second_one_ends_it_at_once(config: Path) -> None:
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR2])
 def test_the_exit_code_names_the_signal(config: Path, kind: signal.Signals) -> None:
     output = config.parent / kind.name
-    process = start(config, f"run.output={output}", *LONG, "tracking.enabled=false", ranks=1)
+    process = start(config, f"run.output_dir={output}", *LONG, "tracking.enabled=false", ranks=1)
     wait_for_state(output, 10)
     process.send_signal(kind)
     said = end(process, code=128 + kind)
@@ -78,7 +78,7 @@ def test_the_exit_code_names_the_signal(config: Path, kind: signal.Signals) -> N
 def test_a_killed_rank_takes_the_others_down(config: Path) -> None:
     """The launcher names the rank's command and code, rank 0 the rank; a state is there, and MLflow knows."""
     output = config.parent / "killed"
-    launched = start(config, f"run.output={output}", *LONG)
+    launched = start(config, f"run.output_dir={output}", *LONG)
     wait_for_state(output, 10)
     survivors = [rank_process(launched, 0), *rank_process(launched, 0).children(recursive=True)]
     rank_process(launched, 1).kill()

@@ -58,7 +58,7 @@ def test_the_readme_s_python_lines_run(tmp_path: Path, monkeypatch) -> None:
     for printed, here in (
         ('"vit_base_patch16_224.augreg2_in21k_ft_in1k"', '"vit_tiny_patch16_224", pretrained=False, num_classes=2'),
         ("n=200", "n=4"),
-        ("budget=0.05", "budget=0.05, image_size=32"),
+        ("trainable_fraction=0.05", "trainable_fraction=0.05, image_size=32"),
     ):
         assert printed in block
         block = block.replace(printed, here)
@@ -70,7 +70,7 @@ def test_the_readme_s_python_lines_run(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_deepspeed_s_launcher_takes_the_printed_commands() -> None:
-    """It reads options that stand behind the script too, where they are beginnings of its own (`--n`)."""
+    """It reads options that stand behind the script too, where they are beginnings of its own (`--num-samples`)."""
     from deepspeed.launcher.runner import parse_args
 
     commands = []

@@ -20,7 +20,7 @@ from fulllora_dist.models.finetune import create_model
 from fulllora_dist.training.build import build_model, check_inputs
 from fulllora_dist.training.phases import Phases, build_phases
 from tests.methods.test_methods import PlainEngine, start
-from tests.tiny import ARCHITECTURE, SIDE, batches, pictures, stir, tiny
+from tests.tiny import ARCHITECTURE, SIDE, batches, images, stir, tiny
 
 
 def config(phases: list[dict[str, Any]], **sections: Any) -> Config:
@@ -30,10 +30,10 @@ def config(phases: list[dict[str, Any]], **sections: Any) -> Config:
         "method": {"name": "pgd", "steps": 2},
         "adapter": {"rank": 2},
         "data": {"train": "none"},
-        "run": {"output": "none"},
+        "run": {"output_dir": "none"},
         "phases": phases,
     }
-    values["model"]["architecture"] = ARCHITECTURE
+    values["model"]["model_kwargs"] = ARCHITECTURE
     return Config.model_validate(values | sections)
 
 
@@ -41,15 +41,15 @@ def config(phases: list[dict[str, Any]], **sections: Any) -> Config:
     ("phases", "updates", "ends"),
     [
         ([], 100, [100]),
-        ([{"share": 0.8}, {"share": 0.2}], 100, [80, 100]),
-        ([{"share": 0.1}] * 10, 100, [10 * i for i in range(1, 11)]),  # 0.1 added up is not exact
+        ([{"fraction": 0.8}, {"fraction": 0.2}], 100, [80, 100]),
+        ([{"fraction": 0.1}] * 10, 100, [10 * i for i in range(1, 11)]),  # 0.1 added up is not exact
         (
-            [{"share": 0.5, "method": {"name": "free", "replays": 4}}, {"share": 0.5}],
+            [{"fraction": 0.5, "method": {"name": "free", "replays": 4}}, {"fraction": 0.5}],
             100,
             [13, 61],
         ),  # 52 and 48 updates
-        ([{"share": 0.5}, {"share": 0.5, "method": {"name": "free", "replays": 4}}], 100, [50, 63]),
-        ([{"share": 0.001}, {"share": 0.999}], 10, [1, 10]),
+        ([{"fraction": 0.5}, {"fraction": 0.5, "method": {"name": "free", "replays": 4}}], 100, [50, 63]),
+        ([{"fraction": 0.001}, {"fraction": 0.999}], 10, [1, 10]),
     ],
 )
 def test_phases_take_their_share_of_the_updates(phases: list[dict], updates: int, ends: list[int]) -> None:
@@ -67,8 +67,9 @@ def test_phases_take_their_share_of_the_updates(phases: list[dict], updates: int
 @pytest.mark.parametrize(
     ("phases", "updates", "number"),
     [
-        ([{"share": 0.01}, {"share": 0.01}, {"share": 0.98}], 10, 1),  # the second is over before it begins
-        ([{"share": 0.9, "method": {"name": "free", "replays": 8}}, {"share": 0.1}], 40, 1),  # Free rounds up to 40
+        ([{"fraction": 0.01}, {"fraction": 0.01}, {"fraction": 0.98}], 10, 1),  # the second is over before it begins
+        ([{"fraction": 0.9, "method": {"name": "free", "replays": 8}}, {"fraction": 0.1}], 40, 1),  # Free rounds up to
+        40,
     ],
 )
 def test_a_phase_without_a_batch_is_refused(phases: list[dict], updates: int, number: int) -> None:
@@ -82,12 +83,27 @@ MASK, DROP = {"name": "pgd", "perturbation_mask": 0.5}, {"name": "pgd", "attenti
 @pytest.mark.parametrize(
     ("phases", "backbone", "size", "message"),
     [
-        ([{"share": 0.8}, {"share": 0.2, "method": DROP}], "vit", SIDE, "attention_drop: 0.5 of the run is over"),
-        ([{"share": 0.8}, {"share": 0.2, "method": MASK}], "vit", SIDE, "perturbation_mask: 0.5 of the run is over"),
-        ([{"share": 1.0, "method": {**MASK, "mask_patch": 5}}], "vit", SIDE, "mask_patch: 5 does not divide .* 16"),
-        ([{"share": 0.1, "image_size": 10, "method": MASK}, {"share": 0.9}], "vit", SIDE, "4 does not divide .* 10"),
-        ([{"share": 1.0, "method": DROP}], "linear", SIDE, "attention_drop: this backbone has no modules named attn"),
-        ([{"share": 1.0, "method": MASK}], "linear", SIDE, "mask_patch: this backbone does not tell"),
+        ([{"fraction": 0.8}, {"fraction": 0.2, "method": DROP}], "vit", SIDE, "attention_drop: 0.5 of the run is over"),
+        (
+            [{"fraction": 0.8}, {"fraction": 0.2, "method": MASK}],
+            "vit",
+            SIDE,
+            "perturbation_mask: 0.5 of the run is over",
+        ),
+        ([{"fraction": 1, "method": {**MASK, "mask_patch": 5}}], "vit", SIDE, "mask_patch: 5 does not divide .* 16"),
+        (
+            [{"fraction": 0.1, "image_size": 10, "method": MASK}, {"fraction": 0.9}],
+            "vit",
+            SIDE,
+            "4 does not divide .* 10",
+        ),
+        (
+            [{"fraction": 1, "method": DROP}],
+            "linear",
+            SIDE,
+            "attention_drop: this backbone has no modules named attn",
+        ),
+        ([{"fraction": 1, "method": MASK}], "linear", SIDE, "mask_patch: this backbone does not tell"),
     ],
 )
 def test_weakening_that_cannot_act_is_refused_before_the_run(
@@ -100,9 +116,9 @@ def test_weakening_that_cannot_act_is_refused_before_the_run(
 
 
 def test_patches_without_perturbation_are_the_backbones_unless_told() -> None:
-    """The tiny ViT has patches of 4 pixels: masked ones of 16 x 16 pictures are whole squares of 4."""
-    given = build_phases(config([{"share": 1, "method": {**MASK, "mask_patch": 4}}]), 10)
-    found = build_phases(config([{"share": 1, "method": MASK}]), 10)
+    """The tiny ViT has patches of 4 pixels: masked ones of 16 x 16 images are whole squares of 4."""
+    given = build_phases(config([{"fraction": 1, "method": {**MASK, "mask_patch": 4}}]), 10)
+    found = build_phases(config([{"fraction": 1, "method": MASK}]), 10)
     (batch,) = batches(1, size=4, dtype=torch.float32)
     for phases in (given, found):
         phases.prepare(tiny().backbone, SIDE)
@@ -117,8 +133,8 @@ def test_patches_without_perturbation_are_the_backbones_unless_told() -> None:
 
 def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
     phases = [
-        {"share": 0.75, "image_size": 8, "eps": "2/255", "method": "n_fgsm"},
-        {"share": 0.25, "method": {"name": "pgd", "steps": 3}},
+        {"fraction": 0.75, "image_size": 8, "eps": "2/255", "method": "n_fgsm"},
+        {"fraction": 0.25, "method": {"name": "pgd", "steps": 3}},
     ]
     built = build_phases(
         config(phases, threat={"eps": 0.04, "warmup": 0.5, "norm": "l2"}, optim={"epochs": 2}), steps_per_epoch=20
@@ -137,7 +153,7 @@ def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
 def test_state_of_slots_is_that_of_the_phase_that_goes_on() -> None:
     """Free's perturbation is kept within its phase, also over a restart, and not beyond: the next one starts anew."""
     free = {"name": "free", "replays": 1, "step_size": 0.01}
-    wanted = [{"share": 0.5, "method": free}, {"share": 0.5, "method": free, "eps": 0.02}]
+    wanted = [{"fraction": 0.5, "method": free}, {"fraction": 0.5, "method": free, "eps": 0.02}]
     data = list(batches(4, size=4, dtype=torch.float32))
 
     def run(phases: Phases, model: nn.Module, steps: range) -> nn.Module:
@@ -165,7 +181,7 @@ def test_state_of_slots_is_that_of_the_phase_that_goes_on() -> None:
 def test_input_sizes_change_nothing_at_the_models_own() -> None:
     """Bit for bit at 16 pixels; at 8 the model is timm's of that size, with the position embedding resampled."""
     plain, both = stir(tiny(head="trained")), stir(tiny(head="trained", input_sizes=[8]))
-    x, small = pictures(3), pictures(3, side=8)
+    x, small = images(3), images(3, side=8)
     with torch.no_grad():
         assert torch.equal(plain(x), both(x))
         got = both(small)
@@ -184,23 +200,21 @@ def test_input_sizes_change_nothing_at_the_models_own() -> None:
 
 def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(UserError, match=r"phases.image_size: 10 is no multiple of .* patches of 4 pixels"):
-        build_model(config([{"share": 0.5, "image_size": 10}, {"share": 0.5}]))
-    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes pictures of one size only"):
+        build_model(config([{"fraction": 0.5, "image_size": 10}, {"fraction": 0.5}]))
+    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes images of one size only"):
         create_model("cait_xxs24_224", pretrained=False, input_sizes=[112])
 
 
 def test_mixing_needs_an_even_micro_batch(tmp_path: Path) -> None:
-    odd = config([], targets={"mixup": 0.2}, optim={"batch_size": 12}, distributed={"grad_accumulation": 2})
-    with pytest.raises(
-        UserError, match=r"targets: pictures are mixed in pairs, but 3 a rank and micro-batch are an odd"
-    ):
+    odd = config([], targets={"mixup": 0.2}, optim={"batch_size": 12}, distributed={"gradient_accumulation_steps": 2})
+    with pytest.raises(UserError, match=r"targets: images are mixed in pairs, but 3 a rank and micro-batch are an odd"):
         check_inputs(odd, world=2)
 
 
 def test_the_plan_counts_each_phase() -> None:
     """The whole run's FLOPs are those of the phases' own lines."""
     model = {"backbone": "vit_tiny_patch16_224", "pretrained": False}
-    phases = [{"share": 0.5, "image_size": 112, "method": "n_fgsm"}, {"share": 0.5}]
+    phases = [{"fraction": 0.5, "image_size": 112, "method": "n_fgsm"}, {"fraction": 0.5}]
     plan = estimate(config(phases, model=model, optim={"batch_size": 64, "epochs": 4}), ranks=1)
     pattern = (
         r"(\w+) at (\d+) pixels, linf eps = 10.2/255: (\d) forward, (\d) backward passes a batch; ([\d,]+) batches, "
@@ -232,7 +246,7 @@ class _Counter(TorchDispatchMode):
 
 @pytest.mark.parametrize("method", ["pgd", "trades", "mart", "n_fgsm", "free"])
 def test_the_plan_counts_what_a_batch_really_costs(method: str) -> None:
-    """FLOPs are counted in a step of the method itself; TRADES and MART keep the activations of twice the pictures."""
+    """FLOPs are counted in a step of the method itself; TRADES and MART keep the activations of twice the images."""
     timm.layers.set_fused_attn(False)  # the counter does not know the fused kernel of the CPU
     try:
         settings = config([], method=method, optim={"batch_size": 4, "epochs": 1e9})
@@ -249,7 +263,7 @@ def test_the_plan_counts_what_a_batch_really_costs(method: str) -> None:
     assert total / int(batches_of_run.replace(",", "")) == pytest.approx(counter.flops, rel=0.015)
 
 
-def test_the_plan_holds_twice_the_activations_where_clean_and_perturbed_pictures_share_a_pass() -> None:
+def test_the_plan_holds_twice_the_activations_where_clean_and_perturbed_images_share_a_pass() -> None:
     def activations(method: str) -> float:
         plan = estimate(config([], method=method, optim={"batch_size": 1 << 16}), ranks=1)
         return float(re.findall(r"activations ([\d.]+)", plan)[0])
@@ -258,7 +272,7 @@ def test_the_plan_holds_twice_the_activations_where_clean_and_perturbed_pictures
 
 
 def test_settings_that_training_refuses_are_refused_by_the_plan_too() -> None:
-    with pytest.raises(UserError, match="targets: pictures are mixed in pairs"):
+    with pytest.raises(UserError, match="targets: images are mixed in pairs"):
         estimate(config([], targets={"mixup": 0.2}, optim={"batch_size": 3}), ranks=1)
     with pytest.raises(UserError, match=r"evaluation\.attacks"):
         estimate(config([], evaluation={"attacks": ["pdg20"]}), ranks=1)
@@ -266,4 +280,4 @@ def test_settings_that_training_refuses_are_refused_by_the_plan_too() -> None:
 
 def test_the_example_config_is_advxls_idea() -> None:
     ready = load_config(str(Path(__file__).parents[1] / "configs" / "imagenet_vit_large_phases.yaml"))
-    assert [(p.share, p.image_size) for p in ready.phases] == [(0.8, 112), (0.2, None)]
+    assert [(p.fraction, p.image_size) for p in ready.phases] == [(0.8, 112), (0.2, None)]

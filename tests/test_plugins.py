@@ -24,7 +24,7 @@ model: {backbone: vit_tiny_patch16_224.augreg_in21k_ft_in1k}
 threat: {eps: 0.05}
 method: {name: noise, radius: 0.5}
 data: {train: shards}
-run: {output: out, seed: 3}
+run: {output_dir: out, seed: 3}
 """
 
 

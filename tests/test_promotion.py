@@ -15,12 +15,12 @@ THREAT = "linf eps = 8/255"
 CHAMPION = evaluation(right(600, N), right(800, N))
 
 
-def flipped(gains: int, losses: int, **facts: Any) -> dict[str, Any]:
-    """The champion's robust pictures, less `losses` of them, and `gains` others."""
+def flipped(gains: int, losses: int, **metadata: Any) -> dict[str, Any]:
+    """The champion's robust images, less `losses` of them, and `gains` others."""
     robust = right(600, N)
     robust[:losses] = 0
     robust[N - gains :] = 1
-    return evaluation(robust, np.maximum(right(800, N), robust), **facts)
+    return evaluation(robust, np.maximum(right(800, N), robust), **metadata)
 
 
 def with_attack(name: str) -> dict[str, Any]:
@@ -46,9 +46,9 @@ NAN = float("nan")
 PAIRS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     # candidate, champion, what speaks against the candidate; nothing: it passes
     "the same figures": (CHAMPION, CHAMPION, ()),
-    "the same figures, of 20 pictures": (FEW, FEW, (r"-16.11 to \+16.11\): a loss of more than 1 point is not",)),
-    "the same figures, of 300 pictures": (FAIR, FAIR, ("a loss of more than 1 point is not excluded",)),
-    "a picture twice": (flipped(50, 0, ids=[0, *range(N - 1)]), CHAMPION, ("1 of 1000 ids stand there already",)),
+    "the same figures, of 20 images": (FEW, FEW, (r"-16.11 to \+16.11\): a loss of more than 1 point is not",)),
+    "the same figures, of 300 images": (FAIR, FAIR, ("a loss of more than 1 point is not excluded",)),
+    "an image twice": (flipped(50, 0, ids=[0, *range(N - 1)]), CHAMPION, ("1 of 1000 ids stand there already",)),
     "clearly better": (flipped(50, 0), CHAMPION, ()),
     "better, and paired": (flipped(60, 30), CHAMPION, ()),
     "a little worse, surely within the margin": (flipped(0, 2), CHAMPION, ()),
@@ -71,23 +71,23 @@ PAIRS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
         CHAMPION,
         ("a check warned: precision: computed in bf16", "precision bf16, the champion's fp32"),
     ),
-    "other pictures": (flipped(50, 0, ids=list(range(1, N + 1))), CHAMPION, ("of 1000 ids 999 are the champion's",)),
+    "other images": (flipped(50, 0, ids=list(range(1, N + 1))), CHAMPION, ("of 1000 ids 999 are the champion's",)),
     "other data": (flipped(50, 0, data="another"), CHAMPION, ("digest of the index",)),
-    "fewer pictures": (evaluation(right(70, 100)), CHAMPION, ("n = 100, the champion's 1000",)),
+    "fewer images": (evaluation(right(70, 100)), CHAMPION, ("n = 100, the champion's 1000",)),
     "clean accuracy below the floor": (
         evaluation(right(600, N), right(640, N)),
         CHAMPION,
         (r"clean accuracy is 64.00% \(61.0 to 66.9\), the floor is 70.00%",),
     ),
     "a check warned": (
-        flipped(50, 0, warnings=["zero_gradients: at 40 % of the pictures"]),
+        flipped(50, 0, warnings=["zero_gradients: at 40 % of the images"]),
         CHAMPION,
         ("a check warned: zero_gradients",),
     ),
     "no check was made": (flipped(50, 0, checks={}), CHAMPION, ("no check for masked gradients was made",)),
     "NaN": (with_figure("accuracy", NAN), CHAMPION, ("pgd20 at eps 0.03137 has accuracy nan",)),
     "NaN in the interval": (with_figure("low", NAN), CHAMPION, (r"pgd20 .* \(nan to",)),
-    "figures that are not the pictures'": (with_figure("accuracy", 0.64), CHAMPION, ("but 650 of 1000 pictures",)),
+    "figures that are not the images'": (with_figure("accuracy", 0.64), CHAMPION, ("but 650 of 1000 images",)),
     "NaN of the champion": (flipped(50, 0), with_figure("accuracy", NAN), ("the champion's figures are damaged",)),
     "never evaluated": (None, CHAMPION, ("never evaluated",)),
     "the champion never evaluated": (flipped(50, 0), None, ("the champion was never evaluated",)),
@@ -143,5 +143,5 @@ def test_a_doubtful_champion_is_named() -> None:
 
 @pytest.mark.parametrize(("margin", "floor"), [(-0.1, 0.5), (1.0, 50)])
 def test_rules_are_shares(margin: float, floor: float) -> None:
-    with pytest.raises(UserError, match="is no share of the pictures; 0 to 1 is right"):
+    with pytest.raises(UserError, match="is no share of the images; 0 to 1 is right"):
         Rules(margin, floor)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fulllora_dist.config.schema import Config
-from fulllora_dist.distributed.comm import Ranks, free_port
-from fulllora_dist.distributed.signals import StopRequest
-from fulllora_dist.training.context import Run
+from fulllora_dist.distributed.comm import Comm, free_port
+from fulllora_dist.distributed.signals import GracefulStop
+from fulllora_dist.training.context import RunContext
 
 
 def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
@@ -19,14 +19,14 @@ def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
         {
             "model": {"backbone": "none"},
             "data": {"train": "https://host/train?sig=swordfish"},
-            "run": {"output": str(tmp_path / "run")},
+            "run": {"output_dir": str(tmp_path / "run")},
             "threat": {"eps": 0.1},
             "method": {"name": "standard"},
             "optim": {"epochs": 1},
-            "tracking": {"uri": f"http://user:hunter2@127.0.0.1:{free_port()}", "wait_seconds": 0},
+            "tracking": {"uri": f"http://user:hunter2@127.0.0.1:{free_port()}", "flush_timeout_s": 0},
         }
     )
-    run = Run(config, Ranks(0, 1, torch.device("cpu"), None), StopRequest())
+    run = RunContext(config, Comm(0, 1, torch.device("cpu"), None), GracefulStop())
     shown, deadline = "", time.monotonic() + 60
     while "warning: MLflow" not in shown and time.monotonic() < deadline:  # nobody serves there
         time.sleep(0.1)

@@ -33,14 +33,14 @@ model:
   pretrained: false
   num_classes: 3
   image_size: 8
-  architecture: {{patch_size: 4, embed_dim: 32, depth: 1, num_heads: 2}}
+  model_kwargs: {{patch_size: 4, embed_dim: 32, depth: 1, num_heads: 2}}
 adapter: {{rank: 2}}
 threat: {{eps: 8/255}}
 method: standard
-data: {{train: "{data}", validation: "{data}", augment: crop, workers: 1}}
+data: {{train: "{data}", validation: "{data}", augment: crop, num_workers: 1}}
 optim: {{batch_size: 8, epochs: 0.666666}}
-run: {{output: run, save_every: 40, log_every: 100}}
-evaluation: {{attacks: [clean], n: 12}}
+run: {{output_dir: run, checkpoint_every: 40, log_every: 100}}
+evaluation: {{attacks: [clean], num_samples: 12}}
 tracking: {{enabled: false}}
 """
 
@@ -53,7 +53,7 @@ def s3() -> Iterator[MockS3]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """2,400 coloured noise pictures."""
+    """2,400 coloured noise images."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     for number in range(SHARDS):
@@ -148,5 +148,5 @@ def _stream(folder: Path, transform: TrainTransform) -> TrainStream:
 
 
 def _first_of_evaluation(asked: list) -> int:
-    """The evaluation of 12 pictures begins with the one of id 0, in the first shard."""
+    """The evaluation of 12 images begins with the one of id 0, in the first shard."""
     return max(i for i, get in enumerate(asked) if get.name.endswith("train-0000.tar"))

@@ -26,22 +26,22 @@ model:
   pretrained: false
   num_classes: 3
   image_size: 16
-  architecture: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
+  model_kwargs: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
 adapter: {{rank: 2}}
-threat: {{eps: 8/255, warmup: 0.1}}
+threat: {{eps: 8/255, eps_warmup_ratio: 0.1}}
 method: {{name: free, replays: 2}}
-data: {{train: {data}, validation: {data}, augment: flip, workers: 1}}
-optim: {{lr: 1.0e-3, batch_size: 8, epochs: 60, ema: 0.9}}
-run: {{output: unset, save_every: 20, log_every: 5}}
-evaluation: {{attacks: [clean, pgd3], n: 12}}
+data: {{train: {data}, validation: {data}, augment: flip, num_workers: 1}}
+optim: {{lr: 1.0e-3, batch_size: 8, epochs: 60, ema_decay: 0.9}}
+run: {{output_dir: unset, checkpoint_every: 20, log_every: 5}}
+evaluation: {{attacks: [clean, pgd3], num_samples: 12}}
 tracking: {{uri: "sqlite:///{folder}/mlflow.db"}}
 """
-STEPS = 60 * 6 // 2  # 48 pictures in batches of 8, two updates a batch
+STEPS = 60 * 6 // 2  # 48 images in batches of 8, two updates a batch
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """A config file over shards of 48 coloured noise pictures."""
+    """A config file over shards of 48 coloured noise images."""
     folder = tmp_path_factory.mktemp("train")
     rng = np.random.default_rng(0)
     for label in range(3):
@@ -79,7 +79,7 @@ def end(process: subprocess.Popen, code: int | None = 0) -> str:
 def wait_for_state(output: Path, step: int) -> None:
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
-        if any(int(p.name) >= step for p in (output / "states").glob("[0-9]*")):
+        if any(int(p.name) >= step for p in (output / "checkpoints").glob("[0-9]*")):
             return
         time.sleep(0.05)
     raise AssertionError(f"no state of batch {step} in {output}")
@@ -93,12 +93,12 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
 @pytest.mark.long
 def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Path) -> None:
     folder = config.parent
-    whole = end(start(config, f"run.output={folder}/whole"))
+    whole = end(start(config, f"run.output_dir={folder}/whole"))
     assert "Traceback" not in whole
     assert "clean" in whole, "the table of the final evaluation"
 
     output = folder / "broken"
-    launched = start(config, f"run.output={output}")
+    launched = start(config, f"run.output_dir={output}")
     wait_for_state(output, 40)
     rank_process(launched, 1).send_signal(signal.SIGKILL)
     end(launched, code=None)
@@ -106,17 +106,17 @@ def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Pa
     assert not (output / "adapter").exists()
 
     for number, after in ((signal.SIGINT, 80), (signal.SIGTERM, 120)):
-        launched = start(config, f"run.output={output}")
+        launched = start(config, f"run.output_dir={output}")
         wait_for_state(output, after)
         os.killpg(launched.pid, number)  # Ctrl-C, or a scheduler: the launcher and the ranks get it, workers too
         interrupted = end(launched, code=None)
         assert launched.returncode != 0
         assert "run_entry" not in interrupted, "no traceback of ours (the launcher, interrupted too, prints its own)"
         assert "the same command goes on from here" in interrupted
-        stopped_at = max(int(p.name) for p in (output / "states").iterdir())
+        stopped_at = max(int(p.name) for p in (output / "checkpoints").iterdir())
         assert after <= stopped_at < STEPS
 
-    resumed = end(start(config, f"run.output={output}"))
+    resumed = end(start(config, f"run.output_dir={output}"))
     assert f"resuming at batch {stopped_at} of {STEPS}" in resumed
     ours, theirs = (load_file(folder / name / "adapter" / "adapter.safetensors") for name in ("broken", "whole"))
     assert ours.keys() == theirs.keys()
@@ -142,17 +142,17 @@ def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Pa
 def test_one_plain_process_trains_what_two_ranks_train(config: Path) -> None:
     folder = config.parent
     short = ["optim.epochs=4", "method=pgd", "tracking.enabled=false"]
-    end(start(config, f"run.output={folder}/two", *short))
-    end(start(config, f"run.output={folder}/one", *short, ranks=1))
+    end(start(config, f"run.output_dir={folder}/two", *short))
+    end(start(config, f"run.output_dir={folder}/one", *short, ranks=1))
     one, two = (load_file(folder / name / "adapter" / "adapter.safetensors") for name in ("one", "two"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
-    again = end(start(config, f"run.output={folder}/one", *short, ranks=1))
+    again = end(start(config, f"run.output_dir={folder}/one", *short, ranks=1))
     assert "resuming at batch 24 of 24" in again, "a finished run is not trained again"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_bad_input_is_one_line_and_exit_code_2(config: Path, ranks: int) -> None:
-    output = end(start(config, "run.output=x", "optim.batch_size=7", "data.train=/nowhere", ranks=ranks), code=2)
+    output = end(start(config, "run.output_dir=x", "optim.batch_size=7", "data.train=/nowhere", ranks=ranks), code=2)
     line = "data.train: /nowhere/index.safetensors: no index there; tools/make_shards.py"
     if ranks == 2:
         line = "optim.batch_size: 7 does not divide by 2 ranks"
@@ -162,16 +162,16 @@ def test_bad_input_is_one_line_and_exit_code_2(config: Path, ranks: int) -> None
 
 
 def test_another_run_in_the_output_folder_is_not_overwritten(config: Path) -> None:
-    settings = [f"run.output={config.parent}/mine", "optim.epochs=1", "method=standard", "tracking.enabled=false"]
+    settings = [f"run.output_dir={config.parent}/mine", "optim.epochs=1", "method=standard", "tracking.enabled=false"]
     end(start(config, *settings, ranks=1))
     output = end(start(config, *settings, "optim.lr=0.5", ranks=1), code=2)
     assert "holds a run with optim.lr=0.001, now it is 0.5" in output
 
 
 def test_check_estimates_without_training(config: Path) -> None:
-    output = end(start(config, "run.output=unused", "--check", ranks=1))
+    output = end(start(config, "run.output_dir=unused", "--dry-run", ranks=1))
     assert (
         "free at 16 pixels, linf eps = 8/255: 2 forward, 2 backward passes a batch; 180 batches, 360 updates" in output
     )
-    assert "180 batches, 360 optimizer updates on 48 pictures" in output
+    assert "180 batches, 360 optimizer updates on 48 images" in output
     assert not (config.parent / "unused").exists()

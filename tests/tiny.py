@@ -1,4 +1,4 @@
-"""Shallow real timm models, quick on a CPU, and pictures for them."""
+"""Shallow real timm models, quick on a CPU, and images for them."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -61,7 +61,7 @@ def tiny(family: str = "vit", **settings: Any) -> AdaptedModel:
             "pretrained": False,
             "num_classes": CLASSES,
             "image_size": SIDE,
-            "architecture": architecture(family),
+            "model_kwargs": architecture(family),
             **settings,
         },
     )
@@ -87,7 +87,7 @@ def roughen(model: AdaptedModel, seed: int = 1) -> AdaptedModel:
     return model
 
 
-def pictures(n: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32, side: int = SIDE) -> Tensor:
+def images(n: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32, side: int = SIDE) -> Tensor:
     """[n, 3, side, side] in [0, 1], with some pixels at 0 and at 1."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand((n, 3, side, side), generator=generator, dtype=torch.float64)
@@ -95,11 +95,11 @@ def pictures(n: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32, side
 
 
 def batches(count: int, size: int, dtype: torch.dtype = torch.float64, slot: int = 0) -> Iterator[Batch]:
-    """Batches of different pictures with ids and labels of their own."""
+    """Batches of different images with ids and labels of their own."""
     for i in range(count):
         generator = torch.Generator().manual_seed(1000 + i)
         yield Batch(
-            images=pictures(size, seed=i, dtype=dtype),
+            images=images(size, seed=i, dtype=dtype),
             labels=torch.randint(CLASSES, (size,), generator=generator),
             ids=torch.randperm(10_000, generator=generator)[:size],
             mask=torch.ones(size, dtype=torch.bool),

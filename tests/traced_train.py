@@ -11,9 +11,9 @@ if __name__ == "__main__":
 
 from fulllora_dist.commands import train
 from fulllora_dist.commands.entry import run_entry
-from fulllora_dist.training.trainer import RunState
+from fulllora_dist.training.trainer import Trainer
 
-_batches = RunState.batches
+_batches = Trainer.batches
 
 
 def _traced(self):
@@ -25,5 +25,5 @@ def _traced(self):
 
 
 if __name__ == "__main__":
-    RunState.batches = _traced
+    Trainer.batches = _traced
     run_entry(train.main)

@@ -35,7 +35,7 @@ def _above_the_marker(path: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="timm architectures; left out: all of them")
-    parser.add_argument("--budget", type=float, default=BUDGET, help=f"adapter.budget (default {BUDGET})")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"adapter.trainable_fraction (default {BUDGET})")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     parser.add_argument("--write", metavar="FILE", help="put the table of all below the marker in FILE")
     args = parser.parse_args()
@@ -50,8 +50,8 @@ def main() -> None:
         check_name(name, needs_tag=False)
     found = [examine(name, args.budget) for name in tqdm(args.names or architectures(), disable=None)]
     if args.json:
-        facts = {b.name: {k: v for k, v in dataclasses.asdict(b).items() if k != "name"} for b in found}
-        print(json.dumps(facts))
+        metadata = {b.name: {k: v for k, v in dataclasses.asdict(b).items() if k != "name"} for b in found}
+        print(json.dumps(metadata))
         return
     if args.write is None:
         print(page(found))

@@ -1,9 +1,9 @@
-"""Pictures a second through one worker, and what the epoch plan costs at the size of ImageNet.
+"""Images a second through one worker, and what the epoch plan costs at the size of ImageNet.
 
     OMP_NUM_THREADS=1 python tools/benchmark.py data --output data.json
 
 Arms, each with one worker process that reads, decodes, crops (RandomResizedCrop 224, bicubic), flips and batches the
-same pictures to uint8:
+same images to uint8:
 
     ours         data/loader.py's TrainStream
     webdataset   as its documentation shows it: WebDataset().shuffle().decode("pil").to_tuple().map_tuple(), torchvision
@@ -51,7 +51,7 @@ SIZE = 224
 AREA = (0.08, 1.0)
 
 
-def pictures(source: Path) -> list[bytes]:
+def source_images(source: Path) -> list[bytes]:
     """JPEGs of a tar; made ones of ImageNet's usual size and weight where it is absent."""
     if source.is_file():
         with tarfile.open(source) as tar:
@@ -61,7 +61,7 @@ def pictures(source: Path) -> list[bytes]:
                 if member.name.lower().endswith((".jpg", ".jpeg"))
             ]
             return [file.read() for file in files if file is not None]
-    print(f"{source} is not there: made pictures instead", file=sys.stderr)
+    print(f"{source} is not there: made images instead", file=sys.stderr)
     rng = np.random.default_rng(0)
     made = []
     for _ in range(100):
@@ -76,7 +76,7 @@ def pictures(source: Path) -> list[bytes]:
 
 
 def lay_out(data: list[bytes], count: int, folder: Path) -> tuple[Path, Path]:
-    """(image folder, folder of shards) of `count` pictures, repeated from `data` under keys of their own."""
+    """(image folder, folder of shards) of `count` images, repeated from `data` under keys of their own."""
     images = folder / "images"
     for i in range(count):
         path = images / f"class{i % 10}" / f"{i:06d}.jpg"
@@ -135,7 +135,7 @@ def through_imagefolder(folder: Path, batch: int) -> Iterable[Any]:
 
 
 class Measured(NamedTuple):
-    """Of one arm: pictures a second, CPU ms a picture (all processes of the arm), MB resident in the worker."""
+    """Of one arm: images a second, CPU ms an image (all processes of the arm), MB resident in the worker."""
 
     rate: float
     cpu_ms: float
@@ -148,7 +148,7 @@ def cpu_seconds(processes: list[psutil.Process]) -> float:
 
 
 def measured(arm: Callable[[], Iterable[Any]], skip: int, count: int) -> Measured:
-    """One round, once `skip` pictures have gone by."""
+    """One round, once `skip` images have gone by."""
     me = psutil.Process()
     before = {process.pid for process in me.children(recursive=True)}
     stream = iter(arm())
@@ -173,8 +173,8 @@ def medians(arms: dict[str, Callable[[], Iterable[Any]]], args: argparse.Namespa
         for name, arm in arms.items():
             found = measured(arm, skip=args.skip, count=args.count)
             rounds[name].append(found)
-            facts = f"{found.rate:.1f} pictures/s, {found.cpu_ms:.2f} ms CPU"
-            print(f"{what}, round {i + 1} of {args.rounds}, {name}: {facts}", file=sys.stderr)
+            metadata = f"{found.rate:.1f} pictures/s, {found.cpu_ms:.2f} ms CPU"
+            print(f"{what}, round {i + 1} of {args.rounds}, {name}: {metadata}", file=sys.stderr)
     return {name: Measured(*map(statistics.median, zip(*values, strict=True))) for name, values in rounds.items()}
 
 
@@ -191,14 +191,14 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=Path,
         default=HERE.parent.parent / "shared/data/imagenet-natural-100.tar",
         help="tar of JPEGs at natural size (default: %(default)s; made ones where it is absent)",
     )
-    parser.add_argument("--samples", type=int, default=4096, help="pictures in the shards (default: 4096)")
-    parser.add_argument("--count", type=int, default=1024, help="pictures that one measurement counts (default: 1024)")
-    parser.add_argument("--skip", type=int, default=512, help="pictures before that (default: 512)")
+    parser.add_argument("--samples", type=int, default=4096, help="images in the shards (default: 4096)")
+    parser.add_argument("--count", type=int, default=1024, help="images that one measurement counts (default: 1024)")
+    parser.add_argument("--skip", type=int, default=512, help="images before that (default: 512)")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -212,7 +212,7 @@ def main(argv: list[str]) -> None:
     result: dict[str, Any] = {"plan": plan_cost()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        images, shards = lay_out(pictures(args.pictures), args.samples, folder)
+        images, shards = lay_out(source_images(args.images), args.samples, folder)
         names = [shard.url for shard in Index.load(shards).shards]
         disk = medians(
             {
@@ -245,7 +245,7 @@ def main(argv: list[str]) -> None:
         "rss_mb": {name: found.rss_mb for name, found in disk.items()},
         "plan_seconds": result["plan"]["seconds"],
         "plan_mb": result["plan"]["mb"],
-        "settings": {key: value for key, value in vars(args).items() if key not in ("output", "pictures")},
+        "settings": {key: value for key, value in vars(args).items() if key not in ("output", "images")},
     }
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=2))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fulllora_dist.attacks.pgd import cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.comm import Ranks, start_ranks, stop_ranks
+from fulllora_dist.distributed.comm import Comm, start_comm, stop_comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.methods import METHODS
@@ -49,7 +49,7 @@ class Normalised(nn.Module):
         return self.backbone((pixels - 0.5) / 0.5)
 
 
-def through_engine(args: argparse.Namespace, ranks: Ranks, finetune: str, batch: Batch) -> Callable[[], object]:
+def through_engine(args: argparse.Namespace, ranks: Comm, finetune: str, batch: Batch) -> Callable[[], object]:
     model = create_model(
         args.backbone, pretrained=False, num_classes=1000, image_size=args.image_size, finetune=finetune,
         head="frozen" if finetune == "fulllora" else "auto", precision=args.precision,
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
     args = parser.parse_args(argv)
 
-    ranks = start_ranks()
+    ranks = start_comm()
     device = ranks.device
     size = args.image_size
     images = torch.randint(0, 256, (args.batch, 3, size, size), dtype=torch.uint8)
@@ -165,4 +165,4 @@ def main(argv: list[str]) -> None:
         print(f"{args.backbone}, {size} pixels, batch {args.batch}, PGD-{args.steps}, {args.precision}")
         for name, median in medians.items():
             print(f"{name:<9} {args.batch / median:8.1f} images/s  {median / medians['bound']:.2f} of the bound")
-    stop_ranks()
+    stop_comm()

@@ -12,10 +12,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import attacked
+from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.attacks.threat import in_box
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods.base import Means, WeightStep, register_method
+from fulllora_dist.methods.base import MetricAverager, WeightStep, register_method
 from fulllora_dist.methods.free import Free, FreeSettings
 from fulllora_dist.methods.n_fgsm import NFGSM, NFGSMSettings
 
@@ -107,7 +107,7 @@ class YOPO(Free):
         delta, threat = self._delta_for(batch), self.threat_at(step)
         size = self.step_size(self.settings.step * threat.eps, step)
         for _ in range(self.updates_per_batch):
-            means = Means()
+            means = MetricAverager()
             for micro in engine.accumulate(batch):
                 part = delta[micro.slot - batch.slot :][: len(micro)]
                 x, y = self.mix(micro, step, engine.classes)
@@ -116,7 +116,7 @@ class YOPO(Free):
                     loss = self.cross_entropy(logits, y)
                     engine.backward(loss)
                 means.add(loss, logits, y)
-                with attacked(engine.attack_view):
+                with attack_mode(engine.attack_view):
                     for _ in range(self.settings.inner):
                         leaf = in_box(x + part).requires_grad_()
                         out = _first_block(engine.attack_view, leaf)

@@ -2,7 +2,7 @@
 
     make demo && python tools/collapse.py [--arms NAME,...] [--table-only]
 
-An arm that is done is kept, one that was cut short goes on where it was, and page and picture are written after each.
+An arm that is done is kept, one that was cut short goes on where it was, and page and image are written after each.
 About half an hour on two CPU cores.
 """
 
@@ -27,7 +27,7 @@ from fulllora_dist.models.adapter_file import TENSORS
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "configs/demo_backbone.yaml"
 DIGITS, RUNS, SHARDS = Path("runs/demo/pictures"), Path("runs/collapse"), Path("runs/collapse/shards")
-RESULTS, PAGE, PICTURE = Path("docs/collapse.json"), Path("docs/collapse.md"), Path("docs/collapse.png")
+RESULTS, PAGE, IMAGE = Path("docs/collapse.json"), Path("docs/collapse.md"), Path("docs/collapse.png")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 EPS, LARGE = 40, 128  # in 1/255
 
@@ -35,7 +35,7 @@ EPS, LARGE = 40, 128  # in 1/255
 MODEL = (
     "model.backbone=xcit_nano_12_p8_224.fb_in1k",
     "model.image_size=32",
-    "model.architecture={patch_size: 8, embed_dim: 64, depth: 3, cls_attn_layers: 1, eta: 1.0}",
+    "model.model_kwargs={patch_size: 8, embed_dim: 64, depth: 3, cls_attn_layers: 1, eta: 1.0}",
     f"threat.eps={EPS}/255",
     f"data.train={SHARDS / 'train'}",
     f"data.validation={SHARDS / 'val'}",
@@ -44,22 +44,22 @@ MODEL = (
 BACKBONE = "backbone"
 COMMON = (
     *MODEL,
-    f"model.checkpoint={RUNS / BACKBONE / 'adapter' / TENSORS}",
+    f"model.checkpoint_path={RUNS / BACKBONE / 'adapter' / TENSORS}",
     "model.pretrained=true",
     f"data.held_out={SHARDS / 'held_out'}",
     "optim.epochs=100",
-    "optim.warmup=0.05",
-    "threat.warmup=0.5",
-    "run.save_every=50",
+    "optim.warmup_ratio=0.05",
+    "threat.eps_warmup_ratio=0.5",
+    "run.checkpoint_every=50",
 )
 FULL = ("optim.lr=3e-3",)
 FULLLORA = ("finetune=fulllora", "adapter.rank=3", "adapter.head=trained", "optim.lr=5e-3")
 ROLLBACK = "guard.on_collapse=rollback"
-SAFER = (ROLLBACK, f"guard.safer_eps={EPS}/255")
+SAFER = (ROLLBACK, f"guard.rollback_eps={EPS}/255")
 
 
 def _trained_by(method: str) -> str:
-    return f"phases=[{{share: 1, eps: {LARGE}/255, method: {method}}}]"
+    return f"phases=[{{fraction: 1, eps: {LARGE}/255, method: {method}}}]"
 
 
 FGSM, PGD = _trained_by("{name: n_fgsm, noise: 0}"), _trained_by("{name: pgd, steps: 3}")
@@ -78,7 +78,7 @@ ARMS = {
     "full": Arm("full finetuning", "FGSM", "#D55E00", (*FULL, FGSM)),
     "full_rollback": Arm("full finetuning", "FGSM, rollback", "#009E73", (*FULL, FGSM, *SAFER)),
     "full_rollback_same_eps": Arm(
-        "full finetuning", "FGSM, rollback without safer_eps", "#CC79A7", (*FULL, FGSM, ROLLBACK)
+        "full finetuning", "FGSM, rollback without rollback_eps", "#CC79A7", (*FULL, FGSM, ROLLBACK)
     ),
     "full_pgd": Arm("full finetuning", "PGD-3", "#0072B2", (*FULL, PGD)),
     "fulllora": Arm("FullLoRA", "FGSM", "#D55E00", (*FULLLORA, FGSM)),
@@ -101,7 +101,7 @@ accuracy does show. So adapters did not collapse less here, where others find th
 smaller eps (arXiv 2506.22602).
 
 Guarded, each run is bit for bit the unguarded one until its guard notices, within 50 batches of the fall below half
-of the best; from there on it trains by PGD-3 at half the learning rate and, with `guard.safer_eps`, at {EPS}/255.
+of the best; from there on it trains by PGD-3 at half the learning rate and, with `guard.rollback_eps`, at {EPS}/255.
 That eps is what saves it: where it goes back to PGD-3 at the growing eps it collapses twice more, which ends it
 (`guard.max_rollbacks`). What such a run leaves, `adapter_best/`, is robust, and that is what its row evaluates.
 
@@ -110,7 +110,7 @@ Imagenette at 8 to 24/255, loses its robustness over hundreds of batches or keep
 and no page shows yet a guard that saves a pretrained ViT on photographs.
 
 `make demo && python tools/collapse.py` trains the arms and writes this page. Held out: best and last accuracy under
-PGD-10 of 256 pictures held out of training. The others are of 400 validation pictures in fp32, with Wilson's 95 %
+PGD-10 of 256 images held out of training. The others are of 400 validation images in fp32, with Wilson's 95 %
 intervals, at {EPS}/255.
 
 | finetuned | by | went back | best held out % | last held out % | clean % | FGSM % | PGD-10 % |
@@ -121,7 +121,7 @@ intervals, at {EPS}/255.
 def command(name: str) -> list[str]:
     """The run's own command, without the launcher's port."""
     overrides = MODEL if name == BACKBONE else (*COMMON, *ARMS[name].overrides)
-    return ["fulllora_dist/train.py", "--config", CONFIG, *overrides, f"run.output={RUNS / name}"]
+    return ["fulllora_dist/train.py", "--config", CONFIG, *overrides, f"run.output_dir={RUNS / name}"]
 
 
 def make_shards() -> None:
@@ -162,10 +162,10 @@ def _points(path: Path, metric: str) -> list[list[float]]:
 
 
 def read_result(name: str) -> dict[str, Any]:
-    """What page and picture need of a run that is done."""
+    """What page and image need of a run that is done."""
     folder = RUNS / name
     evaluation = json.loads((folder / "evaluation.json").read_text())
-    newest = max((folder / "states").glob("*/state.json"))
+    newest = max((folder / "checkpoints").glob("*/checkpoint.json"))
     thrown_away = sorted(folder.glob("metrics_before_rollback_*.jsonl"))
     return {
         "command": json.loads(_made_by(name).read_text()),
@@ -206,7 +206,7 @@ def draw(results: dict[str, Any]) -> Figure:
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[parts[0]].set_ylabel(
-        f"accuracy, %\n(PGD-10 on held-out pictures, {size_in('linf', EPS / 255)};"
+        f"accuracy, %\n(PGD-10 on held-out images, {size_in('linf', EPS / 255)};"
         f"\nthin: training's own attack, to {LARGE}/255)"
     )
     return figure
@@ -231,7 +231,7 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 def write_page() -> None:
-    """Add the arms that are done to the results, and write page and picture from all of them."""
+    """Add the arms that are done to the results, and write page and image from all of them."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results |= {name: read_result(name) for name in ARMS if (RUNS / name / "evaluation.json").exists()}
     # one of other settings is none of this page
@@ -239,18 +239,18 @@ def write_page() -> None:
     if not results:
         return
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    draw(results).savefig(PICTURE)
+    draw(results).savefig(IMAGE)
     settings = "export " + " ".join(f"{key}={value}" for key, value in ENVIRONMENT.items())
     commands = [shlex.join(["deepspeed", "--num_gpus", "2", *command(name)]) for name in (BACKBONE, *results)]
     table = "\n".join(row(name, result) for name, result in results.items())
     lines = "\n".join([settings, *commands])
-    PAGE.write_text(f"{HEAD}{table}\n\n![Held-out accuracy against batches]({PICTURE.name})\n\n```bash\n{lines}\n```\n")
+    PAGE.write_text(f"{HEAD}{table}\n\n![Held-out accuracy against batches]({IMAGE.name})\n\n```bash\n{lines}\n```\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)} (default: all)")
-    parser.add_argument("--table-only", action="store_true", help="write page and picture from what is there")
+    parser.add_argument("--table-only", action="store_true", help="write page and image from what is there")
     args = parser.parse_args()
     wanted = args.arms.split(",") if args.arms else list(ARMS)
     if unknown := set(wanted) - ARMS.keys():

@@ -3,7 +3,7 @@
     python tools/demo.py [--output runs/demo]
 
 Digits of scikit-learn -> shards -> a small ViT trained on them -> FullLoRA with N-FGSM -> accuracy under attack before
-and after -> a picture -> a version in MLflow's registry, which the gate makes @champion. The two trainings are
+and after -> an image -> a version in MLflow's registry, which the gate makes @champion. The two trainings are
 configs/demo_backbone.yaml and configs/demo.yaml under DeepSpeed. The last line of stdout is one JSON object; progress
 goes to stderr.
 """
@@ -37,7 +37,7 @@ from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.models.adapter_file import load, read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
-from fulllora_dist.plots.figures import Attacked, Curve, demo_picture, in_255ths
+from fulllora_dist.plots.figures import Attacked, Curve, demo_image, in_255ths
 from fulllora_dist.registry.champion import promote
 from fulllora_dist.registry.promotion import Rules
 from fulllora_dist.registry.registry import SHA256, Registry, Version
@@ -47,7 +47,7 @@ RANKS = 2
 SIDE = 16  # pixels; the digits are 8 x 8
 HELD_OUT = 40  # of each class
 ATTACK = "pgd20"
-PICTURES = (3, 4, 8, 9)  # classes of which the first held-out digit is shown
+IMAGES = (3, 4, 8, 9)  # classes of which the first held-out digit is shown
 CURVE = (4 / 255, 8 / 255, 16 / 255, 24 / 255)  # beside 0 and the training eps, which the evaluation has
 MARKER = "made_by_demo"
 
@@ -64,7 +64,7 @@ def clear(output: Path) -> None:
     (output / MARKER).touch()
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """train/ and val/ with a folder of PNGs for each digit; the same split every time."""
     digits = load_digits()
     names = [f"{digit}" for digit in digits.target_names]
@@ -75,8 +75,8 @@ def write_pictures(folder: Path) -> None:
     held_out = {i for label in digits.target_names for i in order[digits.target[order] == label][:HELD_OUT]}
     for i, (grey, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         small = Image.fromarray((grey * 255 / 16).round().astype(np.uint8))
-        picture = small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
-        picture.save(folder / ("val" if i in held_out else "train") / names[label] / f"{i:04d}.png")
+        image = small.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
+        image.save(folder / ("val" if i in held_out else "train") / names[label] / f"{i:04d}.png")
 
 
 def call(what: str, *command: str) -> None:
@@ -112,7 +112,7 @@ def draw(config: Config, models: dict[str, AdaptedModel], scores: Scores, title:
     (first,) = EvalStream(
         config.data.validation, batch_size=10, transform=transform, subset=Subset(10)
     )  # one of each class
-    chosen = [int((first.labels == label).nonzero()) for label in PICTURES]
+    chosen = [int((first.labels == label).nonzero()) for label in IMAGES]
     x, y, ids = first.pixels()[chosen], first.labels[chosen], first.ids[chosen]
     stream = EvalStream(config.data.validation, batch_size=50, transform=transform)
     curves = []
@@ -120,9 +120,9 @@ def draw(config: Config, models: dict[str, AdaptedModel], scores: Scores, title:
         points = {e: evaluate(model, stream, attacks=(ATTACK,), eps=e, seed=config.run.seed)["attacks"] for e in CURVE}
         known = {0.0: scores[name]["clean"], eps: scores[name][ATTACK]}
         curves.append(Curve(name, known | {e: point[ATTACK] for e, point in points.items()}))
-    attacked = [attack(name, model, config, x, y, ids) for name, model in models.items()]
-    facts = f"{len(stream.ids)} held-out digits, PGD-20, every pixel changed by up to {in_255ths(eps)} of its range"
-    return demo_picture(x, y, stream.index.classes, attacked, curves, eps=eps, title=title, subtitle=facts)
+    attack_mode = [attack(name, model, config, x, y, ids) for name, model in models.items()]
+    metadata = f"{len(stream.ids)} held-out digits, PGD-20, every pixel changed by up to {in_255ths(eps)} of its range"
+    return demo_image(x, y, stream.index.classes, attack_mode, curves, eps=eps, title=title, subtitle=metadata)
 
 
 def summary(rows: Scores, eps: float) -> str:
@@ -138,7 +138,7 @@ def summary(rows: Scores, eps: float) -> str:
     return "\n".join(lines)
 
 
-def published(registry: Registry, adapter: Path) -> Version:
+def atomic_write(registry: Registry, adapter: Path) -> Version:
     """The version that the training run has published its adapter as."""
     description, _ = read_adapter(str(adapter))
     for name in registry.names():
@@ -156,7 +156,7 @@ def main() -> None:
     started = time.monotonic()
     clear(output)
 
-    write_pictures(output / "pictures")
+    write_images(output / "pictures")
     for split in ("train", "val"):
         source, shards = str(output / "pictures" / split), str(output / "shards" / split)
         tool = [sys.executable, "tools/make_shards.py", source, shards, "--samples-per-shard", "250", "--workers", "1"]
@@ -164,8 +164,10 @@ def main() -> None:
 
     data = [f"data.train={output}/shards/train", f"data.validation={output}/shards/val"]
     before, after = output / "backbone", output / "fulllora"
-    train("a backbone, trained on clean digits", ROOT / "configs/demo_backbone.yaml", [*data, f"run.output={before}"])
-    overrides = [*data, f"run.output={after}", f"model.checkpoint={before}/adapter/adapter.safetensors"]
+    train(
+        "a backbone, trained on clean digits", ROOT / "configs/demo_backbone.yaml", [*data, f"run.output_dir={before}"]
+    )
+    overrides = [*data, f"run.output_dir={after}", f"model.checkpoint_path={before}/adapter/adapter.safetensors"]
     train("FullLoRA with N-FGSM", ROOT / "configs/demo.yaml", overrides)
 
     config = load_config(str(ROOT / "configs/demo.yaml"), overrides)
@@ -174,16 +176,16 @@ def main() -> None:
     share = models["FullLoRA"].report.share
     scores = {name: results[run]["attacks"] for name, run in zip(models, (before, after), strict=True)}
     robust = [scores[name][ATTACK]["accuracy"] for name in models]
-    print("\n== the picture", file=sys.stderr, flush=True)
+    print("\n== the image", file=sys.stderr, flush=True)
     torch.set_num_threads(1)  # at this size more threads gain little, and lose much where the machine is busy
     done = f"{robust[0]:.0%} before, {robust[1]:.0%} after FullLoRA"
     title = f"Right under attack: {done}, which trains {share:.1%} as many weights as the backbone has"
     figure = output / "demo.png"
     draw(config, models, scores, title).savefig(figure)
     print(summary(scores, config.threat.eps))
-    print(f"picture: {figure}")
+    print(f"image: {figure}")
     registry = Registry(config.tracking_uri())
-    promotion = promote(registry, published(registry, after / "adapter").address, Rules())
+    promotion = promote(registry, atomic_write(registry, after / "adapter").address, Rules())
     print(told(promotion))
     outcome = {
         "clean_before": scores["backbone"]["clean"]["accuracy"],

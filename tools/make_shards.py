@@ -1,4 +1,4 @@
-"""Pictures -> WebDataset shards + index: see fulllora_dist/commands/shards.py."""
+"""Images -> WebDataset shards + index: see fulllora_dist/commands/shards.py."""
 
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.commands.shards import make

@@ -38,7 +38,7 @@ CONFIG = "configs/imagenette_vit_tiny.yaml"
 RUNS = Path("runs/imagenette")
 PAGE = Path("docs/results.md")
 RESULTS = Path("docs/results_imagenette.json")  # what was measured, a row each; the page is made from it
-TRAINING_PICTURES = 2000
+TRAINING_IMAGES = 2000
 BEFORE = "before"
 ATTACK = "pgd10"
 # on the CPU the fused attention's backward is several times slower in bf16 than the plain one
@@ -47,7 +47,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
 FULL = ("finetune=full", "adapter.head=auto", "optim.lr=2e-4")
 EXPERIMENTS = "plugins=[tools/cheaper_passes.py]"
 FP32 = "model.precision=fp32"  # for processors that emulate bf16
-SMALL_FIRST = "phases=[{share: 0.8, image_size: 64, method: n_fgsm}, {share: 0.2}]"
+SMALL_FIRST = "phases=[{fraction: 0.8, image_size: 64, method: n_fgsm}, {fraction: 0.2}]"
 # name -> (what it is, overrides)
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     BEFORE: ("the backbone as it is", ()),
@@ -79,16 +79,16 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "fulllora_fgsm_rs": ("FullLoRA, FGSM-RS", ("method=fgsm_rs",)),
     "full_nfgsm": ("full finetuning, N-FGSM", (*FULL, "method=n_fgsm")),
-    "fulllora_pgd2_nowarmup": ("FullLoRA, PGD-2, eps not warmed up", ("threat.warmup=0",)),
+    "fulllora_pgd2_nowarmup": ("FullLoRA, PGD-2, eps not warmed up", ("threat.eps_warmup_ratio=0",)),
 }
 
 HEAD = """# Imagenette: ViT-Ti/16 at 96 pixels, Linf 4/255
 
-A real ImageNet ViT-Ti/16 (`augreg_in21k_ft_in1k`), its head cut to Imagenette's ten classes; 2,000 training pictures,
-8 epochs (320 updates of 50 pictures), blocks in bf16 where a row does not say fp32, two DeepSpeed ranks (ZeRO-1) on two
-CPU cores, one seed. Evaluated on 1,000 validation pictures in fp32; intervals are Wilson's at 95 %. PGD-10: random
-start, steps of 1/255. The backbone has seen most of these pictures in its own pretraining, so clean accuracy is
-optimistic for all rows alike. Nothing was chosen on the validation pictures but the recipe itself (learning rate, flip
+A real ImageNet ViT-Ti/16 (`augreg_in21k_ft_in1k`), its head cut to Imagenette's ten classes; 2,000 training images,
+8 epochs (320 updates of 50 images), blocks in bf16 where a row does not say fp32, two DeepSpeed ranks (ZeRO-1) on two
+CPU cores, one seed. Evaluated on 1,000 validation images in fp32; intervals are Wilson's at 95 %. PGD-10: random
+start, steps of 1/255. The backbone has seen most of these images in its own pretraining, so clean accuracy is
+optimistic for all rows alike. Nothing was chosen on the validation images but the recipe itself (learning rate, flip
 instead of crop, trained head, warm-up of eps), on the first 300 of them: read differences between rows, not digits.
 
 All rows but "Free-4, fp32" and YOPO saw a full permutation of each epoch, before its order became that of
@@ -114,7 +114,7 @@ python tools/make_shards.py ../shared/data/imagenette224-val1000.tar data/imagen
 FINDINGS = """## Cheaper passes
 
 Both ideas are in `tools/cheaper_passes.py`, outside of the package. Differences of PGD-10 accuracy are in points,
-paired over the 1,000 pictures, with the 95 % interval of [evaluation.md](evaluation.md); fp32 rows, one seed.
+paired over the 1,000 images, with the 95 % interval of [evaluation.md](evaluation.md); fp32 rows, one seed.
 
 - **Dropping tokens by attention** (AGAT, arXiv 2207.10498; 70 % of the patch tokens go on at blocks 3, 6 and 9, in
   every pass) saves a third of N-FGSM's work. Training N-FGSM for 5.1 instead of 8 epochs saves as much. AGAT minus
@@ -135,18 +135,18 @@ def command(name: str) -> list[str]:
     overrides = ROWS[name][1]
     if name == BEFORE:
         return ["fulllora_dist/evaluate.py", "--config", CONFIG, "--output", str(RUNS / name / "evaluation.json")]
-    return ["fulllora_dist/train.py", "--config", CONFIG, *overrides, f"run.output={RUNS / name}"]
+    return ["fulllora_dist/train.py", "--config", CONFIG, *overrides, f"run.output_dir={RUNS / name}"]
 
 
 def make_shards(data: Path) -> None:
-    for archive, split, limit in (("train", "train", ["--limit", str(TRAINING_PICTURES)]), ("val1000", "val", [])):
+    for archive, split, limit in (("train", "train", ["--limit", str(TRAINING_IMAGES)]), ("val1000", "val", [])):
         source = data / f"imagenette224-{archive}.tar"
         make = [sys.executable, "tools/make_shards.py", str(source), f"data/imagenette/{split}", *limit]
         subprocess.run(make, check=True)
 
 
 def run(name: str, checkpoint: Path) -> None:
-    script = [*command(name), f"model.checkpoint={checkpoint}"]
+    script = [*command(name), f"model.checkpoint_path={checkpoint}"]
     subprocess.run([*local_launcher(2), *script], check=True, env=os.environ | ENVIRONMENT)
 
 
@@ -182,15 +182,15 @@ class _Engine:
 
 
 def work(name: str) -> tuple[int, int]:
-    """(optimizer updates, floating-point operations a picture of the batch) of a row's whole training."""
+    """(optimizer updates, floating-point operations an image of the batch) of a row's whole training."""
     timm.layers.set_fused_attn(False)  # the counter does not know the fused kernel of the CPU
-    config = load_config(CONFIG, [*ROWS[name][1], "model.pretrained=false", "model.checkpoint=null"])
+    config = load_config(CONFIG, [*ROWS[name][1], "model.pretrained=false", "model.checkpoint_path=null"])
     model, total = build_model(config).train(), 0
-    phases = build_phases(config, steps_per_epoch=TRAINING_PICTURES // config.optim.batch_size)
+    phases = build_phases(config, steps_per_epoch=TRAINING_IMAGES // config.optim.batch_size)
     for phase in phases.phases:
         size = phase.image_size or model.info.image_size
-        pictures = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-        batch = Batch(pictures, torch.tensor([0, 1]), torch.arange(2), torch.ones(2, dtype=torch.bool))
+        images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+        batch = Batch(images, torch.tensor([0, 1]), torch.arange(2), torch.ones(2, dtype=torch.bool))
         with _Counter() as counter:
             phase.method.step(_Engine(model), batch, phase.first)
         total += counter.total // 2 * (phase.end - phase.first)
@@ -202,7 +202,7 @@ def read_result(name: str) -> dict[str, Any]:
     evaluation = json.loads((RUNS / name / "evaluation.json").read_text())
     scores = {
         attack: {key: score[key] for key in ("accuracy", "low", "high")}
-        | {"correct": "".join(str(int(right)) for right in score["correct"])}  # a digit a picture, to pair rows by
+        | {"correct": "".join(str(int(right)) for right in score["correct"])}  # a digit an image, to pair rows by
         for attack, score in evaluation["attacks"].items()
     }
     if name == BEFORE:

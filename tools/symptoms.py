@@ -24,12 +24,12 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.comm import local_launcher
-from fulllora_dist.evaluation import EvalPictures, eval_transform
+from fulllora_dist.evaluation import EvalImages, eval_transform
 from fulllora_dist.evaluation.checks import CHECKS, Numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO, FULL, PAGE = Path("runs/demo"), Path("runs/symptoms/full"), Path("docs/symptoms.md")
-EPS, PICTURES = 12 / 255, 50  # the demo's; as many as a check looks at
+EPS, IMAGES = 12 / 255, 50  # the demo's; as many as a check looks at
 HEALTHY = {
     "standard": DEMO / "backbone" / "adapter",
     "full adversarial finetuning": FULL / "adapter",
@@ -74,29 +74,29 @@ class Noisy(Around):
 
 
 class Shifted:
-    """Pictures that somebody has normalised before."""
+    """Images that somebody has normalised before."""
 
-    def __init__(self, pictures: Any):
-        self._pictures = pictures
-        self.batches, self.index, self.digest = pictures.batches, pictures.index, "shifted"
-        self.settings = pictures.settings
+    def __init__(self, images: Any):
+        self._images = images
+        self.batches, self.index, self.digest = images.batches, images.index, "shifted"
+        self.settings = images.settings
 
     def read(self, ids: np.ndarray) -> Batch:
-        batch = self._pictures.read(ids)
+        batch = self._images.read(ids)
         return replace(batch, images=(batch.pixels() - 0.5) / 0.25)
 
 
-BROKEN: dict[str, tuple[Callable[[nn.Module], nn.Module] | None, Callable[[EvalPictures], EvalPictures] | None]] = {
+BROKEN: dict[str, tuple[Callable[[nn.Module], nn.Module] | None, Callable[[EvalImages], EvalImages] | None]] = {
     "logits times 10,000": (Saturated, None),
     "a softmax at the end": (Probabilities, None),
     "a step without a gradient": (Detached, None),
     "noise in each pass": (Noisy, None),
-    "pictures normalised before": (None, Shifted),
+    "images normalised before": (None, Shifted),
 }
 
 HEAD = """# Symptoms of robust accuracy that is none
 
-What the checks of an evaluation ([evaluation.md](evaluation.md)) find on {n} pictures of the demo's digits at Linf
+What the checks of an evaluation ([evaluation.md](evaluation.md)) find on {n} images of the demo's digits at Linf
 12/255: the demo's backbone, the same fully finetuned by N-FGSM, and with its FullLoRA adapter. Below them the last one
 again, broken in ways in which evaluations have gone wrong. What a check warns of is **bold**.
 `tests/evaluation/test_checks.py` has models for the other symptoms, whose loss had to be built for them.
@@ -106,12 +106,12 @@ again, broken in ways in which evaluations have gone wrong. What a check warns o
 |---|---|---|{lines}
 """
 LEGEND = """
-- Clean and PGD-20 as a report would have them, of all 400 pictures.
+- Clean and PGD-20 as a report would have them, of all 400 images.
 - pixels: lowest and highest. determinism: change of logits between two passes, in % of their spread.
-- probabilities, zero_gradients, huge_eps: pictures whose outputs are probabilities, where the gradient is zero, that
+- probabilities, zero_gradients, huge_eps: images whose outputs are probabilities, where the gradient is zero, that
   stay right at eps = 0.5.
-- single_step, square: pictures that only FGSM, or only Square in 300 queries, fools : that only PGD-20 does.
-- restarts: pictures that each of five restarts of PGD-10 is the first to fool.
+- single_step, square: images that only FGSM, or only Square in 300 queries, fools : that only PGD-20 does.
+- restarts: images that each of five restarts of PGD-10 is the first to fool.
 """
 
 
@@ -123,28 +123,28 @@ def train_full() -> None:
         "adapter.head=auto",
         "adapter.rank=null",
         "optim.lr=1e-3",
-        f"model.checkpoint={weights}",
+        f"model.checkpoint_path={weights}",
     ]
     script = [
         "fulllora_dist/train.py",
         "--config",
         "configs/demo.yaml",
         *settings,
-        f"run.output={FULL}",
+        f"run.output_dir={FULL}",
         "tracking=none",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*local_launcher(2), *script, "evaluation.check=0"], check=True, env=environment)
+    subprocess.run([*local_launcher(2), *script, "evaluation.gradient_masking_samples=0"], check=True, env=environment)
 
 
 def examine(adapter: Path, broken: str | None = None) -> dict[str, Any]:
     """A model of the demo, or what `BROKEN` makes of it."""
     model = load(str(adapter))
     transform = eval_transform(model.info, crop_pct=1.0, interpolation="bicubic")
-    pictures: EvalPictures = EvalStream(DEMO / "shards" / "val", batch_size=50, transform=transform)
+    images: EvalImages = EvalStream(DEMO / "shards" / "val", batch_size=50, transform=transform)
     around, other = (None, None) if broken is None else BROKEN[broken]
-    predict, seen = around(model) if around else model, other(pictures) if other else pictures
-    return evaluate(predict, seen, attacks=("clean", "pgd20"), eps=EPS, check=PICTURES)
+    predict, seen = around(model) if around else model, other(images) if other else images
+    return evaluate(predict, seen, attacks=("clean", "pgd20"), eps=EPS, check=IMAGES)
 
 
 def cell(check: str, numbers: Numbers) -> str:
@@ -180,7 +180,7 @@ def main() -> None:
     train_full()
     rows = [row(name, examine(adapter)) for name, adapter in HEALTHY.items()]
     rows += [row(name, examine(HEALTHY["FullLoRA"], name)) for name in BROKEN]
-    head = HEAD.format(n=PICTURES, checks=" | ".join(CHECKS), lines="---|" * len(CHECKS))
+    head = HEAD.format(n=IMAGES, checks=" | ".join(CHECKS), lines="---|" * len(CHECKS))
     PAGE.write_text(head + "".join(rows) + LEGEND)
 
 

@@ -1,7 +1,7 @@
 """Where robustness sits: the size of each branch beside W, and the accuracy lost when branches are switched off.
 
     deepspeed --num_gpus N tools/where_robustness_sits.py --config FILE --adapter FOLDER --attack pgd10 \\
-        --pictures 200
+        --num-samples 200
 
 One process: `python tools/where_robustness_sits.py ...`. Adversarial examples are made anew against each model whose
 branches are off. Prints a table, and writes where.json with where.png beside it. The same command goes on after a kill.
@@ -13,13 +13,13 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from fulllora_dist.commands.arguments import add_number, parser
+from fulllora_dist.commands.arguments import add_num_samples, parser
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.commands.evaluate import build_evaluated, check_inputs
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.distributed.comm import start_ranks, stop_ranks
+from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.evaluation import write_evaluation
 from fulllora_dist.evaluation.where import parse_by, where_robustness_sits
 from fulllora_dist.evaluation.where_report import where_figure, where_table
@@ -36,7 +36,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     arguments = parser(__doc__ or "")
     arguments.add_argument("--adapter", metavar="WHERE", required=True, help="a folder, or models:/NAME@ALIAS")
     arguments.add_argument("--attack", metavar="NAME", default="pgd10", help="of evaluate.py's (default: pgd10)")
-    add_number(arguments)
+    add_num_samples(arguments)
     arguments.add_argument(
         "--by",
         default="component,block",
@@ -47,12 +47,12 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     args = arguments.parse_intermixed_args(argv)
     args.by = parse_by(args.by)
     if args.attack == "clean" or "," in args.attack:
-        raise UserError(f"--attack: {args.attack}; clean is always measured, name one that changes pictures")
+        raise UserError(f"--attack: {args.attack}; clean is always measured, name one that changes images")
     if not args.output.endswith(".json"):
         raise UserError(f"--output: {args.output}; a name that ends in .json is right, the figure goes beside it")
     # of symptoms of masked gradients evaluate.py has told: here they would be looked for in each variant
-    short = [f"evaluation.attacks=[clean,{args.attack}]", "evaluation.eps=[]", "evaluation.check=0"]
-    short += [f"evaluation.n={args.n}"] if args.n is not None else []
+    short = [f"evaluation.attacks=[clean,{args.attack}]", "evaluation.eps=[]", "evaluation.gradient_masking_samples=0"]
+    short += [f"evaluation.num_samples={args.num_samples}"] if args.num_samples is not None else []
     return args, load_config(args.config, [*args.overrides, *short])
 
 
@@ -74,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = check_inputs(config, args.adapter, args.output)
     _check_replaced(args.output)
 
-    ranks = start_ranks(config.distributed.timeout_minutes)
-    adapter = ranks.share(ranks.on_main(lambda: resolved(args.adapter, config.tracking_uri())))
+    ranks = start_comm(config.distributed.timeout_minutes)
+    adapter = ranks.broadcast(ranks.run_on_rank0(lambda: resolved(args.adapter, config.tracking_uri())))
     model = build_evaluated(config, adapter).to(ranks.device)
     stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
     evaluator = build_evaluator(config, model.info, ranks, adapter)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         where_figure(results, args.output)
 
     where_robustness_sits(model, evaluator, stream, args.by, f"{args.output}.partial", write)
-    stop_ranks()
+    stop_comm()
 
 
 if __name__ == "__main__":

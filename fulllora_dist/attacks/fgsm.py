@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import attacked, cross_entropy, input_gradient
+from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient
 from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import in_box, threat_model
 from fulllora_dist.core.rng import sample_rng
@@ -42,7 +42,7 @@ def single_step(
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
     x = x.detach()
     start = in_box(x + threat.random_start(sample_rng(seed, f"{purpose}/start/0", step, ids), x, noise))
-    with attacked(model):
+    with attack_mode(model):
         gradient = input_gradient(model, start, y, cross_entropy)
     moved = start + step_size * threat.steepest(gradient)
     return in_box(x + threat.project(moved - x) if project else moved)

@@ -51,7 +51,7 @@ LOSSES: dict[LossName, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dl
 
 
 @contextmanager
-def attacked(model: nn.Module) -> Iterator[None]:
+def attack_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no parameter that asks for a gradient; afterwards each module and parameter as it was."""
     training = [(module, module.training) for module in model.modules()]
     asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -68,7 +68,7 @@ def attacked(model: nn.Module) -> Iterator[None]:
 
 
 def input_gradient(model: nn.Module, pixels: Tensor, target: Tensor, loss: Loss) -> Tensor:
-    """The gradient of the loss by the pixels; inside `attacked`. One forward and one backward pass."""
+    """The gradient of the loss by the pixels; inside `attack_mode`. One forward and one backward pass."""
     leaf = pixels.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss(model(leaf), target), leaf)
@@ -97,7 +97,7 @@ def ascend(
     loss: Loss,
     hook: StepHook | None = None,
 ) -> Tensor:
-    """`steps` projected steps up the loss, from `x_adv` in the ball around `x`; inside `attacked`."""
+    """`steps` projected steps up the loss, from `x_adv` in the ball around `x`; inside `attack_mode`."""
     for k in range(steps):
         if hook is None:
             gradient = input_gradient(model, x_adv, target, loss)
@@ -133,7 +133,7 @@ def pgd(
         x: [B, 3, H, W] in [0, 1], fp32 or fp64.
         y: int64 [B], or with loss "ce" probabilities [B, classes], of which the largest is the label.
         eps, step_size: in pixel units of [0, 1], e.g. 4 / 255; lengths in the norm of the ball.
-        norm: "linf" or "l2" (over all pixels and channels of a picture).
+        norm: "linf" or "l2" (over all pixels and channels of an image).
         steps: forward and backward passes a restart.
         restarts: random starts; a sample keeps the first example that fools the model, else the last.
             More than one costs one more forward pass each.
@@ -150,7 +150,7 @@ def pgd(
     found: Tensor | None = None
     label = y if y.ndim == 1 else y.argmax(dim=1)
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    with attacked(model):
+    with attack_mode(model):
         for restart in range(restarts):
             x_adv = x
             if random_start:

@@ -14,7 +14,7 @@ from fulllora_dist.core.rng import SampleRng
 
 @dataclass(frozen=True)
 class Threat(ABC):
-    """A ball of perturbations around each picture. All tensors are [B, C, H, W]; samples do not see each other.
+    """A ball of perturbations around each image. All tensors are [B, C, H, W]; samples do not see each other.
 
     Attributes:
         norm: its name in the settings.
@@ -34,7 +34,7 @@ class Threat(ABC):
 
     @abstractmethod
     def project(self, delta: Tensor) -> Tensor:
-        """The nearest perturbation in the ball. Pulling it on into the box of pictures does not leave the ball."""
+        """The nearest perturbation in the ball. Pulling it on into the box of images does not leave the ball."""
 
     @abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class Linf(Threat):
 
 
 class L2(Threat):
-    """sqrt(sum of delta^2 over all pixels and channels of a picture) <= eps."""
+    """sqrt(sum of delta^2 over all pixels and channels of an image) <= eps."""
 
     norm = "l2"
 
@@ -106,7 +106,7 @@ def threat_model(norm: str, eps: float) -> Threat:
 
 
 def in_box(pixels: Tensor) -> Tensor:
-    """The nearest picture: pixels in [0, 1]. Used outside of graphs, where a clamp would zero gradients."""
+    """The nearest image: pixels in [0, 1]. Used outside of graphs, where a clamp would zero gradients."""
     return torch.clamp(pixels, 0, 1)
 
 

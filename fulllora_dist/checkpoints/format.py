@@ -1,8 +1,8 @@
 """States of a run, on a disk or in a bucket: safetensors and JSON, found by themselves.
 
-A state is a folder `<place>/<step>` with state.safetensors and state.json, which holds the checksum of both. On a disk
-it is written under a temporary name, flushed and renamed, so that a folder of the right name is complete. A bucket
-cannot rename: there the description is written last, and a folder without one is no state.
+A checkpoint is a folder `<place>/<step>` with checkpoint.safetensors and checkpoint.json, which holds the checksum of
+both. On a disk it is written under a temporary name, flushed and renamed, so that a folder of the right name is
+complete. A bucket cannot rename: there the description is written last, and a folder without one is no checkpoint.
 Nothing in it is bound to a number of ranks or a ZeRO stage, and nothing is pickled. The backbone is never in it.
 """
 
@@ -24,11 +24,11 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage import store, urls
 
 FORMAT_VERSION = 1
-TENSORS = "state.safetensors"
-DESCRIPTION = "state.json"
+TENSORS = "checkpoint.safetensors"
+DESCRIPTION = "checkpoint.json"
 
 
-class DamagedState(Exception):
+class DamagedCheckpoint(Exception):
     """A state that is incomplete or whose bytes changed; the message says what and where."""
 
 
@@ -47,18 +47,18 @@ def _flush_folder(path: str) -> None:
         os.close(handle)
 
 
-def _digest(content: bytes, facts: Mapping[str, Any]) -> str:
+def _digest(content: bytes, metadata: Mapping[str, Any]) -> str:
     """sha256 of the tensors' file and the facts: one damaged digit in the latter is no state either."""
     digest = hashlib.sha256(content)
-    digest.update(json.dumps(facts, sort_keys=True).encode())
+    digest.update(json.dumps(metadata, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def write_state(
+def write_checkpoint(
     place: str,
     step: int,
     tensors: Mapping[str, Tensor],
-    facts: Mapping[str, Any],
+    metadata: Mapping[str, Any],
     keep: int,
     spared: Collection[int] = (),
 ) -> str:
@@ -74,16 +74,16 @@ def write_state(
         OSError, UserError: it cannot be written there; older states are as they were.
     """
     content = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
-    description = {"format_version": FORMAT_VERSION, "step": step, **facts}
+    description = {"format_version": FORMAT_VERSION, "step": step, **metadata}
     description["sha256"] = _digest(content, description)
     final = f"{place.rstrip('/')}/{step:08d}"
     publish = _publish_objects if urls.is_remote(place) else _publish_folder
     publish(place, final, {TENSORS: content, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()})
     # newer ones were passed over as damaged: they do not count, or they would push this one out
-    older = [path for path in list_states(place) if step_of(path) < step and step_of(path) not in spared]
+    older = [path for path in list_checkpoints(place) if step_of(path) < step and step_of(path) not in spared]
     for old in older[keep - 1 :]:
         with contextlib.suppress(OSError, UserError):  # the new one is whole; the next one tries again
-            delete_state(old)
+            delete_checkpoint(old)
     return final
 
 
@@ -114,12 +114,12 @@ def _delete_unfinished(folder: str) -> None:
 def _publish_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
     for path, names in _folders(place).items():
         if DESCRIPTION not in names or path == final:  # unfinished, or damaged and made again
-            delete_state(path, names)
+            delete_checkpoint(path, names)
     for name in (TENSORS, DESCRIPTION):
         store.write(f"{final}/{name}", files[name])
 
 
-def delete_state(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)) -> None:
+def delete_checkpoint(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)) -> None:
     """Delete a state by its path or URL; `names`: what is there of it in a bucket.
 
     Raises:
@@ -145,7 +145,7 @@ def _folders(place: str) -> dict[str, set[str]]:
     return found
 
 
-def list_states(*places: str) -> list[str]:
+def list_checkpoints(*places: str) -> list[str]:
     """Paths or URLs of the published states, newest first."""
     paths: list[str] = []
     for place in places:
@@ -162,7 +162,7 @@ def step_of(path: str) -> int:
     return int(os.path.basename(path))
 
 
-def read_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and facts of a state, checked.
 
     Raises:
@@ -172,18 +172,18 @@ def read_state(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)
-        facts, content = json.loads(files[DESCRIPTION]), files[TENSORS]
-        version, sha256 = facts["format_version"], facts.pop("sha256")
+        metadata, content = json.loads(files[DESCRIPTION]), files[TENSORS]
+        version, sha256 = metadata["format_version"], metadata.pop("sha256")
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-        raise DamagedState(f"{path} is incomplete ({error})") from None
+        raise DamagedCheckpoint(f"{path} is incomplete ({error})") from None
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this program reads {FORMAT_VERSION}")
-    if _digest(content, facts) != sha256:
-        raise DamagedState(f"{path} is damaged: its sha256 is not the one in {DESCRIPTION}")
+    if _digest(content, metadata) != sha256:
+        raise DamagedCheckpoint(f"{path} is damaged: its sha256 is not the one in {DESCRIPTION}")
     try:
-        return load_safetensors(content), facts
+        return load_safetensors(content), metadata
     except SafetensorError as error:
-        raise DamagedState(f"{path}/{TENSORS} is damaged ({error})") from None
+        raise DamagedCheckpoint(f"{path}/{TENSORS} is damaged ({error})") from None
 
 
 def _read_folder(path: str) -> dict[str, bytes]:
@@ -201,12 +201,12 @@ def _read_objects(path: str) -> dict[str, bytes]:
     return {name: store.read(f"{path}/{name}") for name in (DESCRIPTION, TENSORS) if name in names}
 
 
-def read_newest_state(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, dict[str, str]]:
+def read_newest_checkpoint(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, dict[str, str]]:
     """The newest state that is whole, or None; and of each damaged one that was passed over its path and a line."""
     damaged: dict[str, str] = {}
-    for path in list_states(*places):
+    for path in list_checkpoints(*places):
         try:
-            return read_state(path), damaged
-        except DamagedState as error:
+            return read_checkpoint(path), damaged
+        except DamagedCheckpoint as error:
             damaged[path] = str(error)
     return None, damaged

@@ -11,23 +11,23 @@ from torch import Tensor
 from yaml import YAMLError
 
 from fulllora_dist.checkpoints.format import (
-    DamagedState,
-    delete_state,
-    list_states,
-    read_newest_state,
-    read_state,
+    DamagedCheckpoint,
+    delete_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+    read_newest_checkpoint,
     step_of,
-    write_state,
+    write_checkpoint,
 )
 from fulllora_dist.checkpoints.settings import RunSettings
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage import store, urls
 
 
-def state_places(settings: RunSettings) -> list[str]:
-    """Folders or URLs where the states of a run may lie, whatever `run.states` was in its other attempts."""
+def checkpoint_places(settings: RunSettings) -> list[str]:
+    """Folders or URLs where the states of a run may lie, whatever `run.checkpoint_dir` was in its other attempts."""
     places = _places(settings)
-    for place in [*_places_before(settings.output), os.path.join(settings.output, "states")]:
+    for place in [*_places_before(settings.output_dir), os.path.join(settings.output_dir, "checkpoints")]:
         if place not in places:
             places.append(place)
     return places
@@ -35,34 +35,38 @@ def state_places(settings: RunSettings) -> list[str]:
 
 def _places(settings: RunSettings) -> list[str]:
     """Where they are written; each takes what the ones before it refuse."""
-    own = os.path.join(settings.output, "states")
-    if settings.states is None:
+    own = os.path.join(settings.output_dir, "checkpoints")
+    if settings.checkpoint_dir is None:
         return [own]
-    return [settings.states, own] if urls.is_remote(settings.states) else [urls.local_path(settings.states)]
+    return (
+        [settings.checkpoint_dir, own]
+        if urls.is_remote(settings.checkpoint_dir)
+        else [urls.local_path(settings.checkpoint_dir)]
+    )
 
 
 def _places_before(output: str) -> list[str]:
-    """`run.states` of the newest attempt, as its config.yaml in the output folder has it."""
+    """`run.checkpoint_dir` of the newest attempt, as its config.yaml in the output folder has it."""
     try:
         saved = OmegaConf.load(os.path.join(output, "config.yaml"))
-        states = OmegaConf.select(saved, "run.states")
+        states = OmegaConf.select(saved, "run.checkpoint_dir")
     except (OSError, YAMLError, OmegaConfBaseException):
         return []
     return [] if states is None else [states if urls.is_remote(states) else urls.local_path(states)]
 
 
-def kept_besides(facts: Mapping[str, Any]) -> frozenset[int]:
+def kept_besides(metadata: Mapping[str, Any]) -> frozenset[int]:
     """Steps of the best and the good state, where a state's facts name some."""
-    best, good = facts.get("best"), facts.get("guard", {}).get("good")
+    best, good = metadata.get("best"), metadata.get("guard", {}).get("good")
     return frozenset(step for step in (best and best["step"], good) if step is not None)
 
 
-class States:
+class CheckpointManager:
     """Finds and writes states; used on rank 0 alone.
 
-    They lie under `run.states`, or in the output folder. Where a bucket refuses one, it goes to the output folder, and
-    is found there by whoever starts again with the same disk. A state that nothing takes costs a warning: the training
-    goes on, and older states are as they were. Those that are damaged stay where they are, too.
+    They lie under `run.checkpoint_dir`, or in the output folder. Where a bucket refuses one, it goes to the output
+    folder, and is found there by whoever starts again with the same disk. A state that nothing takes costs a warning:
+    the training goes on, and older states are as they were. Those that are damaged stay where they are, too.
 
     Attributes:
         newest: step of the newest state that is whole, None where there is none.
@@ -70,7 +74,7 @@ class States:
 
     def __init__(self, settings: RunSettings, say: Callable[[str], None]):
         self._settings, self._say = settings, say
-        self._places, self._found_in = _places(settings), state_places(settings)
+        self._places, self._found_in = _places(settings), checkpoint_places(settings)
         self.newest: int | None = None
         self._kept: frozenset[int] = frozenset()  # whole ones that are kept besides the newest
         self._damaged: set[int] = set()
@@ -86,11 +90,11 @@ class States:
                 damaged.
             OSError: a disk that does not answer.
         """
-        found, damaged = read_newest_state(*self._found_in)
+        found, damaged = read_newest_checkpoint(*self._found_in)
         self._damaged = {step_of(path) for path in damaged}
         if damaged and found is None:
             raise UserError(
-                f"run.output: none of the {len(damaged)} states of {self._settings.output} is whole "
+                f"run.output_dir: none of the {len(damaged)} states of {self._settings.output_dir} is whole "
                 f"({urls.redacted(next(iter(damaged.values())))}); choose another folder to begin anew"
             )
         for line in damaged.values():
@@ -100,8 +104,8 @@ class States:
             self._kept = kept_besides(found[1])
         elif self._settings.resume_from is not None:
             try:
-                found = read_state(self._settings.resume_from)
-            except DamagedState as error:
+                found = read_checkpoint(self._settings.resume_from)
+            except DamagedCheckpoint as error:
                 raise UserError(f"run.resume_from: {error}") from None
             found[1].update(mlflow_run_id=None, best=None, guard={})  # that run and its states go on elsewhere
         return found
@@ -122,10 +126,10 @@ class States:
         Raises:
             UserError: it is not there any more, or damaged.
         """
-        found = [path for path in list_states(*self._found_in) if step_of(path) == step]
+        found = [path for path in list_checkpoints(*self._found_in) if step_of(path) == step]
         try:
-            return read_state(found[0])
-        except (IndexError, DamagedState) as error:
+            return read_checkpoint(found[0])
+        except (IndexError, DamagedCheckpoint) as error:
             reason = error if found else "it is not there"
             raise UserError(f"the state of batch {step}: {reason}") from None
 
@@ -147,14 +151,14 @@ class States:
         else:
             raise UserError(f"there is no good state: {'; '.join(reasons) or 'none was kept'}")
         # newest first: whatever is left after a kill is older than the collapse, which is then found again
-        for path in list_states(*self._found_in):
+        for path in list_checkpoints(*self._found_in):
             if step_of(path) > step and step_of(path) not in self._damaged:
-                delete_state(path)
+                delete_checkpoint(path)
         self.newest = step
         self._kept = frozenset(kept for kept in self._kept if kept <= step)
         return found
 
-    def write(self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Begin to write a state, in a thread; one that is still being written comes first.
 
         Args:
@@ -162,10 +166,10 @@ class States:
             facts: with what they say of a best and a good state, which are kept besides the newest.
         """
         self.settle()
-        kept = kept_besides(facts)
+        kept = kept_besides(metadata)
         # those before are spared too, until the new ones are whole
         spared = self._damaged | kept | self._kept
-        self._writing = step, kept, self._thread.submit(self._write, step, tensors, facts, spared)
+        self._writing = step, kept, self._thread.submit(self._write, step, tensors, metadata, spared)
 
     def settle(self) -> bool:
         """Wait for the state that is being written and report what became of it; whether it is whole."""
@@ -190,14 +194,14 @@ class States:
         return "none" if self.newest is None else f"that of batch {self.newest}"
 
     def _write(
-        self, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], spared: Collection[int]
+        self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], spared: Collection[int]
     ) -> list[str]:
         """Why each place that did not take it did not."""
         failed = []
         hurried = self._hurried
         for place in reversed(self._places) if hurried else self._places:
             try:
-                write_state(place, step, tensors, facts, self._settings.keep_states, spared)
+                write_checkpoint(place, step, tensors, metadata, self._settings.keep_checkpoints, spared)
                 if not hurried:
                     break
             except UserError as error:

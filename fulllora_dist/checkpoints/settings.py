@@ -6,28 +6,28 @@ from fulllora_dist.core.settings import Settings
 
 
 class RunSettings(Settings):
-    output: str
+    output_dir: str
     """Folder of the run: states, adapter, evaluation, metrics. A run found there is resumed."""
-    states: str | None = None
+    checkpoint_dir: str | None = None
     """Where its states lie instead: a folder or bucket (s3://, gs://). While a bucket fails, they go to the output."""
     seed: int = 0
     """Of everything random."""
-    save_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(500, ge=1)
     """Batches between states of the run."""
-    save_minutes: float | None = Field(10.0, gt=0)
+    checkpoint_minutes: float | None = Field(10.0, gt=0)
     """And minutes; null goes by batches alone."""
-    keep_states: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
     """How many states are kept."""
-    max_skipped: int = Field(10, ge=0)
+    max_nonfinite_steps: int = Field(10, ge=0)
     """Updates in a row that may be skipped, on all ranks together, as the loss or its gradient is not finite."""
     resume_from: str | None = None
     """Folder or URL of a state to start from where the run has none yet."""
     log_every: int = Field(10, ge=1)
     """Batches between logged metrics."""
 
-    @field_validator("output")
+    @field_validator("output_dir")
     @classmethod
     def _on_a_disk(cls, output: str) -> str:
         if "://" in output:
-            raise ValueError("a folder on a disk is right; run.states may be a bucket")
+            raise ValueError("a folder on a disk is right; run.checkpoint_dir may be a bucket")
         return output

@@ -48,7 +48,7 @@ def list_command(args: Namespace) -> Answer:
             )
             for version in versions
         ]
-        return _columns(rows), {"name": args.name, "versions": [_facts(version) for version in versions]}, 0
+        return _columns(rows), {"name": args.name, "versions": [_metadata(version) for version in versions]}, 0
     found = {name: registry.versions(name) for name in registry.names()}
     models = [("model", "versions", "@champion", "clean %", "robust % (lowest attack)")]
     for name, versions in found.items():
@@ -56,7 +56,7 @@ def list_command(args: Namespace) -> Answer:
         known = ("", "", "") if champion is None else _figures(champion)
         models.append((name, str(len(versions)), *known))
     text = _columns(models) if found else f"no adapters at {registry.store.uri}"
-    return text, {"models": {name: [_facts(version) for version in versions] for name, versions in found.items()}}, 0
+    return text, {"models": {name: [_metadata(version) for version in versions] for name, versions in found.items()}}, 0
 
 
 def _figures(version: Version) -> tuple[str, str, str]:
@@ -76,7 +76,7 @@ def _robust(version: Version) -> str:
     return f"{_accuracy(version, lowest)} {lowest}"
 
 
-def _facts(version: Version) -> dict[str, Any]:
+def _metadata(version: Version) -> dict[str, Any]:
     return dataclasses.asdict(version) | {"address": version.address}
 
 
@@ -89,9 +89,13 @@ def show_command(args: Namespace) -> Answer:
     """Everything about a version."""
     registry = Registry(args.uri)
     version = registry.find(args.version)
-    facts = {"aliases": ", ".join(version.aliases) or "none", "run": version.run_id or "none", "source": version.source}
-    rows = [(key, value) for key, value in (facts | dict(sorted(version.tags.items()))).items()]
-    return f"{version.address}\n{_columns(rows)}", _facts(version), 0
+    metadata = {
+        "aliases": ", ".join(version.aliases) or "none",
+        "run": version.run_id or "none",
+        "source": version.source,
+    }
+    rows = [(key, value) for key, value in (metadata | dict(sorted(version.tags.items()))).items()]
+    return f"{version.address}\n{_columns(rows)}", _metadata(version), 0
 
 
 def diff_command(args: Namespace) -> Answer:
@@ -113,8 +117,8 @@ def diff_command(args: Namespace) -> Answer:
     except UserError as error:
         compared = f"no comparison: {error}"
     result = {
-        "a": _facts(versions[0]),
-        "b": _facts(versions[1]),
+        "a": _metadata(versions[0]),
+        "b": _metadata(versions[1]),
         "settings": [{"name": name, "a": mine, "b": theirs} for name, mine, theirs in settings],
         "accuracy": accuracy,
         "accuracy_note": None if accuracy else compared,
@@ -148,13 +152,13 @@ def publish_command(args: Namespace) -> Answer:
         # redacted, as the run itself has it
         lineage = Lineage.of_run(registry.store, args.run, redacted(config.read_text()) if config.is_file() else None)
     version = publish(registry, args.folder, evaluation=found, name=args.name, data=args.data, lineage=lineage)
-    return f"published: {version.address}", _facts(version), 0
+    return f"published: {version.address}", _metadata(version), 0
 
 
 def promote_command(args: Namespace) -> Answer:
     """Make a version the champion, if the gate lets it."""
     registry, rules = Registry(args.uri), Rules(args.margin, args.clean_floor)
-    if args.check:
+    if args.dry_run:
         candidate = registry.find(args.version)
         champion = registry.aliases(candidate.name).get(CHAMPION)
         verdict = check(registry, candidate, champion, rules)
@@ -227,14 +231,14 @@ def pull_command(args: Namespace) -> Answer:
 
 
 def predict_command(args: Namespace) -> Answer:
-    """Classes of pictures."""
+    """Classes of images."""
     if args.batch_size < 1:
         raise UserError(f"--batch-size: {args.batch_size}; a positive number is right")
     local = os.path.exists(args.version) or "://" in args.version
     where = args.version if local else Registry(args.uri).find(args.version).address
     with local_folder(where, args.uri) as folder:
         description = read_adapter(folder)[0]
-        model = load(folder, checkpoint=args.checkpoint)
+        model = load(folder, checkpoint_path=args.dry_runpoint)
     data = description["training"].get("data", {})
     classes = data.get("classes") or [str(i) for i in range(model.info.num_classes)]
     transform = eval_transform(model.info, data.get("crop_pct"), data.get("interpolation"))
@@ -249,7 +253,7 @@ def predict_command(args: Namespace) -> Answer:
         workers=args.workers,
         adapter=description["sha256"],
     )
-    text = f"{args.output}: {counts['pictures']} pictures, {counts['predicted']} of them now"
+    text = f"{args.output}: {counts['images']} images, {counts['predicted']} of them now"
     if counts["unreadable"]:
         text += f"; warning: {counts['unreadable']} could not be read, their lines say why"
     return text, counts | {"output": args.output, "adapter": where}, 0

@@ -20,12 +20,8 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
-def add_number(arguments: argparse.ArgumentParser) -> None:
-    """--n, with a name that DeepSpeed's launcher does not take for one of its own."""
+def add_num_samples(arguments: argparse.ArgumentParser) -> None:
+    """--num-samples (DeepSpeed's launcher would take --n for one of its own options)."""
     arguments.add_argument(
-        "--n",
-        "--pictures",
-        metavar="N",
-        help="evaluation.n: pictures, drawn evenly over the classes (--pictures under the deepspeed launcher, which "
-        "refuses --n as short for several options of its own)",
+        "--num-samples", metavar="N", help="evaluation.num_samples: images, drawn evenly over the classes"
     )

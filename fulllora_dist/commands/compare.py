@@ -1,9 +1,9 @@
-"""The difference between two evaluations of the same pictures, B minus A, with paired 95 % intervals.
+"""The difference between two evaluations of the same images, B minus A, with paired 95 % intervals.
 
     python tools/compare_evaluations.py A/evaluation.json B/evaluation.json [--attack pgd20] [--json]
 
-Pictures are resampled with the results of both (paired bootstrap); where few of them differ, the interval is widened to
-Tango's score interval. p is McNemar's exact test. Evaluations of other pictures, of another norm or precision are
+Images are resampled with the results of both (paired bootstrap); where few of them differ, the interval is widened to
+Tango's score interval. p is McNemar's exact test. Evaluations of other images, of another norm or precision are
 refused.
 """
 

@@ -11,11 +11,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from fulllora_dist.commands.arguments import add_number, parser
+from fulllora_dist.commands.arguments import add_num_samples, parser
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError, UserError
-from fulllora_dist.distributed.comm import start_ranks, stop_ranks
+from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.evaluation import check_output, table, write_evaluation, write_figures
 from fulllora_dist.evaluation.compare import check_replaced, read_replaced
 from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
@@ -63,7 +63,7 @@ def build_evaluated(config: Config, adapter: str | None) -> AdaptedModel:
         UserError: the adapter cannot be read, or is of another backbone than the config's.
     """
     if adapter is not None:
-        model = load(adapter, checkpoint=config.model.checkpoint, uri=config.tracking_uri())
+        model = load(adapter, checkpoint_path=config.model.checkpoint_path, uri=config.tracking_uri())
         _check_backbone(config.model, model.info, adapter)
         return model
     in_fp32 = config.model.model_copy(update={"precision": "fp32"})
@@ -113,9 +113,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         metavar="A,B",
         help="evaluation.attacks: clean, fgsm, pgdK, cwK, dlrK, pgdKxR with R restarts, autoattack, apgd-ce+square",
     )
-    add_number(arguments)
-    arguments.add_argument("--first", metavar="N", help="evaluation.first: the first N pictures")
-    arguments.add_argument("--ids", metavar="FILE", help="evaluation.ids: a file with an id or a picture's name a line")
+    add_num_samples(arguments)
+    arguments.add_argument("--first", metavar="N", help="evaluation.first: the first N images")
+    arguments.add_argument("--ids", metavar="FILE", help="evaluation.ids: a file with an id or an image's name a line")
     arguments.add_argument("--eps", metavar="K/255,...", help="threat.eps, and evaluation.eps where there are several")
     arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf or l2")
     arguments.add_argument(
@@ -125,18 +125,20 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         "table alone",
     )
     args = arguments.parse_intermixed_args(argv)
-    for name in ("attacks", "n", "first", "ids", "eps", "norm", "output"):
+    for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "output"):
         given = getattr(args, name)
         parts = given.split(",") if given and name in ("attacks", "eps") else [given]
         if given is not None and not all(part.strip() for part in parts):
-            raise UserError(f"--{name}: {given!r} is empty somewhere; leave the option out, or give what it takes")
+            raise UserError(
+                f"--{name.replace('_', '-')}: {given!r} is empty somewhere; leave the option out, or give what it takes"
+            )
     eps, *more = args.eps.split(",") if args.eps else (None,)
     other_norm = _other_norm(args)
     if other_norm and eps is None and not any(override.startswith("threat.eps=") for override in args.overrides):
         raise UserError("threat.norm: the balls of linf and l2 have no common size; give --eps too")
     short = {
         "evaluation.attacks": args.attacks and f"[{args.attacks}]",
-        "evaluation.n": args.n,
+        "evaluation.num_samples": args.num_samples,
         "evaluation.first": args.first,
         "evaluation.ids": args.ids,
         "threat.eps": eps,
@@ -154,8 +156,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output:
         read_replaced(args.output)
 
-    ranks = start_ranks(config.distributed.timeout_minutes)
-    adapter = ranks.share(ranks.on_main(lambda: args.adapter and resolved(args.adapter, config.tracking_uri())))
+    ranks = start_comm(config.distributed.timeout_minutes)
+    adapter = ranks.broadcast(
+        ranks.run_on_rank0(lambda: args.adapter and resolved(args.adapter, config.tracking_uri()))
+    )
     model = build_evaluated(config, adapter).to(ranks.device)
     stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
     sha256 = None if adapter is None else adapter_sha256(model)
@@ -163,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output:
         names, sizes = config.evaluation.attacks, (config.threat.eps, *config.evaluation.eps)
         new = [(0.0 if name == "clean" else eps, name) for name in names for eps in sizes]
-        ranks.on_main(lambda: check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256))
+        ranks.run_on_rank0(lambda: check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256))
 
     def write(results: dict[str, Any]) -> None:
         print(table(results), flush=True)
@@ -172,4 +176,4 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_figures(results, args.output)
 
     evaluator.run(model, stream, partial=args.output and f"{args.output}.partial", write=write)
-    stop_ranks()
+    stop_comm()

@@ -136,7 +136,7 @@ def launch_arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
     parser.add_argument("--wait", action="store_true", help="until the jobs have ended; exit code 1 if one failed")
     parser.add_argument("--evaluate", metavar="ARGUMENTS", nargs="?", const="", help="then evaluate.py on the adapter, "
-                        "in a job of its own, e.g. --evaluate '--attacks clean,pgd100x5 --n 5000'")  # fmt: skip
+                        "in a job of its own, e.g. --evaluate '--attacks clean,autoattack'")  # fmt: skip
     asked = parser.add_argument_group("resources", "also the settings of a profile; these win")
     for name, field in Resources.model_fields.items():
         option: dict[str, Any] = {

@@ -46,7 +46,7 @@ def id_of(tensor: Tensor) -> int:
 
 
 class _Cost(NamedTuple):
-    """Of a forward and backward pass for one picture, to what requires a gradient; `flops` is of both."""
+    """Of a forward and backward pass for one image, to what requires a gradient; `flops` is of both."""
 
     forward_flops: int
     flops: int
@@ -74,23 +74,23 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     Raises:
         UserError: settings that do not fit together.
     """
-    parts = config.optim.batch_size // config.distributed.grad_accumulation
+    parts = config.optim.batch_size // config.distributed.gradient_accumulation_steps
     likely = next(n for n in range(8, 0, -1) if parts % n == 0)
     world = ranks or int(os.environ.get("WORLD_SIZE", likely))
     notes = []
     check_settings(config, world)
     try:
-        pictures = len(load_index(config.data.train, "data.train"))
+        images = len(load_index(config.data.train, "data.train"))
     except UserError as error:
         notes.append(f"not ready: {error}; counts are for ImageNet-1k")
-        pictures = IMAGENET
+        images = IMAGENET
     else:
         check_files(config)
     with torch.device("meta"):
         model = build_model(config)
-    phases = build_phases(config, pictures // config.optim.batch_size)
+    phases = build_phases(config, images // config.optim.batch_size)
     phases.prepare(model.backbone, model.info.image_size)
-    micro = config.optim.batch_size // world // config.distributed.grad_accumulation
+    micro = config.optim.batch_size // world // config.distributed.gradient_accumulation_steps
     checkpointing = config.distributed.activation_checkpointing
 
     sizes = [phase.image_size or model.info.image_size for phase in phases.phases]
@@ -105,7 +105,7 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     for phase, size in zip(phases.phases, sizes, strict=True):
         method, batches = phase.method, phase.end - phase.first
         forward, backward = method.passes()
-        updates, seen = method.updates_per_batch, method.pictures_in_weight_step
+        updates, seen = method.updates_per_batch, method.images_in_weight_step
         attacks, without_backward = backward - updates * seen, forward - backward
         step, attack = weight_step[size], attack_pass[size]
         total_flops += batches * (
@@ -116,7 +116,7 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         phase_lines.append(
             f"{method.settings.name} at {size} pixels, {size_in(method.threat.norm, method.threat.eps)}: "
             f"{forward} forward, {backward} backward passes a batch; {batches:,} batches, {phase.updates:,} updates; "
-            f"attack pass {attack.flops / 1e9:.1f} GFLOP, weight step {seen * step.flops / 1e9:.1f} GFLOP a picture"
+            f"attack pass {attack.flops / 1e9:.1f} GFLOP, weight step {seen * step.flops / 1e9:.1f} GFLOP an image"
         )
     total_flops *= config.optim.batch_size
 
@@ -130,11 +130,11 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         "adapter": adapter / (world if stage == 3 else 1),
         "gradients": adapter / (world if stage >= 2 else 1),
         "optimizer": (2 + (stage > 0)) * adapter / (world if stage >= 1 else 1),
-        "average": adapter if config.optim.ema else 0,
+        "average": adapter if config.optim.ema_decay else 0,
         "activations": activations * micro,
     }
     reduced = 2 * adapter * (world - 1) / world
-    passes = update_passes * config.distributed.grad_accumulation
+    passes = update_passes * config.distributed.gradient_accumulation_steps
     gathered = 2 * passes * (weights + adapter) if stage == 3 else 0
     lines = [
         f"{model.info.name} at {model.info.image_size} pixels, {config.finetune}, "
@@ -142,7 +142,7 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         str(model.report),
         f"  rank of the branches: {model.spec.rank}" if model.spec.rank else "  no branches",
         *phase_lines,
-        f"{phases.total_steps:,} batches, {phases.total_updates:,} optimizer updates on {pictures:,} pictures; "
+        f"{phases.total_steps:,} batches, {phases.total_updates:,} optimizer updates on {images:,} images; "
         f"whole run {total_flops / 1e18:.2f} EFLOP, {total_flops / ASSUMED_FLOPS / 3600:.1f} GPU-hours "
         f"at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s",
         f"memory a rank at micro-batch {micro}: "

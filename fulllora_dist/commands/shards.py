@@ -10,7 +10,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.shards.make import make_shards
 
-MAKE = """Pictures -> WebDataset shards + index, on disk or in a bucket.
+MAKE = """Images -> WebDataset shards + index, on disk or in a bucket.
 
     python tools/make_shards.py ILSVRC2012_img_train.tar s3://bucket/imagenet/train --workers 16 \\
         --holdout 10 --holdout-dst s3://bucket/imagenet/holdout
@@ -19,7 +19,7 @@ MAKE = """Pictures -> WebDataset shards + index, on disk or in a bucket.
     python tools/make_shards.py pictures/train shards/train
 
 SRC is a folder with a subfolder of JPEGs, PNGs or WebPs for each class, an uncompressed tar of such a folder, or an
-uncompressed tar of one tar a class. With --labels the pictures may lie anywhere in SRC. Every picture is decoded once
+uncompressed tar of one tar a class. With --labels the images may lie anywhere in SRC. Every image is decoded once
 and every finished shard is re-read, so what is written is readable. The index comes last; after an interruption the
 same command goes on with what is missing.
 """
@@ -30,7 +30,7 @@ INDEX = """WebDataset shards that are there -> one index, on disk or in a bucket
     python tools/index_shards.py 'https://host/set/{000..127}.tar' --output index/ --classes names.txt --label-field y
 
 Each shard is read once, from its first to its last byte, and refused by name and offset unless it is a complete, plain
-tar of samples with one picture (.jpg, .jpeg, .png, .webp) and one label (.cls, or a field of .json), every key once.
+tar of samples with one image (.jpg, .jpeg, .png, .webp) and one label (.cls, or a field of .json), every key once.
 What was read survives an interruption: the same command goes on with the other shards. The index comes last.
 """
 
@@ -42,7 +42,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="classes of pictures that no folder tells: ImageNet's development kit, or lines 'name class'",
+        help="classes of images that no folder tells: ImageNet's development kit, or lines 'name class'",
     )
     parser.add_argument("--split-name", default="train", help="shards are called NAME-000000.tar ... (default: train)")
     parser.add_argument(
@@ -58,13 +58,13 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="A,B,...",
         help="take only these class folders, labels in this order (default: all, sorted)",
     )
-    parser.add_argument("--limit", type=int, help="take only so many pictures, balanced over the classes")
+    parser.add_argument("--limit", type=int, help="take only so many images, balanced over the classes")
     parser.add_argument(
         "--holdout",
         type=float,
         default=0.0,
         metavar="SHARE|N",
-        help="share of each class, or pictures of each class, to hold out, to choose checkpoints on",
+        help="share of each class, or images of each class, to hold out, to choose checkpoints on",
     )
     parser.add_argument("--holdout-dst", metavar="DST2", help="folder for the held-out shards")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a summary")
@@ -94,11 +94,11 @@ def make() -> None:
         return
     for split in result["splits"]:
         print(
-            f"{split['folder']}: {split['samples']} pictures of {len(result['classes'])} classes in {split['shards']} "
+            f"{split['folder']}: {split['samples']} images of {len(result['classes'])} classes in {split['shards']} "
             f"shards, {split['bytes'] / 1e6:.1f} MB, index {split['index_hash'][:12]}"
         )
     if result["skipped_files"]:
-        print(f"skipped {result['skipped_files']} files that are no pictures")
+        print(f"skipped {result['skipped_files']} files that are no images")
 
 
 def _classes(text: str) -> int | list[str]:

@@ -42,7 +42,9 @@ def sync(output: str, uri: str | None, seconds: float, say: Callable[[str], None
     # seen from here: its folder may be mounted elsewhere
     config = config.model_copy(update={"run": config.run.model_copy(update={"output": output})})
     outbox = Outbox(output)
-    shipper = Shipper(outbox, uri or config.tracking_uri(), config.tracking.experiment, config.tracked_run().name, say)
+    shipper = Shipper(
+        outbox, uri or config.tracking_uri(), config.tracking.experiment_name, config.tracked_run().name, say
+    )
     shipper.start()
     sent = shipper.drain(seconds)
     shipper.stop()

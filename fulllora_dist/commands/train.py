@@ -17,16 +17,18 @@ from fulllora_dist.training.context import start_run
 from fulllora_dist.training.finalize import finish, save_best
 from fulllora_dist.training.guard import build_guard
 from fulllora_dist.training.phases import build_phases
-from fulllora_dist.training.trainer import Collapsed, RunState
+from fulllora_dist.training.trainer import Collapsed, Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; the exit code is 128 + the signal's number where one ended the run."""
     arguments = parser(__doc__ or "")
-    arguments.add_argument("--check", action="store_true", help="check the settings, estimate the cost, train nothing")
+    arguments.add_argument(
+        "--dry-run", action="store_true", help="check the settings, estimate the cost, train nothing"
+    )
     args = arguments.parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides)
-    if args.check:
+    if args.dry_run:
         if is_main_process():
             print(estimate(config))
         return 0
@@ -37,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.say(str(model.report))
         track_data(config, run.tracker)
         stream = build_stream(config, model.info, run.ranks)
-        run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} pictures fill none, others each epoch")
+        run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} images fill none, others each epoch")
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
         guard = build_guard(config, model.info, run.ranks)
-        state = RunState(run, model, stream, phases, guard)  # resumes where there is something to resume
+        state = Trainer(run, model, stream, phases, guard)  # resumes where there is something to resume
         try:
             state.train()
         except Collapsed:

@@ -2,8 +2,8 @@
 
 from pydantic import BaseModel
 
-from fulllora_dist.config.load import _section
 from fulllora_dist.config.schema import Config
+from fulllora_dist.core.settings import section_of
 from fulllora_dist.methods import METHODS, MethodSettings
 
 
@@ -15,7 +15,7 @@ def describe_settings() -> str:
         for key, field in model.model_fields.items():
             if key == "name" and issubclass(model, MethodSettings):
                 continue  # the heading says it
-            section = _section(field.annotation)
+            section = section_of(field.annotation)
             one = section is field.annotation
             if section is not None and not issubclass(section, MethodSettings) and one:
                 describe(section, f"{prefix}{key}.")

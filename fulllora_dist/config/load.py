@@ -1,10 +1,9 @@
 """From a YAML file and `key=value` arguments to a checked `Config`: one clear line for whatever is wrong."""
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,6 +14,7 @@ from fulllora_dist.checkpoints.settings import RunSettings
 from fulllora_dist.config.plugins import import_plugins
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.settings import explain, section_of
 from fulllora_dist.methods import METHODS
 from fulllora_dist.tracking.settings import TrackingSettings
 
@@ -48,7 +48,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {_explain(error, values)}") from None
+        raise UserError(f"{path}: {explain(error, lambda section: _known_keys(section, values))}") from None
 
 
 def read_frame(path: Path) -> Config:
@@ -115,32 +115,5 @@ def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
             return list(METHODS[values["name"]].Settings.model_fields)
         if isinstance(part, str):  # a number is a place in a list of sections
             field = model.model_fields.get(part) if model else None
-            model = _section(field.annotation) if field else None
+            model = section_of(field.annotation) if field else None
     return list(model.model_fields) if model else []
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    """The settings behind a field: of a section, or of each section in a tuple of them."""
-    if get_origin(annotation) is tuple:
-        annotation = get_args(annotation)[0]
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _explain(error: ValidationError, values: Any) -> str:
-    """The first thing that is wrong, and what would be right. A mistyped key comes before what it leaves missing."""
-    errors = error.errors()
-    details = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    *section, key = details["loc"] or ("",)
-    name = ".".join(str(part) for part in details["loc"])
-    if details["type"] == "extra_forbidden":
-        known = _known_keys(section, values)
-        near = difflib.get_close_matches(str(key), known, n=1) or difflib.get_close_matches(str(key), known, 1, 0.3)
-        return f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
-    if details["type"] == "missing":
-        return f"{name} is missing; it has no default"
-    message = details["msg"].removeprefix("Value error, ")
-    if not name:
-        return message
-    given = details["input"]
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) and repr(given) not in message else ""
-    return f"{name}: {message}{shown}"

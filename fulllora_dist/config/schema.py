@@ -42,9 +42,9 @@ PIXELS = ("step_size", "start")
 
 _DERIVED_FROM_OURS = {
     "train_batch_size": "optim.batch_size",
-    "train_micro_batch_size_per_gpu": "optim.batch_size and distributed.grad_accumulation",
-    "gradient_accumulation_steps": "distributed.grad_accumulation",
-    "gradient_clipping": "optim.clip",
+    "train_micro_batch_size_per_gpu": "optim.batch_size and distributed.gradient_accumulation_steps",
+    "gradient_accumulation_steps": "distributed.gradient_accumulation_steps",
+    "gradient_clipping": "optim.grad_clip",
     "optimizer": "optim",
     "scheduler": "optim",
     "fp16": "model.precision",
@@ -67,7 +67,7 @@ class Config(Settings):
     method: MethodChoice
     """How it trains: a name, or name and settings (below)."""
     phases: tuple[PhaseSettings, ...] = ()
-    """The run in parts, e.g. most of it with small pictures and a single-step method, the end with PGD at full size."""
+    """The run in parts, e.g. most of it with small images and a single-step method, the end with PGD at full size."""
     targets: TargetSettings = TargetSettings()
     plugins: tuple[str, ...] = ()
     """Modules (or .py files) that are imported first: methods and families of one's own (docs/extending.md)."""
@@ -93,54 +93,55 @@ class Config(Settings):
             )
         if "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage follows from distributed.zero_stage; set that instead")
-        if self.optim.batch_size % self.distributed.grad_accumulation:
+        if self.optim.batch_size % self.distributed.gradient_accumulation_steps:
             raise ValueError(
-                f"optim.batch_size: {self.optim.batch_size} does not divide by distributed.grad_accumulation "
-                f"{self.distributed.grad_accumulation}"
+                f"optim.batch_size: {self.optim.batch_size} does not divide by distributed.gradient_accumulation_steps "
+                f"{self.distributed.gradient_accumulation_steps}"
             )
         self._check_phases()
         if self.guard.on_collapse != "warn" and self.data.held_out is None:
             raise ValueError(
-                f"guard.on_collapse: {self.guard.on_collapse} needs data.held_out, pictures to notice a collapse on; "
+                f"guard.on_collapse: {self.guard.on_collapse} needs data.held_out, images to notice a collapse on; "
                 "make them with make_shards.py --holdout"
             )
-        if self.finetune == "full" and self.adapter.start_from:
-            raise ValueError("adapter.start_from: finetune: full has no adapter; set model.checkpoint")
+        if self.finetune == "full" and self.adapter.init_from:
+            raise ValueError("adapter.init_from: finetune: full has no adapter; set model.checkpoint_path")
         return self
 
     def _check_phases(self) -> None:
-        total = sum(phase.share for phase in self.phases)
+        total = sum(phase.fraction for phase in self.phases)
         if self.phases and abs(total - 1) > 1e-6:
             raise ValueError(f"phases: their shares add up to {total:g}; 1 is right")
         chosen = {"method": self.method}
         chosen |= {f"phases.{i}.method": phase.method for i, phase in enumerate(self.phases) if phase.method}
-        if self.guard.safer_method is not None:
-            chosen["guard.safer_method"] = self.guard.safer_method
+        if self.guard.rollback_method is not None:
+            chosen["guard.rollback_method"] = self.guard.rollback_method
         for name, method in chosen.items():
             if METHODS[method.name].needs_labels and self.targets.mixes:
-                raise ValueError(f"{name}: {method.name} needs one label a picture; leave out targets.mixup and cutmix")
+                raise ValueError(f"{name}: {method.name} needs one label an image; leave out targets.mixup and cutmix")
         if self.threat.norm == "linf":
             sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in PIXELS}
             sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
-            sizes["guard.safer_eps"] = self.guard.safer_eps
+            sizes["guard.rollback_eps"] = self.guard.rollback_eps
             for name, size in sizes.items():
                 try:
                     check_pixel_range(size or 0)
                 except ValueError as error:
                     raise ValueError(f"{name}: {error}") from None
         trained = [self.threat.eps if phase.eps is None else phase.eps for phase in self.phases] or [self.threat.eps]
-        safer_eps = self.guard.safer_eps
-        if self.guard.on_collapse == "rollback" and safer_eps is not None and safer_eps >= max(trained):
+        rollback_eps = self.guard.rollback_eps
+        if self.guard.on_collapse == "rollback" and rollback_eps is not None and rollback_eps >= max(trained):
             raise ValueError(
-                f"guard.safer_eps: {safer_eps:g} is no smaller size, nothing is trained at more than {max(trained):g}"
+                f"guard.rollback_eps: {rollback_eps:g} is no smaller size, nothing is trained at more than "
+                f"{max(trained):g}"
             )
 
     def tracking_uri(self) -> str:
         """Where MLflow writes: our setting, else MLFLOW_TRACKING_URI, else sqlite beside the output folder."""
-        beside = os.path.join(os.path.dirname(os.path.abspath(self.run.output)), "mlflow.db")
+        beside = os.path.join(os.path.dirname(os.path.abspath(self.run.output_dir)), "mlflow.db")
         return self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"
 
     def tracked_run(self) -> TrackedRun:
         """What the tracker knows of this run."""
-        name = self.tracking.run_name or os.path.basename(os.path.abspath(self.run.output))
-        return TrackedRun(self.run.output, self.tracking, self.tracking_uri(), name, self.model_dump(mode="json"))
+        name = self.tracking.run_name or os.path.basename(os.path.abspath(self.run.output_dir))
+        return TrackedRun(self.run.output_dir, self.tracking, self.tracking_uri(), name, self.model_dump(mode="json"))

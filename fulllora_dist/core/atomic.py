@@ -14,7 +14,7 @@ STALE_SECONDS = 600.0
 
 
 @contextmanager
-def published(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears as `path` only once it is whole and on disk (temporary name, fsync, rename).
 
     Several may write it at once: the last that ends stays. What killed ones left is removed.

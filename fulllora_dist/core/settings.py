@@ -1,9 +1,10 @@
 """The base of all settings, and the types that several sections share."""
 
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Settings(BaseModel):
@@ -28,3 +29,34 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from flattened(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The settings behind a field: of a section, or of each section in a tuple of them."""
+    if get_origin(annotation) is tuple:
+        annotation = get_args(annotation)[0]
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def explain(error: ValidationError, known_keys: Callable[[Sequence[Any]], Sequence[str]]) -> str:
+    """The first thing that is wrong, and what would be right. A mistyped key comes before what it leaves missing.
+
+    Args:
+        known_keys: the keys that the section at a location takes.
+    """
+    errors = error.errors()
+    details = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    *section, key = details["loc"] or ("",)
+    name = ".".join(str(part) for part in details["loc"])
+    if details["type"] == "extra_forbidden":
+        known = known_keys(section)
+        near = difflib.get_close_matches(str(key), known, n=1) or difflib.get_close_matches(str(key), known, 1, 0.3)
+        return f"unknown setting {name}" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    if details["type"] == "missing":
+        return f"{name} is missing; it has no default"
+    message = details["msg"].removeprefix("Value error, ")
+    if not name:
+        return message
+    given = details["input"]
+    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) and repr(given) not in message else ""
+    return f"{name}: {message}{shown}"

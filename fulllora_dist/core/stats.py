@@ -13,14 +13,14 @@ def wilson(right: int, n: int) -> tuple[float, float]:
 
 
 def paired_score(only_a: int, only_b: int, n: int) -> tuple[float, float]:
-    """95 % score interval of the difference B - A of two shares of the same n > 0 pictures, in shares.
+    """95 % score interval of the difference B - A of two shares of the same n > 0 images, in shares.
 
     Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample design",
     Statistics in Medicine 17 (1998) 891-908: the differences that the score test does not reject. Where A and B have
-    the same pictures right, it reaches z^2 / (n + z^2) to either side.
+    the same images right, it reaches z^2 / (n + z^2) to either side.
 
     Args:
-        only_a, only_b: pictures that A alone, B alone has right.
+        only_a, only_b: images that A alone, B alone has right.
     """
     z = float(norm.ppf(0.975))
 

@@ -26,7 +26,7 @@ def parse_size(value: object) -> object:
 
 
 def check_pixel_range(size: float) -> float:
-    """A change of single pixels (Linf) cannot be over 1; lengths over whole pictures (L2) can.
+    """A change of single pixels (Linf) cannot be over 1; lengths over whole images (L2) can.
 
     Raises:
         ValueError: over 1, which means units of 0..255.

@@ -1,4 +1,4 @@
-"""Bytes of a picture to a uint8 [3, S, S] tensor: crop, resize, augmentation.
+"""Bytes of an image to a uint8 [3, S, S] tensor: crop, resize, augmentation.
 
 Two backends. "pil" is the reference and what evaluation always uses, so that its numbers depend on Pillow alone. "fast"
 decodes by libjpeg-turbo and resizes by torch's antialiased uint8 kernels; docs/data.md has the measured difference.
@@ -33,13 +33,13 @@ def _centre(width: int, height: int, size: int, crop_pct: float, crop_mode: str)
     if crop_mode != "squash":
         short = min(width, height)
         to_width, to_height = int(to_width * width / short), int(to_height * height / short)
-        check_pixels(to_width, to_height)  # a picture of 1 x 10,000 pixels is small, and large once it is resized
+        check_pixels(to_width, to_height)  # an image of 1 x 10,000 pixels is small, and large once it is resized
     left, top = round((to_width - size) / 2), round((to_height - size) / 2)
     return (to_width, to_height), (left, top, left + size, top + size)
 
 
 def centre_crop(image: Image.Image, size: int, crop_pct: float, crop_mode: str, interpolation: str) -> Image.Image:
-    """timm's evaluation picture of an RGB one, pixel for pixel."""
+    """timm's evaluation image of an RGB one, pixel for pixel."""
     scaled, centre = _centre(*image.size, size, crop_pct, crop_mode)
     return image.resize(scaled, _resampling(interpolation)).crop(centre)
 
@@ -117,7 +117,7 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """The training picture.
+    """The training image.
 
     Attributes:
         size: side of the result in pixels.
@@ -152,12 +152,12 @@ class TrainTransform:
     def __call__(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         """uint8 [3, size, size]; everything random comes from `rng`."""
         flip = self.augment != "none" and rng.random() < 0.5
-        picture = self._fast(data, rng) if self.backend == "fast" else self._reference(data, rng)
+        image = self._fast(data, rng) if self.backend == "fast" else self._reference(data, rng)
         if flip:
-            picture = picture.flip(2)
+            image = image.flip(2)
         if self.augment == "randaugment":
-            picture = self.randaugment(picture, rng)
-        return picture.contiguous()
+            image = self.randaugment(image, rng)
+        return image.contiguous()
 
     def _random_box(self, width: int, height: int, rng: np.random.Generator) -> Box | None:
         return random_box(width, height, self.crop_scale, rng) if self.augment in ("crop", "randaugment") else None

@@ -16,12 +16,12 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MB in RGB
 
 _DIRECT = ("YCbCr", "RGB", "Gray")  # libjpeg-turbo has no RGB of CMYK and YCCK
-# What libjpeg warns of though the picture is whole: odd bytes between segments and unknown headers. Odd bytes before
-# the end (0xd9) are none of that: the data that was to fill the picture did not fit it.
+# What libjpeg warns of though the image is whole: odd bytes between segments and unknown headers. Odd bytes before
+# the end (0xd9) are none of that: the data that was to fill the image did not fit it.
 _HARMLESS = re.compile(r"extraneous bytes before marker 0x(?!d9)|Invalid SOS parameters|nknown (JFIF|Adobe)")
 
 
-def picture_format(data: bytes) -> str:
+def image_format(data: bytes) -> str:
     """One of FORMATS, by content; a JPEG is what starts like one."""
     if data.startswith(b"\xff\xd8"):
         return "JPEG"
@@ -29,7 +29,7 @@ def picture_format(data: bytes) -> str:
 
 
 def decode(data: bytes) -> Image.Image:
-    """An RGB picture. Alpha is dropped, 16-bit greyscale is scaled to 8 bits (PIL alone would clip it).
+    """An RGB image. Alpha is dropped, 16-bit greyscale is scaled to 8 bits (PIL alone would clip it).
 
     Raises:
         UserError: no complete JPEG, PNG or WebP, or one of more than MAX_PIXELS.
@@ -49,7 +49,7 @@ def decode(data: bytes) -> Image.Image:
 def decode_fast(data: bytes) -> np.ndarray:
     """uint8 [H, W, 3]: JPEG by libjpeg-turbo with its accurate DCT and upsampling, all else by `decode`.
 
-    A damaged JPEG is refused here, where Pillow fills up the picture without a word.
+    A damaged JPEG is refused here, where Pillow fills up the image without a word.
 
     Raises:
         UserError: as for `decode`; a damaged JPEG.

@@ -22,7 +22,7 @@ _OLD_NAME = "index.npz"
 
 
 class Sample(NamedTuple):
-    """Where the bytes of one picture lie. `offset` and `size` in bytes, `shard` a position in `Index.shards`."""
+    """Where the bytes of one image lie. `offset` and `size` in bytes, `shard` a position in `Index.shards`."""
 
     id: int
     shard: int
@@ -194,8 +194,8 @@ class Index:
     def __len__(self) -> int:
         return len(self.columns["label"])
 
-    def pictures_in(self, other: "Index") -> int:
-        """How many of these pictures are in `other` too, byte for byte, as far as size and checksum tell."""
+    def images_in(self, other: "Index") -> int:
+        """How many of these images are in `other` too, byte for byte, as far as size and checksum tell."""
         ours, theirs = (i.columns["size"].astype(np.uint64) << 32 | i.columns["crc32"] for i in (self, other))
         return int(np.isin(ours, theirs).sum())
 
@@ -210,7 +210,7 @@ class Index:
         return self.columns["keys"][start : int(ends[sample_id])].tobytes().decode("utf-8", "surrogateescape")
 
     def sample(self, sample_id: int) -> Sample:
-        """Where the picture of `sample_id` lies."""
+        """Where the image of `sample_id` lies."""
         row = {
             name: int(self.columns[name][sample_id]) for name in ("shard", "label", "offset", "size", "crc32", "ext")
         }
@@ -227,12 +227,12 @@ class Index:
         )
 
 
-def _shard(facts: dict[str, Any]) -> Shard:
-    shard = Shard(**facts)
+def _shard(metadata: dict[str, Any]) -> Shard:
+    shard = Shard(**metadata)
     numbers = (shard.bytes, shard.samples)
     texts = (shard.url, shard.sha256, shard.etag or "")
     if not (all(type(n) is int and 0 <= n < 2**63 for n in numbers) and all(isinstance(t, str) for t in texts)):
-        raise TypeError(f"no shard: {facts}")
+        raise TypeError(f"no shard: {metadata}")
     return shard
 
 

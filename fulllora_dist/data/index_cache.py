@@ -5,7 +5,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index_file import DamagedIndex, is_whole
 from fulllora_dist.storage import store, urls
@@ -40,7 +40,7 @@ def fetched(url: str, anew: bool = False) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if anew or found.etag is None or not path.exists():
                 data = _downloaded(url)
-                with published(path) as file:
+                with atomic_write(path) as file:
                     file.write(data)
     except OSError as error:
         raise UserError(

@@ -20,10 +20,10 @@ from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data import plan
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.position import Progress, Work, check_batch_size, check_rank
+from fulllora_dist.data.position import StreamPosition, Work, check_batch_size, check_rank
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.data.worker_dataset import BadSample, Part, Parts, Transform, read_ahead
+from fulllora_dist.data.worker_dataset import BadSample, Part, Transform, WorkerDataset, read_ahead
 from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.storage.urls import redacted
 
@@ -44,7 +44,7 @@ def _check_workers(workers: int) -> None:
 class TrainStream:
     """Training batches without end, epoch after epoch; equally many on all ranks.
 
-    A picture that cannot be used (damaged bytes, no readable image) is replaced by another one, of its window if one of
+    An image that cannot be used (damaged bytes, no readable image) is replaced by another one, of its window if one of
     them can be used, which is logged. A shard that is missing, may not be read or has changed ends the run.
 
     Args:
@@ -84,7 +84,7 @@ class TrainStream:
         check_batch_size(batch_size, world)
         _check_workers(workers)
         self.index = Index.load(where)
-        self._progress = Progress(self.index, seed, batch_size)
+        self._progress = StreamPosition(self.index, seed, batch_size)
         self._reader = ShardReader(self.index, policy)
         self._reader.check(world, rank)
         self.steps_per_epoch = plan.steps_per_epoch(len(self.index), batch_size)
@@ -96,7 +96,7 @@ class TrainStream:
         self._uncounted: list[BadSample] = []
 
     def resize(self, size: int) -> None:
-        """Iterations that begin from now on give pictures of `size` pixels a side."""
+        """Iterations that begin from now on give images of `size` pixels a side."""
         self._transform = replace(self._transform, size=size)  # type: ignore[type-var]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -106,7 +106,7 @@ class TrainStream:
             UserError: a shard cannot be read; or this rank alone has met more than `max_bad_samples` bad ones.
         """
         works = self._progress.works(self._world, self._rank)
-        parts = Parts(self._reader, self.index, self._transform, self._seed, works, self._max_bad)
+        parts = WorkerDataset(self._reader, self.index, self._transform, self._seed, works, self._max_bad)
         read = read_ahead(parts, self._workers, self._prefetch)
         while together := list(itertools.islice(read, max(1, self._workers))):
             # with more ranks than this one, `count_bad` comes first: after the batch, on all of them at once
@@ -121,7 +121,7 @@ class TrainStream:
     def _meet(self, parts: list[Part]) -> None:
         for sample in (sample for part in parts for sample in part.bad):
             if sample.id not in self._bad and sample not in self._uncounted:
-                _logger.warning("another picture stands in for a bad one: %s", sample.why)
+                _logger.warning("another image stands in for a bad one: %s", sample.why)
                 self._uncounted.append(sample)
 
     def _check_bad(self, more: Iterable[BadSample], kind: type[UserError]) -> None:
@@ -129,18 +129,18 @@ class TrainStream:
         if bad and len(self._bad | bad.keys()) > self._max_bad:
             why = next(reversed(bad.values()))
             count = len(self._bad | bad.keys())
-            raise kind(f"data.max_bad_samples: {count} pictures cannot be used, {self._max_bad} may be; {why}")
+            raise kind(f"data.max_bad_samples: {count} images cannot be used, {self._max_bad} may be; {why}")
 
-    def count_bad(self, union: Callable[[list[BadSample]], list[BadSample]]) -> None:
+    def count_bad(self, all_gather_list: Callable[[list[BadSample]], list[BadSample]]) -> None:
         """Count the bad samples that the ranks have met since the last call. Every rank calls it after each batch.
 
         Args:
-            union: what the ranks have, together; `Ranks.union` is meant.
+            union: what the ranks have, together; `Comm.all_gather_list` is meant.
 
         Raises:
             SharedUserError: on every rank, where they are more than `max_bad_samples`.
         """
-        met = union(self._uncounted)
+        met = all_gather_list(self._uncounted)
         self._check_bad(met, SharedUserError)
         self._bad |= {sample.id for sample in met}
         self._uncounted = []
@@ -150,7 +150,8 @@ class TrainStream:
         self._progress.commit(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The committed position, what it is a position in (see `Progress.state_dict`), and the bad samples so far."""
+        """The committed position, what it is a position in (see `StreamPosition.state_dict`), and the bad samples so
+        far."""
         return {**self._progress.state_dict(), "bad_samples": sorted(self._bad)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -163,9 +164,7 @@ class TrainStream:
         self._progress.load_state_dict(state)
         self._bad = set(state.get("bad_samples", ()))
         if self._progress.done and self._rank == 0:
-            _logger.warning(
-                "the batch size has changed: %d pictures of the epoch fill no batch", self._progress.dropped
-            )
+            _logger.warning("the batch size has changed: %d images of the epoch fill no batch", self._progress.dropped)
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,7 @@ class _EvalWorks:
 
 
 class EvalStream:
-    """Every sample once over all ranks. Nothing stands in for a bad picture: it ends the evaluation.
+    """Every sample once over all ranks. Nothing stands in for a bad image: it ends the evaluation.
 
     An iteration yields equally many batches on each rank: batch i goes to rank i mod world, and padding has mask False,
     id -1 and black pixels. `read` gives any of `batches` to whoever asks, without padding. The samples that share a
@@ -221,14 +220,14 @@ class EvalStream:
         self.index = Index.load(where)
         self.ids = (subset or Subset()).of(self.index, redacted(str(where)))
         self.batches = [self.ids[i : i + batch_size] for i in range(0, len(self.ids), batch_size)]
-        facts = f"{self.index.hash} {batch_size} {transform!r} ".encode() + self.ids.tobytes()
-        self.digest = hashlib.sha256(facts).hexdigest()
+        metadata = f"{self.index.hash} {batch_size} {transform!r} ".encode() + self.ids.tobytes()
+        self.digest = hashlib.sha256(metadata).hexdigest()
         known: dict[str, Any] = asdict(transform) if is_dataclass(transform) and not isinstance(transform, type) else {}
         self.settings = json.loads(json.dumps({**known, "batch_size": batch_size}, default=str))
         self._reader = ShardReader(self.index, policy)
         self._reader.check(world, rank)
         self._own = plan.eval_batches(self.ids, batch_size, world, rank)
-        self._parts = Parts(self._reader, self.index, transform, 0, _EvalWorks(self._own))
+        self._parts = WorkerDataset(self._reader, self.index, transform, 0, _EvalWorks(self._own))
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 
     def __len__(self) -> int:
@@ -243,7 +242,7 @@ class EvalStream:
         assert seen == len(self), f"{seen} of {len(self)} batches came"
 
     def read(self, ids: np.ndarray) -> Batch:
-        """The pictures of `ids` (int64 [B]), with neither padding nor processes. One call at a time.
+        """The images of `ids` (int64 [B]), with neither padding nor processes. One call at a time.
 
         Raises:
             UserError: one of them cannot be read.

@@ -4,7 +4,7 @@ Object stores want neighbours read together, a shuffle wants them apart. The ids
 neighbours, the chunks are permuted, and the permuted ids are cut into equal *lanes*, one for each slot of the global
 batch. A lane is shuffled in windows of WINDOW chunks; global batch b holds sample b of every lane. So
 
-- the pictures of one batch come from as many chunks as it has slots: its class mix is that of a uniform shuffle even
+- the images of one batch come from as many chunks as it has slots: its class mix is that of a uniform shuffle even
   where shards are sorted by class; only the same slot of batches close by is related (with probability 1 / WINDOW);
 - nothing depends on ranks or workers: whoever holds a slot reads its lane, and nobody else does;
 - a reader holds WINDOW chunks for each of its slots, half of them used up on average: the windows of the lanes begin

@@ -94,7 +94,7 @@ def _windows(plan: EpochPlan, lanes: np.ndarray, first: int, step: int, everywhe
     return ids[np.argsort(turns, kind="stable")]
 
 
-class Progress:
+class StreamPosition:
     """Position in the epochs of an index, at any batch sizes one after the other.
 
     Attributes:

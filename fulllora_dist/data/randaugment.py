@@ -9,7 +9,7 @@ import torch
 
 from fulllora_dist.core.errors import UserError
 
-_GREY = 128  # where a picture is turned or moved out of the frame
+_GREY = 128  # where an image is turned or moved out of the frame
 _STRENGTHS = 31  # steps of magnitude, as in the paper
 
 
@@ -18,7 +18,7 @@ class RandAugment:
     """`operations` of the 14 operations of the paper, drawn uniformly, one after the other.
 
     Attributes:
-        operations: how many on each picture.
+        operations: how many on each image.
         magnitude: strength of each, 0..30.
     """
 
@@ -31,13 +31,13 @@ class RandAugment:
         if not 0 <= self.magnitude < _STRENGTHS:
             raise UserError(f"randaugment magnitude {self.magnitude}: 0 to {_STRENGTHS - 1} is right")
 
-    def __call__(self, picture: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """uint8 [3, H, W] to the same; everything random comes from `rng`, torch's own generator is left as it was."""
         generator = torch.default_generator
         before = generator.get_state()
         generator.manual_seed(int(rng.integers(2**63)))
         try:
-            result: torch.Tensor = _torchvisions(self.operations, self.magnitude)(picture)
+            result: torch.Tensor = _torchvisions(self.operations, self.magnitude)(image)
         finally:
             generator.set_state(before)
         return result

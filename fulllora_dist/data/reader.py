@@ -27,7 +27,7 @@ _CHECKS_AT_ONCE = 16
 
 
 class DamagedSample(UserError):
-    """The bytes or the picture of one sample are not what they were; the message names shard, key and offset."""
+    """The bytes or the image of one sample are not what they were; the message names shard, key and offset."""
 
 
 class ToRead(Protocol):
@@ -102,7 +102,7 @@ class ShardReader:
             )
 
     def read(self, sample_id: int) -> bytes:
-        """The picture's bytes, now.
+        """The image's bytes, now.
 
         Raises:
             UserError: the shard cannot be opened or read.

@@ -8,8 +8,8 @@ from fulllora_dist.core.settings import Area, Settings
 
 
 class RandAugmentSettings(Settings):
-    operations: int = Field(2, ge=1)
-    """Operations on each picture, drawn from the 14 of the paper."""
+    num_ops: int = Field(2, ge=1)
+    """Operations on each image, drawn from the 14 of the paper."""
     magnitude: int = Field(9, ge=0, le=30)
     """Strength of each, 0 to 30."""
 
@@ -20,31 +20,31 @@ class DataSettings(Settings):
     validation: str | None = None
     """Shards for the final evaluation, named like data.train; null leaves it out."""
     held_out: str | None = None
-    """Shards of pictures held out of training (make_shards.py --holdout), for the guard; null leaves it out."""
+    """Shards of images held out of training (make_shards.py --holdout), for the guard; null leaves it out."""
     augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
     """none, horizontal flip, random resized crop and flip, or these and RandAugment; keyed by the sample, the same on
     any ranks."""
     crop_scale: tuple[Area, Area] = (0.25, 1.0)
-    """Area of the random crop as a share of the picture."""
+    """Area of the random crop as a share of the image."""
     randaugment: RandAugmentSettings = RandAugmentSettings()
     """How strong RandAugment is."""
     decode: Literal["fast", "pil"] = "fast"
-    """Of training pictures: libjpeg-turbo and torch's antialiased resize, or Pillow. Evaluation always uses Pillow."""
+    """Of training images: libjpeg-turbo and torch's antialiased resize, or Pillow. Evaluation always uses Pillow."""
     crop_pct: float | None = Field(None, gt=0, le=1)
     """Central share that the evaluation crop keeps; null takes the backbone's."""
     interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None
     """Of every resize; null takes the backbone's."""
-    workers: int = Field(2, ge=0)
+    num_workers: int = Field(2, ge=0)
     """Reading and decoding processes a rank; 0 does it in the training process."""
     max_bad_samples: int = Field(10, ge=0)
-    """Damaged training pictures that others of the same window may replace, over the whole run; one more ends it."""
+    """Damaged training images that others of the same window may replace, over the whole run; one more ends it."""
     connections: int = Field(4, ge=1)
     """Ranges of remote shards in flight of each process."""
-    request_seconds: float = Field(60.0, gt=0)
+    request_timeout_s: float = Field(60.0, gt=0)
     """Until an unanswered request is given up and made again."""
-    retry_seconds: float = Field(600.0, gt=0)
+    retry_timeout_s: float = Field(600.0, gt=0)
     """Until a range that the store does not deliver ends the run."""
-    cache: str | None = None
+    cache_dir: str | None = None
     """Local folder that keeps what was read of remote shards, for all processes of the machine; null keeps nothing."""
     cache_gb: float = Field(100.0, gt=0)
     """Its largest size, 10**9 bytes; what was used longest ago goes first."""

@@ -9,7 +9,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import steps_per_epoch
-from fulllora_dist.data.position import Progress, check_batch_size, check_rank
+from fulllora_dist.data.position import StreamPosition, check_batch_size, check_rank
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.storage.ranges import ReadPolicy
 
@@ -46,7 +46,7 @@ class ShardStream(IterableDataset):
         check_rank(world, rank)
         check_batch_size(batch_size, world)
         self.index = Index.load(where)
-        self._progress = Progress(self.index, seed, batch_size)
+        self._progress = StreamPosition(self.index, seed, batch_size)
         self._reader = ShardReader(self.index, policy)
         self._reader.check(world, rank)
         self._world, self._rank = world, rank
@@ -75,9 +75,9 @@ class ShardStream(IterableDataset):
         self._progress.commit(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Progress.state_dict`."""
+        """See `StreamPosition.state_dict`."""
         return self._progress.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `Progress.load_state_dict`."""
+        """See `StreamPosition.load_state_dict`."""
         self._progress.load_state_dict(state)

@@ -20,8 +20,8 @@ class Subset:
     Attributes:
         n: so many, drawn evenly over the classes; always the same ones.
         first: the first so many in the order of the index.
-        ids: path or URL of a text file with one sample a line: its id (a whole number), or the name of its picture with
-            or without folders and extension, as in RobustBench's list of 5,000 ImageNet pictures. What follows a blank
+        ids: path or URL of a text file with one sample a line: its id (a whole number), or the name of its image with
+            or without folders and extension, as in RobustBench's list of 5,000 ImageNet images. What follows a blank
             in a line (a label), empty lines and lines that begin with # are passed over.
     """
 
@@ -31,7 +31,7 @@ class Subset:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.n, self.first, self.ids)) > 1:
-            raise UserError("evaluation.n, evaluation.first and evaluation.ids: one of them is right")
+            raise UserError("evaluation.num_samples, evaluation.first and evaluation.ids: one of them is right")
 
     def of(self, index: Index, where: str) -> np.ndarray:
         """int64 [n], ascending.
@@ -60,7 +60,7 @@ def _listed(file: str, index: Index, where: str) -> np.ndarray:
     numbers = all(line.isascii() and line.isdigit() for line in lines)
     if numbers and index.key(0).isdigit():  # as img2dataset's
         raise UserError(
-            f"evaluation.ids: {urls.redacted(file)}: the pictures of {where} are named by numbers, so these may be ids "
+            f"evaluation.ids: {urls.redacted(file)}: the images of {where} are named by numbers, so these may be ids "
             f"or names; give names with their extension, e.g. {index.key(0)}.jpg"
         )
     ids = [int(line) for line in lines] if numbers else _by_name(lines, index, file, where)
@@ -85,13 +85,13 @@ def _lines(file: str) -> list[str]:
 
 
 def _bare(name: str) -> str:
-    """Without folders and the extension of a picture."""
+    """Without folders and the extension of an image."""
     path = PurePosixPath(name)
     return path.stem if path.suffix.lstrip(".").lower() in IMAGE_EXTENSIONS else path.name
 
 
 def _by_name(names: Sequence[str], index: Index, file: str, where: str) -> list[int]:
-    """By the key as it is written, or by the picture's bare name where that is unique."""
+    """By the key as it is written, or by the image's bare name where that is unique."""
     keys = {index.key(i): i for i in range(len(index))}
     bare: dict[str, int | None] = {}
     for key, i in keys.items():

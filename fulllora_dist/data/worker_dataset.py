@@ -1,4 +1,4 @@
-"""The pictures of a batch, made by worker processes: each reads and decodes some of its slots."""
+"""The images of a batch, made by worker processes: each reads and decodes some of its slots."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ from fulllora_dist.data.workers import fork_server, settle_in, signals_held
 
 
 class Transform(Protocol):
-    """Bytes of a picture to uint8 [3, size, size]; everything random comes from `rng`. Must be picklable,
+    """Bytes of an image to uint8 [3, size, size]; everything random comes from `rng`. Must be picklable,
     and for `TrainStream.resize` a dataclass."""
 
     @property
@@ -44,7 +44,7 @@ class Part(NamedTuple):
     bad: tuple[BadSample, ...]
 
 
-class Parts(IterableDataset):
+class WorkerDataset(IterableDataset):
     """The parts of this process. An error that the user can mend comes back as a value: raised in a worker, torch would
     wrap it into a page of traceback.
 
@@ -75,7 +75,7 @@ class Parts(IterableDataset):
             yield error
 
     def read(self, work: Work, threads: Executor) -> Part:
-        """The part of one work without spares: the bytes one after another, the pictures decoded by `threads`.
+        """The part of one work without spares: the bytes one after another, the images decoded by `threads`.
 
         Raises:
             UserError: a sample cannot be used.
@@ -83,10 +83,10 @@ class Parts(IterableDataset):
         ids = work.ids.tolist()
         for _, read in self._reader.ahead(iter([work])):
             contents = {sample_id: read(sample_id) for sample_id in ids}
-        pictures = threads.map(lambda sample_id: self._picture(work.epoch, sample_id, contents.__getitem__), ids)
+        images = threads.map(lambda sample_id: self._image(work.epoch, sample_id, contents.__getitem__), ids)
         fields = [torch.from_numpy(array) for array in (self._index.labels[work.ids], work.ids.copy())]
         mask = torch.ones(len(ids), dtype=torch.bool)
-        return Part(Batch(torch.stack(list(pictures)), fields[0], fields[1], mask, work.slot), ())
+        return Part(Batch(torch.stack(list(images)), fields[0], fields[1], mask, work.slot), ())
 
     def _part(self, work: Work, read: Read) -> Part:
         images = torch.zeros(len(work.ids), 3, self._transform.size, self._transform.size, dtype=torch.uint8)
@@ -104,7 +104,7 @@ class Parts(IterableDataset):
         stands in on any number of ranks and workers, and after a restart."""
         sample_id = int(work.ids[place])
         try:
-            return sample_id, self._picture(work.epoch, sample_id, read)
+            return sample_id, self._image(work.epoch, sample_id, read)
         except DamagedSample as error:
             if work.spares is None:
                 raise
@@ -114,13 +114,13 @@ class Parts(IterableDataset):
         # whole data where nothing is readable
         for spare in itertools.islice(work.spares.of(work.slot, place), self._max_bad + 1):
             try:
-                return spare, self._picture(work.epoch, spare, self._reader.read)
+                return spare, self._image(work.epoch, spare, self._reader.read)
             except DamagedSample as error:
                 bad.append(BadSample(spare, str(error)))
                 last = error
         raise last
 
-    def _picture(self, epoch: int, sample_id: int, read: Read) -> torch.Tensor:
+    def _image(self, epoch: int, sample_id: int, read: Read) -> torch.Tensor:
         data = read(sample_id)
         try:
             return self._transform(data, numpy_rng(self._seed, "augment", epoch, sample_id))
@@ -137,7 +137,7 @@ def _start_worker(environment: dict[str, str], _: int) -> None:
     settle_in()
 
 
-def read_ahead(parts: Parts, workers: int, prefetch: int) -> Iterator[Part]:
+def read_ahead(parts: WorkerDataset, workers: int, prefetch: int) -> Iterator[Part]:
     """The parts of all workers, by turns."""
     loader = DataLoader(
         parts,

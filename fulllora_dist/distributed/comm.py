@@ -39,7 +39,7 @@ class Counters:
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Comm:
     """Where this process stands.
 
     Attributes:
@@ -83,7 +83,7 @@ class Ranks:
         dist.gather(value, parts, group=self.control)
         return parts
 
-    def union(self, items: list[Any]) -> list[Any]:
+    def all_gather_list(self, items: list[Any]) -> list[Any]:
         """The items of all ranks in rank order, on every rank. Cheap where there are none."""
         if self.world == 1 or not self.max(len(items)):
             return list(items)
@@ -91,7 +91,7 @@ class Ranks:
         dist.all_gather_object(parts, items, group=self.control)
         return [item for part in parts for item in part]
 
-    def share(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Rank 0's value on every rank."""
         if self.world == 1:
             return value
@@ -99,18 +99,18 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
-    def share_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    def broadcast_tensors(self, tensors: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
         """Rank 0's host tensors on every rank."""
         if self.world == 1:
             return tensors or {}
-        shapes = self.share({name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
+        shapes = self.broadcast({name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
         found = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         for name in shapes:
             found[name] = found[name].contiguous()
             dist.broadcast(found[name], src=0, group=self.control)
         return found
 
-    def on_main(self, call: Callable[[], T], failing: str = "") -> T | None:
+    def run_on_rank0(self, call: Callable[[], T], failing: str = "") -> T | None:
         """`call()` on rank 0, while the others wait; they get None.
 
         Raises:
@@ -124,7 +124,7 @@ class Ranks:
                 error = str(reason)
             except OSError as reason:
                 error = f"{failing} ({reason.strerror or reason})"
-        error = self.share(error)
+        error = self.broadcast(error)
         if error is not None:
             raise SharedUserError(error)
         return result
@@ -143,7 +143,7 @@ class Ranks:
         host = os.environ["MASTER_ADDR"]  # of rank 0
         options: dict[str, Any] = {"timeout": self.patience, "wait_for_workers": False}
         served = dist.TCPStore(host, 0, is_master=True, **options) if self.is_main else None
-        port = self.share(served and served.port)
+        port = self.broadcast(served and served.port)
         return Counters(served or dist.TCPStore(host, port, is_master=False, **options))
 
     def barrier(self) -> None:
@@ -166,7 +166,7 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start_ranks(timeout_minutes: float = 30) -> Ranks:
+def start_comm(timeout_minutes: float = 30) -> Comm:
     """Join the ranks that the launcher started, or be the only one under plain `python`.
 
     NCCL where there are GPUs (one a local rank), else gloo. Call once a process.
@@ -203,10 +203,10 @@ def start_ranks(timeout_minutes: float = 30) -> Ranks:
     _processes[:] = [(socket.gethostname(), os.getpid())] * world
     if world > 1:
         dist.all_gather_object(_processes, _processes[rank], group=control)
-    return Ranks(rank, world, device, control, patience)
+    return Comm(rank, world, device, control, patience)
 
 
-def stop_ranks() -> None:
+def stop_comm() -> None:
     """Leave, so that no rank waits for this one."""
     if dist.is_initialized():
         dist.destroy_process_group()

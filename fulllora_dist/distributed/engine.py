@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -30,7 +30,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def learning_rate(update: int, total: int, settings: OptimSettings) -> float:
     """Linear warm-up to `lr`, then half a cosine down to `min_lr`, at optimizer update 0 .. total - 1."""
-    warmup = int(settings.warmup * total)
+    warmup = int(settings.warmup_ratio * total)
     if update < warmup:
         return settings.lr * (update + 1) / warmup
     progress = (update - warmup) / max(1, total - warmup)
@@ -38,7 +38,7 @@ def learning_rate(update: int, total: int, settings: OptimSettings) -> float:
 
 
 def check_batch(settings: OptimSettings, accumulation: int, world: int) -> int:
-    """Pictures a micro-batch and rank.
+    """Images a micro-batch and rank.
 
     Raises:
         UserError: the batch does not divide.
@@ -47,7 +47,7 @@ def check_batch(settings: OptimSettings, accumulation: int, world: int) -> int:
     if settings.batch_size % parts:
         raise UserError(
             f"optim.batch_size: {settings.batch_size} does not divide by {world} ranks x "
-            f"distributed.grad_accumulation {accumulation}; take a multiple of {parts}"
+            f"distributed.gradient_accumulation_steps {accumulation}; take a multiple of {parts}"
         )
     return settings.batch_size // parts
 
@@ -71,9 +71,9 @@ def deepspeed_settings(
         **extra,
         "zero_optimization": zero,
         "train_batch_size": optim.batch_size,
-        "train_micro_batch_size_per_gpu": check_batch(optim, settings.grad_accumulation, world),
-        "gradient_accumulation_steps": settings.grad_accumulation,
-        "gradient_clipping": optim.clip,
+        "train_micro_batch_size_per_gpu": check_batch(optim, settings.gradient_accumulation_steps, world),
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_clipping": optim.grad_clip,
     }
 
 
@@ -113,7 +113,7 @@ class Engine:
         optim: OptimSettings,
         settings: DistributedSettings,
         extra: dict[str, Any],
-        ranks: Ranks,
+        ranks: Comm,
         total_updates: int,
         state: TrainableState | None = None,
     ):
@@ -130,7 +130,7 @@ class Engine:
         self.total_updates = total_updates
         self._optim = optim
         self._stage = settings.zero_stage
-        self._accumulation = settings.grad_accumulation
+        self._accumulation = settings.gradient_accumulation_steps
         self._checkpointing = settings.activation_checkpointing
         timm.layers.set_reentrant_ckpt(False)  # TIMM_REENTRANT_CKPT would silently drop gradients of frozen inputs
         self._named = model.trainable()
@@ -252,7 +252,7 @@ class Engine:
 
     @property
     def keeps_average(self) -> bool:
-        """Whether `adapter` is an average of the parameters (optim.ema)."""
+        """Whether `adapter` is an average of the parameters (optim.ema_decay)."""
         return bool(self._ema)
 
     @contextmanager
@@ -331,7 +331,7 @@ class Engine:
 
     def _begin_average(self, state: TrainableState | None) -> None:
         """The average where one is kept: the state's, else the parameters as they are."""
-        if self._optim.ema:
+        if self._optim.ema_decay:
             source = state.tensors["ema"] if state is not None and "ema" in state.tensors else self._full_masters()
             self._ema = {n: t.to(self.ranks.device, torch.float32, copy=True) for n, t in source.items()}
 
@@ -379,7 +379,7 @@ class Engine:
 
     def _average(self) -> None:
         """ema <- decay ema + (1 - decay) master; the decay rises from 0 so that the start is forgotten."""
-        decay = min(self._optim.ema, self.updates / (self.updates + 10))
+        decay = min(self._optim.ema_decay, self.updates / (self.updates + 10))
         for name, master in self._full_masters().items():
             self._ema[name].lerp_(master.float(), 1 - decay)
 
@@ -393,7 +393,7 @@ def _start_deepspeed(
     settings: DistributedSettings,
     optim: OptimSettings,
     extra: dict[str, Any],
-    ranks: Ranks,
+    ranks: Comm,
 ) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
     import deepspeed

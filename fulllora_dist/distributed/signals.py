@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 ECHO_SECONDS = 1.0  # within it, the same signal again is the launcher's copy of one that a scheduler sent to all
 
 
-class StopRequest:
+class GracefulStop:
     """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 end the run: at once, by SystemExit, or after the step while
     `deferred`.
 
@@ -28,7 +28,7 @@ class StopRequest:
         self._deferred = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "GracefulStop":
         arrivals, self._arrival = os.pipe()
         os.set_blocking(self._arrival, False)
         threading.Thread(target=_leave_on_the_second, args=(arrivals,), daemon=True).start()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.fgsm import single_step
-from fulllora_dist.attacks.pgd import LossName, attacked, pgd
+from fulllora_dist.attacks.pgd import LossName, attack_mode, pgd
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.core.rng import base_key
@@ -33,7 +33,7 @@ class EvalAttack:
     """An attack by its name.
 
     Attributes:
-        name: `clean`; `fgsm` (Goodfellow et al.: one step of eps from the picture); `pgdK` (cross-entropy), `cwK` (the
+        name: `clean`; `fgsm` (Goodfellow et al.: one step of eps from the image); `pgdK` (cross-entropy), `cwK` (the
             margin loss of Carlini and Wagner) or `dlrK` (the difference of logits ratio) under PGD, K steps, with `xR`
             behind it the best of R random starts; `autoattack`, the standard version (Croce and Hein, arXiv
             2003.01690); or parts of AutoAttack joined by +, with the standard version's parameters.
@@ -67,7 +67,7 @@ class EvalAttack:
 
     @property
     def passes(self) -> int:
-        """Forward and backward passes a picture, at most, the prediction included; the measure of progress."""
+        """Forward and backward passes an image, at most, the prediction included; the measure of progress."""
         if self.kind == "autoattack":
             return 1 + sum(_PARTS[part] for part in self.parts)
         if self.kind == "clean":
@@ -92,12 +92,12 @@ class EvalAttack:
         return self._examples(model, x, y, threat, seed, ids)[0]
 
     def right(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
-        """bool [B]: whether the prediction is right for the picture and for its adversarial example: the picture is in
+        """bool [B]: whether the prediction is right for the image and for its adversarial example: the image is in
         the ball, too. For AutoAttack that is its own verdict: it may end at the very boundary, where another batch
         would round to the other side."""
         examples, right = self._examples(model, x, y, threat, seed, ids)
         if right is None:
-            with torch.no_grad(), attacked(model):
+            with torch.no_grad(), attack_mode(model):
                 right = is_right(model(examples), y)
                 if examples is not x:
                     right &= is_right(model(x), y)
@@ -153,9 +153,9 @@ def autoattack_seed(name: str, threat: Threat, seed: int, ids: Tensor) -> int:
 def _autoattack(
     attack: EvalAttack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, ids: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The official code on one batch: (examples, whether each picture survives)."""
+    """The official code on one batch: (examples, whether each image survives)."""
     number = autoattack_seed(attack.name, threat, seed, ids)
-    with own_generator(x.device), attacked(model), _silent():
+    with own_generator(x.device), attack_mode(model), _silent():
         adversary = official_autoattack(model, threat, attack.parts, number, x.device, _outputs(model, x))
         examples, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
     return examples, predicted == y

@@ -1,9 +1,9 @@
-"""Symptoms of a robust accuracy that is none, on a few pictures: gradients that an attack cannot use, attacks that
+"""Symptoms of a robust accuracy that is none, on a few images: gradients that an attack cannot use, attacks that
 win in the wrong order, logits that change by themselves (Athalye et al., arXiv 1802.00420; Carlini et al., arXiv
 1902.06705; Croce and Hein, arXiv 2003.01690).
 
 A check measures some numbers (`CHECKS`), which are kept in evaluation.json; `warnings` puts those that are a symptom
-into words. Each looks at pictures that the model has right without an attack.
+into words. Each looks at images that the model has right without an attack.
 """
 
 import math
@@ -16,7 +16,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import attacked, cross_entropy, input_gradient
+from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.rng import base_key
 from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed, is_right, official_autoattack, own_generator
@@ -29,7 +29,7 @@ RESTARTS = 5
 SQUARE_QUERIES = 300
 ZERO_GRADIENT_SHARE = 0.05
 CHANGE_OF_LOGITS = 1e-3  # of their spread: a GPU's own reordering of sums is far below
-LATE_WINS = 0.05  # of the pictures, and never fewer than 3
+LATE_WINS = 0.05  # of the images, and never fewer than 3
 HUGE_SHARE = 0.05
 SURE = 0.01  # of a one-sided sign test
 
@@ -40,7 +40,7 @@ class Examined:
 
     Attributes:
         model: fp32 pixels [B, 3, H, W] in [0, 1] -> logits.
-        x, y, ids: pictures, labels int64 [B] and ids int64 [B].
+        x, y, ids: images, labels int64 [B] and ids int64 [B].
         threat: the ball of the evaluation.
         seed: of all that is random.
     """
@@ -68,7 +68,7 @@ class Examined:
         return self.standing(MANY_STEPS)
 
     def logits(self, x: Tensor) -> Tensor:
-        with torch.no_grad(), attacked(self.model):
+        with torch.no_grad(), attack_mode(self.model):
             return self.model(x)
 
 
@@ -89,7 +89,7 @@ def _probabilities(of: Examined) -> Numbers:
 
 
 def _zero_gradients(of: Examined) -> Numbers:
-    with attacked(of.model):
+    with attack_mode(of.model):
         gradient = input_gradient(of.model, of.x, of.y, cross_entropy)
     rows = gradient.flatten(1)
     zero = (rows == 0).all(dim=1) | ~rows.isfinite().all(dim=1)
@@ -98,7 +98,7 @@ def _zero_gradients(of: Examined) -> Numbers:
 
 
 def _against_many_steps(of: Examined, other: Tensor) -> Numbers:
-    """How many pictures only the other attack fools, and how many only PGD with many steps does."""
+    """How many images only the other attack fools, and how many only PGD with many steps does."""
     return {"other_alone": int((of.many & ~other).sum()), "many_alone": int((~of.many & other).sum())}
 
 
@@ -112,7 +112,7 @@ def _square(of: Examined) -> Numbers:
         return {"other_alone": 0, "many_alone": 0}
     seed = autoattack_seed("check/square", of.threat, of.seed, of.ids)
     classes = of.logits(of.x[:1]).shape[1]
-    with own_generator(of.x.device), attacked(of.model):
+    with own_generator(of.x.device), attack_mode(of.model):
         adversary = official_autoattack(of.model, of.threat, ("square",), seed, of.x.device, classes).square
         adversary.n_queries = SQUARE_QUERIES
         examples = adversary.perturb(of.x[right], of.y[right])
@@ -122,14 +122,14 @@ def _square(of: Examined) -> Numbers:
 
 
 def _huge_eps(of: Examined) -> Numbers:
-    # any picture can become grey
+    # any image can become grey
     radius = 0.5 if of.threat.norm == "linf" else 0.5 * math.sqrt(of.x[0].numel())
     huge = of.threat.scaled(radius / of.threat.eps)
     return {"eps": radius, "n": int(of.right.sum()), "standing": int(of.standing(MANY_STEPS, huge).sum())}
 
 
 def _restarts(of: Examined) -> Numbers:
-    """Pictures that each restart is the first to fool."""
+    """Images that each restart is the first to fool."""
     standing, wins = of.right, {}
     n = int(standing.sum())
     for restart in range(RESTARTS):
@@ -165,7 +165,7 @@ def joined(parts: Sequence[Mapping[str, Numbers]]) -> dict[str, Numbers]:
 
 
 def _surely_more(numbers: Numbers) -> bool:
-    """Whether the other attack is the stronger one, by a one-sided sign test over the pictures."""
+    """Whether the other attack is the stronger one, by a one-sided sign test over the images."""
     alone, both = int(numbers["other_alone"]), int(numbers["other_alone"] + numbers["many_alone"])
     return both > 0 and binomtest(alone, both, 0.5, alternative="greater").pvalue < SURE
 
@@ -174,7 +174,7 @@ def _say_pixels(n: Numbers) -> str | None:
     if n["lowest"] >= 0 and n["highest"] <= 1:
         return None
     return (
-        f"pictures reach from {n['lowest']:.3g} to {n['highest']:.3g}, outside of [0, 1]: normalise inside the model, "
+        f"images reach from {n['lowest']:.3g} to {n['highest']:.3g}, outside of [0, 1]: normalise inside the model, "
         "or eps means something else than it says"
     )
 
@@ -183,7 +183,7 @@ def _say_determinism(n: Numbers) -> str | None:
     if n["change"] <= CHANGE_OF_LOGITS:
         return None
     return (
-        f"the same pictures give different logits (by {n['change']:.1%} of their spread): against a random model these "
+        f"the same images give different logits (by {n['change']:.1%} of their spread): against a random model these "
         "attacks see one draw; average gradients over draws (EOT), or switch the randomness off"
     )
 
@@ -201,7 +201,7 @@ def _say_zero_gradients(n: Numbers) -> str | None:
     if n["zero"] <= ZERO_GRADIENT_SHARE * n["n"]:
         return None
     return (
-        f"the gradient is zero or no number at {n['zero']:.0f} of {n['n']:.0f} pictures: cross-entropy attacks do not "
+        f"the gradient is zero or no number at {n['zero']:.0f} of {n['n']:.0f} images: cross-entropy attacks do not "
         "move there, and what they leave right is not robust; look at cw20, dlr20 and square"
     )
 
@@ -210,7 +210,7 @@ def _say_order(weaker: str, stronger: str, n: Numbers) -> str | None:
     if not _surely_more(n):
         return None
     return (
-        f"{weaker} fools {n['other_alone']:.0f} pictures that {stronger} does not, and {n['many_alone']:.0f} are the "
+        f"{weaker} fools {n['other_alone']:.0f} images that {stronger} does not, and {n['many_alone']:.0f} are the "
         f"other way round: gradients are masked, and what {stronger} leaves right is not robust; trust autoattack"
     )
 
@@ -227,7 +227,7 @@ def order_warnings(columns: Mapping[EvalAttack, np.ndarray], where: str) -> list
     """Of the reported figures themselves: attacks that are to be the weaker ones, and are surely stronger.
 
     Args:
-        columns: bool [n], what each attack leaves right; the same pictures in the same order.
+        columns: bool [n], what each attack leaves right; the same images in the same order.
         where: what a line begins with.
     """
     lines = []
@@ -247,7 +247,7 @@ def _say_huge_eps(n: Numbers) -> str | None:
     if n["standing"] <= HUGE_SHARE * n["n"]:
         return None
     return (
-        f"{n['standing']:.0f} of {n['n']:.0f} pictures stay right at eps = {n['eps']:.3g}, where any picture may "
+        f"{n['standing']:.0f} of {n['n']:.0f} images stay right at eps = {n['eps']:.3g}, where any image may "
         "become grey: the attack does not work on this model"
     )
 
@@ -258,7 +258,7 @@ def _say_restarts(n: Numbers) -> str | None:
         return None
     wins = ", ".join(f"{n[f'restart_{k + 1}']:.0f}" for k in range(RESTARTS))
     return (
-        f"restarts of pgd10 keep winning ({wins} pictures of {n['n']:.0f}): more would win more; "
+        f"restarts of pgd10 keep winning ({wins} images of {n['n']:.0f}): more would win more; "
         "the loss is rough or the steps are too few, so raise both (pgd100x10) or trust autoattack"
     )
 

@@ -1,4 +1,4 @@
-"""Two evaluations of the same pictures: the difference in accuracy with its uncertainty."""
+"""Two evaluations of the same images: the difference in accuracy with its uncertainty."""
 
 import json
 import math
@@ -52,7 +52,7 @@ def parse_evaluation(content: bytes, name: str) -> dict[str, Any]:
 
 
 def check_accuracies(found: Mapping[str, Any], name: str) -> None:
-    """Refuse figures that are not those of the pictures beside them, NaN among them, and pictures that count twice.
+    """Refuse figures that are not those of the images beside them, NaN among them, and images that count twice.
 
     Args:
         found: in the form of evaluation.json.
@@ -73,7 +73,7 @@ def check_accuracies(found: Mapping[str, Any], name: str) -> None:
         if not fits:
             raise UserError(
                 f"{name}: {attack} at eps {eps:.4g} has accuracy {accuracy} ({low} to {high}), but {right} of {n} "
-                "pictures right; evaluate again"
+                "images right; evaluate again"
             )
 
 
@@ -99,7 +99,7 @@ def check_replaced(
     Args:
         path: where it is to be written.
         attacks: (eps, name) of the new one; `clean` at eps 0.
-        norm, n, sha256: its norm, number of pictures, and adapter.
+        norm, n, sha256: its norm, number of images, and adapter.
 
     Raises:
         UserError: naming --output.
@@ -108,7 +108,7 @@ def check_replaced(
     if found is None:
         return
     lost = _named(found["norm"], [(eps, name) for eps, name, _ in _scores(found) if (eps, name) not in attacks])
-    lost += [] if len(found["ids"]) <= n else [f"{len(found['ids'])} pictures"]
+    lost += [] if len(found["ids"]) <= n else [f"{len(found['ids'])} images"]
     lost += [] if found["norm"] == norm else [found["norm"]]
     lost += [] if found.get("adapter_sha256") == sha256 else ["another adapter"]
     if lost:
@@ -118,7 +118,7 @@ def check_replaced(
 def _check_ids(found: Mapping[str, Any], name: str) -> None:
     twice = len(found["ids"]) - len(set(found["ids"]))
     if twice:
-        raise UserError(f"{name}: {twice} of {len(found['ids'])} ids stand there already; evaluate each picture once")
+        raise UserError(f"{name}: {twice} of {len(found['ids'])} ids stand there already; evaluate each image once")
 
 
 def _scores(found: Mapping[str, Any]) -> list[tuple[float, str, Mapping[str, Any]]]:
@@ -152,11 +152,11 @@ def compare(
 
     Returns:
         {"n", "norm", "rows": [{"attack", "eps", "a", "b": accuracies, "difference", "low", "high" (shares of 1),
-        "only_a", "only_b": pictures that only one has right, "p"}], "warnings": [of both, and what of theirs is not
+        "only_a", "only_b": images that only one has right, "p"}], "warnings": [of both, and what of theirs is not
         compared, or not made alike]}.
 
     Raises:
-        UserError: other pictures, norm, precision or data; nothing in common; a picture twice.
+        UserError: other images, norm, precision or data; nothing in common; an image twice.
     """
     for label, found in (("A", a), ("B", b)):
         _check_ids(found, label)
@@ -166,11 +166,11 @@ def compare(
     ids, in_a, in_b = np.intersect1d(a["ids"], b["ids"], assume_unique=True, return_indices=True)
     if not (len(ids) == len(a["ids"]) == len(b["ids"])) and not shared:
         raise UserError(
-            f"A has {len(a['ids'])} pictures, B {len(b['ids'])}, and {len(ids)} of them are the same; evaluate both on "
+            f"A has {len(a['ids'])} images, B {len(b['ids'])}, and {len(ids)} of them are the same; evaluate both on "
             "the same ones, or compare those with --shared"
         )
     if not len(ids):
-        raise UserError("A and B have no picture in common; evaluate both on the same ones")
+        raise UserError("A and B have no image in common; evaluate both on the same ones")
     theirs = {(eps, name): score for eps, name, score in _scores(b)}
     both = [(eps, name, score) for eps, name, score in _scores(a) if (eps, name) in theirs]
     chosen = [row for row in both if attacks is None or row[1] in attacks]
@@ -203,12 +203,12 @@ def _named(norm: str, attacks: Sequence[tuple[float, str]]) -> list[str]:
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random.Generator) -> dict[str, float]:
-    """B minus A, where each is right (bool, by picture), as a row of `compare` has it.
+    """B minus A, where each is right (bool, by image), as a row of `compare` has it.
 
-    The interval is the percentile one of a paired bootstrap: pictures are drawn with replacement, each with both its
-    results (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). As only the numbers of pictures
+    The interval is the percentile one of a paired bootstrap: images are drawn with replacement, each with both its
+    results (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). As only the numbers of images
     that A alone and B alone have right matter, they are drawn from their multinomial distribution, which is the same.
-    Where few pictures differ it is too narrow, and empty where none does, however few there are; so it is widened to
+    Where few images differ it is too narrow, and empty where none does, however few there are; so it is widened to
     the score interval (`paired_score`) at the end where that reaches further.
 
     Args:

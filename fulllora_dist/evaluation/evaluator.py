@@ -14,32 +14,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from fulllora_dist.attacks.pgd import attacked
+from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.attacks.threat import Threat, number_in
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import stratified_order
-from fulllora_dist.distributed.comm import Counters, Ranks
+from fulllora_dist.distributed.comm import Comm, Counters
 from fulllora_dist.evaluation import checks
 from fulllora_dist.evaluation.attacks import EvalAttack, parse_attacks
-from fulllora_dist.evaluation.resume_log import Partial
+from fulllora_dist.evaluation.resume_log import ResumeLog
 from fulllora_dist.evaluation.score import score
-from fulllora_dist.evaluation.work_items import Piece, Progress
+from fulllora_dist.evaluation.work_items import WorkItem, WorkQueue
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.models.precision import in_full_fp32
 
-_KEPT = 4096  # decoded pictures of each rank: attacks come to the same batches one after the other
-_CHECK_BATCH = 16  # passes of Square a picture make a small batch worth while
+_KEPT = 4096  # decoded images of each rank: attacks come to the same batches one after the other
+_CHECK_BATCH = 16  # passes of Square an image make a small batch worth while
 
 
-class EvalPictures(Protocol):
+class EvalImages(Protocol):
     """What is evaluated: `data.loader.EvalStream`, or anything alike.
 
     Attributes:
         batches: int64 arrays, the ids of each batch; every sample in one of them.
         index: class names and the labels by id.
-        digest: differs where the pictures of these ids or the batches do.
+        digest: differs where the images of these ids or the batches do.
         settings: how they are made of the data, for the report; JSON-able.
     """
 
@@ -49,13 +49,13 @@ class EvalPictures(Protocol):
     settings: Mapping[str, Any]
 
     def read(self, ids: np.ndarray) -> Batch:
-        """The pictures of these ids."""
+        """The images of these ids."""
 
 
 class Evaluator:
     """Accuracy under each attack, in the form of evaluation.json (docs/evaluation.md).
 
-    Ranks take piece after piece, each an attack on a batch: clean pictures and the checks first, as they show what
+    Ranks take piece after piece, each an attack on a batch: clean images and the checks first, as they show what
     is wrong before hours of attacks, then the costliest attacks first. None waits for another, and what a piece
     gives depends on its own name alone. Each rank has a full replica of the model, in which a forward pass is no
     collective.
@@ -66,7 +66,7 @@ class Evaluator:
         ranks: those that share the work.
         more: further balls, for robust accuracy against eps.
         seed: of the random starts.
-        check: on how many pictures, drawn evenly over the classes, symptoms are looked for; 0 looks for none.
+        check: on how many images, drawn evenly over the classes, symptoms are looked for; 0 looks for none.
         backbone, adapter, adapter_sha256: names for the report.
         precision: what the model computes in, for the report.
         progress: whether rank 0 shows a bar.
@@ -79,7 +79,7 @@ class Evaluator:
         self,
         attacks: Sequence[str],
         threat: Threat,
-        ranks: Ranks,
+        ranks: Comm,
         *,
         more: Sequence[Threat] = (),
         seed: int = 0,
@@ -96,13 +96,13 @@ class Evaluator:
         self._seed = seed
         self._check = check
         self._shows = progress and ranks.is_main
-        self._facts = {"precision": precision, "backbone": backbone, "adapter": adapter}
-        self._facts["adapter_sha256"] = adapter_sha256
+        self._metadata = {"precision": precision, "backbone": backbone, "adapter": adapter}
+        self._metadata["adapter_sha256"] = adapter_sha256
 
     def run(
         self,
         predict: nn.Module,
-        pictures: EvalPictures,
+        images: EvalImages,
         partial: str | Path | None = None,
         write: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
@@ -126,13 +126,13 @@ class Evaluator:
                 `write` raises a UserError or an OSError.
         """
         whole = None if write is None else lambda found: write(found[""])
-        return self.run_variants(predict, {"": nullcontext}, pictures, partial, whole)[""]
+        return self.run_variants(predict, {"": nullcontext}, images, partial, whole)[""]
 
     def run_variants(
         self,
         predict: nn.Module,
         variants: Mapping[str, Callable[[], AbstractContextManager[None]]],
-        pictures: EvalPictures,
+        images: EvalImages,
         partial: str | Path | None = None,
         write: Callable[[dict[str, dict[str, Any]]], None] | None = None,
     ) -> dict[str, dict[str, Any]]:
@@ -145,55 +145,55 @@ class Evaluator:
         Returns:
             {name: what `run` returns}.
         """
-        ids = np.sort(np.concatenate(pictures.batches))
+        ids = np.sort(np.concatenate(images.batches))
         if len(np.unique(ids)) < len(ids):
             raise UserError("evaluation: a sample is in two batches")
-        self._check_outputs(predict, pictures)
-        done = Partial(partial, self._fingerprint(predict, pictures, partial), self._ranks.rank)
-        known = dict(self._ranks.union(list(done.found().items())))
-        pieces = self._pieces(variants, pictures, ids)
-        left = [piece for piece in pieces if piece.name not in known]
+        self._check_outputs(predict, images)
+        done = ResumeLog(partial, self._fingerprint(predict, images, partial), self._ranks.rank)
+        known = dict(self._ranks.all_gather_list(list(done.found().items())))
+        items = self._work_items(variants, images, ids)
+        left = [item for item in items if item.name not in known]
         own: dict[str, Any] = {}
         sizes = [number_in(threat.norm, threat.eps) for threat in self._threats]
-        progress = Progress(pieces, left, known, self._ranks.counters(), sizes, self._shows)
+        progress = WorkQueue(items, left, known, self._ranks.counters(), sizes, self._shows)
         if known and self._shows:
-            print(f"evaluation: {len(pieces) - len(left)} of {len(pieces)} pieces are done; going on", file=sys.stderr)
-        with progress, attacked(predict), in_full_fp32(), progress.seen(predict):
-            for piece, batch in self._turns(left, pictures, progress.counters):
-                with variants[piece.variant]():
-                    own[piece.name] = result = self._do(predict, piece, batch.to(self._ranks.device))
-                done.keep(piece.name, result)
-                progress.add(piece, result)
+            print(f"evaluation: {len(items) - len(left)} of {len(items)} pieces are done; going on", file=sys.stderr)
+        with progress, attack_mode(predict), in_full_fp32(), progress.seen(predict):
+            for item, batch in self._turns(left, images, progress.counters):
+                with variants[item.variant]():
+                    own[item.name] = result = self._do(predict, item, batch.to(self._ranks.device))
+                done.keep(item.name, result)
+                progress.add(item, result)
             progress.await_all(self._ranks.world)  # a collective has a limit, and the last pieces may be long
-        known |= dict(self._ranks.union(list(own.items())))
+        known |= dict(self._ranks.all_gather_list(list(own.items())))
         results = {
-            name: self._results(pictures, ids, [p for p in pieces if p.variant == name], known) for name in variants
+            name: self._results(images, ids, [p for p in items if p.variant == name], known) for name in variants
         }
         if write is None:
             self._ranks.barrier()  # every rank has the results
         else:
-            self._ranks.on_main(lambda: write(results), "the evaluation cannot be written")
+            self._ranks.run_on_rank0(lambda: write(results), "the evaluation cannot be written")
         done.forget()
         return results
 
-    def _check_outputs(self, predict: nn.Module, pictures: EvalPictures) -> None:
-        batch = pictures.read(pictures.batches[0][:1]).to(self._ranks.device)
-        with torch.no_grad(), attacked(predict):
+    def _check_outputs(self, predict: nn.Module, images: EvalImages) -> None:
+        batch = images.read(images.batches[0][:1]).to(self._ranks.device)
+        with torch.no_grad(), attack_mode(predict):
             outputs = predict(batch.pixels()).shape[1]
-        classes = len(pictures.index.classes)
+        classes = len(images.index.classes)
         if outputs != classes:
             raise SharedUserError(
                 f"the data has {classes} classes, the model {outputs} outputs; set model.num_classes={classes} "
-                "for a new head, or model.classes to rows of the checkpoint's"
+                "for a new head, or model.class_indices to rows of the checkpoint's"
             )
         for attack in self._attacks:
             attack.check_classes(outputs)
 
-    def _fingerprint(self, predict: nn.Module, pictures: EvalPictures, partial: str | Path | None) -> str:
+    def _fingerprint(self, predict: nn.Module, images: EvalImages, partial: str | Path | None) -> str:
         """Of all that a piece's result depends on besides its name."""
         if partial is None:
             return ""
-        digest = hashlib.sha256(f"{pictures.digest} {self._seed}".encode())
+        digest = hashlib.sha256(f"{images.digest} {self._seed}".encode())
         if isinstance(predict, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
             digest.update(f"{predict.info} {predict.spec}".encode())
         for name, tensor in chain(predict.named_parameters(), predict.named_buffers()):
@@ -201,101 +201,101 @@ class Evaluator:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _pieces(self, variants: Iterable[str], pictures: EvalPictures, ids: np.ndarray) -> list[Piece]:
+    def _work_items(self, variants: Iterable[str], images: EvalImages, ids: np.ndarray) -> list[WorkItem]:
         """All of them in their order: the last ones, which some ranks may have to wait for, are short."""
-        pieces = []
+        items = []
         for variant in variants:
             prefix = f"{variant}: " if variant else ""
             for attack in self._attacks:
                 threats = self._threats[:1] if attack.kind == "clean" else self._threats
                 for number, threat in enumerate(threats):
-                    for batch in pictures.batches:
+                    for batch in images.batches:
                         name = f"{prefix}{attack.name} {threat.norm} {threat.eps!r} {int(batch[0])}"
-                        pieces.append(Piece(name, variant, attack, number, batch))
+                        items.append(WorkItem(name, variant, attack, number, batch))
             if self._check and self._threats[0].eps:
-                chosen = ids[stratified_order(pictures.index.labels[ids])[: self._check]]
+                chosen = ids[stratified_order(images.index.labels[ids])[: self._check]]
                 cut = [chosen[i : i + _CHECK_BATCH] for i in range(0, len(chosen), _CHECK_BATCH)]
                 name = f"{prefix}checks of {self._check} {self._threats[0].norm} {self._threats[0].eps!r}"
-                pieces += [Piece(f"{name} {i}", variant, None, 0, np.sort(batch)) for i, batch in enumerate(cut)]
+                items += [WorkItem(f"{name} {i}", variant, None, 0, np.sort(batch)) for i, batch in enumerate(cut)]
 
         early = ("clean", "checks")
 
-        def turn(piece: Piece) -> tuple[int, float]:
-            first = early.index(piece.kind) if piece.kind in early else len(early)
-            return first, -piece.passes / len(piece.ids)
+        def turn(item: WorkItem) -> tuple[int, float]:
+            first = early.index(item.kind) if item.kind in early else len(early)
+            return first, -item.passes / len(item.ids)
 
-        return sorted(pieces, key=turn)
+        return sorted(items, key=turn)
 
-    def _turns(self, pieces: list[Piece], pictures: EvalPictures, counters: Counters) -> Iterator[tuple[Piece, Batch]]:
-        """The pieces that this rank gets, with their pictures; the next ones are read meanwhile,
+    def _turns(self, items: list[WorkItem], images: EvalImages, counters: Counters) -> Iterator[tuple[WorkItem, Batch]]:
+        """The pieces that this rank gets, with their images; the next ones are read meanwhile,
         while there are many."""
         kept: OrderedDict[bytes, Batch] = OrderedDict()
 
-        def take() -> tuple[Piece, Batch] | None:
+        def take() -> tuple[WorkItem, Batch] | None:
             turn = counters.add("taken", 1) - 1
-            if turn >= len(pieces):
+            if turn >= len(items):
                 return None
-            piece = pieces[turn]
-            key = piece.ids.tobytes()
-            batch = kept.pop(key, None) or pictures.read(piece.ids)
+            item = items[turn]
+            key = item.ids.tobytes()
+            batch = kept.pop(key, None) or images.read(item.ids)
             kept[key] = batch
             while sum(map(len, kept.values())) > _KEPT:
                 kept.popitem(last=False)
-            return piece, batch
+            return item, batch
 
-        with ThreadPoolExecutor(1, "pictures") as reader:
+        with ThreadPoolExecutor(1, "images") as reader:
             coming = reader.submit(take)
             while (taken := coming.result()) is not None:
                 # towards the end a rank takes none that it does not begin yet: another one may be free before
-                early = len(pieces) - counters.add("taken", 0) > 2 * self._ranks.world
+                early = len(items) - counters.add("taken", 0) > 2 * self._ranks.world
                 if early:
                     coming = reader.submit(take)
                 yield taken
                 if not early:
                     coming = reader.submit(take)
 
-    def _do(self, predict: nn.Module, piece: Piece, batch: Batch) -> Any:
+    def _do(self, predict: nn.Module, item: WorkItem, batch: Batch) -> Any:
         """Of an attack 0 or 1 for each id; of the checks their numbers."""
-        threat, x = self._threats[piece.radius], batch.pixels()
-        if piece.attack is None:
+        threat, x = self._threats[item.radius], batch.pixels()
+        if item.attack is None:
             examined = checks.Examined(predict, x, batch.labels, batch.ids, threat, self._seed)
             return {name: check(examined) for name, check in checks.CHECKS.items()}
-        right = piece.attack.right(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
+        right = item.attack.right(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
         return right.int().tolist()
 
     def _results(
-        self, pictures: EvalPictures, ids: np.ndarray, pieces: list[Piece], known: dict[str, Any]
+        self, images: EvalImages, ids: np.ndarray, items: list[WorkItem], known: dict[str, Any]
     ) -> dict[str, Any]:
-        index = pictures.index
+        index = images.index
         scores: list[dict[str, Any]] = [{} for _ in self._threats]
         columns: list[dict[EvalAttack, np.ndarray]] = [{} for _ in self._threats]
         for number, attacks in enumerate(scores):
             for attack in self._attacks:
                 correct = np.full(len(ids), -1)
-                for piece in pieces:
-                    if (piece.attack, piece.radius) == (attack, number):
-                        correct[np.searchsorted(ids, piece.ids)] = known[piece.name]
+                for item in items:
+                    if (item.attack, item.radius) == (attack, number):
+                        correct[np.searchsorted(ids, item.ids)] = known[item.name]
                 if number == 0 or attack.kind != "clean":
                     assert (correct >= 0).all(), f"{attack.name}: {(correct < 0).sum()} of {len(ids)} samples not seen"
                     columns[number][attack] = correct == 1
                     attacks[attack.name] = score(correct, index.labels[ids], index.classes)
-        measured = checks.joined([known[piece.name] for piece in pieces if piece.attack is None])
+        measured = checks.joined([known[item.name] for item in items if item.attack is None])
         warnings = checks.warnings(measured)
         for number, threat in enumerate(self._threats):
             warnings += checks.order_warnings(columns[number], f"eps = {threat.eps:.4g}: ")
-        if self._facts["precision"] not in ("fp32", "fp64"):
+        if self._metadata["precision"] not in ("fp32", "fp64"):
             warnings.append(
-                f"precision: computed in {self._facts['precision']}; a figure to report is computed in fp32"
+                f"precision: computed in {self._metadata['precision']}; a figure to report is computed in fp32"
             )
         first = self._threats[0]
         return {
             "n": len(ids),
             "eps": first.eps,
             "norm": first.norm,
-            **self._facts,
+            **self._metadata,
             "seed": self._seed,
             "data": index.hash,
-            "pictures": dict(pictures.settings),
+            "pictures": dict(images.settings),
             "ids": ids.tolist(),
             "attacks": scores[0],
             "more_eps": [

@@ -14,8 +14,8 @@ from fulllora_dist.core.units import parse_size
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.comm import Ranks
-from fulllora_dist.evaluation.evaluator import EvalPictures, Evaluator
+from fulllora_dist.distributed.comm import Comm
+from fulllora_dist.evaluation.evaluator import EvalImages, Evaluator
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -34,15 +34,15 @@ def eval_transform(
 
 def evaluate(
     model: nn.Module,
-    data: str | Path | EvalPictures,
+    data: str | Path | EvalImages,
     *,
     attacks: Sequence[str] = ("clean", "pgd20"),
     eps: float | str | None = None,
     norm: Norm = "linf",
-    n: int | None = None,
+    num_samples: int | None = None,
     batch_size: int = 64,
     seed: int = 0,
-    check: int = 0,
+    gradient_masking_samples: int = 0,
     workers: int = 0,
 ) -> dict[str, Any]:
     """Accuracy of `model` under each attack, in this process, on the device where the model lies.
@@ -53,8 +53,8 @@ def evaluate(
         attacks: `clean`, `fgsm`, `pgdK`, `cwK`, `dlrK`, `pgdKxR`, `autoattack`: see `EvalAttack`.
         eps: radius in pixels of [0, 1]; None is 4/255 for "linf", for "l2" there is no default.
         norm: "linf" or "l2".
-        n: how many pictures, drawn evenly over the classes; None takes all.
-        check: on how many pictures symptoms of masked gradients are looked for; 0 looks for none.
+        num_samples: how many images, drawn evenly over the classes; None takes all.
+        gradient_masking_samples: on how many images symptoms of masked gradients are looked for; 0 looks for none.
         workers: decoding threads.
 
     Returns:
@@ -72,7 +72,7 @@ def evaluate(
                 "evaluate: a folder needs a model of create_model or load, which knows its crop; give an EvalStream"
             )
         data = EvalStream(
-            data, batch_size=batch_size, transform=eval_transform(info), subset=Subset(n), workers=workers
+            data, batch_size=batch_size, transform=eval_transform(info), subset=Subset(num_samples), workers=workers
         )
     if eps is None and norm != "linf":
         raise UserError(f"eps: norm {norm} has no default; give a length in pixels of [0, 1], e.g. 0.5")
@@ -82,11 +82,13 @@ def evaluate(
         raise UserError(f"eps: {error}") from None
     assert isinstance(radius, float)
     parameter = next(model.parameters(), torch.empty(0))
-    ranks = Ranks(0, 1, parameter.device, control=None)
+    ranks = Comm(0, 1, parameter.device, control=None)
     name = info.name if info else type(model).__name__
     precision = model.precision if isinstance(model, AdaptedModel) else _precision(model)
     threat = threat_model(norm, radius)
-    evaluator = Evaluator(attacks, threat, ranks, seed=seed, check=check, backbone=name, precision=precision)
+    evaluator = Evaluator(
+        attacks, threat, ranks, seed=seed, check=gradient_masking_samples, backbone=name, precision=precision
+    )
     return evaluator.run(model, data)
 
 

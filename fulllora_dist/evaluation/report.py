@@ -10,7 +10,7 @@ from typing import Any
 from timm.data import ImageNetInfo
 
 from fulllora_dist.attacks.threat import size_in
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import wilson
 from fulllora_dist.plots.figures import Curve, least_and_most, per_class_bars, robustness_curve
@@ -20,7 +20,7 @@ def write_evaluation(results: Mapping[str, Any], path: str | Path) -> None:
     """evaluation.json, whole or not at all; its folder is made where there is none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with published(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(results) + "\n").encode())
 
 
@@ -100,7 +100,7 @@ def caption(results: Mapping[str, Any]) -> str:
 
 
 def _strongest(attacks: Mapping[str, Any]) -> str:
-    """The one that leaves the fewest pictures right, the last of equal ones."""
+    """The one that leaves the fewest images right, the last of equal ones."""
     return min(reversed(list(attacks)), key=lambda name: attacks[name]["accuracy"])
 
 

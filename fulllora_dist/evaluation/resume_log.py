@@ -10,13 +10,13 @@ from typing import Any
 from fulllora_dist.core.errors import UserError
 
 
-def pieces_done(output: str | Path) -> int:
+def items_done(output: str | Path) -> int:
     """Lines of all evaluations under way whose evaluation*.json is to lie in a folder: whether they get on."""
     files = Path(output).glob("evaluation*.json.partial/*/rank-*.jsonl")
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
-class Partial:
+class ResumeLog:
     """Results of finished pieces of work by their names, a line each in a file of this rank alone.
 
     A line that was cut short by a kill is passed over. Files of other evaluations (another `fingerprint`) lie in other

@@ -11,13 +11,13 @@ class EvaluationSettings(Settings):
     """clean, fgsm, autoattack, parts of it (apgd-ce+square), pgdK, cwK, dlrK for K steps; 5 restarts: pgd20x5."""
     eps: tuple[Size, ...] = ()
     """Further sizes of the perturbation beside threat.eps, for robust accuracy against eps."""
-    n: int | None = Field(None, ge=1)
-    """How many pictures, drawn evenly over the classes; null takes all."""
+    num_samples: int | None = Field(None, ge=1)
+    """How many images, drawn evenly over the classes; null takes all."""
     first: int | None = Field(None, ge=1)
     """Instead of n, so many from the beginning of the index."""
     ids: str | None = None
-    """Instead of n, a text file (path or URL) with an id or a picture's name a line, as RobustBench's 5,000."""
-    check: int = Field(50, ge=0)
-    """On how many pictures symptoms of masked gradients are looked for; 0 looks for none."""
+    """Instead of n, a text file (path or URL) with an id or an image's name a line, as RobustBench's 5,000."""
+    gradient_masking_samples: int = Field(50, ge=0)
+    """On how many images symptoms of masked gradients are looked for; 0 looks for none."""
     batch_size: int = Field(64, ge=1)
-    """Pictures a rank and batch."""
+    """Images a rank and batch."""

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.compare import compare
-from fulllora_dist.evaluation.evaluator import EvalPictures, Evaluator
-from fulllora_dist.models.branches import Branch, branches_of, switched_off
+from fulllora_dist.evaluation.evaluator import EvalImages, Evaluator
+from fulllora_dist.models.branches import Branch, branches_of, disable_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 
 By = Literal["component", "block", "branch"]
@@ -49,7 +49,7 @@ def parse_by(names: str) -> tuple[By, ...]:
 def where_robustness_sits(
     model: AdaptedModel,
     evaluator: Evaluator,
-    pictures: EvalPictures,
+    images: EvalImages,
     by: Sequence[By] = ("component", "block"),
     partial: str | Path | None = None,
     write: Callable[[dict[str, Any]], None] | None = None,
@@ -57,7 +57,7 @@ def where_robustness_sits(
     """The norm of each branch relative to W, and what each group of branches is worth.
 
     A group is worth what is lost when it is switched off and the adversarial examples are made anew, against the model
-    without it: the same pictures, the same random starts, the attack's full knowledge of what is left. Losses of groups
+    without it: the same images, the same random starts, the attack's full knowledge of what is left. Losses of groups
     need not add up.
 
     Args:
@@ -79,7 +79,7 @@ def where_robustness_sits(
     branches = branches_of(model)
     groups = _groups(branches, by)
     variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"intact": nullcontext}
-    variants |= {group.variant: bind(switched_off, group.branches) for group in groups}
+    variants |= {group.variant: bind(disable_adapter, group.branches) for group in groups}
     norms = {branch.name: (branch.norm(), branch.weight_norm()) for branch in branches}
 
     def relative(some: Iterable[Branch]) -> float | None:
@@ -124,7 +124,7 @@ def where_robustness_sits(
         }
 
     whole = None if write is None else lambda found: write(described(found))
-    return described(evaluator.run_variants(model, variants, pictures, partial, whole))
+    return described(evaluator.run_variants(model, variants, images, partial, whole))
 
 
 def _groups(branches: Sequence[Branch], by: Sequence[By]) -> list[_Group]:

@@ -14,12 +14,12 @@ from tqdm import tqdm
 from fulllora_dist.distributed.comm import Counters
 from fulllora_dist.evaluation.attacks import EvalAttack
 
-_CHECK_PASSES = 500  # of a picture under all checks
+_CHECK_PASSES = 500  # of an image under all checks
 STILL_SECONDS = 60.0  # without a pass anywhere; the collective that comes next knows whether a rank is gone
 
 
 @dataclass(frozen=True)
-class Piece:
+class WorkItem:
     """One attack at one eps on one batch, or the checks (attack None), of one variant of the model."""
 
     name: str
@@ -34,19 +34,19 @@ class Piece:
 
     @property
     def passes(self) -> int:
-        """At most, where an attack leaves out pictures that have fallen."""
+        """At most, where an attack leaves out images that have fallen."""
         return len(self.ids) * (_CHECK_PASSES if self.attack is None else self.attack.passes)
 
 
-class Progress:
+class WorkQueue:
     """A bar over the passes of all ranks on rank 0, with the figures so far of the variant that it did last; brought up
     to date by each forward pass, at most once a second. What is left of an attack is reckoned by what its pieces have
-    really taken, as most pictures fall before AutoAttack has made all its passes."""
+    really taken, as most images fall before AutoAttack has made all its passes."""
 
     def __init__(
         self,
-        pieces: list[Piece],
-        left: list[Piece],
+        items: list[WorkItem],
+        left: list[WorkItem],
         known: dict[str, Any],
         counters: Counters,
         sizes: list[str],
@@ -56,16 +56,16 @@ class Progress:
         self._sizes = sizes
         self._here = self._told = 0  # passes of the piece that is under way on this rank, and what all know of them
         self._left: dict[str, int] = {}
-        for piece in left:
-            self._left[piece.kind] = self._left.get(piece.kind, 0) + piece.passes
-        total = sum(piece.passes for piece in pieces)
+        for item in left:
+            self._left[item.kind] = self._left.get(item.kind, 0) + item.passes
+        total = sum(item.passes for item in items)
         self._known = total - sum(self._left.values())
         self._before: dict[str, int] = {}
-        for piece in pieces:
-            if piece.name in known:
-                self._count(self._before, piece, known[piece.name])
-        self._figures = {(piece.variant, self._name(piece)): None for piece in pieces if piece.attack}
-        self._variant = pieces[0].variant
+        for item in items:
+            if item.name in known:
+                self._count(self._before, item, known[item.name])
+        self._figures = {(item.variant, self._name(item)): None for item in items if item.attack}
+        self._variant = items[0].variant
         self._shown_at = time.monotonic()
         self._bar = tqdm(
             total=total,
@@ -79,16 +79,16 @@ class Progress:
         )
 
     @staticmethod
-    def _name(piece: Piece) -> str:
-        return f"{piece.kind}#{piece.radius}"
+    def _name(item: WorkItem) -> str:
+        return f"{item.kind}#{item.radius}"
 
-    def _count(self, into: dict[str, int], piece: Piece, result: Any) -> None:
-        if piece.attack is not None:
+    def _count(self, into: dict[str, int], item: WorkItem, result: Any) -> None:
+        if item.attack is not None:
             for what, number in (("seen", len(result)), ("right", sum(result))):
-                key = f"{what} {piece.variant} {self._name(piece)}"
+                key = f"{what} {item.variant} {self._name(item)}"
                 into[key] = into.get(key, 0) + number
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "WorkQueue":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,15 +116,15 @@ class Progress:
         self.counters.add("under way", passes - self._told)
         self._told = passes
 
-    def add(self, piece: Piece, result: Any) -> None:
+    def add(self, item: WorkItem, result: Any) -> None:
         """A piece is done on this rank."""
-        self._variant = piece.variant
+        self._variant = item.variant
         self._tell(0)
-        self.counters.add(f"made {piece.kind}", self._here)
-        self.counters.add(f"planned {piece.kind}", piece.passes)
+        self.counters.add(f"made {item.kind}", self._here)
+        self.counters.add(f"planned {item.kind}", item.passes)
         self._here = 0
         counted: dict[str, int] = {}
-        self._count(counted, piece, result)
+        self._count(counted, item, result)
         for key, number in counted.items():
             self.counters.add(key, number)
 

@@ -62,7 +62,7 @@ def launching(output: str) -> Iterator[None]:
         except FileNotFoundError:
             continue  # another launch that failed took the folder away
         except OSError as error:
-            raise UserError(f"run.output: {output} cannot be written ({error.strerror})") from None
+            raise UserError(f"run.output_dir: {output} cannot be written ({error.strerror})") from None
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(OSError):
@@ -79,7 +79,7 @@ def launching(output: str) -> Iterator[None]:
 
 def make_folder(config: Config) -> Path:
     """The next launch's folder with its snapshot of code and config."""
-    launches = launches_of(config.run.output)
+    launches = launches_of(config.run.output_dir)
     number = max((int(path.name) for path in launches.glob("[0-9]*")), default=0) + 1
     folder = launches / f"{number:03d}"
     folder.mkdir()

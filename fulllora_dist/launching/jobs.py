@@ -144,13 +144,13 @@ def run_jobs(output: str, only: Path | None = None) -> list[RunJob]:
 def _slurm_facts(job: str) -> dict[str, str]:
     """Of the controller, which forgets a job some minutes after its end; then of the accounting, which lags behind."""
     if said := _said("scontrol", "--oneliner", "show", "job", job):
-        facts = dict(re.findall(r"(\w+)=(\S*)", said))
+        metadata = dict(re.findall(r"(\w+)=(\S*)", said))
         return {
-            "state": facts["JobState"],
-            "restarts": facts["Restarts"],
-            "elapsed": facts["RunTime"],
-            "nodes": facts["NodeList"].replace("(null)", ""),
-            "reason": facts["Reason"].replace("None", ""),
+            "state": metadata["JobState"],
+            "restarts": metadata["Restarts"],
+            "elapsed": metadata["RunTime"],
+            "nodes": metadata["NodeList"].replace("(null)", ""),
+            "reason": metadata["Reason"].replace("None", ""),
         }
     columns = "State,Elapsed,NodeList"
     if said := _said("sacct", "--allocations", "--noheader", "--parsable2", f"--format={columns}", f"--jobs={job}"):

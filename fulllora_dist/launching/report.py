@@ -5,8 +5,8 @@ import os
 import time
 from pathlib import Path
 
-from fulllora_dist.checkpoints.format import list_states, step_of
-from fulllora_dist.checkpoints.manager import state_places
+from fulllora_dist.checkpoints.format import list_checkpoints, step_of
+from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.folder import LAUNCHES, launch_folders, read_attempts, read_settings
@@ -66,7 +66,7 @@ def _clock(seconds: float) -> str:
 
 
 def _progress(config: Config) -> str:
-    output, states = config.run.output, list_states(*state_places(config.run))
+    output, states = config.run.output_dir, list_checkpoints(*checkpoint_places(config.run))
     parts = [f"state of batch {step_of(states[0])}" if states else "no state yet"]
     path = os.path.join(output, METRICS)
     if os.path.exists(path):
@@ -109,8 +109,8 @@ def _tracked_as_running(config: Config) -> str | None:
 
     try:
         client = MlflowClient(config.tracking_uri())
-        experiment = client.get_experiment_by_name(config.tracking.experiment)
-        query = f"tags.output = '{os.path.abspath(config.run.output)}' and attributes.status = 'RUNNING'"
+        experiment = client.get_experiment_by_name(config.tracking.experiment_name)
+        query = f"tags.output = '{os.path.abspath(config.run.output_dir)}' and attributes.status = 'RUNNING'"
         found = client.search_runs([experiment.experiment_id], query) if experiment else []
     except Exception as error:  # whatever a tracking store does, the table is shown
         return f"? (MLflow does not answer: {str(error).splitlines()[0][:100]})"

@@ -39,7 +39,7 @@ class Resources(Settings):
     """false asks the scheduler for none, and gpus_per_node counts tasks alone: for clusters without GPUs, and for
     sites that want theirs under a name of its own (sbatch: {gres: "gpu:a100:8"})."""
     cpus_per_task: int | None = Field(None, ge=1)
-    """CPUs of a task; null takes data.workers + 1."""
+    """CPUs of a task; null takes data.num_workers + 1."""
     mem: str | None = None
     """Memory of a node, e.g. 400G; null takes the cluster's default."""
     time: Annotated[int, BeforeValidator(minutes), Field(ge=1)] = 240

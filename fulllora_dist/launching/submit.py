@@ -17,14 +17,14 @@ from submitit import DebugExecutor, LocalExecutor, SlurmExecutor
 from submitit.core.core import Executor, Job
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from fulllora_dist.checkpoints.format import DESCRIPTION, list_states
-from fulllora_dist.checkpoints.manager import state_places
+from fulllora_dist.checkpoints.format import DESCRIPTION, list_checkpoints
+from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.folder import CODE, CONFIG, launches_of, launching, make_folder, write_record
 from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.resources import Resources
-from fulllora_dist.launching.worker import REQUEUE_SIGNALS, Attempt
+from fulllora_dist.launching.worker import REQUEUE_SIGNALS, Worker
 from fulllora_dist.storage import urls
 from fulllora_dist.training.build import check_inputs
 from fulllora_dist.training.resume import check_same_run
@@ -79,8 +79,8 @@ def submit(
     """
     if executor == "slurm" and shutil.which("srun") is None:
         raise UserError("--executor slurm: there is no srun here; submit on a login node, or take --executor local")
-    with launching(config.run.output):
-        refuse_second(config.run.output)
+    with launching(config.run.output_dir):
+        refuse_second(config.run.output_dir)
         return _submit(config, settings, asked, executor, command, evaluation)
 
 
@@ -90,10 +90,10 @@ def refuse_second(output: str) -> None:
     """
     for job in run_jobs(output):
         if job.alive:
-            raise UserError(f"run.output: job {job.id} of {output} is {job.state}; cancel it first")
+            raise UserError(f"run.output_dir: job {job.id} of {output} is {job.state}; cancel it first")
         if job.executor == "local" and job.state == "UNKNOWN":
             raise UserError(
-                f"run.output: whether job {job.id} of {output} is alive, only {job.nodes} knows; launch there"
+                f"run.output_dir: whether job {job.id} of {output} is alive, only {job.nodes} knows; launch there"
             )
 
 
@@ -121,7 +121,7 @@ def _submit(
         try:
             runner = _executor(config, asked, executor, folder, entry, after=jobs[-1].job_id if jobs else None)
             with redirect_stderr(io.StringIO()), _detached() if executor == "local" else nullcontext():
-                jobs.append(runner.submit(Attempt(entry, arguments)))
+                jobs.append(runner.submit(Worker(entry, arguments)))
             record["jobs"].append({"id": jobs[-1].job_id, "entry": entry, "tasks": asked.nodes * asked.gpus_per_node})
             write_record(folder, record)
         except BaseException as error:
@@ -154,8 +154,10 @@ def check(config: Config, asked: Resources, executor: ExecutorName, evaluates: b
         raise UserError(f"--setup: --executor {executor} has no batch script to run it; run it in this shell before")
     if asked.signal_seconds >= asked.time * 60:
         raise UserError(f"--signal-seconds: {asked.signal_seconds} leave nothing of --time {asked.time} minutes")
-    if executor != "debug" and ":" in str(Path(config.run.output).absolute()):
-        raise UserError(f"run.output: {config.run.output}: ':' would end the folder's name in the jobs' PYTHONPATH")
+    if executor != "debug" and ":" in str(Path(config.run.output_dir).absolute()):
+        raise UserError(
+            f"run.output_dir: {config.run.output_dir}: ':' would end the folder's name in the jobs' PYTHONPATH"
+        )
     check_inputs(config, world)
     _check_states(config)
 
@@ -163,19 +165,19 @@ def check(config: Config, asked: Resources, executor: ExecutorName, evaluates: b
 def _check_states(config: Config) -> None:
     """The run's own newest state, as far as it is on a disk, refuses what the job would refuse after its time in the
     queue. One that cannot be read is the job's to judge."""
-    places = [place for place in state_places(config.run) if not urls.is_remote(place)]
+    places = [place for place in checkpoint_places(config.run) if not urls.is_remote(place)]
     try:
-        states = list_states(*places)
+        states = list_checkpoints(*places)
         saved = json.loads((Path(states[0]) / DESCRIPTION).read_text())["config"] if states else None
     except (OSError, ValueError, KeyError, TypeError):
         return
     if saved is not None:
-        check_same_run(config, saved, config.run.output)
+        check_same_run(config, saved, config.run.output_dir)
 
 
 def script(config: Config, asked: Resources, evaluation: list[str] | None) -> str:
     """The batch scripts that would be submitted."""
-    folder = launches_of(config.run.output) / "NEXT"
+    folder = launches_of(config.run.output_dir) / "NEXT"
     scripts: list[str] = []
     for entry, _ in _entries(config, folder, evaluation):
         runner = _ScriptWriter(folder, python=_python(asked, folder))
@@ -189,7 +191,7 @@ def _entries(config: Config, folder: Path, evaluation: list[str] | None) -> list
     settings = ["--config", str(folder / CONFIG)]
     entries = [("train", settings)]
     if evaluation is not None:
-        output = Path(config.run.output)
+        output = Path(config.run.output_dir)
         result = str(output / f"evaluation_{folder.name}.json")
         entries.append(("evaluate", [*settings, "--adapter", str(output / "adapter"), "--output", result, *evaluation]))
     return entries
@@ -254,8 +256,8 @@ def _detached() -> Iterator[None]:
 
 def _slurm_parameters(config: Config, asked: Resources, entry: str, after: str | None) -> dict[str, Any]:
     """submitit's names for them. `after`: the job whose success is waited for."""
-    cpus = asked.cpus_per_task or config.data.workers + 1
-    name = Path(config.run.output).absolute().name
+    cpus = asked.cpus_per_task or config.data.num_workers + 1
+    name = Path(config.run.output_dir).absolute().name
     # sbatch takes either, and submitit's own are these: a user's setting takes the place of ours
     more: dict[str, Any] = {name.replace("-", "_"): value for name, value in asked.sbatch.items()}
     if "open_mode" in more:  # the one that submitit writes with a hyphen

@@ -22,11 +22,11 @@ from submitit.core.utils import cloudpickle_dump, temporary_save_path
 from submitit.helpers import TorchDistributedEnvironment
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-from fulllora_dist.checkpoints.format import list_states, step_of
-from fulllora_dist.checkpoints.manager import state_places
+from fulllora_dist.checkpoints.format import list_checkpoints, step_of
+from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.distributed.failures import exit_answer
-from fulllora_dist.distributed.signals import StopRequest
-from fulllora_dist.evaluation.resume_log import pieces_done
+from fulllora_dist.distributed.signals import GracefulStop
+from fulllora_dist.evaluation.resume_log import items_done
 from fulllora_dist.launching.folder import ATTEMPTS, read_attempts, read_settings
 from fulllora_dist.storage import store
 
@@ -40,7 +40,7 @@ _PACKAGE = Path(__file__).parents[1]
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
 
 
-class Attempt:
+class Worker:
     """`main(arguments)` of an entry point as one task of a job.
 
     Args:
@@ -53,7 +53,7 @@ class Attempt:
 
     def __call__(self) -> int:
         """The exit code, where the job runs in the caller's process; otherwise a task that is not successful leaves."""
-        with StopRequest():
+        with GracefulStop():
             environment = JobEnvironment()
             # what an earlier attempt of the job left would be taken for this one's
             environment.paths.result_pickle.unlink(missing_ok=True)
@@ -144,8 +144,8 @@ def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
     store.stop_retrying()  # the scheduler does not wait
     try:
         run = read_settings(environment.paths.folder).run
-        evaluated = pieces_done(run.output)
-        states = list_states(*state_places(run)) if entry == "train" else []
+        evaluated = items_done(run.output_dir)
+        states = list_checkpoints(*checkpoint_places(run)) if entry == "train" else []
     except Exception as error:  # of a bucket, say: the run is saved, and the note can do without
         print(f"warning: the newest state is not known: {' '.join(str(error).split())[:200]}", file=sys.stderr)
         return {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.targets import Mixer, TargetSettings
-from fulllora_dist.methods.warmup import Ramps, ramp
+from fulllora_dist.methods.warmup import WarmupSchedule, ramp
 
 
 class WeightStep(Protocol):
@@ -53,30 +53,30 @@ class Method(ABC):
         threat: the threat model at full strength.
         seed: of everything random.
         ramps: what grows over the first batches.
-        targets: how pictures and labels are mixed.
+        targets: how images and labels are mixed.
 
     Attributes:
         Settings: its settings.
-        needs_labels: whether it needs each picture's one label, so that pictures cannot be mixed.
-        pictures_in_weight_step: that a weight step sees of each picture of the batch: clean and perturbed are 2.
+        needs_labels: whether it needs each image's one label, so that images cannot be mixed.
+        pictures_in_weight_step: that a weight step sees of each image of the batch: clean and perturbed are 2.
     """
 
     Settings: ClassVar[type[MethodSettings]]
     needs_labels: ClassVar[bool] = False
-    pictures_in_weight_step: ClassVar[int] = 1
+    images_in_weight_step: ClassVar[int] = 1
 
     def __init__(
         self,
         settings: Any,
         threat: Threat,
         seed: int,
-        ramps: Ramps | None = None,
+        ramps: WarmupSchedule | None = None,
         targets: TargetSettings | None = None,
     ):
         self.settings = settings
         self.threat = threat
         self.seed = seed
-        self.ramps = ramps or Ramps()
+        self.ramps = ramps or WarmupSchedule()
         self.mix = Mixer(targets or TargetSettings(), seed)
 
     def threat_at(self, step: int) -> Threat:
@@ -95,7 +95,7 @@ class Method(ABC):
         """Called once before the run: learn from the backbone what training needs of it, and refuse what cannot be.
 
         Args:
-            image_size: side of the pictures in pixels.
+            image_size: side of the images in pixels.
             first: number of the first batch that it will train on.
 
         Raises:
@@ -152,7 +152,7 @@ def register_method(method: type[Method]) -> type[Method]:
     return method
 
 
-class Means:
+class MetricAverager:
     """Loss and accuracy of one update, averaged over its micro-batches without leaving the device."""
 
     def __init__(self) -> None:
@@ -166,24 +166,24 @@ class Means:
         self._correct.append((logits.detach().argmax(dim=1) == labels).float().mean())
 
     def result(self) -> dict[str, Tensor]:
-        """`accuracy` is that on the pictures that the weight step saw, perturbed or not."""
+        """`accuracy` is that on the images that the weight step saw, perturbed or not."""
         return {"loss": torch.stack(self._losses).mean(), "accuracy": torch.stack(self._correct).mean()}
 
 
 class PerturbedStep(Method):
-    """Perturb, then one weight step; on the perturbed pictures alone, unless `loss` says otherwise."""
+    """Perturb, then one weight step; on the perturbed images alone, unless `loss` says otherwise."""
 
     @abstractmethod
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
         """Training examples [B, 3, H, W] in [0, 1] made from `x`; `step` and `ids` key what is random."""
 
     def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(the mean loss of a weight step, logits [B, classes] of the perturbed pictures); one call of the engine."""
+        """(the mean loss of a weight step, logits [B, classes] of the perturbed images); one call of the engine."""
         logits = engine(x_adv)
         return self.cross_entropy(logits, y), logits
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
-        means = Means()
+        means = MetricAverager()
         for micro in engine.accumulate(batch):
             x, y = self.mix(micro, step, engine.classes)
             x_adv = self.perturb(engine.attack_view, x, y, self.threat_at(step), step, micro.ids)

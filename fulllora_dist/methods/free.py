@@ -2,7 +2,7 @@
 
 Each batch is replayed m times. One backward gives both the adapter's gradient and the input's, and the perturbation
 is moved by the latter before the next replay. It persists over replays *and* over batches: it belongs to the slot in
-the global batch, not to the picture. Epochs count optimizer updates, so a run draws 1 / m as many batches.
+the global batch, not to the image. Epochs count optimizer updates, so a run draws 1 / m as many batches.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch import Tensor
 from fulllora_dist.attacks.threat import Linf, in_box
 from fulllora_dist.core.units import Size
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods.base import Means, Method, MethodSettings, WeightStep, register_method
+from fulllora_dist.methods.base import Method, MethodSettings, MetricAverager, WeightStep, register_method
 
 
 class FreeSettings(MethodSettings):
@@ -44,11 +44,11 @@ class Free(Method):
         full_size = threat.eps if self.settings.step_size is None else self.settings.step_size
         step_size = self.step_size(full_size, step)
         for _ in range(self.updates_per_batch):
-            means = Means()
+            means = MetricAverager()
             for micro in engine.accumulate(batch):
                 part = delta[micro.slot - batch.slot :][: len(micro)]
                 x, y = self.mix(micro, step, engine.classes)
-                # the leaf is the picture itself: a clamp behind the leaf would zero the gradient of saturated pixels
+                # the leaf is the image itself: a clamp behind the leaf would zero the gradient of saturated pixels
                 x = in_box(x + part).requires_grad_()
                 logits = engine(x)
                 loss = self.cross_entropy(logits, y)
@@ -61,7 +61,7 @@ class Free(Method):
     def _delta_for(self, batch: Batch) -> Tensor:
         pixels = batch.pixels()
         if self._delta is None or self._delta.shape != pixels.shape:
-            assert self._delta is None, f"pictures changed from {tuple(self._delta.shape)} to {tuple(pixels.shape)}"
+            assert self._delta is None, f"images changed from {tuple(self._delta.shape)} to {tuple(pixels.shape)}"
             self._delta = torch.zeros_like(pixels)
         self._delta = self._delta.to(pixels.device)
         return self._delta

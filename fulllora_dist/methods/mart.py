@@ -2,7 +2,7 @@
 
     BCE(f(x'), y) + lambda KL(f(x) || f(x')) (1 - p_y(x)),    BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
 
-Pictures that the model gets wrong even unperturbed weigh more. Clean and perturbed ones share one pass of the engine.
+Images that the model gets wrong even unperturbed weigh more. Clean and perturbed ones share one pass of the engine.
 """
 
 from typing import Literal
@@ -31,7 +31,7 @@ class MARTSettings(MultiStepSettings):
 @register_method
 class MART(MultiStep):
     Settings = MARTSettings
-    pictures_in_weight_step = 2
+    images_in_weight_step = 2
     needs_labels = True
 
     def passes(self) -> tuple[int, int]:

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import Loss, ascend, attacked, cross_entropy
+from fulllora_dist.attacks.pgd import Loss, ascend, attack_mode, cross_entropy
 from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.core.units import Size
 from fulllora_dist.methods.base import MethodSettings, PerturbedStep
-from fulllora_dist.methods.warmup import Ramps, ramp
+from fulllora_dist.methods.warmup import WarmupSchedule, ramp
 from fulllora_dist.models.backbone import patch_size
 
 
@@ -57,7 +57,7 @@ class MultiStep(PerturbedStep):
             self._patch = settings.mask_patch or _patch_of(backbone)
             if image_size % self._patch:
                 raise UserError(
-                    f"method.mask_patch: {self._patch} does not divide pictures of {image_size} pixels; the backbone's "
+                    f"method.mask_patch: {self._patch} does not divide images of {image_size} pixels; the backbone's "
                     "patch size is right, and a multiple of it for phases.image_size"
                 )
 
@@ -73,7 +73,7 @@ class MultiStep(PerturbedStep):
         ids: Tensor,
         loss: Loss = cross_entropy,
     ) -> Tensor:
-        """`steps` steps up the loss from `start`, both [B, 3, H, W] in [0, 1]; inside `attacked`."""
+        """`steps` steps up the loss from `start`, both [B, 3, H, W] in [0, 1]; inside `attack_mode`."""
         settings = self.settings
         size = min(2.5 * threat.eps / settings.steps, threat.eps) if settings.step_size is None else settings.step_size
         weakened = settings.attention_drop > 0 or settings.perturbation_mask > 0
@@ -92,7 +92,7 @@ class MultiStep(PerturbedStep):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
         rng = sample_rng(self.seed, f"train/{self.settings.name}/start/0", step, ids)
-        with attacked(model):
+        with attack_mode(model):
             start = in_box(x + self.start(threat, rng, x))
             return self.attack(model, x, start, y, threat=threat, step=step, ids=ids)
 
@@ -120,13 +120,15 @@ class Weakened:
     batch of a GPU, which would depend on how the batch is spread over ranks.
 
     Args:
-        patch: side of the patches in pixels, a divisor of the pictures'; None where none are masked.
+        patch: side of the patches in pixels, a divisor of the images'; None where none are masked.
         ramps: with the batches of the whole run.
         step: number of this batch.
         ids: int64 [B].
     """
 
-    def __init__(self, settings: MultiStepSettings, patch: int | None, ramps: Ramps, seed: int, step: int, ids: Tensor):
+    def __init__(
+        self, settings: MultiStepSettings, patch: int | None, ramps: WarmupSchedule, seed: int, step: int, ids: Tensor
+    ):
         self._patch = patch
         self._seed, self._step, self._ids = seed, step, ids
         self._attention_kept = ramp(ramps.at(step), round(settings.attention_drop * ramps.run))

@@ -1,4 +1,4 @@
-"""Training on clean pictures."""
+"""Training on clean images."""
 
 from typing import Literal
 

@@ -1,8 +1,8 @@
-"""What a picture and its label become before they are attacked: mixup, CutMix and label smoothing.
+"""What an image and its label become before they are attacked: mixup, CutMix and label smoothing.
 
-A picture is mixed with its neighbour in the global batch: slots 2i and 2i + 1 are partners. The order of an epoch is
-random, so the neighbour is a random other picture; and as ranks and micro-batches hold even numbers of slots, both are
-on one rank whatever the number of ranks. How much, and where, is drawn for each picture from (seed, step, id).
+An image is mixed with its neighbour in the global batch: slots 2i and 2i + 1 are partners. The order of an epoch is
+random, so the neighbour is a random other image; and as ranks and micro-batches hold even numbers of slots, both are
+on one rank whatever the number of ranks. How much, and where, is drawn for each image from (seed, step, id).
 """
 
 import numpy as np
@@ -18,18 +18,18 @@ _QUANTILES = 4097
 
 
 class TargetSettings(BaseModel):
-    """Mixed pictures and softened labels; the attack sees the mixed ones too, the smoothing only the weight step."""
+    """Mixed images and softened labels; the attack sees the mixed ones too, the smoothing only the weight step."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
     mixup: float = Field(0.0, ge=0)
-    """alpha of Beta(alpha, alpha), by which two pictures are averaged; 0 mixes none."""
+    """alpha of Beta(alpha, alpha), by which two images are averaged; 0 mixes none."""
     cutmix: float = Field(0.0, ge=0)
-    """alpha of Beta(alpha, alpha), by which a rectangle of one picture is put into another; 0 cuts none."""
+    """alpha of Beta(alpha, alpha), by which a rectangle of one image is put into another; 0 cuts none."""
     mix_probability: float = Field(1.0, ge=0, le=1)
-    """Share of the pictures that are mixed; with both mixup and cutmix, half of those each."""
+    """Share of the images that are mixed; with both mixup and cutmix, half of those each."""
 
     @property
     def mixes(self) -> bool:
@@ -62,7 +62,7 @@ def partners(count: int, device: torch.device) -> Tensor:
 
 
 class Mixer:
-    """Makes the pictures and targets of a training step.
+    """Makes the images and targets of a training step.
 
     Args:
         settings: which mixing, how strong.
@@ -77,10 +77,10 @@ class Mixer:
         }
 
     def __call__(self, batch: Batch, step: int, classes: int) -> tuple[Tensor, Tensor]:
-        """Pixels [B, 3, H, W] in [0, 1], and labels int64 [B] or, where pictures are mixed, probabilities [B, classes].
+        """Pixels [B, 3, H, W] in [0, 1], and labels int64 [B] or, where images are mixed, probabilities [B, classes].
 
         Args:
-            batch: B even and the first slot even, where pictures are mixed.
+            batch: B even and the first slot even, where images are mixed.
             step: number of the batch in the run.
         """
         x, y = batch.pixels(), batch.labels
@@ -92,7 +92,7 @@ class Mixer:
         mixed = u[0] < self.settings.mix_probability
         both = len(self._quantiles) == 2
         cut = u[1] < 0.5 if both else torch.full_like(mixed, "cutmix" in self._quantiles)
-        own = torch.ones_like(u[2], dtype=torch.float64)  # share of the picture's own label
+        own = torch.ones_like(u[2], dtype=torch.float64)  # share of the image's own label
         result = x
         if "mixup" in self._quantiles:
             share = torch.where(mixed & ~cut, _look_up(self._quantiles["mixup"], u[2]), own)
@@ -103,16 +103,16 @@ class Mixer:
             area = 1 - _look_up(self._quantiles["cutmix"], u[2])
             inside = _rectangle(area, u[3], u[4], x.shape[-2], x.shape[-1]) & (mixed & cut).view(-1, 1, 1)
             result = torch.where(inside[:, None], x[other], result)
-            own = own - inside.double().mean(dim=(1, 2))  # what the picture's edge cut off does not count
+            own = own - inside.double().mean(dim=(1, 2))  # what the image's edge cut off does not count
         labels = torch.nn.functional.one_hot(y, classes).double()
         soft = own[:, None] * labels + (1 - own[:, None]) * labels[other]
         return result, soft.to(x.dtype)
 
 
 def _rectangle(area: Tensor, u: Tensor, v: Tensor, height: int, width: int) -> Tensor:
-    """bool [B, height, width]: a rectangle of that share of the picture around a uniform centre, cut at the edges.
+    """bool [B, height, width]: a rectangle of that share of the image around a uniform centre, cut at the edges.
 
-    Yun et al., arXiv 1905.04899, section 3.1: sides are sqrt(area) of the picture's.
+    Yun et al., arXiv 1905.04899, section 3.1: sides are sqrt(area) of the image's.
     """
 
     def span(centre: Tensor, side: int) -> Tensor:

@@ -2,7 +2,7 @@
 
     CE(f(x), y) + beta KL(f(x) || f(x')),    x' = argmax KL(f(x) || f(x')) in the ball
 
-The weight step sees clean and perturbed pictures in one pass of twice the batch, so that the engine is called once.
+The weight step sees clean and perturbed images in one pass of twice the batch, so that the engine is called once.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import attacked, kl_divergence
+from fulllora_dist.attacks.pgd import attack_mode, kl_divergence
 from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.core.rng import SampleRng, sample_rng
 from fulllora_dist.core.units import Size
@@ -27,16 +27,16 @@ def gaussian_start(deviation: float, threat: Threat, rng: SampleRng, x: Tensor) 
 class TRADESSettings(MultiStepSettings):
     name: Literal["trades"] = "trades"
     beta: float = Field(6.0, ge=0)
-    """Weight of the divergence (1 / lambda in the paper): more robust, less accurate on clean pictures."""
+    """Weight of the divergence (1 / lambda in the paper): more robust, less accurate on clean images."""
     start: Size = 1e-3
-    """Standard deviation of the attack's Gaussian start, in pixels. At the picture itself the divergence is flat: so
+    """Standard deviation of the attack's Gaussian start, in pixels. At the image itself the divergence is flat: so
     near to it the first step follows the rounding of fp32, and runs on other ranks agree less sharply."""
 
 
 @register_method
 class TRADES(MultiStep):
     Settings = TRADESSettings
-    pictures_in_weight_step = 2
+    images_in_weight_step = 2
 
     def passes(self) -> tuple[int, int]:
         return self.settings.steps + 3, self.settings.steps + 2  # clean logits for the attack, then twice the batch
@@ -44,7 +44,7 @@ class TRADES(MultiStep):
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
         rng = sample_rng(self.seed, "train/trades/start/0", step, ids)
         start = in_box(x + gaussian_start(self.settings.start, threat, rng, x))
-        with attacked(model):
+        with attack_mode(model):
             with torch.no_grad():
                 clean = model(x)
             return self.attack(model, x, start, clean, threat=threat, step=step, ids=ids, loss=kl_divergence)

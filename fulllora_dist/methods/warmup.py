@@ -9,7 +9,7 @@ def ramp(step: float, length: int) -> float:
 
 
 @dataclass(frozen=True)
-class Ramps:
+class WarmupSchedule:
     """Lengths in batches, as the run was planned.
 
     Attributes:

@@ -1,7 +1,7 @@
 """The adapter on disk: a folder with adapter.safetensors and adapter.json. No pickle, no copy of the backbone.
 
 For `finetune: full` the tensors are the whole model's under timm's keys, with the statistics of its batch norms, so
-adapter.safetensors is then itself a checkpoint that `model.checkpoint` takes.
+adapter.safetensors is then itself a checkpoint that `model.checkpoint_path` takes.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from torch import Tensor
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import FAMILIES
-from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, create_model, set_tensors
-from fulllora_dist.models.settings import Precision
-from fulllora_dist.storage.urls import explained, redacted
+from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, build_adapted, set_tensors
+from fulllora_dist.models.settings import AdapterSettings, ModelSettings, Precision
+from fulllora_dist.storage.urls import classify_error, redacted
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
@@ -107,7 +107,7 @@ def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"adapter: {folder} has no {name}; give a folder that save_adapter wrote") from None
         except Exception as error:  # each store has its own kinds
-            raise UserError(f"adapter: {explained(error, f'{folder}/{name}')}") from None
+            raise UserError(f"adapter: {classify_error(error, f'{folder}/{name}')}") from None
     try:
         description = json.loads(files[DESCRIPTION])
         version = description["format_version"]
@@ -150,13 +150,13 @@ def _check_family(folder: str, family: Mapping[str, Any] | None) -> None:
         )
 
 
-def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "fp32") -> AdaptedModel:
-    """The adapted model of an adapter: its backbone is built from timm or `checkpoint`, and checked.
+def load(folder: str, *, checkpoint_path: str | None = None, precision: Precision = "fp32") -> AdaptedModel:
+    """The adapted model of an adapter: its backbone is built from timm or `checkpoint_path`, and checked.
 
     Args:
         folder: what `save_adapter` wrote, local path or fsspec URL.
-        checkpoint: where the backbone's weights lie now, if not where they were at training.
-        precision: see `create_model`.
+        checkpoint_path: where the backbone's weights lie now, if not where they were at training.
+        precision: see `build_adapted`.
 
     Raises:
         UserError: missing or damaged files, an unknown version, another backbone, other shapes.
@@ -168,7 +168,7 @@ def load(folder: str, *, checkpoint: str | None = None, precision: Precision = "
         model = build(dataclasses.replace(info, checkpoint=None, pretrained=False), spec, precision=precision)
         whole_model = _statistics(model).keys() <= state.keys()
     if not whole_model:
-        model = build(info, spec, checkpoint=checkpoint, precision=precision)
+        model = build(info, spec, checkpoint_path=checkpoint_path, precision=precision)
         check_backbone(folder, info, model.info)
     # earlier versions did not write the statistics: these stay the backbone's
     statistics = {name: tensor for name, tensor in _statistics(model).items() if name in state}
@@ -193,33 +193,34 @@ def described(folder: str, description: Mapping[str, Any]) -> tuple[BackboneInfo
 
 
 def build(
-    info: BackboneInfo, spec: AdapterSpec, *, checkpoint: str | None = None, precision: Precision = "fp32"
+    info: BackboneInfo, spec: AdapterSpec, *, checkpoint_path: str | None = None, precision: Precision = "fp32"
 ) -> AdaptedModel:
     """The backbone with an adapter of that kind, which does nothing yet; not checked against the fingerprint.
 
     Args:
-        checkpoint: where the backbone's weights lie now, if not where they were at training.
+        checkpoint_path: where the backbone's weights lie now, if not where they were at training.
     """
-    return create_model(
-        info.name,
-        checkpoint=checkpoint or info.checkpoint,
+    model = ModelSettings(
+        backbone=info.name,
+        checkpoint_path=checkpoint_path or info.checkpoint,
         pretrained=info.pretrained,
         num_classes=None if info.classes is not None else info.num_classes,
-        classes=info.classes,
+        class_indices=None if info.classes is None else list(info.classes),
         image_size=info.image_size,
         mean=info.mean,
         std=info.std,
-        architecture=info.architecture,
-        finetune=spec.finetune,
+        model_kwargs=info.architecture,
+        precision=precision,
+    )
+    adapter = AdapterSettings(
         rank=spec.rank,
         alpha=spec.alpha,
-        placement=spec.placement,
+        components=spec.placement,
         qkv=spec.qkv,
         patch_norm_eps=spec.patch_norm_eps,
         head=spec.head,
-        precision=precision,
-        seed=spec.seed,
     )
+    return build_adapted(model, adapter, spec.finetune, seed=spec.seed)
 
 
 def check_backbone(folder: str, info: BackboneInfo, found: BackboneInfo) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.families import Family, family_of
+from fulllora_dist.models.settings import ModelSettings
 from fulllora_dist.storage.urls import redacted, refuse_credentials
 
 
@@ -81,25 +82,25 @@ def read_weights(path: str) -> dict[str, Tensor]:
     try:
         refuse_credentials(url)
     except UserError as error:
-        raise UserError(f"model.checkpoint: {error}") from None
+        raise UserError(f"model.checkpoint_path: {error}") from None
     if url.endswith(_UNSIGNED):
-        raise UserError(f"model.checkpoint: the signature of {path} was not kept; give checkpoint= (model.checkpoint)")
+        raise UserError(f"model.checkpoint_path: the signature of {path} was not kept; give checkpoint_path")
     try:
         with fsspec.open(url, "rb") as file:
             if (url.partition("?")[0] if "://" in url else url).endswith(".safetensors"):
                 return load_safetensors(file.read())
             state = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"model.checkpoint: {path} does not exist; give a .safetensors or .pth file") from None
+        raise UserError(f"model.checkpoint_path: {path} does not exist; give a .safetensors or .pth file") from None
     except SafetensorError as error:
-        raise UserError(f"model.checkpoint: {path} is not a complete safetensors file ({error})") from None
+        raise UserError(f"model.checkpoint_path: {path} is not a complete safetensors file ({error})") from None
     except Exception as error:  # torch.load raises whatever the damaged bytes lead to
         reason = redacted(error).split("\n")[0]
-        raise UserError(f"model.checkpoint: {path} does not load with weights_only=True ({reason})") from None
+        raise UserError(f"model.checkpoint_path: {path} does not load with weights_only=True ({reason})") from None
     for key in ("model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"model.checkpoint: {path} holds more than tensors; save the state dict alone")
+        raise UserError(f"model.checkpoint_path: {path} holds more than tensors; save the state dict alone")
     return state
 
 
@@ -109,7 +110,7 @@ def _download(name: str) -> dict[str, Tensor]:
 
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
-        raise UserError(f"model.backbone: {name} has no weights on the hub; set model.checkpoint to a file")
+        raise UserError(f"model.backbone: {name} has no weights on the hub; set model.checkpoint_path to a file")
     location = config.hf_hub_id if "/" in config.hf_hub_id else f"timm/{config.hf_hub_id}"
     try:
         filename = {"filename": config.hf_hub_filename} if config.hf_hub_filename else {}
@@ -118,7 +119,7 @@ def _download(name: str) -> dict[str, Tensor]:
         reason = str(error).split("\n")[0][:200]
         raise UserError(
             f"model.backbone: the weights of {name} could not be had from the hub ({reason}); "
-            "set model.checkpoint to a local file"
+            "set model.checkpoint_path to a local file"
         ) from None
 
 
@@ -151,7 +152,9 @@ def _fit_head(
     own = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
     if classes is not None:
         if own is None or max(classes) >= own or min(classes) < 0:
-            raise UserError(f"model.classes: the checkpoint's head has {own or 'no'} classes; give indices below that")
+            raise UserError(
+                f"model.class_indices: the checkpoint's head has {own or 'no'} classes; give indices below that"
+            )
         rows = torch.tensor(classes)
         weights = {k: v[rows] if k.rpartition(".")[0] in heads else v for k, v in weights.items()}
         own = len(classes)
@@ -170,62 +173,47 @@ def _check_agreement(
 ) -> None:
     if checkpoint is not None and not pretrained:
         raise UserError(
-            f"model.checkpoint: {redacted(checkpoint)} would not be read, as model.pretrained is false; leave out one"
+            f"model.checkpoint_path: {redacted(checkpoint)} would not be read, as model.pretrained is false; leave "
+            "out one"
         )
-    if classes is not None and not classes:
-        raise UserError("model.classes: it is empty; give the rows of the checkpoint's head to keep, or leave it out")
     if classes is not None and num_classes not in (None, len(classes)):
-        raise UserError(f"model.num_classes: {num_classes} contradicts the {len(classes)} model.classes; leave out one")
+        raise UserError(
+            f"model.num_classes: {num_classes} contradicts the {len(classes)} model.class_indices; leave out one"
+        )
     for argument, setting in (("img_size", "model.image_size"), ("num_classes", "model.num_classes")):
         if argument in architecture:
-            raise UserError(f"model.architecture: {argument} is the setting {setting}; set that instead")
+            raise UserError(f"model.model_kwargs: {argument} is the setting {setting}; set that instead")
     for argument in ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"):
         if architecture.get(argument) is not None:
             raise UserError(
-                f"model.architecture: {argument} draws the positions anew in each pass, so that the attack and the "
+                f"model.model_kwargs: {argument} draws the positions anew in each pass, so that the attack and the "
                 "weight step would see different models; leave it out"
             )
 
 
 def build_backbone(
-    name: str,
-    *,
-    checkpoint: str | None = None,
-    pretrained: bool = True,
-    num_classes: int | None = None,
-    classes: Sequence[int] | None = None,
-    image_size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    seed: int = 0,
-    architecture: Mapping[str, object] | None = None,
-    input_sizes: Sequence[int] = (),
+    settings: ModelSettings, *, seed: int = 0, input_sizes: Sequence[int] = ()
 ) -> tuple[nn.Module, BackboneInfo]:
     """A timm model with its weights, and what it is.
 
     Args:
-        name: timm's full `arch.tag`, e.g. "vit_base_patch16_224.augreg2_in21k_ft_in1k".
-        checkpoint: weights under timm's keys, .safetensors or .pth, local or an fsspec URL. None: timm's hub.
-        pretrained: False builds random weights from `seed`.
-        num_classes: outputs; None keeps the checkpoint's. Another number than the checkpoint's starts a new head.
-        classes: rows of the checkpoint's head to keep, in this order.
-        image_size: side in pixels; another than the pretrained one resamples the position embedding.
-        mean, std: normalisation where it is not the tag's.
-        architecture: further arguments of `timm.create_model` (depth, embed_dim, ...), for models of one's own.
+        seed: of weights that are not pretrained.
         input_sizes: sides in pixels that the model must also take as they come; the position embedding is resampled
             in each forward pass then, and is what it was at `image_size`.
 
     Raises:
         UserError: unknown name, weights that cannot be had or do not fit, classes out of range.
     """
+    name, pretrained, num_classes = settings.backbone, settings.pretrained, settings.num_classes
+    checkpoint, classes, image_size = settings.checkpoint_path, settings.class_indices, settings.image_size
     check_name(name, needs_tag=pretrained)
-    _check_agreement(checkpoint, pretrained, num_classes, classes, architecture or {})
+    _check_agreement(checkpoint, pretrained, num_classes, classes, settings.model_kwargs)
     on_meta = torch.empty(0).device.type == "meta"
     weights: dict[str, Tensor] | None = None
     if pretrained and not on_meta:
         weights = read_weights(checkpoint) if checkpoint else _download(name)
     outputs = len(classes) if classes is not None and num_classes is None else num_classes
-    arguments: dict[str, Any] = dict(architecture or {})
+    arguments: dict[str, Any] = dict(settings.model_kwargs)
     if image_size is not None:
         arguments["img_size"] = image_size
     if input_sizes:
@@ -257,11 +245,11 @@ def build_backbone(
         classes=tuple(classes) if classes is not None else None,
         own_classes=own_classes,
         image_size=image_size or data["input_size"][-1],
-        mean=tuple(mean or data["mean"]),
-        std=tuple(std or data["std"]),
+        mean=tuple(settings.mean or data["mean"]),
+        std=tuple(settings.std or data["std"]),
         crop_pct=float(data["crop_pct"]),
         interpolation=data["interpolation"],
-        architecture=dict(architecture or {}),
+        architecture=dict(settings.model_kwargs),
         crop_mode=data["crop_mode"],
     )
     return backbone, info
@@ -283,7 +271,7 @@ def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: 
             backbone = _create(name, {k: v for k, v in arguments.items() if k != "dynamic_img_size"}, None, None)
             if family_of(backbone, name).any_size:
                 return backbone
-            raise UserError(f"phases.image_size: {name} takes pictures of one size only; leave it out") from None
+            raise UserError(f"phases.image_size: {name} takes images of one size only; leave it out") from None
         raise UserError(f"model: timm cannot build {name} with {arguments}: {reason}") from None
     if "drop_path_rate" not in arguments:  # Swin's is 0.1 unless told: drawn from torch's generator, on each rank anew
         for module in backbone.modules():
@@ -341,13 +329,13 @@ def _load(
     except RuntimeError as error:  # names are right and shapes are not
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.checkpoint: {source} does not fit the backbone ({reason}); give the weights of this very model"
+            f"model.checkpoint_path: {source} does not fit the backbone ({reason}); give the weights of this very model"
         ) from None
     missing = [key for key in result.missing_keys if own is not None or key.rpartition(".")[0] not in heads]
     if missing or result.unexpected_keys:
         wrong = missing[:1] or result.unexpected_keys[:1]
         raise UserError(
-            f"model.checkpoint: {source} does not fit the backbone ({len(missing)} tensors missing, "
+            f"model.checkpoint_path: {source} does not fit the backbone ({len(missing)} tensors missing, "
             f"{len(result.unexpected_keys)} too many, e.g. {wrong[0]}); give the weights of this very model"
         )
     return own is not None

@@ -94,7 +94,7 @@ def branches_of(model: AdaptedModel) -> list[Branch]:
 
 
 @contextmanager
-def switched_off(branches: Iterable[Branch]) -> Iterator[None]:
+def disable_adapter(branches: Iterable[Branch]) -> Iterator[None]:
     """Inside, these branches add nothing: the model computes what it would with their B zero, bit for bit.
 
     No tensor is touched, so that the model is afterwards as it was. Those that were off already stay off.

@@ -1,23 +1,26 @@
 """A frozen backbone made trainable: adapters placed, rank found from the budget, normaliser inside."""
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import timm
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import base_key
+from fulllora_dist.core.settings import Settings, explain
 from fulllora_dist.models.backbone import BackboneInfo, build_backbone
 from fulllora_dist.models.families import Family, family_of
 from fulllora_dist.models.families.family import check_forward
 from fulllora_dist.models.lnlora import QKV, LNLoRABranch, LNLoRASplit, attach
 from fulllora_dist.models.placement import FUSED, Adapted, PlacementReport, Site
 from fulllora_dist.models.precision import compute_in_bf16
-from fulllora_dist.models.settings import COMPONENTS, Finetune, Head, Precision, Qkv
+from fulllora_dist.models.settings import COMPONENTS, AdapterSettings, Finetune, Head, ModelSettings, Precision, Qkv
 
 WITH_BRANCHES = ("fulllora", "lora")
 TOKEN_NORM_EPS = 1e-6
@@ -198,84 +201,77 @@ def _rank_for_budget(sizes: list[tuple[int, int]], fixed: int, total: int, norm:
     if rank < 1:
         least = (fixed + norms + per_rank) / total
         raise UserError(
-            f"adapter.budget: {budget:g} is too small: rank 1 with this placement and head takes {least:.2%}"
+            f"adapter.trainable_fraction: {budget:g} is too small: rank 1 with this placement and head takes "
+            f"{least:.2%}"
         )
     return rank
 
 
+class _Arguments(Settings):
+    """Those of `create_model`, under the names that they have in a config."""
+
+    model: ModelSettings
+    adapter: AdapterSettings
+
+
 def create_model(
-    name: str,
+    backbone: str,
     *,
-    checkpoint: str | None = None,
-    pretrained: bool = True,
-    num_classes: int | None = None,
-    classes: Sequence[int] | None = None,
-    image_size: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    architecture: dict[str, object] | None = None,
-    input_sizes: Sequence[int] = (),
     finetune: Finetune = "fulllora",
-    budget: float = 0.05,
-    rank: int | None = None,
-    alpha: float | None = None,
-    placement: Sequence[str] = COMPONENTS,
-    qkv: Qkv = "separate",
-    patch_norm_eps: float = 1e-2,
-    head: Head = "auto",
-    precision: Precision = "fp32",
     seed: int = 0,
+    input_sizes: Sequence[int] = (),
+    **settings: Any,
 ) -> AdaptedModel:
     """A timm ViT with its weights, frozen, and an adapter that does nothing yet.
 
     Args:
-        name, checkpoint, pretrained, num_classes, classes, image_size, mean, std, architecture, input_sizes: see
-            `build_backbone`.
+        backbone: timm's full `arch.tag`, e.g. "vit_base_patch16_224.augreg2_in21k_ft_in1k".
         finetune: what trains: "fulllora" (LNLoRA branches), "lora" (the same without LN), "full", "head", "layernorm".
-        budget: share of backbone + head that may train, head counted; the rank follows from it.
-        rank: rank of every branch, instead of the budget.
-        alpha: branches are scaled by alpha / rank; None takes alpha = rank, so that the scale is 1 at any rank.
-        placement: components with a branch, of `COMPONENTS`.
-        qkv: "separate" branches for q, k and v of a fused projection, or one "shared".
-        patch_norm_eps: eps of the LN over flattened patches (docs/how_it_works.md says why it is not 1e-6).
-        head: "frozen", "trained" or "adapted"; "auto" freezes the backbone's own classes and trains new ones.
-        precision: "bf16" computes the blocks in bf16, everything else stays in fp32.
         seed: of the branches' A, and of weights that are not pretrained.
+        input_sizes: further image sizes that the model must take; see `build_backbone`.
+        settings: those of `ModelSettings` (checkpoint_path, num_classes, image_size, precision, ...) and
+            `AdapterSettings` (trainable_fraction, rank, components, ...), by their names.
 
     Raises:
-        UserError: a model of no known family, weights that do not fit, a budget that is too small.
+        UserError: a model of no known family, weights that do not fit, a fraction that is too small.
     """
-    for setting, value, known in (
-        ("finetune", finetune, Finetune),
-        ("adapter.head", head, Head),
-        ("adapter.qkv", qkv, Qkv),
-        ("model.precision", precision, Precision),
-    ):
-        if value not in get_args(known):
-            raise UserError(f"{setting}: {value!r} is unknown; known: {', '.join(get_args(known))}")
-    if rank is not None and rank < 1:
-        raise UserError(f"adapter.rank: {rank} is too small; take 1 or more, or leave it to the budget")
-    backbone, info = build_backbone(
-        name,
-        checkpoint=checkpoint,
-        pretrained=pretrained,
-        num_classes=num_classes,
-        classes=classes,
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        seed=seed,
-        architecture=architecture,
-        input_sizes=input_sizes,
-    )
-    unknown = set(placement) - set(COMPONENTS)
-    if unknown:
-        raise UserError(f"adapter.placement: unknown {', '.join(sorted(unknown))}; known: {', '.join(COMPONENTS)}")
-    if qkv == "shared" and len(set(QKV) & set(placement)) not in (0, len(QKV)):
+    sections: dict[str, type[Settings]] = {"model": ModelSettings, "adapter": AdapterSettings}
+    keys = {section: set(of.model_fields) - {"backbone", "init_from"} for section, of in sections.items()}
+    if unknown := sorted(settings.keys() - set().union(*keys.values())):
+        known = sorted(set().union(*keys.values()))
+        near = difflib.get_close_matches(unknown[0], known, n=1)
+        raise UserError(f"unknown setting {unknown[0]}; " + (f"did you mean {near[0]}?" if near else ", ".join(known)))
+    values = {section: {key: settings[key] for key in settings.keys() & keys[section]} for section in sections}
+    values["model"]["backbone"] = backbone
+    try:
+        checked = _Arguments.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error, lambda _: ())) from None
+    return build_adapted(checked.model, checked.adapter, finetune, seed=seed, input_sizes=input_sizes)
+
+
+def build_adapted(
+    model: ModelSettings,
+    adapter: AdapterSettings,
+    finetune: Finetune,
+    *,
+    seed: int = 0,
+    input_sizes: Sequence[int] = (),
+) -> AdaptedModel:
+    """`create_model` from settings.
+
+    Raises:
+        UserError: see `create_model`.
+    """
+    if finetune not in get_args(Finetune):
+        raise UserError(f"finetune: {finetune!r} is unknown; known: {', '.join(get_args(Finetune))}")
+    name, components, qkv, rank, alpha = model.backbone, adapter.components, adapter.qkv, adapter.rank, adapter.alpha
+    backbone, info = build_backbone(model, seed=seed, input_sizes=input_sizes)
+    if qkv == "shared" and len(set(QKV) & set(components)) not in (0, len(QKV)):
         raise UserError("adapter.qkv: a shared branch adapts q, k and v at once; place all three, or take separate")
     family = family_of(backbone, name)
     sites = family.sites(backbone, name)
-    resolved_head = _resolve_head(head, finetune, info.own_classes)
+    resolved_head = _resolve_head(adapter.head, finetune, info.own_classes)
     total = sum(p.numel() for p in backbone.parameters())
     trained = _own_trained(backbone, finetune, resolved_head, sites)
     own = {n: p.numel() for n, p in backbone.named_parameters() if n in trained}
@@ -287,30 +283,30 @@ def create_model(
     if finetune in WITH_BRANCHES:
         for site in sites:
             if site.component != "head" or resolved_head == "adapted":
-                sizes = _branch_sizes(site, backbone.get_submodule(site.path), placement, qkv)
+                sizes = _branch_sizes(site, backbone.get_submodule(site.path), components, qkv)
                 plan += [(site, sizes)] if sizes else []
         if not plan:
             present = {part for site in sites for part in FUSED.get(site.component, (site.component,))}
             raise UserError(
-                f"adapter.placement: no component of {name} is chosen; choose among "
+                f"adapter.components: no component of {name} is chosen; choose among "
                 f"{', '.join(c for c in COMPONENTS if c in present)}"
             )
         if rank is None:
             every = [size for _, sizes in plan for size in sizes.values()]
-            rank = _rank_for_budget(every, sum(own.values()), total, finetune == "fulllora", budget)
+            rank = _rank_for_budget(every, sum(own.values()), total, finetune == "fulllora", adapter.trainable_fraction)
         alpha = float(rank) if alpha is None else alpha
     else:
         rank = alpha = None
 
-    spec = AdapterSpec(finetune, rank, alpha, tuple(placement), qkv, patch_norm_eps, resolved_head, seed)
+    spec = AdapterSpec(finetune, rank, alpha, components, qkv, adapter.patch_norm_eps, resolved_head, seed)
     for parameter_name, parameter in backbone.named_parameters():
         parameter.requires_grad_(parameter_name in trained)
     adapted = [_adapt(backbone, family, site, sizes, spec) for site, sizes in plan]
     check_forward(backbone, [site for site, _ in plan], name, info.image_size, info.num_classes)
     report = _report(backbone, adapted, own, total)
-    if precision == "bf16":
+    if model.precision == "bf16":
         compute_in_bf16(family.modules(backbone))
-    return AdaptedModel(backbone, family, info, spec, report, precision).eval()
+    return AdaptedModel(backbone, family, info, spec, report, model.precision).eval()
 
 
 def _adapt(

@@ -46,7 +46,7 @@ class LNLoRABranch(nn.Module):
     Parameters are fp32 whatever the activations' dtype; they are folded in fp32 and cast once per call.
 
     Attributes:
-        on: whether it adds anything; see `branches.switched_off`.
+        on: whether it adds anything; see `branches.disable_adapter`.
     """
 
     def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, norm: bool, eps: float):

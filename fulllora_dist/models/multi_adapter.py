@@ -116,7 +116,7 @@ class MultiAdapter(nn.Module):
 
     Args:
         adapters: {name of one's own: folder}; see `load_folder`.
-        checkpoint: where the backbone's weights lie now, if not where they were at training.
+        checkpoint_path: where the backbone's weights lie now, if not where they were at training.
         precision: see `create_model`.
         local_folder: makes the folder of each address, where they are no folders themselves.
 
@@ -131,7 +131,7 @@ class MultiAdapter(nn.Module):
         self,
         adapters: Mapping[str, str],
         *,
-        checkpoint: str | None = None,
+        checkpoint_path: str | None = None,
         precision: Precision = "fp32",
         local_folder: Callable[[str], AbstractContextManager[str]] = nullcontext,
     ):
@@ -144,10 +144,10 @@ class MultiAdapter(nn.Module):
         self.own = nn.ModuleList()
         for name, where in adapters.items():
             if not self._specs:
-                self._begin(where, checkpoint, precision)
+                self._begin(where, checkpoint_path, precision)
             self.add(name, where)
 
-    def _begin(self, where: str, checkpoint: str | None, precision: Precision) -> None:
+    def _begin(self, where: str, checkpoint_path: str | None, precision: Precision) -> None:
         """The backbone of the first adapter, with its head as it came, and nothing beside it."""
         with self._local_folder(where) as folder:
             description, _ = read_adapter(folder)
@@ -155,7 +155,7 @@ class MultiAdapter(nn.Module):
             _check_shares(where, spec)
             self._seed = spec.seed
             bare = replace(spec, finetune="head", head="trained", rank=None, alpha=None)
-            base = build(info, bare, checkpoint=checkpoint, precision=precision)
+            base = build(info, bare, checkpoint_path=checkpoint_path, precision=precision)
             check_backbone(folder, info, base.info)
         self._base: AdaptedModel = base.requires_grad_(False)
         self.info: BackboneInfo = base.info

@@ -24,7 +24,7 @@ MODULES = (
     "xcit",
     "convit",
 )
-"""Modules of timm with plain or windowed transformers of pictures."""
+"""Modules of timm with plain or windowed transformers of images."""
 
 
 NEW_CLASSES = 1000
@@ -89,7 +89,7 @@ def examine(name: str, budget: float = 0.05) -> Backbone | Refusal:
                 pretrained=False,
                 num_classes=NEW_CLASSES if new_head else None,
                 head="trained" if new_head else "frozen",
-                budget=budget,
+                trainable_fraction=budget,
             )
     except UserError as error:
         return Refusal(name, str(error))

@@ -1,4 +1,4 @@
-"""Where robustness sits, as a picture: the size of each branch beside W, and what is lost without some of them."""
+"""Where robustness sits, as an image: the size of each branch beside W, and what is lost without some of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,9 +137,7 @@ def _bars(axes: Axes, groups: Sequence[Loss], attack: str) -> None:
     style = {"ecolor": GREY, "elinewidth": 1.2, "capsize": 2.5}
     axes.barh(places - 0.12, lost, color=WRONG, height=0.5, xerr=error, error_kw=style, label=f"under {attack}")
     lost, error = _with_error(group.clean for group in groups)
-    axes.errorbar(
-        lost, places + 0.27, xerr=error, color=RIGHT, fmt="D", ms=4, lw=1, capsize=2, label="on clean pictures"
-    )
+    axes.errorbar(lost, places + 0.27, xerr=error, color=RIGHT, fmt="D", ms=4, lw=1, capsize=2, label="on clean images")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(places, [group.name.removeprefix("blocks.") for group in groups], fontsize=10)
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""Pictures for people: what an attack does to a model before and after training, and how strong it has to be.
+"""Images for people: what an attack does to a model before and after training, and how strong it has to be.
 
 The colours are of Okabe and Ito's eight, which colour-blind readers can tell apart; right and wrong have
 marks, too.
@@ -35,9 +35,9 @@ class Attacked:
     """One model under attack.
 
     Attributes:
-        name: for the picture, e.g. "backbone".
+        name: for the image, e.g. "backbone".
         adversarial: [N, 3, H, W] in [0, 1], made against this model.
-        before, after: int64 [N], its predictions on the clean and on the adversarial pictures.
+        before, after: int64 [N], its predictions on the clean and on the adversarial images.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Curve:
     """Robust accuracy of one model.
 
     Attributes:
-        name: for the picture.
+        name: for the image.
         scores: {eps in pixels of [0, 1]: "accuracy", "low" and "high" as in evaluation.json}.
     """
 
@@ -64,14 +64,14 @@ def in_255ths(eps: float) -> str:
     return f"{eps * 255:.3g}/255"
 
 
-def _show(axes: Axes, picture: Tensor) -> None:
-    axes.imshow(picture.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+def _show(axes: Axes, image: Tensor) -> None:
+    axes.imshow(image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
 
 
 def _verdict(axes: Axes, lines: Sequence[tuple[str, str, bool]]) -> None:
-    """Under a picture, one line for each (model, predicted class, right)."""
+    """Under an image, one line for each (model, predicted class, right)."""
     for i, (model, predicted, right) in enumerate(lines):
         axes.text(
             0.5,
@@ -97,7 +97,7 @@ def _draw_examples(
     models: Sequence[Attacked],
     eps: float,
 ) -> None:
-    """A row for each picture; the perturbation is shown on grey, stretched so that eps spans half the range."""
+    """A row for each image; the perturbation is shown on grey, stretched so that eps spans half the range."""
     rows, magnified = len(clean), 0.5 / eps
     grid = figure.subplots(rows, 1 + 2 * len(models), squeeze=False, gridspec_kw={"wspace": 0.12, "hspace": 0.5})
     titles = ["clean"]
@@ -157,7 +157,7 @@ def _draw_curves(
 def adversarial_examples(
     clean: Tensor, labels: Tensor, classes: Sequence[str], models: Sequence[Attacked], eps: float
 ) -> Figure:
-    """A few pictures clean, their perturbations magnified, and under attack, with each model's predictions.
+    """A few images clean, their perturbations magnified, and under attack, with each model's predictions.
 
     Args:
         clean: [N, 3, H, W] in [0, 1]; four or five are readable.
@@ -196,7 +196,7 @@ def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], capti
     each of the others. Of many classes the 20 least and the 20 most robust ones.
 
     Args:
-        per_class: {attack: {class: (right, n)}}; classes without a picture are left out.
+        per_class: {attack: {class: (right, n)}}; classes without an image are left out.
         caption: what the numbers are of.
     """
     attacks = list(per_class)
@@ -242,14 +242,14 @@ def least_and_most(per_class: Mapping[str, tuple[int, int]]) -> set[str]:
     """The classes to show: all, or of many the least and the most robust ones, equally many of each.
 
     Args:
-        per_class: {class: (right, n)}; classes without a picture are left out.
+        per_class: {class: (right, n)}; classes without an image are left out.
     """
     names = sorted((right / n, name) for name, (right, n) in per_class.items() if n)
     half = MOST_CLASSES // 2
     return {name for _, name in (names if len(names) <= MOST_CLASSES else [*names[:half], *names[-half:]])}
 
 
-def demo_picture(
+def demo_image(
     clean: Tensor,
     labels: Tensor,
     classes: Sequence[str],

@@ -23,7 +23,7 @@ _MANY = 60  # points, from which on the mean of a twentieth of them is drawn too
 def training_curves(lines: Iterable[Mapping[str, Any]]) -> Figure:
     """Accuracy and loss over the batches, from the lines of metrics.jsonl.
 
-    Of the training itself, where each point is of one batch under its own attack; of pictures held out, clean and under
+    Of the training itself, where each point is of one batch under its own attack; of images held out, clean and under
     PGD; and of the final evaluation.
     """
     points: dict[str, tuple[list[int], list[float]]] = {}

@@ -48,14 +48,14 @@ def local_folder(where: str, uri: str | None = None) -> Iterator[str]:
 
 
 def load(
-    where: str, *, checkpoint: str | None = None, precision: Precision = "fp32", uri: str | None = None
+    where: str, *, checkpoint_path: str | None = None, precision: Precision = "fp32", uri: str | None = None
 ) -> AdaptedModel:
-    """The adapted model of an adapter: its backbone is built from timm or `checkpoint`, and checked.
+    """The adapted model of an adapter: its backbone is built from timm or `checkpoint_path`, and checked.
 
     Args:
         where: what `save_adapter` wrote, a local path or fsspec URL; or an address of MLflow: "models:/NAME@champion",
             "models:/NAME/3", "runs:/ID/adapter".
-        checkpoint: where the backbone's weights lie now, if not where they were at training.
+        checkpoint_path: where the backbone's weights lie now, if not where they were at training.
         precision: see `create_model`.
         uri: MLflow's tracking store, which is its `set_tracking_uri` from then on; None takes the one that is set
             (MLFLOW_TRACKING_URI).
@@ -64,7 +64,7 @@ def load(
         UserError: missing or damaged files, an unknown version or alias, another backbone, other shapes.
     """
     with local_folder(where, uri) as folder:
-        return load_folder(folder, checkpoint=checkpoint, precision=precision)
+        return load_folder(folder, checkpoint_path=checkpoint_path, precision=precision)
 
 
 class MultiAdapter(multi_adapter.MultiAdapter):
@@ -72,7 +72,7 @@ class MultiAdapter(multi_adapter.MultiAdapter):
 
     Args:
         adapters: {name of one's own: address}; see `load`.
-        checkpoint, precision, uri: see `load`.
+        checkpoint_path, precision, uri: see `load`.
 
     Raises:
         UserError: adapters of different backbones, one that is a whole model (finetune: full); as for `load`.
@@ -82,9 +82,9 @@ class MultiAdapter(multi_adapter.MultiAdapter):
         self,
         adapters: Mapping[str, str],
         *,
-        checkpoint: str | None = None,
+        checkpoint_path: str | None = None,
         precision: Precision = "fp32",
         uri: str | None = None,
     ):
         fetch = partial(local_folder, uri=uri)
-        super().__init__(adapters, checkpoint=checkpoint, precision=precision, local_folder=fetch)
+        super().__init__(adapters, checkpoint_path=checkpoint_path, precision=precision, local_folder=fetch)

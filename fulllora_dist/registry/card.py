@@ -23,7 +23,7 @@ def model_card(
     where = f"models:/{name}@champion" if name else "the folder of this file"
     sections = [
         f"# {name or backbone['name']}",
-        f"An adapter for the frozen backbone `{backbone['name']}`, which is not in here. Inputs: RGB pictures of "
+        f"An adapter for the frozen backbone `{backbone['name']}`, which is not in here. Inputs: RGB images of "
         f"{backbone['image_size']} pixels a side; outputs: {backbone['num_classes']} class scores (logits).",
         *_section("Threat model", _threat(training)),
         *_section("Accuracy", _accuracy(evaluation)),
@@ -93,7 +93,7 @@ def _recipe(description: Mapping[str, Any]) -> list[str]:
         lines.append(f"- batches {phase['first']} to {phase['end']}: {_listed(phase['method'])}; {size}{side}")
     factor = 1.0
     for rollback in training.get("rollbacks", ()):
-        factor *= rollback["safer_lr"]
+        factor *= rollback["rollback_lr_factor"]
         at, to = rollback["at"], rollback["to"]
         lines.append(f"- collapsed at batch {at}, went back to {to} and on with {factor:g} of the learning rate")
     if training.get("optim"):
@@ -115,8 +115,8 @@ def _limits(training: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -
     attacks = () if evaluation is None else evaluation["attacks"]
     if not any("autoattack" in attack for attack in attacks):
         lines.append("- Not evaluated under AutoAttack: stronger attacks may find less accuracy than is said above.")
-    lines.append("- The interval is that of the pictures drawn, for this one adapter; other seeds differ.")
-    lines.append("- Pictures of other classes are given to one of these, too.")
+    lines.append("- The interval is that of the images drawn, for this one adapter; other seeds differ.")
+    lines.append("- Images of other classes are given to one of these, too.")
     return lines
 
 
@@ -124,7 +124,7 @@ def _loading(backbone: Mapping[str, Any], where: str) -> list[str]:
     source = redacted(backbone["checkpoint"] or "") or ("timm's hub" if backbone["pretrained"] else "its seed")
     return [
         f"The backbone's weights are taken from {source} and must have the fingerprint `{backbone['sha256']}`; where "
-        "they lie elsewhere, give `checkpoint=`.",
+        "they lie elsewhere, give `checkpoint_path=`.",
         "",
         "```python",
         "import fulllora_dist as fd",

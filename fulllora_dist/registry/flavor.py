@@ -34,7 +34,7 @@ CHECKPOINT = "FULLLORA_CHECKPOINT"
 """Environment variable: where the backbone's weights lie for a served model."""
 _NEEDED = ("fulllora-dist", "mlflow", "torch", "timm", "safetensors", "numpy")
 _CONDA, _PYTHON = "conda.yaml", "python_env.yaml"
-_BATCH = 64  # pictures of one pyfunc pass
+_BATCH = 64  # images of one pyfunc pass
 
 
 def requirements() -> list[str]:
@@ -132,13 +132,13 @@ def log_model(
 
 def load_model(model_uri: str, *, checkpoint: str | None = None, precision: Precision = "fp32") -> AdaptedModel:
     """The adapted model of an MLflow model: see `fulllora_dist.load`."""
-    return load_address(model_uri, checkpoint=checkpoint, precision=precision)
+    return load_address(model_uri, checkpoint_path=checkpoint, precision=precision)
 
 
 class PixelModel:
     """What `mlflow.pyfunc.load_model` gives: uint8 pixels [N, H, W, 3] -> fp32 logits [N, classes].
 
-    The pictures are of the model's own size; [0, 1] and the backbone's normalisation happen inside.
+    The images are of the model's own size; [0, 1] and the backbone's normalisation happen inside.
     """
 
     def __init__(self, model: AdaptedModel):
@@ -162,6 +162,6 @@ def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> Pi
     """What MLflow calls. `model_config={"checkpoint": ...}`, or else FULLLORA_CHECKPOINT, says where the backbone's
     weights lie, if not where they were at training; MLFLOW_DEFAULT_PREDICTION_DEVICE where it computes."""
     settings = dict(model_config or {})
-    model = load(path, checkpoint=settings.get("checkpoint") or os.environ.get(CHECKPOINT))
+    model = load(path, checkpoint_path=settings.get("checkpoint") or os.environ.get(CHECKPOINT))
     device = os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
     return PixelModel(model.to(device))

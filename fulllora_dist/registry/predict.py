@@ -1,4 +1,4 @@
-"""Predictions for a folder of pictures or for shards, one line each, that a second call goes on with."""
+"""Predictions for a folder of images or for shards, one line each, that a second call goes on with."""
 
 import csv
 import io
@@ -38,15 +38,15 @@ def predict(
     adapter: str | None = None,
     progress: bool = True,
 ) -> dict[str, int]:
-    """Write the most likely class of each picture to `output`.
+    """Write the most likely class of each image to `output`.
 
-    Lines of pictures that are there already stay, and those pictures are passed over; a line that a kill cut short is
-    made again. A picture that cannot be read gets a line with the error.
+    Lines of images that are there already stay, and those images are passed over; a line that a kill cut short is
+    made again. An image that cannot be read gets a line with the error.
 
     Args:
         model: pixels in [0, 1] -> logits, in evaluation mode, on the device where its parameters are.
-        source: folder of pictures, searched with all folders below, or folder or URL of shards with an index.
-        output: .jsonl, or .csv; columns are `COLUMNS`: name of the picture, of its class, its number, the softmax
+        source: folder of images, searched with all folders below, or folder or URL of shards with an index.
+        output: .jsonl, or .csv; columns are `COLUMNS`: name of the image, of its class, its number, the softmax
             probability, why it could not be read, and `adapter`.
         transform: the model's evaluation crop.
         classes: names of the outputs.
@@ -57,22 +57,22 @@ def predict(
         {"pictures": all of the source, "predicted": by this call, "unreadable": of those}.
 
     Raises:
-        UserError: no pictures there; an output of another form or adapter, or that cannot be written.
+        UserError: no images there; an output of another form or adapter, or that cannot be written.
     """
     table = _Table(output, adapter)
-    pictures = _pictures(source)
-    left = [(name, read) for name, read in pictures if name not in table.done]
+    images = _images(source)
+    left = [(name, read) for name, read in images if name not in table.done]
     device = next(model.parameters()).device
     unreadable = 0
 
-    def decode(picture: tuple[str, Read]) -> tuple[str, Tensor | None, str | None]:
-        name, read = picture
+    def decode(image: tuple[str, Read]) -> tuple[str, Tensor | None, str | None]:
+        name, read = image
         try:
             return name, transform(read()), None
         except UserError as error:
             return name, None, str(error)
 
-    bar = tqdm(total=len(pictures), initial=len(pictures) - len(left), unit="img", desc="predict", disable=not progress)
+    bar = tqdm(total=len(images), initial=len(images) - len(left), unit="img", desc="predict", disable=not progress)
     with table, bar, ThreadPoolExecutor(max(1, workers)) as threads:
         for batch in _ahead(left, batch_size, lambda part: threads.map(decode, part)):
             good = [pixels for _, pixels, _ in batch if pixels is not None]
@@ -88,7 +88,7 @@ def predict(
                     rows.append((name, classes[label], label, round(float(score[label]), 6), None, adapter))
             table.write(rows)
             bar.update(len(batch))
-    return {"pictures": len(pictures), "predicted": len(left), "unreadable": unreadable}
+    return {"pictures": len(images), "predicted": len(left), "unreadable": unreadable}
 
 
 def _ahead(items: list, size: int, start: Callable[[list], Iterator]) -> Iterator[list]:
@@ -101,15 +101,15 @@ def _ahead(items: list, size: int, start: Callable[[list], Iterator]) -> Iterato
         yield batch
 
 
-def _probabilities(model: nn.Module, pictures: list[Tensor], device: torch.device) -> np.ndarray:
-    if not pictures:
+def _probabilities(model: nn.Module, images: list[Tensor], device: torch.device) -> np.ndarray:
+    if not images:
         return np.empty((0, 0))
     with torch.inference_mode():
-        logits = model(torch.stack(pictures).to(device).float() / 255)
+        logits = model(torch.stack(images).to(device).float() / 255)
         return logits.softmax(dim=1).cpu().numpy()
 
 
-def _pictures(source: str) -> list[tuple[str, Read]]:
+def _images(source: str) -> list[tuple[str, Read]]:
     """(name, what reads its bytes), in the order of names or of the index."""
     if Path(source).is_dir():
         files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
@@ -118,7 +118,7 @@ def _pictures(source: str) -> list[tuple[str, Read]]:
     try:
         index = Index.load(source)
     except UserError as error:
-        raise UserError(f"{source} holds no pictures ({', '.join(IMAGE_EXTENSIONS)}), nor shards: {error}") from None
+        raise UserError(f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}), nor shards: {error}") from None
     shards = ShardReader(index)
     return [(index.key(i), lambda i=i: shards.read(i)) for i in range(len(index))]  # type: ignore[misc]
 
@@ -137,7 +137,7 @@ class _Table:
     """The output, appended to batch by batch. A file of something else is not touched.
 
     Attributes:
-        done: names of the pictures that it has whole lines of.
+        done: names of the images that it has whole lines of.
     """
 
     def __init__(self, path: str, adapter: str | None):

@@ -1,7 +1,7 @@
 """Whether an adapter may take the champion's place: the evaluations of both, judged in words.
 
 The comparison is one of non-inferiority: the candidate passes where the paired 95 % interval of its difference to the
-champion lies above minus the margin, so that a loss of more than the margin is excluded. The fewer the pictures, the
+champion lies above minus the margin, so that a loss of more than the margin is excluded. The fewer the images, the
 wider the interval, and the less can be excluded.
 """
 
@@ -32,7 +32,7 @@ class Rules:
     def __post_init__(self) -> None:
         for name, value in (("margin", self.margin), ("clean floor", self.clean_floor)):
             if not 0 <= value <= 1:
-                raise UserError(f"{name}: {value} is no share of the pictures; 0 to 1 is right, 0.01 for a point")
+                raise UserError(f"{name}: {value} is no share of the images; 0 to 1 is right, 0.01 for a point")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _own(candidate: Evaluation, rules: Rules, threat: str | None) -> tuple[list[
     if threat is not None and size != threat:
         reasons.append(f"it was attacked at {size}, the model is for {threat}")
     if not candidate.get("checks"):
-        reasons.append("no check for masked gradients was made; evaluate with evaluation.check=50")
+        reasons.append("no check for masked gradients was made; evaluate with evaluation.gradient_masking_samples=50")
     reasons += [f"a check warned: {line}" for line in candidate["warnings"]]
     findings += [f"{attack}: {_percent(score)}" for attack, score in attacks.items()]
     return reasons, findings
@@ -130,7 +130,7 @@ def _against(candidate: Evaluation, champion: Evaluation | None, rules: Rules) -
         if row["high"] < -rules.margin:
             reasons.append(f"{shown}: it is less robust by more than {margin}")
         else:
-            reasons.append(f"{shown}: a loss of more than {margin} is not excluded; more pictures may do that")
+            reasons.append(f"{shown}: a loss of more than {margin} is not excluded; more images may do that")
     return reasons, findings
 
 
@@ -149,5 +149,5 @@ def _differences(candidate: Evaluation, champion: Evaluation) -> list[str]:
         lines.append(f"n = {len(candidate['ids'])}, the champion's {len(champion['ids'])}")
     elif set(candidate["ids"]) != set(champion["ids"]):
         common = len(set(candidate["ids"]) & set(champion["ids"]))
-        lines.append(f"other pictures: of {len(candidate['ids'])} ids {common} are the champion's")
+        lines.append(f"other images: of {len(candidate['ids'])} ids {common} are the champion's")
     return lines

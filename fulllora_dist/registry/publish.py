@@ -38,7 +38,7 @@ from fulllora_dist.registry.registry import (
     model_name,
     threat_of,
 )
-from fulllora_dist.registry.version_tags import EVALUATION_DATA, MOST, Lineage, facts, scores
+from fulllora_dist.registry.version_tags import EVALUATION_DATA, MOST, Lineage, metadata, scores
 
 CONFIG = "config.yaml"
 _LOGGED_NAME = "adapter"
@@ -78,7 +78,7 @@ def publish(
     version = _existing(registry, name, description["sha256"])
     if version is None:
         model_id = _logged_model(registry, folder, description, evaluation, name, lineage)
-        tags = facts(description, lineage) | scores(evaluation)
+        tags = metadata(description, lineage) | scores(evaluation)
         card = model_card(description, evaluation, name)[:MOST]
         registry.store.create_model_version(
             name, f"models:/{model_id}", lineage.run_id, tags=tags, description=card, model_id=model_id
@@ -141,7 +141,7 @@ def _register_model(
             raise UserError(
                 f"the registered model {name} is of another {key.removesuffix('_sha256')} "
                 f"({str(found.get(key))[:40]}, the adapter's is {value[:40]}); choose another name "
-                f"(tracking.registered_model, --name){_SAME_DATA if key == 'data' else ''}"
+                f"(tracking.registered_model_name, --name){_SAME_DATA if key == 'data' else ''}"
             )
 
 
@@ -204,7 +204,7 @@ def _logged_model(
 def _create_logged_model(registry: Registry, experiment: str, description: Mapping[str, Any], lineage: Lineage) -> Any:
     spec = {key: str(value) for key, value in description["adapter"].items()}
     return registry.store.create_logged_model(
-        experiment, _LOGGED_NAME, lineage.run_id, tags=facts(description, lineage), params=spec
+        experiment, _LOGGED_NAME, lineage.run_id, tags=metadata(description, lineage), params=spec
     )
 
 

@@ -20,10 +20,10 @@ def publish_run(config: Config, settings: str, uri: str | None, run_id: str | No
         uri: tracking store; None takes the config's.
         run_id: of the MLflow run, None where it could not be made.
     """
-    output, uri = config.run.output, uri or config.tracking_uri()
+    output, uri = config.run.output_dir, uri or config.tracking_uri()
     adapter, evaluation = os.path.join(output, "adapter"), os.path.join(output, "evaluation.json")
     found = evaluation if os.path.exists(evaluation) else None
-    name, experiment = config.tracking.registered_model, config.tracking.experiment
+    name, experiment = config.tracking.registered_model_name, config.tracking.experiment_name
     try:
         registry = Registry(uri, create=True)
         lineage = Lineage(None, settings, None, experiment)

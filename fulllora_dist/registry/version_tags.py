@@ -35,7 +35,7 @@ class Lineage:
         return cls(run_id, config, store.get_run(run_id).data.tags.get("git_commit"), experiment)
 
 
-def facts(description: Mapping[str, Any], lineage: Lineage) -> dict[str, str]:
+def metadata(description: Mapping[str, Any], lineage: Lineage) -> dict[str, str]:
     """Tags: what it is and where it comes from."""
     backbone, training, spec = description["backbone"], description["training"], description["adapter"]
     threat, data = training.get("threat"), training.get("data", {})

@@ -35,7 +35,7 @@ class RangeCache:
             self._files.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self._folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise UserError(f"data.cache: {folder} cannot be used ({error.strerror})") from error
+            raise UserError(f"data.cache_dir: {folder} cannot be used ({error.strerror})") from error
 
     def get(self, name: str) -> bytes | None:
         """What was kept, unchecked; None where nothing was."""
@@ -107,12 +107,12 @@ class RangeCache:
         for folder in list(os.scandir(self._files)):
             for entry in list(os.scandir(folder)):
                 with suppress(FileNotFoundError):
-                    facts = entry.stat()
+                    metadata = entry.stat()
                     if entry.name.startswith("."):
-                        if time.time() - facts.st_mtime > STALE_SECONDS:
+                        if time.time() - metadata.st_mtime > STALE_SECONDS:
                             os.unlink(entry)
                         continue
-                    yield facts.st_mtime, facts.st_size, entry.path
+                    yield metadata.st_mtime, metadata.st_size, entry.path
 
     def _make_room(self, needed: int) -> int:
         """Remove the oldest; the bytes that are left."""

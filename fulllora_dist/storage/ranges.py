@@ -34,15 +34,15 @@ class ReadPolicy:
 
     Attributes:
         connections: ranges in flight of each process.
-        request_seconds: until an unanswered request is given up and made again.
-        retry_seconds: until a range that does not succeed ends the run.
+        request_timeout_s: until an unanswered request is given up and made again.
+        retry_timeout_s: until a range that does not succeed ends the run.
         cache: local folder that keeps what was read; None keeps nothing.
         cache_gb: its largest size, 10**9 bytes.
     """
 
     connections: int = 4
-    request_seconds: float = 60.0
-    retry_seconds: float = 600.0
+    request_timeout_s: float = 60.0
+    retry_timeout_s: float = 600.0
     cache: str | None = None
     cache_gb: float = 100.0
 
@@ -101,7 +101,7 @@ class RangeFetcher:
         of an unchanged object.
 
         The future raises UserError where the object is missing, may not be read or has changed, or where the store has
-        not delivered within `retry_seconds`.
+        not delivered within `retry_timeout_s`.
         """
         filesystem = urls.filesystem(wanted.url)
         return asyncio.run_coroutine_threadsafe(self._wanted(filesystem, wanted, pieces), fsspec.asyn.get_loop())
@@ -162,20 +162,21 @@ class RangeFetcher:
             try:
                 async with self._places:
                     begun = begun or time.monotonic()  # waiting for a place is no trouble of the store
-                    return await asyncio.wait_for(attempt(), self._policy.request_seconds)
+                    return await asyncio.wait_for(attempt(), self._policy.request_timeout_s)
             except Exception as error:
-                meaning = urls.explained(error, url)
+                meaning = urls.classify_error(error, url)
                 if isinstance(meaning, UserError):
                     raise meaning from error
                 trouble = meaning
             passed = time.monotonic() - begun
-            if passed + wait > self._policy.retry_seconds:
+            if passed + wait > self._policy.retry_timeout_s:
                 raise UserError(
-                    f"{trouble}; given up after {passed:.0f} s (data.retry_seconds {self._policy.retry_seconds:g}): "
+                    f"{trouble}; given up after {passed:.0f} s (data.retry_timeout_s "
+                    f"{self._policy.retry_timeout_s:g}): "
                     "check the store and the network"
                 )
             if passed > _LOUD_AFTER and not told:
-                _logger.warning("%s; trying again for %g s", trouble, self._policy.retry_seconds)
+                _logger.warning("%s; trying again for %g s", trouble, self._policy.retry_timeout_s)
                 told = True
             await asyncio.sleep(wait * self._random.uniform(0.5, 1.0))
             wait = min(2 * wait, _LONGEST_WAIT)

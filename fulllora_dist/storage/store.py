@@ -18,7 +18,7 @@ from typing import Self, TypeVar
 
 from braceexpand import braceexpand
 
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.urls import ObjectInfo
@@ -49,7 +49,7 @@ def persistent(call: Callable[[], T], url: str) -> T:
         try:
             return call()
         except Exception as error:
-            meaning = urls.explained(error, url)
+            meaning = urls.classify_error(error, url)
             if isinstance(meaning, UserError):
                 raise meaning from error
             if _hurry.is_set() or time.monotonic() + pause > deadline:
@@ -98,7 +98,7 @@ def write(url: str, data: bytes) -> None:
         persistent(lambda: urls.filesystem(url).pipe_file(url, data), url)
         return
     try:
-        with published(Path(urls.local_path(url))) as file:
+        with atomic_write(Path(urls.local_path(url))) as file:
             file.write(data)
     except OSError as error:
         raise UserError(f"{url}: cannot be written ({error.strerror})") from error

@@ -136,10 +136,10 @@ def object_info(url: str) -> ObjectInfo:
         except OSError as error:
             raise UserError(f"{url}: cannot be read ({error.strerror})") from error
     try:
-        facts = filesystem(url).info(url)
+        metadata = filesystem(url).info(url)
     except Exception as error:
-        raise explained(error, url) from error
-    return ObjectInfo(facts.get("size"), facts.get("ETag") or facts.get("etag"))
+        raise classify_error(error, url) from error
+    return ObjectInfo(metadata.get("size"), metadata.get("ETag") or metadata.get("etag"))
 
 
 def bare_etag(etag: str) -> str:
@@ -164,7 +164,7 @@ def http_status(error: BaseException) -> int | None:
     return None
 
 
-def explained(error: Exception, url: str) -> UserError | OSError:
+def classify_error(error: Exception, url: str) -> UserError | OSError:
     """What `error`, raised by a client on `url`, means.
 
     Returns:

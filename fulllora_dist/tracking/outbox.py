@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.tracking.spool import Line, Position, Spool, points_of, step_of
 
 METRICS = "metrics.jsonl"
@@ -140,7 +140,7 @@ class Outbox:
                 "sent": {name: [spool.sent.size, spool.sent.crc] for name, spool in self._spools.items()},
                 "times": self._times,
             }
-            with published(self._folder / "sent.json") as file:
+            with atomic_write(self._folder / "sent.json") as file:
                 file.write(json.dumps(content).encode())
 
 

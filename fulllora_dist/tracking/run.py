@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.settings import flattened
 from fulllora_dist.data.index import Index
 from fulllora_dist.storage.urls import is_remote, local_path, redacted
@@ -32,7 +32,7 @@ from fulllora_dist.tracking.spool import Line, Spool
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PICTURES = "pictures"
+FIGURES = "figures"
 AT_FAILURE = "metrics_at_failure.jsonl"
 _VERSIONS = ("fulllora-dist", "torch", "deepspeed", "timm", "mlflow")
 _CONTEXTS = {"train": "training", "validation": "validation", "held_out": "held_out"}
@@ -45,14 +45,14 @@ class TrackedRun:
     """What a tracker knows of its run.
 
     Attributes:
-        output: its output folder.
+        output_dir: its output folder.
         settings: how it is tracked.
         uri: MLflow's tracking store.
         name: of the MLflow run, where it is made.
         params: all settings of the run; {section: {key: value}}.
     """
 
-    output: str
+    output_dir: str
     settings: TrackingSettings
     uri: str
     name: str
@@ -81,18 +81,18 @@ class Tracker:
         self._outbox: Outbox | None = None
         if not active:
             return
-        output, settings = run.output, run.settings
+        output, settings = run.output_dir, run.settings
         if not settings.enabled:
             self._metrics = Spool(Path(output) / METRICS)
             self._metrics.cut(lambda line: belongs(line, step), lambda dropped: None)
             return
-        self.uri, self._wait = run.uri, settings.wait_seconds
+        self.uri, self._wait = run.uri, settings.flush_timeout_s
         self._outbox = Outbox(output)
         self._outbox.begin(run_id, step)
         self._metrics = self._outbox.metrics
         self._first_sample = next((line["time"] for line in self._outbox.system), None)
-        self._shipper = Shipper(self._outbox, self.uri, settings.experiment, run.name, _say)
-        self._drawing = ThreadPoolExecutor(1, "pictures")
+        self._shipper = Shipper(self._outbox, self.uri, settings.experiment_name, run.name, _say)
+        self._drawing = ThreadPoolExecutor(1, "figures")
         self._begin_attempt(run, step, hosts)
         self._shipper.start()
 
@@ -113,7 +113,7 @@ class Tracker:
             "git_commit": commit,
         }
         tags = {
-            "output": os.path.abspath(run.output),
+            "output": os.path.abspath(run.output_dir),
             "git_commit": commit,
             "mlflow.source.git.commit": commit and commit.removesuffix(_CHANGED),  # which MLflow's page shows
             **{f"version/{name}": _version(name) for name in _VERSIONS},
@@ -180,7 +180,7 @@ class Tracker:
             return
 
         def keep(dropped: list[str]) -> None:
-            with published(self._metrics.path.with_name(kept_in)) as file:
+            with atomic_write(self._metrics.path.with_name(kept_in)) as file:
                 file.write("".join(dropped).encode())
 
         if self._outbox is not None:
@@ -206,21 +206,26 @@ class Tracker:
             index: theirs.
         """
         place = where if is_remote(where) else os.path.abspath(local_path(where))
-        facts = {"source": redacted(place), "digest": index.hash, "pictures": len(index), "classes": len(index.classes)}
-        self._event("data", name=split, context=_CONTEXTS[split], **facts)
+        metadata = {
+            "source": redacted(place),
+            "digest": index.hash,
+            "pictures": len(index),
+            "classes": len(index.classes),
+        }
+        self._event("data", name=split, context=_CONTEXTS[split], **metadata)
 
-    def picture(self, name: str, draw: "Callable[[], Figure]") -> None:
-        """A PNG of that name, drawn in a thread, in the folder pictures/ of the output folder and kept with the run."""
+    def figure(self, name: str, draw: "Callable[[], Figure]") -> None:
+        """A PNG of that name, drawn in a thread, in the folder figures/ of the output folder and kept with the run."""
         if self._outbox is None:
             return
-        path = self._outbox.output / PICTURES / f"{name}.png"
+        path = self._outbox.output / FIGURES / f"{name}.png"
 
         def save() -> None:
             try:
                 path.parent.mkdir(exist_ok=True)
                 draw().savefig(path)
-                self.artifact(str(path), PICTURES)
-            except Exception as error:  # a run can do without a picture
+                self.artifact(str(path), FIGURES)
+            except Exception as error:  # a run can do without an image
                 self._warn(f"warning: no {path} ({type(error).__name__}: {error})")
 
         self._drawing.submit(save)
@@ -230,8 +235,8 @@ class Tracker:
         return iter(self._metrics) if self._active else iter(())
 
     def settle(self, seconds: float | None = None) -> bool:
-        """Wait until MLflow has all that it may have, `tracking.wait_seconds` at most; whether it has. For what comes
-        after the training and asks MLflow itself: `uri` and `run_id` say whom and for what."""
+        """Wait until MLflow has all that it may have, `tracking.flush_timeout_s` at most; whether it has. For what
+        comes after the training and asks MLflow itself: `uri` and `run_id` say whom and for what."""
         return self._outbox is not None and self._shipper.drain(self._wait if seconds is None else seconds)
 
     def finish(self, status: str) -> None:
@@ -262,16 +267,16 @@ class Tracker:
         if not rest:
             return
         try:
-            with published(path) as file:
+            with atomic_write(path) as file:
                 file.write("".join(rest).encode())
         except OSError as error:
             self._warn(f"warning: no {path} ({error.strerror})")
         else:
             self.artifact(str(path))
 
-    def _event(self, kind: str, **facts: Any) -> None:
+    def _event(self, kind: str, **metadata: Any) -> None:
         if self._outbox is not None:
-            self._append(self._outbox.events, {"do": kind, **facts})
+            self._append(self._outbox.events, {"do": kind, **metadata})
             self._shipper.wake()
 
     def _warn(self, line: str) -> None:

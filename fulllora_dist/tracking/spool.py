@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 
 _BLOCK = 1 << 20  # bytes read at once where a position is checked
 
@@ -145,7 +145,7 @@ class Spool:
             self.sent, self._cuts = sent, self._cuts + 1
         before(dropped)
         if dropped:
-            with published(self.path) as whole:
+            with atomic_write(self.path) as whole:
                 whole.write(b"".join(kept))
             with self._lock:  # what was read or confirmed in the meantime was of the old file
                 self.sent, self._cuts = sent, self._cuts + 1

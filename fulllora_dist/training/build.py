@@ -11,16 +11,16 @@ from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.randaugment import RandAugment
 from fulllora_dist.data.settings import DataSettings
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import check_batch
 from fulllora_dist.evaluation import Evaluator, eval_transform, parse_attacks
 from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.models.finetune import AdaptedModel, build_adapted
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.tracking.run import Tracker
 
-_ACCIDENTS = 0.01  # of held-out pictures: ImageNet itself has a few twice
+_ACCIDENTS = 0.01  # of held-out images: ImageNet itself has a few twice
 
 
 def check_inputs(config: Config, world: int) -> None:
@@ -35,11 +35,11 @@ def check_inputs(config: Config, world: int) -> None:
 
 def check_settings(config: Config, world: int) -> None:
     """The part of `check_inputs` that looks at no file."""
-    micro = check_batch(config.optim, config.distributed.grad_accumulation, world)
+    micro = check_batch(config.optim, config.distributed.gradient_accumulation_steps, world)
     if config.targets.mixes and micro % 2:
         raise UserError(
-            f"targets: pictures are mixed in pairs, but {micro} a rank and micro-batch are an odd number; "
-            "take another optim.batch_size or distributed.grad_accumulation"
+            f"targets: images are mixed in pairs, but {micro} a rank and micro-batch are an odd number; "
+            "take another optim.batch_size or distributed.gradient_accumulation_steps"
         )
     check_evaluation(config)
 
@@ -53,11 +53,11 @@ def check_evaluation(config: Config) -> Subset:
     settings = config.evaluation
     parse_attacks(settings.attacks)
     threats(config)
-    return Subset(settings.n, settings.first, settings.ids)
+    return Subset(settings.num_samples, settings.first, settings.ids)
 
 
 def check_evaluated(config: Config, validation: Index) -> None:
-    """What `check_evaluation` cannot know without the pictures.
+    """What `check_evaluation` cannot know without the images.
 
     Raises:
         UserError: a subset that is none of them, too few classes for an attack.
@@ -82,8 +82,8 @@ def threats(config: Config) -> list[Threat]:
 def check_files(config: Config) -> None:
     """The part of `check_inputs` that looks at files."""
     local = {
-        "model.checkpoint": config.model.checkpoint,
-        "adapter.start_from": config.adapter.start_from,
+        "model.checkpoint_path": config.model.checkpoint_path,
+        "adapter.init_from": config.adapter.init_from,
         "run.resume_from": config.run.resume_from,
     }
     for name, path in local.items():
@@ -105,9 +105,9 @@ def check_files(config: Config) -> None:
     for name, other in (("data.train", train), ("data.validation", validation)):
         if held_out is None or other is None:
             continue
-        if (shared := held_out.pictures_in(other)) > _ACCIDENTS * len(held_out):
+        if (shared := held_out.images_in(other)) > _ACCIDENTS * len(held_out):
             raise UserError(
-                f"data.held_out: {shared} of its {len(held_out)} pictures are in {name}; hold pictures out with "
+                f"data.held_out: {shared} of its {len(held_out)} images are in {name}; hold images out with "
                 "make_shards.py --holdout"
             )
 
@@ -136,29 +136,8 @@ def track_data(config: Config, tracker: Tracker) -> None:
 
 def build_model(config: Config) -> AdaptedModel:
     """The frozen backbone with its adapter, on the CPU."""
-    model, adapter = config.model, config.adapter
-    return create_model(
-        model.backbone,
-        checkpoint=model.checkpoint,
-        pretrained=model.pretrained,
-        num_classes=model.num_classes,
-        classes=model.classes,
-        image_size=model.image_size,
-        mean=model.mean,
-        std=model.std,
-        architecture=model.architecture,
-        input_sizes=sorted({phase.image_size for phase in config.phases if phase.image_size}),
-        finetune=config.finetune,
-        budget=adapter.budget,
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        placement=adapter.placement,
-        qkv=adapter.qkv,
-        patch_norm_eps=adapter.patch_norm_eps,
-        head=adapter.head,
-        precision=model.precision,
-        seed=config.run.seed,
-    )
+    sizes = sorted({phase.image_size for phase in config.phases if phase.image_size})
+    return build_adapted(config.model, config.adapter, config.finetune, seed=config.run.seed, input_sizes=sizes)
 
 
 def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:
@@ -170,17 +149,18 @@ def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:
     if len(index.classes) != model.num_classes:
         raise UserError(
             f"{setting} has {len(index.classes)} classes, the model {model.num_classes} outputs; "
-            f"set model.num_classes={len(index.classes)} for a new head, or model.classes to rows of the checkpoint's"
+            f"set model.num_classes={len(index.classes)} for a new head, or model.class_indices to rows of the "
+            f"checkpoint's"
         )
 
 
-def _check_same(index: Index, ranks: Ranks, setting: str) -> None:
+def _check_same(index: Index, ranks: Comm, setting: str) -> None:
     """Plans follow from the index: ranks with different ones would repeat samples, or wait for each other forever.
 
     Raises:
         UserError: this rank's index is not rank 0's.
     """
-    if (first := ranks.share(index.hash)) != index.hash:
+    if (first := ranks.broadcast(index.hash)) != index.hash:
         raise UserError(
             f"{setting}: the index here ({index.hash[:12]}, {len(index)} samples) is not rank 0's ({first[:12]}); "
             "put the same shards and index on every machine"
@@ -190,14 +170,14 @@ def _check_same(index: Index, ranks: Ranks, setting: str) -> None:
 def _policy(data: DataSettings) -> ReadPolicy:
     return ReadPolicy(
         connections=data.connections,
-        request_seconds=data.request_seconds,
-        retry_seconds=data.retry_seconds,
-        cache=data.cache,
+        request_timeout_s=data.request_timeout_s,
+        retry_timeout_s=data.retry_timeout_s,
+        cache=data.cache_dir,
         cache_gb=data.cache_gb,
     )
 
 
-def build_stream(config: Config, model: BackboneInfo, ranks: Ranks) -> TrainStream:
+def build_stream(config: Config, model: BackboneInfo, ranks: Comm) -> TrainStream:
     """Training batches of this rank."""
     data = config.data
     stream = TrainStream(
@@ -210,13 +190,13 @@ def build_stream(config: Config, model: BackboneInfo, ranks: Ranks) -> TrainStre
             crop_pct=data.crop_pct or model.crop_pct,
             crop_mode=model.crop_mode,
             interpolation=data.interpolation or model.interpolation,
-            randaugment=RandAugment(data.randaugment.operations, data.randaugment.magnitude),
+            randaugment=RandAugment(data.randaugment.num_ops, data.randaugment.magnitude),
             backend=data.decode,
         ),
         seed=config.run.seed,
         world=ranks.world,
         rank=ranks.rank,
-        workers=data.workers,
+        workers=data.num_workers,
         pin_memory=ranks.device.type == "cuda",
         max_bad_samples=data.max_bad_samples,
         policy=_policy(data),
@@ -230,7 +210,7 @@ def build_eval_stream(
     config: Config,
     folder: str,
     model: BackboneInfo,
-    ranks: Ranks,
+    ranks: Comm,
     *,
     subset: Subset,
     setting: str = "data.validation",
@@ -238,7 +218,7 @@ def build_eval_stream(
     """Evaluation batches of this rank.
 
     Args:
-        subset: of these pictures.
+        subset: of these images.
         setting: what names the folder, for messages.
     """
     data = config.data
@@ -249,7 +229,7 @@ def build_eval_stream(
         subset=subset,
         world=ranks.world,
         rank=ranks.rank,
-        workers=data.workers,
+        workers=data.num_workers,
         pin_memory=ranks.device.type == "cuda",
         policy=_policy(data),
     )
@@ -259,7 +239,7 @@ def build_eval_stream(
 
 
 def build_evaluator(
-    config: Config, model: BackboneInfo, ranks: Ranks, adapter: str | None, sha256: str | None = None
+    config: Config, model: BackboneInfo, ranks: Comm, adapter: str | None, sha256: str | None = None
 ) -> Evaluator:
     """The evaluation of a config, in fp32.
 
@@ -273,7 +253,7 @@ def build_evaluator(
         ranks,
         more=more,
         seed=config.run.seed,
-        check=config.evaluation.check,
+        check=config.evaluation.gradient_masking_samples,
         backbone=model.name,
         adapter=adapter and urls.redacted(adapter),
         adapter_sha256=sha256,

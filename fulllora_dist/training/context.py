@@ -10,17 +10,17 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from tqdm import tqdm
 
-from fulllora_dist.checkpoints.manager import States
+from fulllora_dist.checkpoints.manager import CheckpointManager
 from fulllora_dist.config.schema import Config
-from fulllora_dist.distributed.comm import Ranks, hosts, start_ranks, stop_ranks
-from fulllora_dist.distributed.signals import StopRequest
+from fulllora_dist.distributed.comm import Comm, hosts, start_comm, stop_comm
+from fulllora_dist.distributed.signals import GracefulStop
 from fulllora_dist.storage import store, urls
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.system import SystemSampler
 from fulllora_dist.training.resume import check_same_run
 
 
-class Run:
+class RunContext:
     """One training run over all its attempts.
 
     Attributes:
@@ -33,20 +33,22 @@ class Run:
         tracker: metrics and artifacts, on rank 0.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, stop: StopRequest):
+    def __init__(self, config: Config, ranks: Comm, stop: GracefulStop):
         self.config = config
         self.ranks = ranks
         self.stop = stop
-        self.states = States(config.run, self.say)
+        self.states = CheckpointManager(config.run, self.say)
         self.saved = self._find_state()
-        facts = self.saved[1] if self.saved else {}
+        metadata = self.saved[1] if self.saved else {}
         resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         self.settings = urls.redacted(resolved)
-        ranks.on_main(lambda: self._open_output(resolved), f"run.output: {config.run.output} cannot be written")
-        own = facts if self.states.newest is not None else {}  # not of a given state
+        ranks.run_on_rank0(
+            lambda: self._open_output(resolved), f"run.output_dir: {config.run.output_dir} cannot be written"
+        )
+        own = metadata if self.states.newest is not None else {}  # not of a given state
         begun = own.get("mlflow_run_id"), own.get("step", 0), hosts()
-        tracker = ranks.on_main(
-            lambda: Tracker(config.tracked_run(), True, *begun), f"run.output: metrics in {config.run.output}"
+        tracker = ranks.run_on_rank0(
+            lambda: Tracker(config.tracked_run(), True, *begun), f"run.output_dir: metrics in {config.run.output_dir}"
         )
         self.tracker = tracker or Tracker(config.tracked_run(), False)
         self.tracker.text(self.settings, "config.yaml")
@@ -63,19 +65,19 @@ class Run:
         def find() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
             found = self.states.find()
             if found is not None:
-                check_same_run(self.config, found[1]["config"], self.config.run.output)
+                check_same_run(self.config, found[1]["config"], self.config.run.output_dir)
             return found
 
-        found = self.ranks.on_main(find, "run.output: its states cannot be read")
-        facts = self.ranks.share(found and found[1])
-        if facts is None:
+        found = self.ranks.run_on_rank0(find, "run.output_dir: its states cannot be read")
+        metadata = self.ranks.broadcast(found and found[1])
+        if metadata is None:
             return None
-        return self.ranks.share_tensors(found and found[0]), facts
+        return self.ranks.broadcast_tensors(found and found[0]), metadata
 
     def _open_output(self, resolved: str) -> None:
         """The config goes where results and states go, which shows that they can be written there; whole only on one's
         own disk."""
-        output, states = self.config.run.output, self.config.run.states
+        output, states = self.config.run.output_dir, self.config.run.checkpoint_dir
         os.makedirs(output, exist_ok=True)
         if states is not None:
             store.write(urls.join(store.writable_folder(states), "config.yaml"), self.settings.encode())
@@ -86,14 +88,14 @@ class Run:
         """On the first rank of each node."""
         settings, all_hosts = self.config.tracking, hosts()
         first = all_hosts.index(all_hosts[self.ranks.rank]) == self.ranks.rank
-        if not settings.enabled or settings.system_seconds is None or not first:
+        if not settings.enabled or settings.system_metrics_interval_s is None or not first:
             return None
-        return SystemSampler(all_hosts[self.ranks.rank], settings.system_seconds)
+        return SystemSampler(all_hosts[self.ranks.rank], settings.system_metrics_interval_s)
 
     def gather_samples(self) -> None:
         """The nodes' samples go to the tracker. A collective."""
-        if self.config.tracking.enabled and self.config.tracking.system_seconds is not None:
-            self.tracker.system(self.ranks.union(self._sampler.take() if self._sampler else []))
+        if self.config.tracking.enabled and self.config.tracking.system_metrics_interval_s is not None:
+            self.tracker.system(self.ranks.all_gather_list(self._sampler.take() if self._sampler else []))
 
     def settle(self) -> None:
         """Wait for the state that is being written; what it covers may go to the tracker."""
@@ -102,15 +104,15 @@ class Run:
 
 
 @contextmanager
-def start_run(config: Config) -> Iterator[Run]:
+def start_run(config: Config) -> Iterator[RunContext]:
     """Ranks, output folder, tracker and signal handlers; on leaving, the MLflow run's status and the ranks' farewell.
 
     Raises:
         UserError: the output folder holds another run, or a state that cannot be read.
     """
-    ranks = start_ranks(config.distributed.timeout_minutes)
-    with StopRequest() as stop:
-        run = Run(config, ranks, stop)
+    ranks = start_comm(config.distributed.timeout_minutes)
+    with GracefulStop() as stop:
+        run = RunContext(config, ranks, stop)
         status = "FAILED"
         try:
             yield run
@@ -120,4 +122,4 @@ def start_run(config: Config) -> Iterator[Run]:
                 run.settle()
             finally:
                 run.tracker.finish(status if stop.signal is None else "KILLED")
-    stop_ranks()
+    stop_comm()

@@ -10,16 +10,16 @@ from fulllora_dist.evaluation import table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
 from fulllora_dist.registry.registry import data_name
 from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
-from fulllora_dist.training.context import Run
+from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import Guard
 from fulllora_dist.training.run_plots import show_end
-from fulllora_dist.training.trainer import RunState
+from fulllora_dist.training.trainer import Trainer
 
 
-def finish(run: Run, state: RunState) -> None:
+def finish(run: RunContext, state: Trainer) -> None:
     """Save the adapter, and the one that the guard found best; evaluate the first as it was saved, log all. Safe to
     repeat. A collective."""
-    output = run.config.run.output
+    output = run.config.run.output_dir
     adapter = os.path.join(output, "adapter")
     tensors = state.engine.adapter()
 
@@ -27,16 +27,18 @@ def finish(run: Run, state: RunState) -> None:
         save_adapter(state.engine.model, adapter, state=tensors, training=_provenance(run.config, state))
         run.tracker.artifact(adapter, "adapter")
 
-    run.ranks.on_main(save, f"run.output: no adapter in {output}, the newest state is {run.states.described()}")
+    run.ranks.run_on_rank0(
+        save, f"run.output_dir: no adapter in {output}, the newest state is {run.states.described()}"
+    )
     run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
     save_best(run, state)
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, state.step)
     if run.config.tracking.enabled and run.config.tracking.publish:
-        run.ranks.on_main(lambda: run.say(_publish(run)))
+        run.ranks.run_on_rank0(lambda: run.say(_publish(run)))
 
 
-def _publish(run: Run) -> str:
+def _publish(run: RunContext) -> str:
     from fulllora_dist.registry.publish_run import publish_run  # mlflow takes a second to import
 
     run.tracker.settle()  # the run that the version comes from is made by then
@@ -49,35 +51,35 @@ def _best_and_last(guard: Guard) -> str:
     return f"adapter: {guard.described()}{better}"
 
 
-def save_best(run: Run, state: RunState) -> None:
-    """The adapter of the state with the highest robust accuracy on held-out pictures, in a folder of its own; nothing
-    where no pictures are held out. A collective."""
+def save_best(run: RunContext, state: Trainer) -> None:
+    """The adapter of the state with the highest robust accuracy on held-out images, in a folder of its own; nothing
+    where no images are held out. A collective."""
     guard = state.guard
     if guard is None or guard.best is None:
         return
-    best, folder = guard.best, os.path.join(run.config.run.output, "adapter_best")
+    best, folder = guard.best, os.path.join(run.config.run.output_dir, "adapter_best")
     step = best["step"]
 
     def save() -> None:
         try:
-            saved, facts = run.states.read(step)
+            saved, metadata = run.states.read(step)
         except UserError as error:
             run.say(f"warning: no {folder}: {error}")
             return
         kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
         tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
-        then = _provenance(run.config, state) | {"batches": step, "updates": facts["updates"], "held_out": best}
-        then["rollbacks"] = facts.get("rollbacks", [])  # later ones are none of its own
+        then = _provenance(run.config, state) | {"batches": step, "updates": metadata["updates"], "held_out": best}
+        then["rollbacks"] = metadata.get("rollbacks", [])  # later ones are none of its own
         then["made"] = state.phases.made(step)
         save_adapter(state.engine.model, folder, state=tensors, training=then)
         run.tracker.artifact(folder, "adapter_best")
 
-    run.ranks.on_main(save, f"run.output: no adapter_best in {run.config.run.output}")
+    run.ranks.run_on_rank0(save, f"run.output_dir: no adapter_best in {run.config.run.output_dir}")
     run.say(f"adapter_best: {folder}, of batch {step}")
     run.say(_best_and_last(guard))
 
 
-def _provenance(config: Config, state: RunState) -> dict[str, Any]:
+def _provenance(config: Config, state: Trainer) -> dict[str, Any]:
     return {
         "threat": config.threat.model_dump(mode="json"),
         "method": config.method.model_dump(mode="json"),
@@ -101,11 +103,11 @@ def _provenance(config: Config, state: RunState) -> dict[str, Any]:
     }
 
 
-def _evaluate(run: Run, adapter: str, validation: str, step: int) -> None:
+def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None:
     """On all ranks, each with a full fp32 replica made from the saved file: what is reported is what is shipped."""
     config = run.config
-    model = load(adapter, checkpoint=config.model.checkpoint).to(run.ranks.device)
-    path = os.path.join(config.run.output, "evaluation.json")
+    model = load(adapter, checkpoint_path=config.model.checkpoint_path).to(run.ranks.device)
+    path = os.path.join(config.run.output_dir, "evaluation.json")
     evaluator = build_evaluator(config, model.info, run.ranks, adapter, adapter_sha256(model))
     stream = build_eval_stream(config, validation, model.info, run.ranks, subset=check_evaluation(config))
 

@@ -1,4 +1,4 @@
-"""Robust accuracy on pictures held out of the training data, every so many batches, and when it was best."""
+"""Robust accuracy on images held out of the training data, every so many batches, and when it was best."""
 
 import math
 from collections.abc import Mapping
@@ -8,25 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulllora_dist.attacks.pgd import attacked
+from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.evaluation import EvalAttack, is_right
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.training.build import build_eval_stream, load_index
 
-_SHOWN = 4  # pictures that people get to see
-_FEWEST = 10  # pictures that have to be right at the best look, before fewer of them are a collapse
+_SHOWN = 4  # images that people get to see
+_FEWEST = 10  # images that have to be right at the best look, before fewer of them are a collapse
 _GOOD = 0.9  # of the best: a run does not go back to where it has begun to fall
 
 
 @dataclass(frozen=True)
-class Look:
+class Check:
     """What a look has found.
 
     Attributes:
@@ -42,7 +42,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Examples:
-    """A few of the pictures, on the host.
+    """A few of the images, on the host.
 
     Attributes:
         clean, adversarial: [N, 3, H, W] in [0, 1].
@@ -57,9 +57,9 @@ class Examples:
 
 
 class Guard:
-    """PGD on the same held-out pictures each time, from the same starts: what differs is the adapter alone.
+    """PGD on the same held-out images each time, from the same starts: what differs is the adapter alone.
 
-    An adapter that is chosen by the validation set looks too good there; these pictures are in neither set. What would
+    An adapter that is chosen by the validation set looks too good there; these images are in neither set. What would
     be saved is judged for the best; where that is an average of many updates, a collapse shows in it hundreds of
     updates late, so the parameters that train are looked at too, and judged for a collapse.
 
@@ -71,30 +71,30 @@ class Guard:
         highest: the highest figure of the parameters that train.
         good: step of the newest good state, to which a run goes back; None where it never does.
         clean_accuracy: of the newest look; None before.
-        examples: of the newest look, of this rank's pictures.
+        examples: of the newest look, of this rank's images.
         classes: names of all classes.
         fallen: whether the newest look is a collapse.
 
     Raises:
-        SharedUserError: too few pictures to notice a collapse by, where one is to be answered.
+        SharedUserError: too few images to notice a collapse by, where one is to be answered.
     """
 
-    def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Ranks):
+    def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Comm):
         settings, setting = config.guard, "data.held_out"
-        n = min(settings.n, len(load_index(held_out, setting)))
+        n = min(settings.num_samples, len(load_index(held_out, setting)))
         stream = build_eval_stream(config, held_out, model, ranks, subset=Subset(n), setting=setting)
         self._batches = list(stream)  # in memory: they are few and looked at again and again
         self._n = len(stream.ids)
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
         self._ranks, self._seed, self._settings = ranks, config.run.seed, settings
-        self._save_every, self._averages = config.run.save_every, config.optim.ema > 0
+        self._save_every, self._averages = config.run.checkpoint_every, config.optim.ema_decay > 0
         self._of = [stream.index.hash, self._n, self.attack]
         self._least = least_that_counts(self._n, model.num_classes)
         if self._least > 1 and settings.on_collapse != "warn":
             raise SharedUserError(
-                f"guard.on_collapse: {settings.on_collapse}: {self._n} held-out pictures are too few to tell a "
-                "collapse from chance; hold more out, with guard.n of 100 or more"
+                f"guard.on_collapse: {settings.on_collapse}: {self._n} held-out images are too few to tell a "
+                "collapse from chance; hold more out, with guard.num_samples of 100 or more"
             )
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] | None = None
@@ -111,7 +111,7 @@ class Guard:
         return rest | {"fallen": self.fallen, "due": self._due}
 
     def resume(self, best: dict[str, Any] | None, rest: Mapping[str, Any]) -> None:
-        """Go on from a state's `best` and `state_dict`. Figures of other pictures, or under another attack, cannot be
+        """Go on from a state's `best` and `state_dict`. Figures of other images, or under another attack, cannot be
         compared."""
         if best is None or best["of"] != self._of:
             best, rest = None, {}
@@ -126,19 +126,20 @@ class Guard:
         self._due &= skipping
         return looks
 
-    def look(self, engine: Engine, step: int) -> Look:
+    def check(self, engine: Engine, step: int) -> Check:
         """Look at what would be saved now; the attributes are up to date then. A collective."""
         trained = self._attacked(engine.model)[0] if engine.keeps_average else None
         with engine.as_saved() as model:
             score, self.clean_accuracy, self.examples = self._attacked(model)
         return self.judge(score, step, trained)
 
-    def judge(self, score: float, step: int, trained: float | None = None) -> Look:
+    def judge(self, score: float, step: int, trained: float | None = None) -> Check:
         """What a robust accuracy of `score` after `step` batches means, with that of the parameters that train where it
         is another.
 
-        The good state is one that was looked at, and which one it is follows from the figures and `run.save_every`
-        alone, not from when the writing of a state was done: a run that goes back does so to the same state always.
+        The good state is one that was looked at, and which one it is follows from the figures and
+        `run.checkpoint_every` alone, not from when the writing of a state was done: a run that goes back does so to
+        the same state always.
         """
         trained = score if trained is None else trained
         self.last = {"step": step, "robust_accuracy": score, "trained": trained}
@@ -156,7 +157,7 @@ class Guard:
             keep |= self.good is None or step // self._save_every > self.good // self._save_every
             if keep:
                 self.good = step
-        return Look(score, keep, collapsed)
+        return Check(score, keep, collapsed)
 
     def points(self, last: bool) -> dict[str, float]:
         """Of the newest look, by name; of the run's `last` one with the best."""
@@ -184,13 +185,13 @@ class Guard:
         assert self.best is not None
         assert self.last is not None
         last, best = (f"{100 * x['robust_accuracy']:.1f} % at batch {x['step']}" for x in (self.last, self.best))
-        return f"{self.attack} on {self._n} held-out pictures: {last}, best {best}"
+        return f"{self.attack} on {self._n} held-out images: {last}, best {best}"
 
     def described_fall(self) -> str:
         """Newest and highest figure of the parameters that train, for people; after a look."""
         assert self.last is not None
         figures = f"{100 * self.last['trained']:.1f} % at batch {self.last['step']}, best {100 * self.highest:.1f} %"
-        return f"{self.attack} on {self._n} held-out pictures: {figures}"
+        return f"{self.attack} on {self._n} held-out images: {figures}"
 
     @property
     def good_steps(self) -> list[int]:
@@ -214,10 +215,10 @@ class Guard:
             batch = kept.to(self._ranks.device)
             x, y = batch.pixels(), batch.labels
             made = attack(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
-            with torch.no_grad(), attacked(model):
+            with torch.no_grad(), attack_mode(model):
                 before, after = model(x), model(made)
             clean = is_right(before, y) & batch.mask
-            robust = clean & is_right(after, y)  # the picture is in the ball, too
+            robust = clean & is_right(after, y)  # the image is in the ball, too
             right += torch.stack([clean.sum(), robust.sum()]).cpu()
             if examples is None:
                 shown = (x, made, y, before.argmax(dim=1), after.argmax(dim=1))
@@ -227,21 +228,21 @@ class Guard:
         return robust_sum / self._n, clean_sum / self._n, examples
 
 
-def build_guard(config: Config, model: BackboneInfo, ranks: Ranks) -> Guard | None:
-    """None where no pictures are held out."""
+def build_guard(config: Config, model: BackboneInfo, ranks: Comm) -> Guard | None:
+    """None where no images are held out."""
     held_out = config.data.held_out
     return None if held_out is None else Guard(config, held_out, model, ranks)
 
 
 def surely_below(score: float, best: float, n: int) -> bool:
-    """Whether an accuracy is below another one on as many pictures by more than two standard errors of the difference.
-    Of the same pictures, from the same starts, the difference varies less than these independent ones would."""
+    """Whether an accuracy is below another one on as many images by more than two standard errors of the difference.
+    Of the same images, from the same starts, the difference varies less than these independent ones would."""
     variance = (best * (1 - best) + score * (1 - score)) / n
     return best - score > 2 * math.sqrt(variance)
 
 
 def least_that_counts(n: int, classes: int) -> float:
-    """Robust accuracy from which on a best look can be fallen below: ten pictures, and four standard deviations above
+    """Robust accuracy from which on a best look can be fallen below: ten images, and four standard deviations above
     that of guessing, as the best of many looks is a lucky one. Less is noise, and half of it too."""
     chance = 1 / classes
     return max(_FEWEST / n, chance + 4 * math.sqrt(chance * (1 - chance) / n))

@@ -22,7 +22,7 @@ from fulllora_dist.methods.base import WeightStep
 from fulllora_dist.methods.multi_step import MultiStep
 from fulllora_dist.methods.pgd import PGDSettings
 from fulllora_dist.methods.standard import Standard
-from fulllora_dist.methods.warmup import Ramps
+from fulllora_dist.methods.warmup import WarmupSchedule
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Phases:
 
     def made(self, step: int) -> list[dict[str, Any]]:
         """What the first `step` batches were trained by, JSON-able: batches, method, size of the perturbation (None of
-        the method without one) and of the pictures (None: the model's)."""
+        the method without one) and of the images (None: the model's)."""
         found: list[dict[str, Any]] = []
         for phase in self.phases:
             if phase.first >= step:
@@ -80,7 +80,7 @@ class Phases:
                 found.append({"first": phase.first, **part})
         return found
 
-    def safer_from(self, step: int) -> "Phases":
+    def rollback_from(self, step: int) -> "Phases":
         """The same run with the safer methods from batch `step` on: as many updates, and as many batches unless they
         make another number of updates from each. What grows goes on as it was planned, by updates."""
         phases = [phase for phase in self.phases if phase.end <= step]
@@ -121,32 +121,36 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
     updates = config.optim.epochs * steps_per_epoch
     phases: list[Phase] = []
     share, made, first = 0.0, 0, 0
-    for i, wanted in enumerate(config.phases or (PhaseSettings(share=1),)):
+    for i, wanted in enumerate(config.phases or (PhaseSettings(fraction=1),)):
         choice = wanted.method or config.method
         threat = threat_model(config.threat.norm, config.threat.eps if wanted.eps is None else wanted.eps)
         method = METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)
-        share += wanted.share
+        share += wanted.fraction
         # less than a billionth of an update is rounding of the shares, and no reason for another batch
         batches = math.ceil((share * updates - made) / method.updates_per_batch - 1e-9)
         if batches < 1:
             raise UserError(
-                f"phases.{i}.share: {wanted.share:g} of {updates:g} updates leaves no batch for this phase, as those "
+                f"phases.{i}.fraction: {wanted.fraction:g} of {updates:g} updates leaves no batch for this phase, as "
+                f"those "
                 "before it end with whole batches; a larger share or more optim.epochs is right"
             )
         safer = _safer(method, config)
         phases.append(Phase(first, first + batches, wanted.image_size, method, safer))
         first, made = phases[-1].end, made + phases[-1].updates
-    ramps = Ramps(round(config.threat.warmup * first), round(config.threat.step_warmup * first), first)
+    ramps = WarmupSchedule(
+        round(config.threat.eps_warmup_ratio * first), round(config.threat.step_size_warmup_ratio * first), first
+    )
     for phase in phases:
         phase.method.ramps = ramps
         share = phase.safer.threat.eps / phase.method.threat.eps if phase.method.threat.eps else 1.0
         # a smaller size is reached sooner, so that nothing shrinks further where a run goes back amid the warm-up
         phase.safer.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
     guard = config.guard
-    if guard.on_collapse == "rollback" and guard.safer_lr == 1 and all(p.safer is p.method for p in phases):
+    if guard.on_collapse == "rollback" and guard.rollback_lr_factor == 1 and all(p.safer is p.method for p in phases):
         raise UserError(
-            f"guard.safer_lr: 1 leaves nothing safer after a rollback, as the method stays {config.method.name}; "
-            "a smaller number is right, or another guard.safer_method or guard.safer_eps"
+            f"guard.rollback_lr_factor: 1 leaves nothing safer after a rollback, as the method stays "
+            f"{config.method.name}; "
+            "a smaller number is right, or another guard.rollback_method or guard.rollback_eps"
         )
     return Phases(phases)
 
@@ -157,10 +161,10 @@ def _safer(method: Method, config: Config) -> Method:
     Raises:
         UserError: that method keeps something for each slot, which a state from before the rollback would not have.
     """
-    choice, threat, smaller = config.guard.safer_method, method.threat, 1.0
-    if config.guard.safer_eps is not None and config.guard.safer_eps < threat.eps:
-        smaller = config.guard.safer_eps / threat.eps
-        threat = replace(threat, eps=config.guard.safer_eps)
+    choice, threat, smaller = config.guard.rollback_method, method.threat, 1.0
+    if config.guard.rollback_eps is not None and config.guard.rollback_eps < threat.eps:
+        smaller = config.guard.rollback_eps / threat.eps
+        threat = replace(threat, eps=config.guard.rollback_eps)
     if choice is None and isinstance(method, MultiStep):  # its sizes in pixels were chosen for the larger eps
         sizes = {key: getattr(method.settings, key, None) for key in PIXELS}
         scaled = {key: size * smaller for key, size in sizes.items() if size is not None}
@@ -169,5 +173,5 @@ def _safer(method: Method, config: Config) -> Method:
     if choice == method.settings and threat == method.threat:
         return method
     if METHODS[choice.name].slot_state is not Method.slot_state:
-        raise UserError(f"guard.safer_method: {choice.name} keeps a perturbation of each picture; pgd is right")
+        raise UserError(f"guard.rollback_method: {choice.name} keeps a perturbation of each image; pgd is right")
     return METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)

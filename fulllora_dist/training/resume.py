@@ -18,17 +18,17 @@ _MAY_CHANGE = {
     "evaluation",
     "tracking",
     "plugins",
-    "data.workers",
+    "data.num_workers",
     "data.train",
     "data.validation",
     "data.held_out",
     "data.max_bad_samples",
     "data.connections",
-    "data.request_seconds",
-    "data.retry_seconds",
-    "data.cache",
+    "data.request_timeout_s",
+    "data.retry_timeout_s",
+    "data.cache_dir",
     "data.cache_gb",
-    "model.checkpoint",
+    "model.checkpoint_path",
 }
 
 
@@ -47,26 +47,28 @@ def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
                 compare(mine, theirs, name + ".")
             elif mine != theirs:
                 raise UserError(
-                    f"run.output: {output} holds a run with {name}={theirs}, now it is {mine}; "
+                    f"run.output_dir: {output} holds a run with {name}={theirs}, now it is {mine}; "
                     "choose another output folder, or the same setting to resume"
                 )
 
     now = config.model_dump(mode="json")
     compare(now, saved, "")
     if now["run"]["seed"] != saved["run"]["seed"]:
-        raise UserError(f"run.output: {output} holds a run with run.seed={saved['run']['seed']}; choose another folder")
+        raise UserError(
+            f"run.output_dir: {output} holds a run with run.seed={saved['run']['seed']}; choose another folder"
+        )
 
 
-def _safer_setting(settings: GuardSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", include={"safer_method", "safer_lr", "safer_eps"})
+def _rollback_settings(settings: GuardSettings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", include={"rollback_method", "rollback_lr_factor", "rollback_eps"})
 
 
-def check_safer(rollback: dict[str, Any], settings: GuardSettings) -> None:
+def check_rollback_settings(rollback: dict[str, Any], settings: GuardSettings) -> None:
     """Raises:
     UserError: the run went on from its last rollback with another safer setting than this.
     """
-    for key, now in _safer_setting(settings).items():
-        then = rollback.get(key)  # earlier states have no safer_eps
+    for key, now in _rollback_settings(settings).items():
+        then = rollback.get(key)  # earlier states have no rollback_eps
         if now != then:
             raise UserError(
                 f"guard.{key}: the run went back to batch {rollback['to']} and on with {then}, now it is {now}; "
@@ -79,10 +81,10 @@ def _start_from(model: AdaptedModel, folder: str) -> None:
     theirs = description["backbone"]["sha256"]
     if theirs != model.info.sha256:
         ours = str(model.info.sha256)
-        raise UserError(f"adapter.start_from: {folder} belongs to weights {theirs[:12]}, not {ours[:12]}")
+        raise UserError(f"adapter.init_from: {folder} belongs to weights {theirs[:12]}, not {ours[:12]}")
     for section, mine in (("adapter", model.spec), ("backbone", model.info)):
         for key in ("alpha", "qkv", "patch_norm_eps", "classes", "image_size", "mean", "std"):
             now, then = getattr(mine, key, None), description[section].get(key)
             if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
-                raise UserError(f"adapter.start_from: {folder} was trained with {key} {then}, this run has {now}")
+                raise UserError(f"adapter.init_from: {folder} was trained with {key} {then}, this run has {now}")
     model.load_trainable(tensors)

@@ -1,4 +1,4 @@
-"""Pictures of a run for its tracker: what the attack does to it, its curves, where the adapter is strong."""
+"""Images of a run for its tracker: what the attack does to it, its curves, where the adapter is strong."""
 
 import sys
 
@@ -24,7 +24,7 @@ _ATTACK = "pgd20"
 _SHOWN = 4
 
 
-def show_look(tracker: Tracker, config: Config, guard: Guard, last: bool) -> None:
+def show_check(tracker: Tracker, config: Config, guard: Guard, last: bool) -> None:
     """Examples and curves after looks 1, 2, 4, 8 and so on, and after the `last` one: a dozen of a long run."""
     assert guard.last is not None
     step = guard.last["step"]
@@ -32,8 +32,8 @@ def show_look(tracker: Tracker, config: Config, guard: Guard, last: bool) -> Non
     if tracker.uri is None or guard.examples is None or not (last or number & (number - 1) == 0):
         return
     found = guard.examples
-    tracker.picture(f"examples_{step:08d}", lambda: _examples(found, guard.classes, config.threat.eps))
-    tracker.picture("curves", lambda: training_curves(tracker.lines()))
+    tracker.figure(f"examples_{step:08d}", lambda: _examples(found, guard.classes, config.threat.eps))
+    tracker.figure("curves", lambda: training_curves(tracker.lines()))
 
 
 def show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: EvalStream) -> None:
@@ -49,7 +49,7 @@ def show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: Eval
     try:
         _show_end(tracker, config, model, stream)
     except Exception as error:  # no memory for the attack on a GPU, among others
-        tqdm.write(f"warning: no pictures of the end ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
+        tqdm.write(f"warning: no images of the end ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
 
 
 def _show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: EvalStream) -> None:
@@ -60,13 +60,13 @@ def _show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: Eva
     threat = threat_model(config.threat.norm, config.threat.eps)
     made = EvalAttack.parse(_ATTACK)(model, x, y, threat=threat, seed=config.run.seed, ids=batch.ids)
     with torch.no_grad():
-        before, after = (model(pictures).argmax(dim=1) for pictures in (x, made))
+        before, after = (model(images).argmax(dim=1) for images in (x, made))
     found = Examples(*(tensor.cpu() for tensor in (x, made, y, before, after)))
-    tracker.picture("examples", lambda: _examples(found, stream.index.classes, threat.eps))
-    tracker.picture("curves", lambda: training_curves(tracker.lines()))
+    tracker.figure("examples", lambda: _examples(found, stream.index.classes, threat.eps))
+    tracker.figure("curves", lambda: training_curves(tracker.lines()))
     if model.spec.finetune in WITH_BRANCHES:
         norms = by_place((branch.block, branch.component, branch.relative()) for branch in branches_of(model))
-        tracker.picture("adapter_norms", lambda: branch_sizes(norms))
+        tracker.figure("adapter_norms", lambda: branch_sizes(norms))
 
 
 def _examples(found: Examples, classes: tuple[str, ...], eps: float) -> Figure:

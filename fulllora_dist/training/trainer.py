@@ -16,21 +16,21 @@ from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.finetune import AdaptedModel
-from fulllora_dist.training.context import Run
-from fulllora_dist.training.guard import Guard, Look
+from fulllora_dist.training.context import RunContext
+from fulllora_dist.training.guard import Check, Guard
 from fulllora_dist.training.phases import Phases
-from fulllora_dist.training.resume import _safer_setting, _start_from, check_safer
-from fulllora_dist.training.run_plots import show_look
+from fulllora_dist.training.resume import _rollback_settings, _start_from, check_rollback_settings
+from fulllora_dist.training.run_plots import show_check
 
 
 class Collapsed(SharedUserError):
     """The run ends because it has collapsed."""
 
 
-class RunState:
+class Trainer:
     """The run's position, engine, stream and method, resumed where there is something to resume.
 
-    It begins from, in this order: its own newest state, `run.resume_from`, `adapter.start_from`, the bare backbone.
+    It begins from, in this order: its own newest state, `run.resume_from`, `adapter.init_from`, the bare backbone.
 
     Attributes:
         step: batches trained on since the beginning of the run.
@@ -39,12 +39,14 @@ class RunState:
         stopped: a stop was asked for and the state is saved.
         stream: the training batches.
         phases: how it trains when.
-        guard: looks at held-out pictures, where there are some.
-        rollbacks: {"at", "to", "safer_method", "safer_lr", "safer_eps", "method"} of each time that it went back
-            after a collapse: batches, and how it went on.
+        guard: looks at held-out images, where there are some.
+        rollbacks: {"at", "to", "rollback_method", "rollback_lr_factor", "rollback_eps", "method"} of each time that it
+            went back after a collapse: batches, and how it went on.
     """
 
-    def __init__(self, run: Run, model: AdaptedModel, stream: TrainStream, phases: Phases, guard: Guard | None = None):
+    def __init__(
+        self, run: RunContext, model: AdaptedModel, stream: TrainStream, phases: Phases, guard: Guard | None = None
+    ):
         config = run.config
         self._run, self.stream, self.phases, self.guard = run, stream, phases, guard
         self.rollbacks: list[dict[str, Any]] = []
@@ -55,8 +57,8 @@ class RunState:
         trainable: TrainableState | None = None
         if run.saved is not None:
             trainable = self._resume(model, *run.saved)
-        elif config.adapter.start_from:
-            _start_from(model, config.adapter.start_from)
+        elif config.adapter.init_from:
+            _start_from(model, config.adapter.init_from)
         self.engine = Engine(
             model,
             config.optim,
@@ -72,17 +74,17 @@ class RunState:
         self._saved_at = time.monotonic()
         run.saved = None  # not needed again; with every slot of Free it is large
 
-    def _resume(self, model: AdaptedModel, tensors: dict[str, Tensor], facts: dict) -> TrainableState:
-        if facts["backbone_sha256"] != model.info.sha256:
+    def _resume(self, model: AdaptedModel, tensors: dict[str, Tensor], metadata: dict) -> TrainableState:
+        if metadata["backbone_sha256"] != model.info.sha256:
             raise UserError(
-                f"model.checkpoint: the run began with weights {facts['backbone_sha256'][:12]}, "
+                f"model.checkpoint_path: the run began with weights {metadata['backbone_sha256'][:12]}, "
                 f"these have {str(model.info.sha256)[:12]}; give the same backbone to resume"
             )
-        self.rollbacks = facts.get("rollbacks", [])
+        self.rollbacks = metadata.get("rollbacks", [])
         if self.rollbacks:
-            check_safer(self.rollbacks[-1], self._run.config.guard)
-            self.phases = self.phases.safer_from(min(rollback["to"] for rollback in self.rollbacks))
-        trainable, slots = self._go_to(tensors, facts)
+            check_rollback_settings(self.rollbacks[-1], self._run.config.guard)
+            self.phases = self.phases.rollback_from(min(rollback["to"] for rollback in self.rollbacks))
+        trainable, slots = self._go_to(tensors, metadata)
         if slots:
             size = len(next(iter(slots.values()))) // self._run.ranks.world
             first = size * self._run.ranks.rank
@@ -90,18 +92,18 @@ class RunState:
         self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
         return trainable
 
-    def _go_to(self, tensors: dict[str, Tensor], facts: dict) -> tuple[TrainableState, dict[str, Tensor]]:
+    def _go_to(self, tensors: dict[str, Tensor], metadata: dict) -> tuple[TrainableState, dict[str, Tensor]]:
         """Take over a state's position; its trainable part, and what its method kept for each slot."""
-        self.stream.load_state_dict(facts["stream"])
+        self.stream.load_state_dict(metadata["stream"])
         if self.guard is not None:
-            self.guard.resume(facts.get("best"), facts.get("guard", {}))
-        self.step = self._saved_step = facts["step"]
+            self.guard.resume(metadata.get("best"), metadata.get("guard", {}))
+        self.step = self._saved_step = metadata["step"]
         parts: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             parts.setdefault(kind, {})[rest] = tensor
         slots = parts.pop("slots", {})
-        return TrainableState(facts["updates"], parts, facts.get("skipped", 0)), slots
+        return TrainableState(metadata["updates"], parts, metadata.get("skipped", 0)), slots
 
     @property
     def total_steps(self) -> int:
@@ -109,7 +111,7 @@ class RunState:
         return self.phases.total_steps
 
     def _lr_scale(self) -> float:
-        return math.prod(rollback["safer_lr"] for rollback in self.rollbacks)
+        return math.prod(rollback["rollback_lr_factor"] for rollback in self.rollbacks)
 
     def train(self) -> None:
         """Train on the batches that are left, or until a stop is asked for.
@@ -121,7 +123,7 @@ class RunState:
             self.advance(batch)
 
     def batches(self) -> Iterator[Batch]:
-        """The batches that are left, on the device; rank 0 shows loss, accuracy, pictures a second and time left."""
+        """The batches that are left, on the device; rank 0 shows loss, accuracy, images a second and time left."""
         run, size = self._run, self._run.config.optim.batch_size
         bar = tqdm(
             total=self.total_steps * size,
@@ -153,13 +155,13 @@ class RunState:
         metrics = self.phases.step(self.engine, batch, self.step)
         self.step += 1
         self.stream.commit(self.step)
-        self.stream.count_bad(self._run.ranks.union)
+        self.stream.count_bad(self._run.ranks.all_gather_list)
         self._count_skipped()
         last = self.step == self.total_steps
         if last or self.step % self._run.config.run.log_every == 0:
             self._log(metrics)
-        look = self._look(last)
-        if look is not None and look.collapsed and self._answer_collapse():
+        check = self._check(last)
+        if check is not None and check.collapsed and self._answer_collapse():
             return
         # one vote for both: a signal, and rank 0's word on saving
         vote = self._run.ranks.max((self._run.stop.signal or 0) << 1 | self._wants_state())
@@ -167,23 +169,23 @@ class RunState:
             self._run.stop.hear(stop)  # a scheduler may signal one node alone: every rank leaves in the same way
             self._run.states.hurry()
             self.stopped = True
-        if last or self.stopped or (look is not None and look.keep) or vote & 1:
+        if last or self.stopped or (check is not None and check.keep) or vote & 1:
             self.save()
         if last or self.stopped:
             self._run.settle()
             self._run.ranks.barrier()  # a rank that leaves now leaves a whole state behind
 
-    def _look(self, last: bool) -> Look | None:
+    def _check(self, last: bool) -> Check | None:
         """What the guard has found, where it has looked."""
         if self.guard is None or not (self.guard.due(self.step, bool(self.engine.skipped_in_a_row)) or last):
             return None
-        look = self.guard.look(self.engine, self.step)
+        check = self.guard.check(self.engine, self.step)
         points = self.guard.points(last)
         if self._run.config.guard.on_collapse == "rollback":
             points["rollbacks"] = len(self.rollbacks)
         self._run.tracker.log({f"guard/{name}": value for name, value in points.items()}, self.step)
-        show_look(self._run.tracker, self._run.config, self.guard, last)
-        return look
+        show_check(self._run.tracker, self._run.config, self.guard, last)
+        return check
 
     def _answer_collapse(self) -> bool:
         """As `guard.on_collapse` says; whether the run went back.
@@ -202,7 +204,7 @@ class RunState:
             self._go_back(what, good)
             return True
         run.settle()
-        name, advice = "max_rollbacks", "a smaller guard.safer_eps or optim.lr in another folder is right"
+        name, advice = "max_rollbacks", "a smaller guard.rollback_eps or optim.lr in another folder is right"
         if settings.on_collapse == "stop":
             name, advice = (
                 "on_collapse",
@@ -220,22 +222,22 @@ class RunState:
         number = len(self.rollbacks) + 1
 
         def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            tensors, facts = run.states.go_back(good)
-            run.tracker.go_back(facts["step"], f"metrics_before_rollback_{number}.jsonl")
-            return tensors, facts
+            tensors, metadata = run.states.go_back(good)
+            run.tracker.go_back(metadata["step"], f"metrics_before_rollback_{number}.jsonl")
+            return tensors, metadata
 
         try:
-            found = run.ranks.on_main(read, f"a state or metrics.jsonl in {run.config.run.output}")
+            found = run.ranks.run_on_rank0(read, f"a state or metrics.jsonl in {run.config.run.output_dir}")
         except SharedUserError as error:
             raise Collapsed(f"guard.on_collapse: rollback: {what}; cannot go back: {error}") from None
-        tensors = run.ranks.share_tensors(found and found[0])
-        facts = run.ranks.share(found and found[1])
-        self.phases = self.phases.safer_from(facts["step"])
-        method = self.phases.at(facts["step"]).method
-        rollback = {"at": self.step, "to": facts["step"], **_safer_setting(guard)}
-        rollback["method"] = method.settings.name  # where safer_method leaves it open
+        tensors = run.ranks.broadcast_tensors(found and found[0])
+        metadata = run.ranks.broadcast(found and found[1])
+        self.phases = self.phases.rollback_from(metadata["step"])
+        method = self.phases.at(metadata["step"]).method
+        rollback = {"at": self.step, "to": metadata["step"], **_rollback_settings(guard)}
+        rollback["method"] = method.settings.name  # where rollback_method leaves it open
         self.rollbacks = [*self.rollbacks, rollback]
-        trainable, _ = self._go_to(tensors, facts)  # a safer method keeps nothing for the slots
+        trainable, _ = self._go_to(tensors, metadata)  # a safer method keeps nothing for the slots
         self.engine.restore(trainable)
         self.engine.total_updates, self.engine.lr_scale = self.phases.total_updates, self._lr_scale()
         self._skipped = self.engine.skipped
@@ -253,7 +255,7 @@ class RunState:
         if not run.ranks.is_main:
             return False
         minutes = (time.monotonic() - self._saved_at) / 60
-        self._due |= self.step % settings.save_every == 0 or minutes >= (settings.save_minutes or math.inf)
+        self._due |= self.step % settings.checkpoint_every == 0 or minutes >= (settings.checkpoint_minutes or math.inf)
         if run.states.idle:
             run.settle()
         return self._due and run.states.idle and not self.engine.skipped_in_a_row
@@ -263,12 +265,12 @@ class RunState:
         if not skipped:
             return
         self._skipped = self.engine.skipped
-        in_a_row, most = self.engine.skipped_in_a_row, self._run.config.run.max_skipped
+        in_a_row, most = self.engine.skipped_in_a_row, self._run.config.run.max_nonfinite_steps
         if in_a_row > most:
             self._run.settle()
-            newest = self._run.ranks.share(self._run.states.described())
+            newest = self._run.ranks.broadcast(self._run.states.described())
             raise SharedUserError(
-                f"run.max_skipped: loss or gradient was not finite in the last {in_a_row} updates, {most} may "
+                f"run.max_nonfinite_steps: loss or gradient was not finite in the last {in_a_row} updates, {most} may "
                 f"be; at batch {self.step}, the newest state is {newest}. Start with a lower optim.lr in another folder"
             )
         self._run.say(
@@ -303,7 +305,7 @@ class RunState:
             tensors = {f"{kind}/{name}": t for kind, named in trainable.tensors.items() for name, t in named.items()}
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
             best = None if self.guard is None else self.guard.best
-            facts = {
+            metadata = {
                 "best": best,
                 "guard": {} if self.guard is None else self.guard.state_dict(),
                 "rollbacks": self.rollbacks,
@@ -314,5 +316,5 @@ class RunState:
                 "config": run.config.model_dump(mode="json"),
                 "backbone_sha256": self.engine.model.info.sha256,
             }
-            run.states.write(self.step, tensors, facts)
+            run.states.write(self.step, tensors, metadata)
         self._saved_step, self._saved_at, self._due = self.step, time.monotonic(), False

@@ -13,7 +13,7 @@ import fulllora_dist as fd
 from fulllora_dist.attacks.fgsm import single_step
 from fulllora_dist.attacks.pgd import LOSSES
 from fulllora_dist.core.rng import sample_rng
-from tests.tiny import pictures, stir, tiny
+from tests.tiny import images, stir, tiny
 
 ROUNDING = 1e-7
 CLASSES = 5
@@ -42,7 +42,7 @@ class Net(nn.Module):
 
 
 def data(n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return pictures(n, seed, dtype, side=8), torch.arange(n) % CLASSES
+    return images(n, seed, dtype, side=8), torch.arange(n) % CLASSES
 
 
 def run_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, **more: object) -> Tensor:
@@ -183,7 +183,7 @@ def test_the_model_is_left_as_it_was(
 def test_an_adapted_model_in_bf16_is_attacked(attack: str, finetune: str, outer: type) -> None:
     model = stir(tiny(finetune=finetune, precision="bf16")).train()
     before = state(model)
-    x, y = pictures(8), torch.arange(8) % 4
+    x, y = images(8), torch.arange(8) % 4
     with outer():
         x_adv = ATTACKS[attack](model, x, y, 8 / 255)
     assert_same(before, state(model))
@@ -225,7 +225,7 @@ def test_the_start_is_keyed_by_seed_purpose_step_restart_and_id() -> None:
 def test_restarts_are_never_weaker_on_any_sample(loss: str) -> None:
     model = Net().eval()
     with torch.no_grad():
-        x = pictures(200, side=8)
+        x = images(200, side=8)
         y = Net().eval().requires_grad_(False)(x).argmax(1)
 
     def fooled(restarts: int) -> Tensor:

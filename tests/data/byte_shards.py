@@ -1,4 +1,4 @@
-"""Shards whose pictures are any bytes, and a transform that shows which ones arrived."""
+"""Shards whose images are any bytes, and a transform that shows which ones arrived."""
 
 import io
 import tarfile
@@ -14,23 +14,23 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.shards.indexing import index_shards
 
-UNREADABLE = b"not a picture"
+UNREADABLE = b"not an image"
 
 
 class Checksum:
-    """A picture of 2 x 2 pixels that holds the crc32 of the bytes and 32 random bits; picklable."""
+    """An image of 2 x 2 pixels that holds the crc32 of the bytes and 32 random bits; picklable."""
 
     size = 2
 
     def __call__(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         if data.startswith(UNREADABLE):
-            raise UserError("no readable picture")
+            raise UserError("no readable image")
         numbers = [zlib.crc32(data), int(rng.integers(0, 2**32)), len(data)]
         return torch.frombuffer(bytearray(np.array(numbers, "<u4").tobytes()), dtype=torch.uint8).view(3, 2, 2)
 
 
 def write_shards(folder: Path, lengths: Sequence[int], seed: int = 0, size: int = 300) -> Path:
-    """One shard for each of `lengths`, sorted by class, and their index. Sizes of the pictures vary around `size`."""
+    """One shard for each of `lengths`, sorted by class, and their index. Sizes of the images vary around `size`."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     total, done = sum(lengths), 0
@@ -48,7 +48,7 @@ def write_shards(folder: Path, lengths: Sequence[int], seed: int = 0, size: int 
 
 
 def in_tars(folder: Path) -> Counter:
-    """(key, crc32) of every picture, as tarfile reads them."""
+    """(key, crc32) of every image, as tarfile reads them."""
     found: Counter = Counter()
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -59,7 +59,7 @@ def in_tars(folder: Path) -> Counter:
 
 
 def checksums(batch: Batch) -> list[int]:
-    """crc32 of the bytes that each unmasked picture was made of."""
+    """crc32 of the bytes that each unmasked image was made of."""
     numbers = batch.images[batch.mask].reshape(-1, 12).numpy().copy().view("<u4")
     return numbers[:, 0].tolist()
 

@@ -25,7 +25,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Pictures that are lent to the project, not part of it."""
+    """Images that are lent to the project, not part of it."""
     folder = Path(__file__).parents[3] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there")
@@ -34,7 +34,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """32 noise pictures of 24 x 24 in three classes: JPEG, greyscale JPEG, PNG."""
+    """32 noise images of 24 x 24 in three classes: JPEG, greyscale JPEG, PNG."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for name, count in CLASS_SIZES.items():
@@ -49,7 +49,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The 32 pictures in five shards."""
+    """The 32 images in five shards."""
     folder = tmp_path_factory.mktemp("shards")
     make_shards(image_folder, folder, samples_per_shard=7, progress=False)
     return folder

@@ -22,7 +22,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data import reader
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
-from fulllora_dist.data.position import Progress, Work
+from fulllora_dist.data.position import StreamPosition, Work
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.storage.cache import RangeCache
 from fulllora_dist.storage.ranges import RangeFetcher, ReadPolicy
@@ -95,7 +95,7 @@ def test_a_process_holds_what_it_will_use_and_nothing_else(
 
     with FaultServer(folder) as server:
         index = Index.load(server.url)
-        works = Progress(index, 0, 10).works(world=2, rank=1)
+        works = StreamPosition(index, 0, 10).works(world=2, rank=1)
         steps = ShardReader(index, ReadPolicy(cache=str(tmp_path))).ahead(counted(works()))
         for step, (work, read) in zip(range(60), steps, strict=False):
             for sample in work.ids.tolist():
@@ -167,7 +167,7 @@ def test_a_folder_that_cannot_be_is_refused(folder: Path, tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with FaultServer(folder) as server:
         FOLDER_OF[server.url] = folder
-        with pytest.raises(UserError, match=r"data.cache: .*cannot be used"):
+        with pytest.raises(UserError, match=r"data.cache_dir: .*cannot be used"):
             read_epoch(server.url, tmp_path / "file")
 
 

@@ -43,17 +43,17 @@ def noise(width: int, height: int) -> Image.Image:
 def test_evaluation_crop_is_torchvisions(
     width: int, height: int, size: int, crop_pct: float, mode: str, interpolation: str
 ) -> None:
-    picture = noise(width, height)
+    image = noise(width, height)
     scaled = int(size / crop_pct)
     resize = T.Resize((scaled, scaled) if mode == "squash" else scaled, T.InterpolationMode(interpolation))
-    expected = np.asarray(T.CenterCrop(size)(resize(picture))).transpose(2, 0, 1)
-    result = EvalTransform(size, crop_pct, interpolation, mode)(png(picture)).numpy()
+    expected = np.asarray(T.CenterCrop(size)(resize(image))).transpose(2, 0, 1)
+    result = EvalTransform(size, crop_pct, interpolation, mode)(png(image)).numpy()
     assert result.dtype == np.uint8
     assert (result == expected).all()
 
 
 @pytest.mark.parametrize(("crop_pct", "mode"), [(0.9, "center"), (0.875, "squash"), (1.0, "center")])
-def test_evaluation_crop_is_timms_on_real_pictures(naturals: list[bytes], crop_pct: float, mode: str) -> None:
+def test_evaluation_crop_is_timms_on_real_images(naturals: list[bytes], crop_pct: float, mode: str) -> None:
     timms = create_transform(
         224, is_training=False, crop_pct=crop_pct, crop_mode=mode, interpolation="bicubic", normalize=False
     )
@@ -74,19 +74,19 @@ def test_random_box_lies_inside(width: int, height: int, seed: int, least: float
 
 
 def test_crops_have_the_area_the_ratio_and_the_flips_they_should() -> None:
-    """The picture's red is its x, its green its y: the result tells where it was cut out."""
+    """The image's red is its x, its green its y: the result tells where it was cut out."""
     x, y = np.meshgrid(np.arange(240), np.arange(200))
-    picture = png(Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8)))
+    image = png(Image.fromarray(np.stack([x, y, 0 * x], 2).astype(np.uint8)))
     transform = TrainTransform(16, "crop", crop_scale=(0.2, 0.6), interpolation="bilinear")
     areas, ratios, flips = [], [], 0
     for seed in range(400):
-        red, green, _ = transform(picture, np.random.default_rng(seed)).double().numpy()
+        red, green, _ = transform(image, np.random.default_rng(seed)).double().numpy()
         columns, rows = red.mean(0), green.mean(1)  # linear in the place, up to rounding
         flips += columns[0] > columns[-1]
         w, h = abs(np.polyfit(range(16), columns, 1)[0]) * 16, np.polyfit(range(16), rows, 1)[0] * 16
         areas.append(w * h / (240 * 200))
         ratios.append(w / h)
-        assert np.ptp(red - columns) < 1.01  # one box for the whole picture: no skew, no second resize
+        assert np.ptp(red - columns) < 1.01  # one box for the whole image: no skew, no second resize
     assert min(areas) > 0.19
     assert max(areas) < 0.62
     assert abs(np.mean(areas) - 0.4) < 0.03
@@ -96,7 +96,7 @@ def test_crops_have_the_area_the_ratio_and_the_flips_they_should() -> None:
     assert 150 < flips < 250
 
 
-def test_a_sliver_does_not_become_a_large_picture() -> None:
+def test_a_sliver_does_not_become_a_large_image() -> None:
     sliver = png(Image.new("RGB", (1, 5000)))
     for transform in (EvalTransform(224), TrainTransform(224, "flip"), TrainTransform(224, "flip", backend="pil")):
         with pytest.raises(UserError, match=r"x 1\d{6} pixels"):
@@ -106,20 +106,20 @@ def test_a_sliver_does_not_become_a_large_picture() -> None:
 
 @pytest.mark.parametrize("backend", ["fast", "pil"])
 def test_flip_flips_half_and_none_nothing(backend: Backend) -> None:
-    picture = noise(40, 32)
-    straight = TrainTransform(16, "none", backend=backend)(png(picture), np.random.default_rng(0))
+    image = noise(40, 32)
+    straight = TrainTransform(16, "none", backend=backend)(png(image), np.random.default_rng(0))
     transform = TrainTransform(16, "flip", backend=backend)
-    results = [transform(png(picture), np.random.default_rng(seed)) for seed in range(200)]
+    results = [transform(png(image), np.random.default_rng(seed)) for seed in range(200)]
     flipped = [torch.equal(result, straight.flip(2)) for result in results]
     assert all(f or torch.equal(result, straight) for f, result in zip(flipped, results, strict=True))
     assert 70 < sum(flipped) < 130
     if backend == "pil":
-        assert torch.equal(EvalTransform(16, crop_pct=1.0)(png(picture)), straight)
+        assert torch.equal(EvalTransform(16, crop_pct=1.0)(png(image)), straight)
 
 
 @pytest.fixture(scope="module")
 def naturals(real_data: Path) -> list[bytes]:
-    """Twenty ImageNet pictures at natural size."""
+    """Twenty ImageNet images at natural size."""
     with tarfile.open(real_data / "imagenet-natural-100.tar") as tar:
         return [tar.extractfile(member).read() for member in tar.getmembers()[::5]]
 
@@ -127,16 +127,16 @@ def naturals(real_data: Path) -> list[bytes]:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_the_reference_crop_is_torchvisions(interpolation: str) -> None:
     """The box that our generator draws, through torchvision's own crop and resize."""
-    picture = noise(333, 222)
+    image = noise(333, 222)
     for seed in range(20):
         rng = np.random.default_rng(seed)
         flip = rng.random() < 0.5
         left, top, right, bottom = random_box(333, 222, (0.08, 1.0), rng)
         mode = T.InterpolationMode(interpolation)
         box = (top, left, bottom - top, right - left)
-        expected = T.functional.resized_crop(picture, *box, [64, 64], mode)
+        expected = T.functional.resized_crop(image, *box, [64, 64], mode)
         result = TrainTransform(64, "crop", interpolation=interpolation, backend="pil")(
-            png(picture), np.random.default_rng(seed)
+            png(image), np.random.default_rng(seed)
         )
         pixels = np.asarray(expected)[:, ::-1] if flip else np.asarray(expected)
         assert (result.numpy() == pixels.transpose(2, 0, 1)).all()
@@ -144,7 +144,7 @@ def test_the_reference_crop_is_torchvisions(interpolation: str) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("augment", ["none", "flip", "crop"])
-def test_the_fast_backend_makes_the_same_picture(naturals: list[bytes], augment: Augment, interpolation: str) -> None:
+def test_the_fast_backend_makes_the_same_image(naturals: list[bytes], augment: Augment, interpolation: str) -> None:
     means = []
     for i, data in enumerate(naturals):
         fast, reference = (
@@ -160,7 +160,7 @@ def test_the_fast_backend_makes_the_same_picture(naturals: list[bytes], augment:
 
 
 @pytest.mark.parametrize("backend", ["fast", "pil"])
-def test_a_picture_depends_on_its_generator_alone(naturals: list[bytes], backend: Backend) -> None:
+def test_a_image_depends_on_its_generator_alone(naturals: list[bytes], backend: Backend) -> None:
     transform = TrainTransform(96, "randaugment", backend=backend)
     made = [transform(data, np.random.default_rng(i)) for i, data in enumerate(naturals)]
     torch.manual_seed(7)

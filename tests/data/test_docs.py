@@ -22,9 +22,9 @@ def test_the_pipeline_runs_and_yields_the_data(shards: Path) -> None:
     names: dict = {}
     exec(code.replace("s3://bucket/imagenet/train", str(shards)).replace("batch_size=256", "batch_size=8"), names)
     index = Index.load(shards)
-    pictures = [picture for _, picture in zip(range(32), names["pipeline"], strict=False)]
-    assert sorted(label for _, label in pictures) == sorted(index.labels.tolist())
-    assert {image.mode for image, _ in pictures} == {"RGB"}
+    images = [image for _, image in zip(range(32), names["pipeline"], strict=False)]
+    assert sorted(label for _, label in images) == sorted(index.labels.tolist())
+    assert {image.mode for image, _ in images} == {"RGB"}
     names["stream"].commit(4)
     assert names["stream"].state_dict()["index_hash"] == index.hash
 
@@ -57,4 +57,4 @@ def test_the_settings_are_settings(block: str) -> None:
 
     settings = DataSettings.model_validate(yaml.safe_load(block)["data"])
     assert settings.randaugment.magnitude == 9
-    assert settings.workers == 8
+    assert settings.num_workers == 8

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
-from fulllora_dist.data.position import Progress
+from fulllora_dist.data.position import StreamPosition
 from fulllora_dist.data.reader import ShardReader
 
 UNEVEN = (1, 40, 2, 17, 33, 5, 9)  # 107
@@ -80,7 +80,7 @@ def test_an_epoch_is_what_tarfile_reads_on_more_workers(two: Path, uneven: Path,
     _check_epochs(uneven, world, workers)
 
 
-def _read(index: Index, progress: Progress, world: int, workers: int, steps: int) -> list[list[int]]:
+def _read(index: Index, progress: StreamPosition, world: int, workers: int, steps: int) -> list[list[int]]:
     """Ids of global batches, put together from the parts of all workers of all ranks, bytes checked."""
     reader = ShardReader(index)
     parts = []
@@ -108,7 +108,7 @@ def test_any_chain_of_topologies_repeats_nothing_within_an_epoch(uneven: Path, c
     for (world, workers, batch_size), steps in chain:
         if batch_size % world:
             batch_size = 24
-        progress = Progress(index, 5, batch_size)
+        progress = StreamPosition(index, 5, batch_size)
         if state is not None:
             progress.load_state_dict(json.loads(state))
         tail[json.loads(state)["epoch"] if state else 0] = progress.dropped
@@ -138,7 +138,7 @@ def test_another_batch_size_goes_on_with_the_rest_of_the_epoch(
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     rest = (len(second.index) - 2 * BATCH) // batch_size
     tail = len(second.index) - 2 * BATCH - rest * batch_size
-    assert f"{tail} pictures of the epoch fill no batch" in caplog.text
+    assert f"{tail} images of the epoch fill no batch" in caplog.text
     batches = batches[:2] + list(islice(second, rest))
     found = arrived(second.index, batches)
     assert max(found.values()) == 1

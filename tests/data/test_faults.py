@@ -26,7 +26,7 @@ from fulllora_dist.storage import ranges, store
 from fulllora_dist.storage.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
 from tests.services.fault_server import FATAL, PASSING, FaultServer, Request
 
-QUICK = ReadPolicy(request_seconds=0.5, retry_seconds=30)
+QUICK = ReadPolicy(request_timeout_s=0.5, retry_timeout_s=30)
 LENGTHS = (20, 3, 31, 46)  # 100
 
 
@@ -71,7 +71,7 @@ def test_a_passing_fault_changes_nothing(folder: Path, server: FaultServer, faul
 
 def test_samples_are_read_in_chunks_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neighbours travel together, and an epoch costs hardly more bytes than the shards have."""
-    monkeypatch.setattr(reader, "_MAX_GAP", 4 << 10)  # as small against these pictures as the real one is against real
+    monkeypatch.setattr(reader, "_MAX_GAP", 4 << 10)  # as small against these images as the real one is against real
     write_shards(tmp_path, (700, 580), size=1000)
     with FaultServer(tmp_path) as server:
         stream = train(server.url, batch_size=8)
@@ -85,7 +85,7 @@ def test_samples_are_read_in_chunks_and_once(tmp_path: Path, monkeypatch: pytest
     assert {request.turn for request in asked} == {0}
 
 
-def test_a_bad_picture_is_replaced_in_the_same_way_everywhere(
+def test_a_bad_image_is_replaced_in_the_same_way_everywhere(
     folder: Path, server: FaultServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A range whose bytes stay wrong. The same sample stands in on any ranks and workers, remote or not."""
@@ -106,7 +106,7 @@ def test_a_bad_picture_is_replaced_in_the_same_way_everywhere(
         found[world] = [[i for row in rows for i in row[step].ids.tolist()] for step in range(10)]
         lines = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
         assert lines == [
-            f"another picture stands in for a bad one: {server.url}/{name}: sample {victim.key} at offset "
+            f"another image stands in for a bad one: {server.url}/{name}: sample {victim.key} at offset "
             f"{victim.offset}: crc32 differs from the index; the shard is damaged"
         ]
     assert found[1] == found[2] == found[5]
@@ -114,7 +114,7 @@ def test_a_bad_picture_is_replaced_in_the_same_way_everywhere(
     assert [b for a, b in zip(np.ravel(found[1]), np.ravel(clean), strict=True) if a != b] == [60]
     with pytest.raises(DamagedSample, match=r"sample d3/0006 at offset"):
         list(EvalStream(server.url, batch_size=10, transform=Checksum(), policy=QUICK))
-    with pytest.raises(UserError, match=r"data.max_bad_samples: 1 pictures cannot be used, 0 may be; .*d3/0006"):
+    with pytest.raises(UserError, match=r"data.max_bad_samples: 1 images cannot be used, 0 may be; .*d3/0006"):
         list(islice(train(server.url), 10))
 
 
@@ -167,8 +167,8 @@ def test_an_outage_is_waited_for_and_no_longer_than_allowed(server: FaultServer,
     assert time.monotonic() - began > 1
     server.fault = lambda request: "503"
     began = time.monotonic()
-    impatient = ReadPolicy(request_seconds=0.5, retry_seconds=1.5)
-    with pytest.raises(UserError, match=r"503.*given up after [12] s \(data.retry_seconds 1.5\): check the store"):
+    impatient = ReadPolicy(request_timeout_s=0.5, retry_timeout_s=1.5)
+    with pytest.raises(UserError, match=r"503.*given up after [12] s \(data.retry_timeout_s 1.5\): check the store"):
         list(islice(train(server.url, policy=impatient), 1))
     assert time.monotonic() - began < 5
 
@@ -181,7 +181,7 @@ def test_patience_begins_with_the_first_try(tmp_path: Path) -> None:
     with FaultServer(tmp_path) as server:
         server.late = 0.15
         server.fault = lambda request: "503" if request.name == last and request.turn == 0 else "late"
-        fetcher = RangeFetcher(ReadPolicy(connections=1, retry_seconds=1))
+        fetcher = RangeFetcher(ReadPolicy(connections=1, retry_timeout_s=1))
         whole = [Range(f"{server.url}/{shard.url}", None, 0, shard.bytes) for shard in index.shards]
         began = time.monotonic()
         for future in [fetcher.submit(wanted, [Piece(0, 1, 0, wanted=False)]) for wanted in whole]:
@@ -203,7 +203,7 @@ def test_a_server_that_hangs_is_given_up(server: FaultServer) -> None:
     server.stall = 30
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no answer in time; given up after"):
-        list(islice(train(server.url, policy=ReadPolicy(request_seconds=0.3, retry_seconds=1)), 1))
+        list(islice(train(server.url, policy=ReadPolicy(request_timeout_s=0.3, retry_timeout_s=1)), 1))
     assert time.monotonic() - began < 6
 
 
@@ -239,7 +239,9 @@ def random_faults(seed: int):
 def _survives(folder: Path, seed: int) -> None:
     with FaultServer(folder, random_faults(seed)) as server:
         server.stall = 0.4
-        stream = train(server.url, policy=ReadPolicy(request_seconds=0.25, retry_seconds=60, connections=1 + seed % 5))
+        stream = train(
+            server.url, policy=ReadPolicy(request_timeout_s=0.25, retry_timeout_s=60, connections=1 + seed % 5)
+        )
         assert _epoch(stream) == in_tars(folder)
         assert sum(kind is not None for _, kind in server.log) > 5
 
@@ -256,7 +258,7 @@ def test_200_more_seeds_of_random_faults(folder: Path, seed: int) -> None:
 
 
 def spoil(folder: Path, *numbers: int) -> None:
-    """Give some samples of the only shard bytes that are no picture, and index it again."""
+    """Give some samples of the only shard bytes that are no image, and index it again."""
     path = folder / "part-000.tar"
     with tarfile.open(path) as tar:
         members = [(m, tar.extractfile(m).read()) for m in tar.getmembers()]
@@ -269,7 +271,7 @@ def spoil(folder: Path, *numbers: int) -> None:
     index_shards([str(folder)], classes=10, progress=False)
 
 
-def test_a_window_without_another_picture_ends_no_run(tmp_path: Path) -> None:
+def test_a_window_without_another_image_ends_no_run(tmp_path: Path) -> None:
     """One batch an epoch: every window is one sample. The next lanes stand in, the same ones everywhere."""
     write_shards(tmp_path, (6,))
     order = [batch.ids.tolist() for batch in islice(train(str(tmp_path), batch_size=6), 2)]
@@ -295,8 +297,8 @@ def test_a_lane_stands_in_beyond_its_window_and_then_the_others(tmp_path: Path) 
     assert list(Spares(plan, lanes, end + 1).of(1, 0))[-len(other) - end :] == mine[:end] + other
 
 
-def test_unreadable_pictures_are_counted_once_and_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Bytes as indexed, but no pictures: two of them are allowed, in any number of epochs; a third is not."""
+def test_unreadable_images_are_counted_once_and_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bytes as indexed, but no images: two of them are allowed, in any number of epochs; a third is not."""
     write_shards(tmp_path, (30,))
     spoil(tmp_path, 3, 17)
     stream = train(str(tmp_path), max_bad_samples=2)
@@ -306,11 +308,11 @@ def test_unreadable_pictures_are_counted_once_and_limited(tmp_path: Path, caplog
         stream.count_bad(list)
     lines = [r.getMessage() for r in caplog.records if "stands in" in r.getMessage()]
     assert len(lines) == 2
-    assert all("no readable picture" in line and "at offset" in line for line in lines)
+    assert all("no readable image" in line and "at offset" in line for line in lines)
     assert stream.state_dict()["bad_samples"] == [3, 17]
     spoil(tmp_path, 3, 17, 20)
-    with pytest.raises(UserError, match=r"data\.max_bad_samples: 3 pictures cannot be used, 2 may be"):
+    with pytest.raises(UserError, match=r"data\.max_bad_samples: 3 images cannot be used, 2 may be"):
         list(islice(train(str(tmp_path), max_bad_samples=2), 9))
     spoil(tmp_path, *range(30))
-    with pytest.raises(UserError, match="no readable picture"):  # nothing can stand in
+    with pytest.raises(UserError, match="no readable image"):  # nothing can stand in
         list(islice(train(str(tmp_path), max_bad_samples=99), 9))

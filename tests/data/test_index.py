@@ -84,12 +84,12 @@ def test_every_row_is_what_tarfile_reads(shards: Path) -> None:
                 if extension == "cls":
                     continue
                 sample = index.sample(seen)
-                picture = tar.extractfile(member).read()
+                image = tar.extractfile(member).read()
                 assert (sample.id, sample.key, sample.ext) == (seen, key, extension)
                 assert (sample.offset, sample.size, sample.crc32) == (
                     member.offset_data,
                     member.size,
-                    zlib.crc32(picture),
+                    zlib.crc32(image),
                 )
                 assert sample.label == int(tar.extractfile(members[f"{key}.cls"]).read())
                 assert sample.url == index.shard_url(sample.shard) == str(shards / shard.url)
@@ -243,7 +243,7 @@ def test_control_characters_in_keys_are_refused(shards: Path, tmp_path: Path, ke
 
 
 @pytest.mark.parametrize(
-    ("facts", "columns", "message"),
+    ("metadata", "columns", "message"),
     [
         ({"bytes": "10000"}, {}, "the index is damaged .no shard"),
         ({"samples": 7.0}, {}, "the index is damaged .no shard"),
@@ -256,10 +256,10 @@ def test_control_characters_in_keys_are_refused(shards: Path, tmp_path: Path, ke
     ],
 )
 def test_an_index_of_other_parts_is_refused(
-    shards: Path, tmp_path: Path, facts: dict, columns: dict, message: str
+    shards: Path, tmp_path: Path, metadata: dict, columns: dict, message: str
 ) -> None:
     meta, found, _ = map_columns(shards / "index.safetensors")
-    meta["shards"][0] |= facts
+    meta["shards"][0] |= metadata
     changed = {name: column for name, column in {**found, **columns}.items() if column is not None}
     (tmp_path / "index.safetensors").write_bytes(pack_columns(meta, changed))
     with pytest.raises(UserError, match=message) as caught:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.index_file import DamagedIndex
 from fulllora_dist.storage import store, urls
@@ -65,9 +65,9 @@ def test_two_writers_of_one_file_leave_it_whole(tmp_path: Path) -> None:
     (tmp_path / ".file.1-aa.tmp").touch()
     (tmp_path / ".file.2-bb.tmp").touch()
     os.utime(tmp_path / ".file.1-aa.tmp", (0, 0))  # of a killed process
-    with published(path) as one:
+    with atomic_write(path) as one:
         one.write(b"one" * 1000)
-        with published(path) as other:
+        with atomic_write(path) as other:
             other.write(b"other")
         assert path.read_bytes() == b"other"
     assert path.read_bytes() == b"one" * 1000

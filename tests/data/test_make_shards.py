@@ -62,7 +62,7 @@ def test_shards_hold_the_source_byte_for_byte_and_mix_classes(image_folder, shar
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_same_pictures_same_bytes(image_folder, shards, tmp_path, kind: str) -> None:
+def test_same_images_same_bytes(image_folder, shards, tmp_path, kind: str) -> None:
     source = image_folder
     if kind == "tar":
         source = tmp_path / "source.tar"
@@ -150,7 +150,7 @@ def held_out(folder: Path) -> set[str]:
 
 
 def test_a_share_that_is_held_out_depends_on_each_key_alone(image_folder, tmp_path) -> None:
-    """Twice the pictures and a class more: nothing that was there changes sides."""
+    """Twice the images and a class more: nothing that was there changes sides."""
     make(image_folder, tmp_path / "a", holdout=0.25, holdout_destination=tmp_path / "b")
     shutil.copytree(image_folder, tmp_path / "more")
     shutil.copytree(image_folder / "ant", tmp_path / "more" / "dog")
@@ -170,7 +170,7 @@ def test_a_small_class_gives_one_and_keeps_one(image_folder, tmp_path) -> None:
         assert [len(held_out(folder)) for folder in folders] == [8 - held, held]
 
 
-def test_a_number_that_is_held_out_is_displaced_by_new_pictures_alone(image_folder, tmp_path) -> None:
+def test_a_number_that_is_held_out_is_displaced_by_new_images_alone(image_folder, tmp_path) -> None:
     make(image_folder, tmp_path / "a", holdout=3, holdout_destination=tmp_path / "b")
     shutil.copytree(image_folder, tmp_path / "more")
     shutil.copytree(image_folder / "ant", tmp_path / "more" / "dog")
@@ -194,7 +194,7 @@ def devkit(folder: Path, order: list[str], truth: list[str]) -> Path:
 
 @pytest.fixture
 def imagenet(image_folder, tmp_path) -> tuple[Path, Path, Path, Path]:
-    """A tar of one tar a class; a tar of validation pictures; its development kit; Kaggle's table."""
+    """A tar of one tar a class; a tar of validation images; its development kit; Kaggle's table."""
     with tarfile.open(tmp_path / "train.tar", "w") as outer:
         for folder in sorted(image_folder.iterdir()):
             buffer = io.BytesIO()
@@ -205,12 +205,12 @@ def imagenet(image_folder, tmp_path) -> tuple[Path, Path, Path, Path]:
             info.size = buffer.tell()
             buffer.seek(0)
             outer.addfile(info, buffer)
-    pictures = sorted(path for path in image_folder.glob("*/*") if path.suffix == ".JPEG")[::2]
-    names = [f"ILSVRC2012_val_{i:08d}" for i in range(1, len(pictures) + 1)]
+    images = sorted(path for path in image_folder.glob("*/*") if path.suffix == ".JPEG")[::2]
+    names = [f"ILSVRC2012_val_{i:08d}" for i in range(1, len(images) + 1)]
     with tarfile.open(tmp_path / "val.tar", "w") as tar:
-        for name, path in zip(names, pictures, strict=True):
+        for name, path in zip(names, images, strict=True):
             tar.add(path, f"./{name}.JPEG")
-    truth = [path.parent.name for path in pictures]
+    truth = [path.parent.name for path in images]
     table = tmp_path / "LOC_val_solution.csv"
     rows = [f"{name},{label} 1 2 3 4 {label} 5 6 7 8" for name, label in zip(names, truth, strict=True)]
     table.write_text("ImageId,PredictionString\n" + "\n".join(reversed(rows)) + "\n")
@@ -238,7 +238,7 @@ def test_imagenets_validation_part(image_folder, imagenet, tmp_path, kind: str) 
     make(source, tmp_path / "d", labels=table if kind == "table" else labels, split_name="val")
     found = shard_files(tmp_path / "d", ["ant", "bee", "cat"])
     assert found.total() == len(sorted(image_folder.glob("*/*.JPEG"))[::2])
-    assert not found - source_files(image_folder)  # every picture has the class of the folder that it came from
+    assert not found - source_files(image_folder)  # every image has the class of the folder that it came from
     assert (tmp_path / "d" / "classes.txt").read_text() == "ant\nbee\ncat\n"
 
 
@@ -285,7 +285,7 @@ def test_a_shard_that_is_not_what_was_to_be_written_gets_no_name(image_folder, t
     assert not (tmp_path / "index.safetensors").exists()
 
 
-def test_a_link_in_a_source_tar_is_no_lost_picture(image_folder, tmp_path) -> None:
+def test_a_link_in_a_source_tar_is_no_lost_image(image_folder, tmp_path) -> None:
     with tarfile.open(tmp_path / "source.tar", "w") as tar:
         tar.add(image_folder, "train")
         link = tarfile.TarInfo("train/ant/linked.jpg")
@@ -340,7 +340,7 @@ def test_what_cannot_be_read_is_not_left_out(image_folder, tmp_path, monkeypatch
         make(tmp_path / "source.tar", tmp_path / "d")
 
 
-def test_webps_are_pictures_too(image_folder, tmp_path) -> None:
+def test_webps_are_images_too(image_folder, tmp_path) -> None:
     for name in ("ant", "bee"):
         (tmp_path / "webp" / name).mkdir(parents=True)
         for path in sorted((image_folder / name).iterdir())[:4]:
@@ -374,7 +374,7 @@ def test_image_size_encodes_anew(image_folder, tmp_path) -> None:
     assert sizes == {(10, 10)}
 
 
-def _truncate_a_picture(folder: Path) -> None:
+def _truncate_a_image(folder: Path) -> None:
     path = folder / "bee" / "003.JPEG"
     path.write_bytes(path.read_bytes()[:-200])
 
@@ -390,7 +390,7 @@ def _add(name: str):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        pytest.param(_truncate_a_picture, r"bee/003\.JPEG: no readable JPEG", id="unreadable"),
+        pytest.param(_truncate_a_image, r"bee/003\.JPEG: no readable JPEG", id="unreadable"),
         pytest.param(
             _add("bee/004.jpeg"), r"bee/004\.(png|jpeg) and bee/004\..* would both be sample bee/004", id="key"
         ),
@@ -423,8 +423,8 @@ def test_a_cut_source_tar_is_refused(image_folder, tmp_path) -> None:
         ({"workers": 0}, "workers 0"),
         ({"holdout": 0.1}, "holdout 0.1: .* destination of its own"),
         ({"holdout": 1.5, "holdout_destination": "x"}, "holdout 1.5: a share below 1, or a number"),
-        ({"holdout": 8, "holdout_destination": "x"}, "holdout 8: class cat has only 8 pictures"),
-        ({"classes": ["ant", "dog"]}, "no pictures of dog"),
+        ({"holdout": 8, "holdout_destination": "x"}, "holdout 8: class cat has only 8 images"),
+        ({"classes": ["ant", "dog"]}, "no images of dog"),
         ({"classes": ["ant", "ant"]}, "named twice"),
         ({"limit": 99}, "limit 99: between 3"),
     ],

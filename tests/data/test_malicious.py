@@ -1,4 +1,4 @@
-"""What a shard, a picture or an index that somebody else made may try. Each is refused in one line; nothing is run,
+"""What a shard, an image or an index that somebody else made may try. Each is refused in one line; nothing is run,
 followed, written or held in memory."""
 
 import io

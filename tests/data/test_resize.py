@@ -1,4 +1,4 @@
-"""A training stream whose pictures change their size on the way, as phases ask for."""
+"""A training stream whose images change their size on the way, as phases ask for."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fulllora_dist.data.loader import TrainStream
 
 
 def test_stream_gives_each_size_from_where_it_stands(shards: Path) -> None:
-    """The same pictures in the same order as a stream that has the size from the start."""
+    """The same images in the same order as a stream that has the size from the start."""
 
     def stream(size: int, workers: int = 0) -> TrainStream:
         return TrainStream(shards, batch_size=8, transform=TrainTransform(size), seed=3, workers=workers)

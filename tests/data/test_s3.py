@@ -16,7 +16,7 @@ from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.storage.ranges import ChangedObject, ReadPolicy
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
-QUICK = ReadPolicy(request_seconds=10, retry_seconds=20)
+QUICK = ReadPolicy(request_timeout_s=10, retry_timeout_s=20)
 
 
 @pytest.fixture(scope="module")

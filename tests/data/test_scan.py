@@ -69,8 +69,8 @@ def test_scan_finds_what_tarfile_finds(tmp_path: Path, format: int) -> None:
     data = tar_bytes([*MEMBERS, (long_name + ".cls", b" 7\n"), (long_name + ".PNG", b"png")], format)
     result = scan(tmp_path, data)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        pictures = [m for m in tar.getmembers() if not m.name.endswith(".cls")]
-        expected = [(m.name[:-4], m.offset_data, m.size, zlib.crc32(tar.extractfile(m).read())) for m in pictures]
+        images = [m for m in tar.getmembers() if not m.name.endswith(".cls")]
+        expected = [(m.name[:-4], m.offset_data, m.size, zlib.crc32(tar.extractfile(m).read())) for m in images]
     columns = result.columns
     assert list(zip(result.keys(), columns["offset"], columns["size"], columns["crc32"], strict=True)) == expected
     assert columns["label"].tolist() == [1, 1, 1, 1, 7]
@@ -174,8 +174,8 @@ def test_a_stream_that_ends_early_or_late_is_refused() -> None:
             tar_bytes([*MEMBERS, MEMBERS[-1]]), r"member 'd/k3\.jpg' at offset \d+ occurs twice", id="member twice"
         ),
         pytest.param(_without("d/k2.cls"), r"sample d/k2 at offset \d+ has no label", id="no class"),
-        pytest.param(_without("d/k2.jpg"), r"sample d/k2 at offset \d+ has 0 pictures", id="no picture"),
-        pytest.param(tar_bytes([*MEMBERS, ("d/k3.png", b"")]), "has 2 pictures", id="two pictures"),
+        pytest.param(_without("d/k2.jpg"), r"sample d/k2 at offset \d+ has 0 images", id="no image"),
+        pytest.param(tar_bytes([*MEMBERS, ("d/k3.png", b"")]), "has 2 images", id="two images"),
         pytest.param(tar_bytes([("k.cls", b"-1"), ("k.jpg", b"")]), "'-1'; a class index is right", id="bad class"),
         pytest.param(
             tar_bytes([("k.cls", "\u0661".encode()), ("k.jpg", b"")]), "a class index is right", id="odd digit"

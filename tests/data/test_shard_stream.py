@@ -103,7 +103,7 @@ def _decode(sample: dict) -> dict:
     return sample
 
 
-def test_pictures_through_map(shards: Path) -> None:
-    pictures = wds.DataPipeline(ShardStream(shards, batch_size=4, seed=0), wds.select(lambda s: "png" in s))
-    shapes = Counter(_decode(sample)["image"].shape[:2] for sample in islice(pictures, 8))
+def test_images_through_map(shards: Path) -> None:
+    images = wds.DataPipeline(ShardStream(shards, batch_size=4, seed=0), wds.select(lambda s: "png" in s))
+    shapes = Counter(_decode(sample)["image"].shape[:2] for sample in islice(images, 8))
     assert shapes == {(24, 24): 8}

@@ -271,8 +271,8 @@ def test_workers_end_with_a_killed_main_process(job) -> None:
     assert time.monotonic() - killed < 30
 
 
-def test_real_pictures(real_data, tmp_path) -> None:
-    """Imagenette's validation tar to shards to batches: the pictures of every class arrive, each once."""
+def test_real_images(real_data, tmp_path) -> None:
+    """Imagenette's validation tar to shards to batches: the images of every class arrive, each once."""
     import tarfile
 
     from fulllora_dist.data.shards.make import make_shards

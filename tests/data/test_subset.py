@@ -19,7 +19,7 @@ from fulllora_dist.data.subset import Subset
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 pictures of three classes, named as ImageNet's are."""
+    """12 images of three classes, named as ImageNet's are."""
     root, folder = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
     for i in range(12):
         (root / f"n{i % 3}").mkdir(exist_ok=True)
@@ -89,7 +89,7 @@ def test_bad_files_are_refused(shards: Path, tmp_path: Path, content: str | byte
 
 
 def test_names_that_are_numbers_are_no_ids(shards: Path, tmp_path: Path) -> None:
-    """img2dataset numbers its pictures: 000000003 may be an id or a name."""
+    """img2dataset numbers its images: 000000003 may be an id or a name."""
     index, file = Index.load(shards), tmp_path / "ids.txt"
     keys = np.frombuffer("".join(f"{i + 5:09d}" for i in range(12)).encode(), np.uint8)
     columns = dict(index.columns) | {"keys": keys, "key_end": 9 * np.arange(1, 13)}

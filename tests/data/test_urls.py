@@ -97,7 +97,7 @@ def test_a_mistake_that_cannot_pass_is_said_at_once(
     ],
 )
 def test_only_what_may_pass_is_tried_again(error: Exception, passes: bool) -> None:
-    assert isinstance(urls.explained(error, "s3://bucket/x"), UserError) != passes
+    assert isinstance(urls.classify_error(error, "s3://bucket/x"), UserError) != passes
 
 
 def test_a_message_says_the_url_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.shards.make import make_shards
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.methods import Method
@@ -31,7 +31,7 @@ UPDATES = 6
 BATCH = 8
 # the gradient's norm is above `clip` in some updates and below it in others: test_parity checks that
 OPTIM = OptimSettings(
-    lr=3e-3, min_lr=3e-4, warmup=0.34, weight_decay=0.1, clip=2.3, ema=0.8, batch_size=BATCH, epochs=1
+    lr=3e-3, min_lr=3e-4, warmup_ratio=0.34, weight_decay=0.1, grad_clip=2.3, ema_decay=0.8, batch_size=BATCH, epochs=1
 )
 # ways to train; in the plain loop the first five are written out, the others are `tests.recipes.plain_loss`
 RECIPES: dict[str, Recipe] = {
@@ -44,13 +44,16 @@ RECIPES: dict[str, Recipe] = {
     "mart": {"method": {"name": "mart", "steps": 2}},
     "pgd_l2": {"method": {"name": "pgd", "steps": 2}, "threat": {"norm": "l2", "eps": 0.8}},
     "pgd_mixed": {"method": {"name": "pgd", "steps": 2}, "targets": SOFT},
-    "pgd_weakened": {"method": {"name": "pgd", "steps": 2, **WEAKENED}, "threat": {"warmup": 0.5, "step_warmup": 0.3}},
+    "pgd_weakened": {
+        "method": {"name": "pgd", "steps": 2, **WEAKENED},
+        "threat": {"eps_warmup_ratio": 0.5, "step_size_warmup_ratio": 0.3},
+    },
     "phases": {
         "method": {"name": "pgd", "steps": 2},
         "phases": [
-            {"share": 1 / 3, "image_size": 8, "eps": 0.02, "method": {"name": "pgd", "steps": 1}},
-            {"share": 1 / 2},  # a run that is cut short goes on in its midst
-            {"share": 1 / 6, "image_size": 8},
+            {"fraction": 1 / 3, "image_size": 8, "eps": 0.02, "method": {"name": "pgd", "steps": 1}},
+            {"fraction": 1 / 2},  # a run that is cut short goes on in its midst
+            {"fraction": 1 / 6, "image_size": 8},
         ],
     },
 }
@@ -78,7 +81,7 @@ def build_model(depth: int = 2, random_b: bool = True, **settings: Any) -> Adapt
         pretrained=False,
         image_size=SIDE,
         input_sizes=[8],
-        architecture=ARCHITECTURE | {"depth": depth},
+        model_kwargs=ARCHITECTURE | {"depth": depth},
         **arguments,
     )
     generator = torch.Generator().manual_seed(1)
@@ -125,7 +128,7 @@ def batches(count: int) -> list[Batch]:
 
 
 def build_engine(
-    ranks: Ranks,
+    ranks: Comm,
     case: Case,
     model: AdaptedModel | None = None,
     optim: OptimSettings = OPTIM,
@@ -136,14 +139,14 @@ def build_engine(
     zero = {"stage3_param_persistence_threshold": 0} if case.stage == 3 else {}
     settings = DistributedSettings(
         zero_stage=case.stage,  # type: ignore[arg-type]
-        grad_accumulation=case.accumulation,
+        gradient_accumulation_steps=case.accumulation,
         activation_checkpointing=case.checkpointing,
     )
     block = {"zero_optimization": zero} | (extra or {})
     return Engine(model or build_model(), optim, settings, block, ranks, UPDATES, state)
 
 
-def train(ranks: Ranks, engine: Engine, method: Method | Phases, data: Sequence[Batch]) -> list[float]:
+def train(ranks: Comm, engine: Engine, method: Method | Phases, data: Sequence[Batch]) -> list[float]:
     """Losses, averaged over the ranks."""
     losses = []
     for step, batch in enumerate(data):
@@ -158,7 +161,7 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def noise_shards(folder: Path, seed: int, brighter: int = 0, classes: int = 3) -> str:
-    """Shards in `folder` of eight noise pictures of each class, each so many grey levels brighter than the one before.
+    """Shards in `folder` of eight noise images of each class, each so many grey levels brighter than the one before.
     Returns where they lie."""
     root, shards = folder / "pictures", folder / "shards"
     rng = np.random.default_rng(seed)

@@ -15,5 +15,5 @@ def server() -> Iterator[RankServer]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 noise pictures of three classes."""
+    """24 noise images of three classes."""
     return noise_shards(tmp_path_factory.mktemp("noise"), seed=0)

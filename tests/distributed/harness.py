@@ -134,14 +134,14 @@ def _collect(pipes: list[Connection], deadline: float) -> list[bytes] | str:
 def _rank(
     rank: int, world: int, port: int, timeout: float, pipe: Connection, work: Callable[..., Any], args: tuple
 ) -> None:
-    from fulllora_dist.distributed.comm import start_ranks
+    from fulllora_dist.distributed.comm import start_comm
 
     faulthandler.dump_traceback_later(timeout, exit=True)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {key: str(value) for key, value in names.items()}
     try:
         # plain pickle copies tensors; a pipe of torch's would pass handles that die with the rank
-        fine, result = True, pickle.dumps(work(start_ranks(), *args))
+        fine, result = True, pickle.dumps(work(start_comm(), *args))
     except BaseException:
         fine, result = False, pickle.dumps(traceback.format_exc())
     pipe.send((fine, result))

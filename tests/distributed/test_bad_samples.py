@@ -1,4 +1,4 @@
-"""Bad pictures over several ranks: counted together, and all ranks stop at the same batch."""
+"""Bad images over several ranks: counted together, and all ranks stop at the same batch."""
 
 import io
 import tarfile
@@ -13,22 +13,22 @@ from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.plan import epoch_plan
 from fulllora_dist.data.shards.indexing import index_shards
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 
 BAD = (2, 13, 21)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """24 pictures, three of them text."""
+    """24 images, three of them text."""
     folder = tmp_path_factory.mktemp("shards")
     rng = np.random.default_rng(0)
     with tarfile.open(folder / "train-000.tar", "w") as tar:
         for i in range(24):
             buffer = io.BytesIO()
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(buffer, "PNG")
-            picture = b"a text" if i in BAD else buffer.getvalue()
-            for extension, data in (("png", picture), ("cls", b"0")):
+            image = b"a text" if i in BAD else buffer.getvalue()
+            for extension, data in (("png", image), ("cls", b"0")):
                 member = tarfile.TarInfo(f"{i:02d}.{extension}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -43,14 +43,14 @@ def _stream(folder: str, world: int, rank: int, allowed: int) -> TrainStream:
     )
 
 
-def _train(ranks: Ranks, folder: str, allowed: int) -> tuple[int, str, list[int]]:
+def _train(ranks: Comm, folder: str, allowed: int) -> tuple[int, str, list[int]]:
     """As train.py does: the batch that this rank came to, what stopped it, and the bad samples that are saved."""
     stream = _stream(folder, ranks.world, ranks.rank, allowed)
     step = 0
     for step, _ in zip(range(1, 13), stream, strict=False):  # two epochs
         stream.commit(step)
         try:
-            stream.count_bad(ranks.union)
+            stream.count_bad(ranks.all_gather_list)
         except SharedUserError as error:
             return step, str(error), []
         ranks.barrier()
@@ -72,6 +72,6 @@ def test_all_ranks_stop_at_the_same_batch(server: RankServer, folder: str) -> No
     found = server.run(2, _train, folder, 2)
     assert [step for step, _, _ in found] == [first[2]] * 2
     assert found[0][1] == found[1][1]
-    assert "data.max_bad_samples: 3 pictures cannot be used, 2 may be; " in found[0][1]
+    assert "data.max_bad_samples: 3 images cannot be used, 2 may be; " in found[0][1]
     assert "at offset" in found[0][1]
     assert "\n" not in found[0][1]

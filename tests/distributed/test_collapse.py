@@ -18,12 +18,12 @@ from harness import RankServer
 from test_guard import _guarded, _states
 from test_resume import BATCHES, _start, _train
 
-from fulllora_dist.checkpoints.format import write_state
+from fulllora_dist.checkpoints.format import write_checkpoint
 from fulllora_dist.commands import train
 from fulllora_dist.config.schema import Config
 from fulllora_dist.config.training import GuardSettings
 from fulllora_dist.core.errors import SharedUserError, UserError
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.methods.multi_step import Weakened
@@ -32,9 +32,9 @@ from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.card import model_card
 from fulllora_dist.training.build import build_model
 from fulllora_dist.training.finalize import finish
-from fulllora_dist.training.guard import Guard, Look, least_that_counts
+from fulllora_dist.training.guard import Check, Guard, least_that_counts
 from fulllora_dist.training.phases import build_phases
-from fulllora_dist.training.resume import check_safer
+from fulllora_dist.training.resume import check_rollback_settings
 
 # {factor of the learning rate, which tells the attempts apart: {batch: robust accuracy}}; looks at even batches
 ONCE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.6, 6: 0.65}}
@@ -59,30 +59,30 @@ def _collapsing(output: Path, shards: str, held_out: str, stage: int, answer: st
     """FGSM without a random start, states after every batch, looks after every second."""
     config = _guarded(output, shards, held_out, stage, 2, ("optim", "lr", 3e-3), *more)
     config["method"] = {"name": "n_fgsm", "noise": 0}
-    config["guard"] |= {"on_collapse": answer, "safer_eps": config["threat"]["eps"] / 2}
-    config["run"]["keep_states"] = 1
+    config["guard"] |= {"on_collapse": answer, "rollback_eps": config["threat"]["eps"] / 2}
+    config["run"]["keep_checkpoints"] = 1
     return config
 
 
 @contextmanager
 def _scripted(script: Script) -> Iterator[None]:
     """Looks that find what the script says, 0.6 where it says nothing."""
-    real = Guard.look
+    real = Guard.check
 
-    def look(guard: Guard, engine: Engine, step: int) -> Look:
+    def check(guard: Guard, engine: Engine, step: int) -> Check:
         before = dict(vars(guard))
         real(guard, engine, step)  # a real one, for its collectives
         vars(guard).update(before)
         return guard.judge(script[engine.lr_scale].get(step, 0.6), step)
 
-    Guard.look = look  # type: ignore[method-assign]
+    Guard.check = check  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Guard.look = real  # type: ignore[method-assign]
+        Guard.check = real  # type: ignore[method-assign]
 
 
-def _run(ranks: Ranks, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
+def _run(ranks: Comm, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
     """As train.py does; falling over after batch `until` of a run that went back, or AMID that. Batches of the attempt,
     or the line that ended it."""
     seen: list[int] = []
@@ -110,7 +110,7 @@ def _killed(*_: object) -> None:
     raise UserError("killed")
 
 
-def _main(ranks: Ranks, config: Path, script: Script) -> int | str:
+def _main(ranks: Comm, config: Path, script: Script) -> int | str:
     """train.py itself; its exit code, or the line that ended it."""
     sys.argv = ["train.py", "--config", str(config)]
     try:
@@ -120,11 +120,11 @@ def _main(ranks: Ranks, config: Path, script: Script) -> int | str:
         return str(error)
 
 
-def _run_all(ranks: Ranks, runs: Sequence[tuple]) -> list:
+def _run_all(ranks: Comm, runs: Sequence[tuple]) -> list:
     return [_run(ranks, *run) for run in runs]
 
 
-def _train_both(ranks: Ranks, runs: Sequence[tuple], plain: Sequence[dict]) -> list:
+def _train_both(ranks: Comm, runs: Sequence[tuple], plain: Sequence[dict]) -> list:
     found = _run_all(ranks, runs)
     for settings in plain:
         _train(ranks, settings, BATCHES)
@@ -133,9 +133,9 @@ def _train_both(ranks: Ranks, runs: Sequence[tuple], plain: Sequence[dict]) -> l
 
 def _left(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[dict]]:
     """The newest state and the metrics, without times."""
-    tensors, facts = _states(output)[max(_states(output))]
+    tensors, metadata = _states(output)[max(_states(output))]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    kept = {key: value for key, value in facts.items() if key not in ("config", "sha256")}
+    kept = {key: value for key, value in metadata.items() if key not in ("config", "sha256")}
     return tensors, kept, [{key: value for key, value in line.items() if key != "time"} for line in lines]
 
 
@@ -177,13 +177,13 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
         card,
     )
     for stage in stages:
-        tensors, facts, points = _left(tmp_path / f"whole{stage}")
-        assert [(rollback["at"], rollback["to"]) for rollback in facts["rollbacks"]] == [(4, 2)]
+        tensors, metadata, points = _left(tmp_path / f"whole{stage}")
+        assert [(rollback["at"], rollback["to"]) for rollback in metadata["rollbacks"]] == [(4, 2)]
         assert _same(tensors, _states(tmp_path / f"plain{stage}")[6][0]), stage
         for name in ("late", "early", "amid") if stage == stages[0] else ("late",):
             left = _left(tmp_path / f"{name}{stage}")
             assert _same(tensors, left[0]), (stage, name)
-            assert (facts, points) == left[1:], (stage, name)
+            assert (metadata, points) == left[1:], (stage, name)
         assert [line["step"] for line in points if "train/loss" in line] == [1, 2, 3, 4, 5, 6], "each once"
         before = (tmp_path / f"whole{stage}" / "metrics_before_rollback_1.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in before] == [3, 4, 4], "two batches and the look"
@@ -191,13 +191,13 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
 
 def _plain(settings: dict, output: Path) -> dict:
     """The config of a run that is safe from the beginning, with the good state of `settings`'s run as its newest."""
-    safe = settings | {"phases": [{"share": 1, "method": "pgd", "eps": settings["guard"]["safer_eps"]}]}
+    safe = settings | {"phases": [{"fraction": 1, "method": "pgd", "eps": settings["guard"]["rollback_eps"]}]}
     safe |= {"optim": settings["optim"] | {"lr": settings["optim"]["lr"] / 2}}
-    safe |= {"run": settings["run"] | {"output": str(output)}, "guard": settings["guard"] | {"on_collapse": "warn"}}
-    tensors, facts = _states(Path(settings["run"]["output"]))[2]
-    facts = {key: value for key, value in facts.items() if key not in ("step", "format_version")}
-    facts["config"] = Config.model_validate(safe).model_dump(mode="json")
-    write_state(str(output / "states"), 2, tensors, facts, keep=9)
+    safe |= {"run": settings["run"] | {"output_dir": str(output)}, "guard": settings["guard"] | {"on_collapse": "warn"}}
+    tensors, metadata = _states(Path(settings["run"]["output_dir"]))[2]
+    metadata = {key: value for key, value in metadata.items() if key not in ("step", "format_version")}
+    metadata["config"] = Config.model_validate(safe).model_dump(mode="json")
+    write_checkpoint(str(output / "checkpoints"), 2, tensors, metadata, keep=9)
     return safe
 
 
@@ -222,7 +222,7 @@ def test_other_answers(server: RankServer, shards: str, held_out: str, tmp_path:
 
     assert warned[0] == [1, 2, 3, 4, 5, 6]
     assert (
-        sum("collapse at batch 4: pgd3 on 24 held-out pictures: 20.0 % at batch 4, best 80.0 %" in x for x in warned[1])
+        sum("collapse at batch 4: pgd3 on 24 held-out images: 20.0 % at batch 4, best 80.0 %" in x for x in warned[1])
         == 1
     )
     assert sum("collapse" in line for line in warned[1]) == 1, "once"
@@ -241,7 +241,7 @@ def test_other_answers(server: RankServer, shards: str, held_out: str, tmp_path:
     assert (best["batches"], best["held_out"]["robust_accuracy"]) == (2, 0.8)
 
     assert twice[0] == [1, 2, 3, 2, 3, 2, 3, 4, 5, 6]
-    assert [r["safer_lr"] for r in _left(tmp_path / "twice")[1]["rollbacks"]] == [0.5, 0.5]
+    assert [r["rollback_lr_factor"] for r in _left(tmp_path / "twice")[1]["rollbacks"]] == [0.5, 0.5]
     assert most.startswith("guard.max_rollbacks: 1: collapse at batch 4: ")
 
     # Free makes two updates of a batch, PGD one: as many updates, and what Free kept for the slots is not needed
@@ -252,18 +252,20 @@ def test_other_answers(server: RankServer, shards: str, held_out: str, tmp_path:
 
 
 def test_figures_that_could_be_noise_are_no_collapse(shards: str, held_out: str, tmp_path: Path) -> None:
-    """Of 24 pictures of three classes, guessing has 8 right, give or take 2.3: a best of 17 is not yet clearly more."""
+    """Of 24 images of three classes, guessing has 8 right, give or take 2.3: a best of 17 is not yet clearly more."""
     assert least_that_counts(24, 3) == pytest.approx(0.718, abs=1e-3)
     assert least_that_counts(256, 1000) == 10 / 256
-    config = Config.model_validate(_collapsing(tmp_path, shards, held_out, 0, "rollback", ("run", "save_every", 4)))
-    guard = Guard(config, held_out, build_model(config).info, Ranks(0, 1, torch.device("cpu"), None))
+    config = Config.model_validate(
+        _collapsing(tmp_path, shards, held_out, 0, "rollback", ("run", "checkpoint_every", 4))
+    )
+    guard = Guard(config, held_out, build_model(config).info, Comm(0, 1, torch.device("cpu"), None))
     looks = [guard.judge(score, step) for step, score in [(2, 17 / 24), (4, 0.0)]]
-    assert [(look.keep, look.collapsed) for look in looks] == [(True, False), (False, False)]
+    assert [(check.keep, check.collapsed) for check in looks] == [(True, False), (False, False)]
     scores = [(6, 0.8), (8, 0.41), (10, 0.75), (11, 0.75), (12, 0.73), (13, 0.71), (14, 0.39)]
     looks = [guard.judge(score, step) for step, score in scores]
     # kept: the best, and the first good ones (nine tenths of it) after four more batches
-    assert [look.keep for look in looks] == [True, False, True, False, True, False, False]
-    assert [look.collapsed for look in looks] == [False] * 6 + [True], "just below half"
+    assert [check.keep for check in looks] == [True, False, True, False, True, False, False]
+    assert [check.collapsed for check in looks] == [False] * 6 + [True], "just below half"
     assert guard.good_steps == [12, 6]
 
 
@@ -272,16 +274,24 @@ def test_figures_that_could_be_noise_are_no_collapse(shards: str, held_out: str,
     [
         ({"on_collapse": "stop"}, False, "guard.on_collapse: stop needs data.held_out"),
         ({"on_collapse": "rollback"}, False, "guard.on_collapse: rollback needs data.held_out"),
-        ({"on_collapse": "rollback", "safer_method": "free"}, True, "guard.safer_method: free keeps a perturbation"),
-        ({"on_collapse": "rollback", "safer_lr": 1, "safer_eps": None}, True, "guard.safer_lr: 1 leaves nothing"),
         (
-            {"on_collapse": "rollback", "safer_lr": 1, "safer_eps": None, "safer_method": "pgd"},
+            {"on_collapse": "rollback", "rollback_method": "free"},
             True,
-            "guard.safer_lr: 1 leaves nothing",
+            "guard.rollback_method: free keeps a perturbation",
         ),
-        ({"on_collapse": "rollback", "safer_eps": "40/255"}, True, "guard.safer_eps: .* is no smaller size"),
-        ({"on_collapse": "rollback", "safer_eps": 0}, True, r"guard\.safer_eps"),
-        ({"on_collapse": "rollback", "safer_eps": 4}, True, "guard.safer_eps: 4 is outside"),
+        (
+            {"on_collapse": "rollback", "rollback_lr_factor": 1, "rollback_eps": None},
+            True,
+            "guard.rollback_lr_factor: 1 leaves nothing",
+        ),
+        (
+            {"on_collapse": "rollback", "rollback_lr_factor": 1, "rollback_eps": None, "rollback_method": "pgd"},
+            True,
+            "guard.rollback_lr_factor: 1 leaves nothing",
+        ),
+        ({"on_collapse": "rollback", "rollback_eps": "40/255"}, True, "guard.rollback_eps: .* is no smaller size"),
+        ({"on_collapse": "rollback", "rollback_eps": 0}, True, r"guard\.rollback_eps"),
+        ({"on_collapse": "rollback", "rollback_eps": 4}, True, "guard.rollback_eps: 4 is outside"),
     ],
 )
 def test_answers_that_cannot_be_are_refused(
@@ -295,25 +305,27 @@ def test_answers_that_cannot_be_are_refused(
 
 
 def test_another_safer_setting_is_refused_once_it_is_in_use() -> None:
-    rollback = {"at": 4, "to": 2, "safer_method": None, "safer_lr": 0.5}
-    check_safer(rollback, GuardSettings())
-    with pytest.raises(UserError, match=r"guard\.safer_lr: .* back to batch 2 and on with 0\.5, now it is 0\.25"):
-        check_safer(rollback, GuardSettings(safer_lr=0.25))
-    with pytest.raises(UserError, match=r"guard\.safer_eps: .* on with 0\.1, now it is None"):
-        check_safer(rollback | {"safer_eps": 0.1}, GuardSettings())
+    rollback = {"at": 4, "to": 2, "rollback_method": None, "rollback_lr_factor": 0.5}
+    check_rollback_settings(rollback, GuardSettings())
+    with pytest.raises(
+        UserError, match=r"guard\.rollback_lr_factor: .* back to batch 2 and on with 0\.5, now it is 0\.25"
+    ):
+        check_rollback_settings(rollback, GuardSettings(rollback_lr_factor=0.25))
+    with pytest.raises(UserError, match=r"guard\.rollback_eps: .* on with 0\.1, now it is None"):
+        check_rollback_settings(rollback | {"rollback_eps": 0.1}, GuardSettings())
 
 
 def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path) -> None:
     """Free makes four updates of a batch: what it would have grown in one, PGD grows in four."""
     settings = _method(_collapsing(tmp_path, shards, held_out, 0, "rollback"), "free", epochs=8)
     settings["method"]["replays"] = 4
-    settings["threat"] = {"eps": EPS, "warmup": 1 / 2, "step_warmup": 5 / 6}
-    settings["guard"] |= {"safer_eps": None}
+    settings["threat"] = {"eps": EPS, "eps_warmup_ratio": 1 / 2, "step_size_warmup_ratio": 5 / 6}
+    settings["guard"] |= {"rollback_eps": None}
     phases = build_phases(Config.model_validate(settings), steps_per_epoch=3)
     assert phases.total_steps == 6
-    safer = phases.safer_from(2)
+    safer = phases.rollback_from(2)
     assert safer.total_steps == 2 + 4 * 4
-    for again in (safer, safer.safer_from(2), safer.safer_from(4)):  # once more changes nothing
+    for again in (safer, safer.rollback_from(2), safer.rollback_from(4)):  # once more changes nothing
         grown = [again.at(step).method.threat_at(step).eps / EPS for step in (0, 1, 2, 3, 4, 6, 9)]
         assert grown == pytest.approx([1 / 4, 2 / 4, 3 / 4, 3.25 / 4, 3.5 / 4, 1, 1])
         sizes = [again.at(step).method.step_size(1.0, step) for step in (0, 1, 2, 3, 6, 14)]
@@ -334,8 +346,11 @@ def test_a_safer_size_is_never_a_larger_one(
     """Of phases at eps, two thirds and a third of it; with its own steps where the method has several."""
     settings = _collapsing(tmp_path, shards, held_out, 0, "rollback")
     settings |= {"method": {"name": method} | ({"steps": steps, "step_size": EPS / 3} if method == "pgd" else {})}
-    settings["threat"] = {"eps": EPS, "warmup": 1 / 2}  # 3 of 6 batches: a quarter, a half, three quarters of it
-    settings["phases"] = [{"share": 1 / 3, "eps": EPS * share} for share in (1, 2 / 3, 1 / 3)]
+    settings["threat"] = {
+        "eps": EPS,
+        "eps_warmup_ratio": 1 / 2,
+    }  # 3 of 6 batches: a quarter, a half, three quarters of it
+    settings["phases"] = [{"fraction": 1 / 3, "eps": EPS * share} for share in (1, 2 / 3, 1 / 3)]
     safer = [phase.safer for phase in build_phases(Config.model_validate(settings), steps_per_epoch=3).phases]
     assert [method.threat.eps / EPS for method in safer] == pytest.approx([1 / 2, 1 / 2, 1 / 3])
     half = safer[0]

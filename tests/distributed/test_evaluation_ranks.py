@@ -19,7 +19,7 @@ from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack, Evaluator, work_items
 
 EPS = 0.2 / 255
@@ -27,7 +27,7 @@ ATTACKS = ["clean", "fgsm", "pgd3x2", "apgd-ce"]
 
 
 class Sensitive(nn.Module):
-    """On it the attacks of `ATTACKS` leave some pictures right, and differ in which."""
+    """On it the attacks of `ATTACKS` leave some images right, and differ in which."""
 
     def __init__(self, classes: int = 3) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def _log_turns(rank: int, log: Path | None, kill: int, pause: float) -> None:
 
 
 def _evaluate(
-    ranks: Ranks,
+    ranks: Comm,
     shards: str,
     attacks: list[str],
     check: int = 0,
@@ -85,7 +85,7 @@ def _turns(log: Path) -> list[list[Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def _standard(ranks: Ranks, shards: str) -> dict[str, Any]:
+def _standard(ranks: Comm, shards: str) -> dict[str, Any]:
     evaluator = Evaluator(["clean", "pgd10", "autoattack"], Linf(EPS / 2), ranks, seed=3, progress=False)
     return evaluator.run(Sensitive(classes=4), _stream(shards, 20))
 
@@ -156,7 +156,7 @@ def test_another_model_begins_anew(server: RankServer, shards: str, tmp_path: Pa
     assert {path: path.read_bytes() for path in Path(partial).rglob("*.jsonl")} == kept
 
 
-def _evaluate_other(ranks: Ranks, shards: str, partial: str) -> None:
+def _evaluate_other(ranks: Comm, shards: str, partial: str) -> None:
     model = Sensitive()
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
@@ -184,7 +184,7 @@ class Slow(nn.Module):
         return x.flatten(1) @ self.weight.T
 
 
-def _outlast(ranks: Ranks, shards: str, seconds: float) -> int:
+def _outlast(ranks: Comm, shards: str, seconds: float) -> int:
     dataclasses.replace(ranks, patience=timedelta(seconds=seconds)).limit_waiting()
     work_items.STILL_SECONDS = 2.0
     evaluator = Evaluator(["pgd10"], Linf(EPS), ranks, progress=False)
@@ -195,7 +195,7 @@ def test_a_piece_may_outlast_the_limit_of_a_collective(server: RankServer, shard
     assert server.run(2, _outlast, shards, 3.0) == [10, 10]
 
 
-def _write(ranks: Ranks, shards: str, partial: str, output: str, log: Path) -> dict[str, Any]:
+def _write(ranks: Comm, shards: str, partial: str, output: str, log: Path) -> dict[str, Any]:
     _log_turns(ranks.rank, log, 0, 0)
     evaluator = Evaluator(["pgd2"], Linf(EPS), ranks, seed=3, progress=False)
 

@@ -14,9 +14,9 @@ from harness import RankError, RankServer
 from test_resume import BATCHES, _config, _start, _train
 
 from fulllora_dist.checkpoints import manager
-from fulllora_dist.checkpoints.format import list_states, read_newest_state, read_state
+from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint, read_newest_checkpoint
 from fulllora_dist.core.errors import SharedUserError
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.storage import store
 from fulllora_dist.training import trainer
 from fulllora_dist.training.finalize import finish
@@ -26,7 +26,7 @@ Said = list[str]
 
 
 def _run(
-    ranks: Ranks, settings: dict, events: Mapping[int, str], environment: Mapping[str, str] | None = None
+    ranks: Comm, settings: dict, events: Mapping[int, str], environment: Mapping[str, str] | None = None
 ) -> tuple[str, Said]:
     """As train.py does; before batch n rank 0 runs events[n] in a shell. The error, and all that it said."""
     os.environ |= environment or {}
@@ -47,13 +47,13 @@ def _run(
     return "", said
 
 
-def _on_s3(ranks: Ranks, settings: dict, environment: Mapping[str, str]) -> tuple[int, int]:
+def _on_s3(ranks: Comm, settings: dict, environment: Mapping[str, str]) -> tuple[int, int]:
     os.environ |= environment
     return _train(ranks, settings, BATCHES)
 
 
 def _steps(place: Path | str) -> list[int]:
-    return [int(Path(path).name) for path in list_states(str(place))]
+    return [int(Path(path).name) for path in list_checkpoints(str(place))]
 
 
 def _warnings(said: Said) -> Said:
@@ -72,7 +72,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(path)], check=True)
 
 
-EACH = [("run", "save_every", 1), ("run", "keep_states", 2)]
+EACH = [("run", "checkpoint_every", 1), ("run", "keep_checkpoints", 2)]
 
 
 def test_a_full_disk(server: RankServer, shards: str, disk: Path) -> None:
@@ -87,19 +87,19 @@ def test_a_full_disk(server: RankServer, shards: str, disk: Path) -> None:
     for step, line in zip((3, 4), lost, strict=True):
         assert f"the state of batch {step} is not saved: " in line
         assert "No space left on device; the newest is that of batch 2" in line
-    assert _steps(output / "states") == [6, 5]
-    assert sorted(p.name for p in (output / "states").iterdir()) == ["00000005", "00000006"]
+    assert _steps(output / "checkpoints") == [6, 5]
+    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["00000005", "00000006"]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, BATCHES + 1)), "points wait for space, and none is half"
 
     # full for good: the older states outlive it, and the end says what is missing
     again = _config(disk / "again", shards, "standard", 0, EACH)
     for error, said in server.run(2, _run, again, {2: fill}):
-        assert error.startswith(f"run.output: no adapter in {disk}/again, the newest state is that of batch 2 (")
+        assert error.startswith(f"run.output_dir: no adapter in {disk}/again, the newest state is that of batch 2 (")
         assert "\n" not in error
         assert len(_warnings(said)) in (4, 0)
-    assert sorted(p.name for p in (disk / "again" / "states").iterdir()) == ["00000001", "00000002"]
-    found, damaged = read_newest_state(str(disk / "again" / "states"))
+    assert sorted(p.name for p in (disk / "again" / "checkpoints").iterdir()) == ["00000001", "00000002"]
+    found, damaged = read_newest_checkpoint(str(disk / "again" / "checkpoints"))
     assert found is not None
     assert found[1]["step"] == 2
     assert not damaged
@@ -115,9 +115,9 @@ def test_a_read_only_disk(server: RankServer, shards: str, disk: Path) -> None:
     config = _config(output, shards, "standard", 0, EACH)
     read_only = f"mount -o remount,ro {disk}"
     for error, said in server.run(2, _run, config, {2: read_only}):
-        assert error.startswith(f"run.output: no adapter in {output}, the newest state is that of batch 2 (")
+        assert error.startswith(f"run.output_dir: no adapter in {output}, the newest state is that of batch 2 (")
         assert all("Read-only file system" in line for line in _warnings(said))
-    assert _steps(output / "states") == [2, 1]
+    assert _steps(output / "checkpoints") == [2, 1]
     assert "Read-only file system" in server.run(2, _run, config, {})[0][0], "refused before it trains"
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     assert server.run(2, _train, config, BATCHES)[0] == (2, BATCHES)
@@ -137,7 +137,7 @@ def _keys(s3: MockS3, prefix: str) -> list[str]:
 
 
 def _files(*steps: int) -> list[str]:
-    return [f"{step:08d}/{name}" for step in steps for name in ("state.json", "state.safetensors")]
+    return [f"{step:08d}/{name}" for step in steps for name in ("checkpoint.json", "checkpoint.safetensors")]
 
 
 def test_states_in_a_bucket(
@@ -154,16 +154,16 @@ def test_states_in_a_bucket(
     with pytest.raises(RankError, match="rank 0 died"):
         server.run(2, _run, here, {4: "kill -9 $PPID"}, s3.environment)
     assert _keys(s3, prefix) == [*_files(3, 4), "config.yaml"]
-    assert not (tmp_path / "here" / "states").exists()
+    assert not (tmp_path / "here" / "checkpoints").exists()
     written = [name.removeprefix(prefix) for name in s3.puts if "state." in name]
     assert len(written) >= 4
     for tensors, description in zip(written[::2], written[1::2], strict=True):
         assert [description, tensors] == _files(int(tensors[:8])), "the description comes last"
 
     # another machine, the newest state damaged, and a folder that a killed writer left behind
-    client.put_object(Bucket=BUCKET, Key=f"{prefix}00000004/state.safetensors", Body=b"x")  # type: ignore[attr-defined]
-    client.put_object(Bucket=BUCKET, Key=f"{prefix}00000005/state.safetensors", Body=b"x")  # type: ignore[attr-defined]
-    found, damaged = read_newest_state(place)
+    client.put_object(Bucket=BUCKET, Key=f"{prefix}00000004/checkpoint.safetensors", Body=b"x")  # type: ignore[attr-defined]
+    client.put_object(Bucket=BUCKET, Key=f"{prefix}00000005/checkpoint.safetensors", Body=b"x")  # type: ignore[attr-defined]
+    found, damaged = read_newest_checkpoint(place)
     (line,) = damaged.values()
     assert found is not None
     assert found[1]["step"] == 3
@@ -176,8 +176,8 @@ def test_states_in_a_bucket(
     assert len(failed) == 2
     for step, line in zip((5, 6), failed, strict=True):
         assert f"the state of batch {step} is not saved: {place}" in line
-        assert f"; it is in {tmp_path}/there/states" in line
-    assert _steps(tmp_path / "there" / "states") == [6, 5]
+        assert f"; it is in {tmp_path}/there/checkpoints" in line
+    assert _steps(tmp_path / "there" / "checkpoints") == [6, 5]
 
     # it does not begin anew because the bucket does not answer
     error, _ = server.run(2, _run, there, {}, s3.environment)[1]
@@ -193,15 +193,15 @@ def test_states_in_a_bucket(
     assert server.run(1, _on_s3, given, s3.environment)[0] == (5, BATCHES)
 
 
-def _slow(ranks: Ranks, settings: dict) -> list[bool]:
+def _slow(ranks: Comm, settings: dict) -> list[bool]:
     """With a disk that takes until the last batch but one for a state: whether each state came so far in time."""
-    write, released, in_time = manager.write_state, threading.Event(), []
+    write, released, in_time = manager.write_checkpoint, threading.Event(), []
 
     def slow(*args: object, **kwargs: object) -> str:
         in_time.append(released.wait(20))
         return write(*args, **kwargs)  # type: ignore[arg-type]
 
-    manager.write_state = slow  # type: ignore[assignment]
+    manager.write_checkpoint = slow  # type: ignore[assignment]
     if ranks.rank == 1:
         trainer.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]  # rank 0's clock counts
     _, state = _start(ranks, settings)
@@ -214,11 +214,11 @@ def _slow(ranks: Ranks, settings: dict) -> list[bool]:
 
 def test_a_slow_disk_holds_nothing_up(server: RankServer, shards: str, tmp_path: Path) -> None:
     """By minutes (one is due all the time), on rank 0's word; the end waits for the last state, the batches do not."""
-    settings = [("run", "save_every", 1000), ("run", "save_minutes", 1e-6)]
+    settings = [("run", "checkpoint_every", 1000), ("run", "checkpoint_minutes", 1e-6)]
     config = _config(tmp_path / "run", shards, "free", 0, settings)
     assert server.run(2, _slow, config) == [[True, True], []]
-    assert _steps(tmp_path / "run" / "states") == [BATCHES, 1]
+    assert _steps(tmp_path / "run" / "checkpoints") == [BATCHES, 1]
     server.run(2, _train, _config(tmp_path / "fast", shards, "free", 0, EACH), 1)
-    (late, _), (soon, _) = (read_state(f"{tmp_path}/{name}/states/00000001") for name in ("run", "fast"))
+    (late, _), (soon, _) = (read_checkpoint(f"{tmp_path}/{name}/checkpoints/00000001") for name in ("run", "fast"))
     assert late.keys() == soon.keys()
     assert all(torch.equal(tensor, late[name]) for name, tensor in soon.items()), "copied before they trained on"

@@ -13,7 +13,7 @@ from harness import RankServer
 from plain_loop import Result, plain_training
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.models.finetune import AdaptedModel
 from tests.tiny import FAMILIES, roughen, softmax_ignores, stir, tiny
 
@@ -55,19 +55,19 @@ def _model(family: str) -> AdaptedModel:
 
 
 @dataclass(frozen=True)
-class Run:
+class _Run:
     result: Result
     whole_here: int
     partitioned_here: int
     total: int
 
 
-def _references(_: Ranks, families: Sequence[str]) -> dict[str, dict[int, Result]]:
+def _references(_: Comm, families: Sequence[str]) -> dict[str, dict[int, Result]]:
     data = batches(STEPS)
     return {f: {parts: plain_training(_model(f), METHOD, data, parts) for parts in (1, *SPLITS)} for f in families}
 
 
-def _runs(ranks: Ranks, cases: Sequence[FamilyCase]) -> dict[FamilyCase, Run]:
+def _runs(ranks: Comm, cases: Sequence[FamilyCase]) -> dict[FamilyCase, _Run]:
     found = {}
     for case in cases:
         model = _model(case.family)
@@ -78,7 +78,7 @@ def _runs(ranks: Ranks, cases: Sequence[FamilyCase]) -> dict[FamilyCase, Run]:
         parameters = list(model.parameters())
         whole = sum(p.numel() for p in parameters)
         parts = sum(p.ds_tensor.numel() for p in parameters if hasattr(p, "ds_tensor"))
-        found[case] = Run(Result(tensors["master"], tensors["ema"], losses, []), whole, parts, total)
+        found[case] = _Run(Result(tensors["master"], tensors["ema"], losses, []), whole, parts, total)
     return found
 
 
@@ -99,7 +99,7 @@ def _differences(family: str, a: Result, b: Result, kind: str) -> tuple[dict[str
     return {name: d for name, d in every.items() if name not in ignored}, max(ignored.values(), default=0.0)
 
 
-def _check(case: FamilyCase, reference: dict[int, Result], run: Run) -> None:
+def _check(case: FamilyCase, reference: dict[int, Result], run: _Run) -> None:
     """As in test_parity: to 1e-6, or ten times what splitting the batch changes in the plain loop itself."""
     whole, family = reference[1], case.family
     for kind in ("parameters", "ema"):
@@ -125,7 +125,7 @@ def test_parity_of_all(server: RankServer) -> None:
     _compare(server, LONG)
 
 
-def _refused(ranks: Ranks) -> str:
+def _refused(ranks: Comm) -> str:
     try:
         build_engine(ranks, Case(METHOD, 0, "weight_step"), _model("convit"), OPTIM)
     except UserError as error:

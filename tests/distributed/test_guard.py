@@ -1,4 +1,4 @@
-"""Held-out pictures in the midst of training: right figures, the best state kept, and the training as without them."""
+"""Held-out images in the midst of training: right figures, the best state kept, and the training as without them."""
 
 import dataclasses
 import json
@@ -13,25 +13,25 @@ from harness import RankServer
 from safetensors.torch import load_file
 from test_resume import BATCHES, _config, _start, _train_all
 
-from fulllora_dist.checkpoints.format import list_states, read_state
+from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import evaluate
 from fulllora_dist.training.build import build_model, check_inputs
 from fulllora_dist.training.finalize import finish
 from fulllora_dist.training.guard import Guard
 
-ALL_STATES = [("run", "save_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
+ALL_STATES = [("run", "checkpoint_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
 STEPS = 3
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Pictures from which something can be learned."""
+    """Images from which something can be learned."""
     return noise_shards(tmp_path_factory.mktemp("bright"), seed=0, brighter=40)
 
 
@@ -44,17 +44,17 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
 def _guarded(output: Path, shards: str, held_out: str, stage: int, every: int, *more: tuple[str, str, Any]) -> dict:
     settings = [*ALL_STATES, ("data", "held_out", held_out), *more]
     config = _config(output, shards, "pgd", stage, settings)
-    config["evaluation"] = {"batch_size": 5}  # 24 pictures: padding, and an odd number of batches
+    config["evaluation"] = {"batch_size": 5}  # 24 images: padding, and an odd number of batches
     config["guard"] = {"every": every, "steps": STEPS}
     return config
 
 
-def _finish(ranks: Ranks, settings: dict) -> None:
+def _finish(ranks: Comm, settings: dict) -> None:
     finish(*_start(ranks, settings))
 
 
 def _states(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
-    return {int(Path(path).name): read_state(path) for path in list_states(str(output / "states"))}
+    return {int(Path(path).name): read_checkpoint(path) for path in list_checkpoints(str(output / "checkpoints"))}
 
 
 def _figures(output: Path, name: str = "guard/robust_accuracy") -> dict[int, float]:
@@ -95,7 +95,7 @@ def test_figures_and_training_at_every_stage(server: RankServer, shards: str, he
 
 def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
     """Besides the newest, also by a run that was cut short."""
-    few = [("run", "keep_states", 1), ("run", "save_every", 2)]
+    few = [("run", "keep_checkpoints", 1), ("run", "checkpoint_every", 2)]
     whole, cut = (_guarded(tmp_path / name, shards, held_out, 1, 1, *few) for name in ("whole", "cut"))
     server.run(2, _train_all, [(whole, BATCHES), (cut, 5)])
     server.run(2, _train_all, [(cut, BATCHES)])
@@ -133,22 +133,22 @@ def test_figures_under_another_attack_are_not_compared(
 
 
 @pytest.mark.parametrize("same", ["train", "validation"])
-def test_pictures_that_are_not_held_out_are_refused(shards: str, held_out: str, tmp_path: Path, same: str) -> None:
+def test_images_that_are_not_held_out_are_refused(shards: str, held_out: str, tmp_path: Path, same: str) -> None:
     config = _guarded(tmp_path, shards, held_out, 1, 1)
     config["data"]["validation"] = held_out
     check_inputs(Config.model_validate(config | {"data": config["data"] | {"validation": None}}), world=2)
     config["data"]["held_out"] = config["data"][same]
-    with pytest.raises(UserError, match=f"data.held_out: 24 of its 24 pictures are in data.{same}; hold"):
+    with pytest.raises(UserError, match=f"data.held_out: 24 of its 24 images are in data.{same}; hold"):
         check_inputs(Config.model_validate(config), world=2)
 
 
 def test_accidents_are_not_refused(shards: str, held_out: str) -> None:
-    """Pictures are told by their bytes, whatever their order, names and shards."""
+    """Images are told by their bytes, whatever their order, names and shards."""
     ours, theirs = Index.load(shards), Index.load(held_out)
-    assert (ours.pictures_in(ours), ours.pictures_in(theirs)) == (24, 0)
+    assert (ours.images_in(ours), ours.images_in(theirs)) == (24, 0)
     order = np.random.default_rng(0).permutation(24)[:7]
     some = dataclasses.replace(ours, columns={name: ours.columns[name][order] for name in ("size", "crc32")})
-    assert ours.pictures_in(some) == 7
+    assert ours.images_in(some) == 7
 
 
 def test_a_look_waits_for_an_update(shards: str, held_out: str, tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_a_look_waits_for_an_update(shards: str, held_out: str, tmp_path: Path) 
 def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path) -> None:
     """What trains has collapsed, the average of it not yet: noticed, and no good state."""
     guard = _guard(tmp_path, shards, held_out, every=2, on_collapse="rollback")
-    looks = [guard.judge(*look) for look in ((0.75, 2, 0.9), (0.8, 4, 0.85), (0.82, 6, 0.2), (0.81, 8, 0.95))]
-    assert [look.collapsed for look in looks] == [False, False, True, False]
+    looks = [guard.judge(*check) for check in ((0.75, 2, 0.9), (0.8, 4, 0.85), (0.82, 6, 0.2), (0.81, 8, 0.95))]
+    assert [check.collapsed for check in looks] == [False, False, True, False]
     assert guard.best is not None
     assert (guard.best["step"], guard.good, guard.highest) == (6, 8, 0.95)
     assert guard.good_steps == [8], "where the average was best the parameters had fallen"
@@ -181,14 +181,14 @@ def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path
     assert guard.good_steps == [6], "without an average they were as good"
 
 
-def test_too_few_pictures_to_notice_a_collapse_by(shards: str, held_out: str, tmp_path: Path) -> None:
+def test_too_few_images_to_notice_a_collapse_by(shards: str, held_out: str, tmp_path: Path) -> None:
     """Guessing 6 of 8 right is not so rare."""
     _guard(tmp_path, shards, held_out, every=2, n=6)
-    with pytest.raises(UserError, match=r"guard\.on_collapse: stop: 6 held-out pictures are too few"):
+    with pytest.raises(UserError, match=r"guard\.on_collapse: stop: 6 held-out images are too few"):
         _guard(tmp_path, shards, held_out, every=2, n=6, on_collapse="stop")
 
 
 def _guard(output: Path, shards: str, held_out: str, every: int, **settings: Any) -> Guard:
     values = _guarded(output, shards, held_out, 0, every)
     config = Config.model_validate(values | {"guard": values["guard"] | settings})
-    return Guard(config, held_out, build_model(config).info, Ranks(0, 1, torch.device("cpu"), None))
+    return Guard(config, held_out, build_model(config).info, Comm(0, 1, torch.device("cpu"), None))

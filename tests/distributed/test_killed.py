@@ -20,13 +20,13 @@ from safetensors.torch import load_file
 from test_resume import ALL, BATCHES, _config, _expected_tensors, _last, _train, _train_all
 
 from fulllora_dist.attacks.threat import L2, Linf
-from fulllora_dist.checkpoints.format import list_states, read_state
+from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint
 from fulllora_dist.commands import train
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.evaluation import Evaluator
-from fulllora_dist.training.trainer import RunState
+from fulllora_dist.training.trainer import Trainer
 
 TRAINING = ("attack", "backward", "before rename", "after rename")
 FIRST_STATE = 2
@@ -77,24 +77,24 @@ def _hook(rank: int, log: Path, kill: Kill | None, after: int = 0) -> None:
     around(Engine, "backward", after="backward")  # the gradient is there, the update is not
     around(os, "rename", before="before rename", after="after rename")
     around(Evaluator, "run", before="evaluation")
-    advance = RunState.advance
+    advance = Trainer.advance
 
-    def counted(state: RunState, batch: Batch) -> None:
+    def counted(state: Trainer, batch: Batch) -> None:
         nonlocal batches
         advance(state, batch)
         batches += 1
 
-    RunState.advance = counted  # type: ignore[method-assign]
+    Trainer.advance = counted  # type: ignore[method-assign]
 
 
-def _attempt(ranks: Ranks, config: str, log: Path, kill: Kill | None) -> int:
+def _attempt(ranks: Comm, config: str, log: Path, kill: Kill | None) -> int:
     """train.py itself."""
     _hook(ranks.rank, log, kill)
     sys.argv = ["train.py", "--config", config]
     return train.main()
 
 
-def _attempt_short(ranks: Ranks, settings: dict, log: Path, kill: Kill) -> None:
+def _attempt_short(ranks: Comm, settings: dict, log: Path, kill: Kill) -> None:
     _hook(ranks.rank, log, kill, after=FIRST_STATE + 1)
     _train(ranks, settings, BATCHES)
 
@@ -113,18 +113,18 @@ def _phases(log: Path) -> Counter[tuple[int, str]]:
 
 def _final(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """All that a run leaves behind, but for times and paths."""
-    tensors, facts = read_state(list_states(str(output / "states"))[0])
+    tensors, metadata = read_checkpoint(list_checkpoints(str(output / "checkpoints"))[0])
     adapter = load_file(output / "adapter" / "adapter.safetensors")
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     evaluation = json.loads((output / "evaluation.json").read_text())
-    kept = {key: value for key, value in facts.items() if key not in ("config", "sha256")}
+    kept = {key: value for key, value in metadata.items() if key not in ("config", "sha256")}
     metrics = [{key: value for key, value in line.items() if key != "time"} for line in lines]
     evaluation = {key: value for key, value in evaluation.items() if key != "adapter"}
     return tensors | adapter, {"facts": kept, "metrics": metrics, "evaluation": evaluation}
 
 
 def _newest(output: Path) -> int:
-    return int(Path(list_states(str(output / "states"))[0]).name)
+    return int(Path(list_checkpoints(str(output / "checkpoints"))[0]).name)
 
 
 def _draw(counts: Counter[tuple[int, str]], batches: int, each: int) -> list[Kill]:
@@ -147,8 +147,8 @@ def test_a_chain_of_kills(server: RankServer, shards: str, tmp_path: Path, each:
     log = tmp_path / "log"
     files = {}
     for name in ("whole", "chain"):
-        settings = [("optim", "epochs", batches / 3), ("run", "save_every", 2), ("run", "keep_states", 2)]
-        settings += [("data", "validation", shards), ("distributed", "grad_accumulation", 1)]
+        settings = [("optim", "epochs", batches / 3), ("run", "checkpoint_every", 2), ("run", "keep_checkpoints", 2)]
+        settings += [("data", "validation", shards), ("distributed", "gradient_accumulation_steps", 1)]
         config = _config(tmp_path / name, shards, "pgd", 1, settings)
         config["evaluation"] = {"attacks": ["clean", "pgd20"], "batch_size": 1, "check": 0}
         files[name] = tmp_path / f"{name}.yaml"
@@ -163,9 +163,9 @@ def test_a_chain_of_kills(server: RankServer, shards: str, tmp_path: Path, each:
         _killed(server, _attempt, str(files["chain"]), log, kill)
     assert server.run(2, _attempt, str(files["chain"]), log, None) == [0, 0]
 
-    (expected, facts), (tensors, others) = _final(tmp_path / "whole"), _final(tmp_path / "chain")
-    assert facts["facts"]["step"] == batches
-    assert others == facts
+    (expected, metadata), (tensors, others) = _final(tmp_path / "whole"), _final(tmp_path / "chain")
+    assert metadata["facts"]["step"] == batches
+    assert others == metadata
     assert tensors.keys() == expected.keys()
     assert not [name for name, tensor in expected.items() if not torch.equal(tensor, tensors[name])]
 
@@ -176,7 +176,7 @@ def test_every_method_at_every_stage(server: RankServer, shards: str, tmp_path: 
     rng, log = random.Random(1), tmp_path / "log"
     outputs = {case: (tmp_path / f"{case}-whole", tmp_path / f"{case}-killed") for case in ALL}
     settings: dict[Any, Sequence[dict]] = {
-        case: [_config(output, shards, *case, [("run", "save_every", FIRST_STATE)]) for output in outputs[case]]
+        case: [_config(output, shards, *case, [("run", "checkpoint_every", FIRST_STATE)]) for output in outputs[case]]
         for case in ALL
     }
     server.run(2, _train_all, [(settings[case][0], BATCHES) for case in ALL], timeout=60 + 20 * len(ALL))

@@ -1,4 +1,4 @@
-"""The ready configs of ViT-L/16 and ViT-H/14 really step: random weights, two ranks, one picture each.
+"""The ready configs of ViT-L/16 and ViT-H/14 really step: random weights, two ranks, one image each.
 
 The largest at full depth, the others at full width and four blocks: one such step takes minutes on a processor.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.models.adapter_file import load, read_adapter, save_adapter
 from fulllora_dist.models.finetune import AdaptedModel
@@ -46,12 +46,12 @@ def _config(name: str, stage: int) -> Config:
     path = str(ROOT / "configs" / f"{name}.yaml")
     method = load_config(path).method.name
     if (name, stage) not in WHOLE:
-        overrides.append(f"model.architecture={{depth: {BLOCKS}}}")
+        overrides.append(f"model.model_kwargs={{depth: {BLOCKS}}}")
     return load_config(path, overrides + SHORTEST.get(method, []))
 
 
 def _phase(config: Config) -> Phase:
-    """The only phase, or the first of several: small pictures, for which the position embedding is resampled."""
+    """The only phase, or the first of several: small images, for which the position embedding is resampled."""
     return build_phases(config, steps_per_epoch=1).phases[0]
 
 
@@ -70,11 +70,11 @@ def _same_model(a: Config, b: Config) -> bool:
     return (a.finetune, a.model, a.adapter, bool(a.phases)) == (b.finetune, b.model, b.adapter, bool(b.phases))
 
 
-def _picture(index: int) -> Tensor:
+def _image(index: int) -> Tensor:
     return torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
 
 
-def _step(ranks: Ranks, model: AdaptedModel, name: str, stage: int, folder: str) -> dict[str, Any]:
+def _step(ranks: Comm, model: AdaptedModel, name: str, stage: int, folder: str) -> dict[str, Any]:
     config = _config(name, stage)
     phase = _phase(config)
     method, size = phase.method, phase.image_size or 224
@@ -84,7 +84,7 @@ def _step(ranks: Ranks, model: AdaptedModel, name: str, stage: int, folder: str)
     for step in range(UPDATES // method.updates_per_batch):
         index = step * ranks.world + ranks.rank
         one = Batch(
-            _picture(index)[..., :size, :size],
+            _image(index)[..., :size, :size],
             torch.tensor([index]),
             torch.tensor([index]),
             torch.tensor([True]),
@@ -99,7 +99,7 @@ def _step(ranks: Ranks, model: AdaptedModel, name: str, stage: int, folder: str)
     if stage < 3:
         engine.model.load_trainable(adapter)
         with torch.no_grad():
-            logits = engine.model.eval()(_picture(0) / 255)
+            logits = engine.model.eval()(_image(0) / 255)
     return {
         "losses": losses,
         "still": [n for n, t in master.items() if torch.equal(t, start[n])],
@@ -131,4 +131,4 @@ def test_steps(server: RankServer, tmp_path: Path, name: str, stage: int) -> Non
     if stage == 1 and "n_fgsm" in name:  # once a backbone, for it is built again
         loaded = load(str(tmp_path), precision="fp32")
         with torch.no_grad():
-            assert torch.equal(loaded(_picture(0) / 255), results[0]["logits"])
+            assert torch.equal(loaded(_image(0) / 255), results[0]["logits"])

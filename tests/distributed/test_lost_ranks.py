@@ -11,13 +11,13 @@ from cases import STAGES, Case, batches, build_engine, build_method, train
 from harness import RankServer
 
 from fulllora_dist.distributed import comm as ranks_module
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.failures import lost_contact
 
 PATIENCE = 2.0
 
 
-def _hang(ranks: Ranks, stage: int, hangs_in: str) -> tuple[str | None, float]:
+def _hang(ranks: Comm, stage: int, hangs_in: str) -> tuple[str | None, float]:
     """Rank 1 stays away from a weight step, or from a vote, for longer than rank 0 waits."""
     ranks = replace(ranks, patience=timedelta(seconds=PATIENCE))
     engine, method, (first, second) = build_engine(ranks, Case("pgd", stage)), build_method("pgd"), batches(2)

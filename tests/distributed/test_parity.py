@@ -27,10 +27,10 @@ from harness import RankServer
 from plain_loop import Result, plain_training
 from torch import Tensor
 
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 
 SPLITS = (2, 4, 8)
-IN_PAIRS = (2, 4)  # where pictures are mixed
+IN_PAIRS = (2, 4)  # where images are mixed
 # A bias of k adds the same vector to every key, which softmax does not see: its gradient is zero but for rounding, and
 # Adam makes steps of a visible size out of that. It is held to ten times the largest of its own kind.
 NO_GRADIENT = ("qkv.lnlora.k.norm.bias", "qkv.bias[k]")
@@ -76,7 +76,7 @@ def splits(recipe: str) -> tuple[int, ...]:
     return IN_PAIRS if "targets" in RECIPES[recipe] else SPLITS
 
 
-def _references(_: Ranks) -> dict[tuple[str, str], dict[int, Result]]:
+def _references(_: Comm) -> dict[tuple[str, str], dict[int, Result]]:
     """{(finetune, method): {micro-batches: result}}"""
     return {
         (finetune, method): {
@@ -87,7 +87,7 @@ def _references(_: Ranks) -> dict[tuple[str, str], dict[int, Result]]:
     }
 
 
-def _engine_runs(ranks: Ranks, cases: Iterable[Case]) -> dict[Case, tuple[Result, float | None]]:
+def _engine_runs(ranks: Comm, cases: Iterable[Case]) -> dict[Case, tuple[Result, float | None]]:
     """What the engine makes of each case, and the norm of the last gradient."""
     found = {}
     for case in cases:

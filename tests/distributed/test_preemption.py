@@ -8,17 +8,17 @@ from collections.abc import Callable
 
 import pytest
 
-from fulllora_dist.distributed.signals import ECHO_SECONDS, SIGNALS, StopRequest
+from fulllora_dist.distributed.signals import ECHO_SECONDS, SIGNALS, GracefulStop
 
 
-def _child(work: Callable[[StopRequest, Callable[[], None]], None]) -> int:
+def _child(work: Callable[[GracefulStop, Callable[[], None]], None]) -> int:
     """Forks a process that does work(stop, up) with the handlers in place, and waits until it calls `up`."""
     up, told = os.pipe()
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            with StopRequest() as stop:
+            with GracefulStop() as stop:
                 work(stop, lambda: os.write(told, b".") and None)
             code = 0
         except SystemExit as exit:
@@ -43,7 +43,7 @@ def _code(child: int, within: float = 10.0) -> int:
     raise AssertionError("it does not end")
 
 
-def _stuck(stop: StopRequest, up: Callable[[], None]) -> None:
+def _stuck(stop: GracefulStop, up: Callable[[], None]) -> None:
     """The main thread is away in C, as in a collective whose other ranks do not come."""
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
     with stop.deferred():
@@ -52,7 +52,7 @@ def _stuck(stop: StopRequest, up: Callable[[], None]) -> None:
         libc.pthread_mutex_lock(mutex)
 
 
-def _loop(stop: StopRequest, up: Callable[[], None]) -> None:
+def _loop(stop: GracefulStop, up: Callable[[], None]) -> None:
     with stop.deferred():
         up()
         while stop.signal is None:
@@ -69,7 +69,7 @@ def test_a_signal_is_remembered_until_the_step_ends(number: signal.Signals) -> N
     assert _code(child) == 100 + number
 
 
-def _starting(stop: StopRequest, up: Callable[[], None]) -> None:
+def _starting(stop: GracefulStop, up: Callable[[], None]) -> None:
     up()
     time.sleep(30)
 
@@ -100,7 +100,7 @@ def test_handlers_from_before_come_back() -> None:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)
-    with StopRequest():
+    with GracefulStop():
         assert signal.getsignal(signal.SIGUSR1) != before[signal.SIGUSR1]
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
     assert signal.set_wakeup_fd(wakeup) == wakeup

@@ -14,16 +14,16 @@ from cases import ARCHITECTURE, BATCH, EPS, RECIPES, STAGES, largest_difference
 from harness import RankServer
 from torch import Tensor
 
-from fulllora_dist.checkpoints.format import list_states, read_state
+from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.distributed.comm import Ranks
-from fulllora_dist.distributed.signals import StopRequest
+from fulllora_dist.distributed.comm import Comm
+from fulllora_dist.distributed.signals import GracefulStop
 from fulllora_dist.training.build import build_model, build_stream
-from fulllora_dist.training.context import Run
+from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import build_guard
 from fulllora_dist.training.phases import build_phases
-from fulllora_dist.training.trainer import RunState
+from fulllora_dist.training.trainer import Trainer
 
 BATCHES = 6
 CUT = 4  # batches until the run is cut short; its last state is that of the third
@@ -36,25 +36,29 @@ def _config(output: Path, shards: str, method: str, stage: int, settings: Sequen
             "pretrained": False,
             "num_classes": 3,
             "image_size": 16,
-            "architecture": ARCHITECTURE,
+            "model_kwargs": ARCHITECTURE,
         },
         "adapter": {"rank": 2, "head": "trained"},
         **RECIPES[method],
         "threat": {"eps": EPS, **RECIPES[method].get("threat", {})},
-        "data": {"train": shards, "augment": "crop", "workers": 0},
-        # 24 pictures make three batches an epoch; Free replays each twice
+        "data": {"train": shards, "augment": "crop", "num_workers": 0},
+        # 24 images make three batches an epoch; Free replays each twice
         "optim": {
             "batch_size": BATCH,
             "epochs": BATCHES / 3 * (2 if method == "free" else 1),
             "lr": 3e-3,
-            "warmup": 0.3,
+            "warmup_ratio": 0.3,
             "weight_decay": 0.1,
-            "clip": 2.3,
-            "ema": 0.8,
+            "grad_clip": 2.3,
+            "ema_decay": 0.8,
         },
-        "distributed": {"zero_stage": stage, "grad_accumulation": 2, "activation_checkpointing": "weight_step"},
+        "distributed": {
+            "zero_stage": stage,
+            "gradient_accumulation_steps": 2,
+            "activation_checkpointing": "weight_step",
+        },
         "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else {},
-        "run": {"output": str(output), "save_every": 3, "keep_states": 9, "log_every": 1},
+        "run": {"output_dir": str(output), "checkpoint_every": 3, "keep_checkpoints": 9, "log_every": 1},
         "tracking": {"enabled": False},
     }
     for section, key, value in settings:
@@ -62,17 +66,17 @@ def _config(output: Path, shards: str, method: str, stage: int, settings: Sequen
     return config
 
 
-def _start(ranks: Ranks, settings: dict) -> tuple[Run, RunState]:
+def _start(ranks: Comm, settings: dict) -> tuple[RunContext, Trainer]:
     config = Config.model_validate(settings)
-    run = Run(config, ranks, StopRequest())
+    run = RunContext(config, ranks, GracefulStop())
     model = build_model(config)
     stream = build_stream(config, model.info, ranks)
     phases = build_phases(config, stream.steps_per_epoch)
     guard = build_guard(config, model.info, ranks)
-    return run, RunState(run, model, stream, phases, guard)
+    return run, Trainer(run, model, stream, phases, guard)
 
 
-def _train(ranks: Ranks, settings: dict, until: int) -> tuple[int, int]:
+def _train(ranks: Comm, settings: dict, until: int) -> tuple[int, int]:
     """As train.py does, but falling over after batch `until`. The batches it began at and ended at."""
     run, state = _start(ranks, settings)
     began = state.step
@@ -84,14 +88,14 @@ def _train(ranks: Ranks, settings: dict, until: int) -> tuple[int, int]:
     return began, state.step
 
 
-def _train_all(ranks: Ranks, runs: Sequence[tuple[dict, int]]) -> list[tuple[int, int]]:
+def _train_all(ranks: Comm, runs: Sequence[tuple[dict, int]]) -> list[tuple[int, int]]:
     return [_train(ranks, *run) for run in runs]
 
 
 def _last(output: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, facts = read_state(list_states(str(output / "states"))[0])
-    assert facts["step"] == BATCHES
-    return tensors, {k: v for k, v in facts.items() if k not in ("config", "sha256")}
+    tensors, metadata = read_checkpoint(list_checkpoints(str(output / "checkpoints"))[0])
+    assert metadata["step"] == BATCHES
+    return tensors, {k: v for k, v in metadata.items() if k not in ("config", "sha256")}
 
 
 def _losses(output: Path) -> dict[int, float]:
@@ -155,7 +159,10 @@ def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path)
         settings = [("threat", "warmup", warmup)]
         before[world_a].append((_config(whole, shards, method, stage_a, settings), BATCHES))
         before[world_a].append((_config(moved, shards, method, stage_a, settings), CUT))
-        settings += [("distributed", "grad_accumulation", 1), ("distributed", "activation_checkpointing", "off")]
+        settings += [
+            ("distributed", "gradient_accumulation_steps", 1),
+            ("distributed", "activation_checkpointing", "off"),
+        ]
         after[world_b].append((_config(moved, shards, method, stage_b, settings), BATCHES))
     for runs, begin in ((before, 0), (after, 3)):
         for world in (1, 2):
@@ -179,9 +186,9 @@ def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path)
             assert mine.abs().float().mean() > 0.5 * mine.abs().max()
 
 
-def _signalled(ranks: Ranks, settings: dict) -> tuple[int, bool, int | None]:
+def _signalled(ranks: Comm, settings: dict) -> tuple[int, bool, int | None]:
     """Rank 1 alone gets SIGTERM in the second batch."""
-    with StopRequest() as stop:
+    with GracefulStop() as stop:
         run, state = _start(ranks, settings)
         run.stop = stop
         for batch in state.batches():
@@ -197,10 +204,10 @@ def test_a_signal_to_one_rank_stops_all(server: RankServer, shards: str, tmp_pat
     """All ranks leave after the same batch, with the state saved and the signal to report."""
     found = server.run(2, _signalled, _config(tmp_path / "run", shards, "standard", 0))
     assert found == [(2, True, signal.SIGTERM)] * 2
-    assert read_state(list_states(str(tmp_path / "run" / "states"))[0])[1]["step"] == 2
+    assert read_checkpoint(list_checkpoints(str(tmp_path / "run" / "checkpoints"))[0])[1]["step"] == 2
 
 
-def _refused(ranks: Ranks, settings: dict) -> str:
+def _refused(ranks: Comm, settings: dict) -> str:
     with pytest.raises(UserError) as error:
         _train(ranks, settings, BATCHES)
     return str(error.value)
@@ -209,7 +216,7 @@ def _refused(ranks: Ranks, settings: dict) -> str:
 def test_what_cannot_go_on_is_refused(server: RankServer, shards: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
     server.run(2, _train, _config(output, shards, "standard", 0), 3)
-    shutil.copytree(output / "states", tmp_path / "kept")
+    shutil.copytree(output / "checkpoints", tmp_path / "kept")
     for settings, named in (
         ([("optim", "lr", 1.0)], "optim.lr"),
         ([("run", "seed", 1)], "run.seed"),
@@ -226,10 +233,14 @@ def test_what_cannot_go_on_is_refused(server: RankServer, shards: str, tmp_path:
 
 def test_no_state_of_a_diverged_run(server: RankServer, shards: str, tmp_path: Path) -> None:
     """A learning rate that makes NaN ends the run with one line before NaN is saved, logged that batch or not."""
-    settings = [("optim", "lr", 1e30), ("optim", "clip", 0.0), ("optim", "warmup", 0.0), ("run", "save_every", 1)]
+    settings = [("optim", "lr", 1e30), ("optim", "clip", 0.0), ("optim", "warmup", 0.0), ("run", "checkpoint_every", 1)]
     config = _config(
-        tmp_path / "run", shards, "standard", 0, [*settings, ("run", "log_every", 100), ("run", "max_skipped", 2)]
+        tmp_path / "run",
+        shards,
+        "standard",
+        0,
+        [*settings, ("run", "log_every", 100), ("run", "max_nonfinite_steps", 2)],
     )
     assert all("lower optim.lr" in line for line in server.run(2, _refused, config))
-    for path in list_states(str(tmp_path / "run" / "states")):
-        assert all(t.isfinite().all() for n, t in read_state(path)[0].items() if n.startswith("master/"))
+    for path in list_checkpoints(str(tmp_path / "run" / "checkpoints")):
+        assert all(t.isfinite().all() for n, t in read_checkpoint(path)[0].items() if n.startswith("master/"))

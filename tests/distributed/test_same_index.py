@@ -12,7 +12,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.training.build import build_eval_stream, build_stream
 
@@ -21,20 +21,20 @@ INFO = BackboneInfo(
 )
 
 
-def _train(config: Config, ranks: Ranks) -> object:
+def _train(config: Config, ranks: Comm) -> object:
     return build_stream(config, INFO, ranks)
 
 
-def _evaluate(config: Config, ranks: Ranks) -> object:
+def _evaluate(config: Config, ranks: Comm) -> object:
     return build_eval_stream(config, config.data.train, INFO, ranks, subset=Subset())
 
 
-def _refusal(ranks: Ranks, folders: list[str], build: Callable[[Config, Ranks], object]) -> str:
+def _refusal(ranks: Comm, folders: list[str], build: Callable[[Config, Comm], object]) -> str:
     config = Config.model_validate(
         {
             "model": {"backbone": "none"},
-            "data": {"train": folders[ranks.rank], "workers": 0},
-            "run": {"output": "none"},
+            "data": {"train": folders[ranks.rank], "num_workers": 0},
+            "run": {"output_dir": "none"},
             "threat": {"eps": 0.1},
             "method": {"name": "standard"},
             "optim": {"batch_size": 4, "epochs": 1},

@@ -14,10 +14,10 @@ from test_resume import BATCHES, _config, _start
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import threat_model
-from fulllora_dist.checkpoints.format import list_states, read_state
+from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine, TrainableState
 from fulllora_dist.methods import METHODS
 
@@ -30,7 +30,7 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def _update(ranks: Ranks, engine: Engine, batch: Batch, micro_batch: int | None, change: Change) -> None:
+def _update(ranks: Comm, engine: Engine, batch: Batch, micro_batch: int | None, change: Change) -> None:
     """A weight step; of rank 1 and `micro_batch` the loss is changed."""
     for i, micro in enumerate(engine.accumulate(batch.split(ranks.world)[ranks.rank])):
         loss = F.cross_entropy(engine(micro.pixels()), micro.labels)
@@ -46,7 +46,7 @@ def _same(a: TrainableState, b: TrainableState) -> bool:
     )
 
 
-def _skip(ranks: Ranks, stage: int) -> tuple[list[tuple[str, int, int]], int, int, bool]:
+def _skip(ranks: Comm, stage: int) -> tuple[list[tuple[str, int, int]], int, int, bool]:
     """(change, micro-batch, skipped in a row) of each bad batch; skipped at the end; whether all is as without them."""
     good, bad, *rest = batches(4)
     states, found = [], []
@@ -70,8 +70,8 @@ def test_the_update_is_skipped_on_all_ranks(server: RankServer, stage: int) -> N
         assert rank == ([(*change, i + 1) for i, change in enumerate(each)], len(each), 0, True)
 
 
-def _free(ranks: Ranks, threat: dict) -> tuple[int, list[bool], list[int]]:
-    """A picture of rank 1 is NaN in the second batch: skipped updates, which samples' delta moves in it and after."""
+def _free(ranks: Comm, threat: dict) -> tuple[int, list[bool], list[int]]:
+    """An image of rank 1 is NaN in the second batch: skipped updates, which samples' delta moves in it and after."""
     engine, method = build_engine(ranks, Case("free", 1)), METHODS["free"]
     method = method(method.Settings(replays=2), threat_model(**threat), SEED)
     deltas = []
@@ -89,13 +89,13 @@ def _free(ranks: Ranks, threat: dict) -> tuple[int, list[bool], list[int]]:
 
 
 @pytest.mark.parametrize("threat", [{"norm": "linf", "eps": EPS}, {"norm": "l2", "eps": 0.8}])
-def test_frees_perturbation_outlives_a_bad_picture(server: RankServer, threat: dict) -> None:
+def test_frees_perturbation_outlives_a_bad_image(server: RankServer, threat: dict) -> None:
     """Those of its micro-batch stay where they were, and move on with the next batch."""
     assert server.run(2, _free, threat) == [(2, [True] * 3, []), (2, [True] * 3, [0, 1, 2, 3])]
 
 
-def _run(ranks: Ranks, settings: dict, bad: list[int], until: int) -> tuple[int, str, list[str]]:
-    """As train.py does, with rank 1's pictures NaN in some batches, until it falls over: its last step and words."""
+def _run(ranks: Comm, settings: dict, bad: list[int], until: int) -> tuple[int, str, list[str]]:
+    """As train.py does, with rank 1's images NaN in some batches, until it falls over: its last step and words."""
     run, state = _start(ranks, settings)
     said: list[str] = []
     run.say = said.append  # type: ignore[method-assign]
@@ -113,13 +113,15 @@ def _run(ranks: Ranks, settings: dict, bad: list[int], until: int) -> tuple[int,
 
 
 def test_skipped_updates_are_counted_over_restarts_and_bounded(server: RankServer, shards: str, tmp_path: Path) -> None:
-    settings = [("run", "save_every", 1), ("run", "max_skipped", 1)]
+    settings = [("run", "checkpoint_every", 1), ("run", "max_nonfinite_steps", 1)]
     config = _config(tmp_path / "run", shards, "pgd", 1, settings)
     for step, error, said in server.run(2, _run, config, [1], 3):
         assert (step, error) == (3, "")
         (line,) = (text for text in said if "skipped" in text)
         assert "batch 1: loss or gradient is not finite" in line
-    assert [int(Path(p).name) for p in list_states(str(tmp_path / "run" / "states"))] == [3, 1], "no state in doubt"
+    assert [int(Path(p).name) for p in list_checkpoints(str(tmp_path / "run" / "checkpoints"))] == [3, 1], (
+        "no state in doubt"
+    )
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped"] for line in logged] == [0, 1, 1]
     assert ["train/loss" in line for line in logged] == [True, False, True]
@@ -127,9 +129,9 @@ def test_skipped_updates_are_counted_over_restarts_and_bounded(server: RankServe
 
     for step, error, _ in server.run(2, _run, config, [3, 4, 5], BATCHES):
         assert step == 5
-        assert error.startswith("run.max_skipped: loss or gradient was not finite in the last 2 updates, 1 may")
+        assert error.startswith("run.max_nonfinite_steps: loss or gradient was not finite in the last 2 updates, 1 may")
         assert "that of batch 3" in error
-    tensors, facts = read_state(list_states(str(tmp_path / "run" / "states"))[0])
-    assert (facts["step"], facts["skipped"], facts["updates"]) == (3, 1, 2)
+    tensors, metadata = read_checkpoint(list_checkpoints(str(tmp_path / "run" / "checkpoints"))[0])
+    assert (metadata["step"], metadata["skipped"], metadata["updates"]) == (3, 1, 2)
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     assert server.run(2, _run, config, [], BATCHES)[0][:2] == (BATCHES, "")

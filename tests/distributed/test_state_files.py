@@ -14,11 +14,11 @@ from torch import Tensor
 from fulllora_dist.checkpoints.format import (
     DESCRIPTION,
     TENSORS,
-    DamagedState,
-    list_states,
-    read_newest_state,
-    read_state,
-    write_state,
+    DamagedCheckpoint,
+    list_checkpoints,
+    read_checkpoint,
+    read_newest_checkpoint,
+    write_checkpoint,
 )
 from fulllora_dist.core.errors import UserError
 
@@ -34,22 +34,22 @@ def _content(step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _write(folder: Path, step: int, keep: int = 2) -> str:
-    return write_state(str(folder), step, *_content(step), keep=keep)
+    return write_checkpoint(str(folder), step, *_content(step), keep=keep)
 
 
 def _is_state(found: tuple[dict[str, Tensor], dict[str, Any]] | None, step: int) -> bool:
     assert found is not None
-    tensors, facts = _content(step)
+    tensors, metadata = _content(step)
     same = found[0].keys() == tensors.keys() and all(torch.equal(found[0][n], t) for n, t in tensors.items())
-    return same and facts.items() <= found[1].items() and found[1]["step"] == step
+    return same and metadata.items() <= found[1].items() and found[1]["step"] == step
 
 
 def test_keeps_the_newest(tmp_path: Path) -> None:
-    assert read_newest_state(str(tmp_path / "none")) == (None, {})
+    assert read_newest_checkpoint(str(tmp_path / "none")) == (None, {})
     for step in (5, 90, 100):  # 90 sorts after 100 as text
         _write(tmp_path, step)
-    assert [int(Path(path).name) for path in list_states(str(tmp_path))] == [100, 90]
-    found, damaged = read_newest_state(str(tmp_path))
+    assert [int(Path(path).name) for path in list_checkpoints(str(tmp_path))] == [100, 90]
+    found, damaged = read_newest_checkpoint(str(tmp_path))
     assert _is_state(found, 100)
     assert not damaged
     assert sorted(os.listdir(tmp_path)) == ["00000090", "00000100"]
@@ -88,7 +88,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
             finally:
                 os._exit(0)
         status = os.waitpid(child, 0)[1]
-        found, _ = read_newest_state(str(folder))
+        found, _ = read_newest_checkpoint(str(folder))
         outcomes.append(3 if _is_state(found, 3) else 2)
         assert outcomes[-1] == 3 or _is_state(found, 2)
         _write(folder, 4)
@@ -135,9 +135,9 @@ def test_damaged_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
     if change:
         path.write_bytes(change(before))
         assert path.read_bytes() != before
-    with pytest.raises(DamagedState):
-        read_state(newest)
-    found, damaged = read_newest_state(str(tmp_path))
+    with pytest.raises(DamagedCheckpoint):
+        read_checkpoint(newest)
+    found, damaged = read_newest_checkpoint(str(tmp_path))
     assert _is_state(found, 1)
     ((path, line),) = damaged.items()
     assert path == newest
@@ -152,15 +152,15 @@ def test_damaged_states_push_no_whole_one_out(tmp_path: Path, keep: int) -> None
         (Path(_write(tmp_path, step, keep)) / TENSORS).write_bytes(b"")
     for step in (10, 15, 20, 25):
         _write(tmp_path, step, keep)
-        assert _is_state(read_newest_state(str(tmp_path))[0], step)
+        assert _is_state(read_newest_checkpoint(str(tmp_path))[0], step)
     _write(tmp_path, 30, keep)
-    assert [int(Path(path).name) for path in list_states(str(tmp_path))] == [30, 25][:keep]
+    assert [int(Path(path).name) for path in list_checkpoints(str(tmp_path))] == [30, 25][:keep]
 
 
 def test_every_state_damaged(tmp_path: Path) -> None:
     for step in (1, 2):
         os.truncate(Path(_write(tmp_path, step)) / TENSORS, 7)
-    found, damaged = read_newest_state(str(tmp_path))
+    found, damaged = read_newest_checkpoint(str(tmp_path))
     assert found is None
     assert len(damaged) == 2
 
@@ -171,4 +171,4 @@ def test_unknown_version_is_refused(tmp_path: Path) -> None:
     path = Path(_write(tmp_path, 2)) / DESCRIPTION
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
-        read_newest_state(str(tmp_path))
+        read_newest_checkpoint(str(tmp_path))

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fulllora_dist.checkpoints import manager
-from fulllora_dist.checkpoints.format import DESCRIPTION, TENSORS, list_states
-from fulllora_dist.checkpoints.manager import States
+from fulllora_dist.checkpoints.format import DESCRIPTION, TENSORS, list_checkpoints
+from fulllora_dist.checkpoints.manager import CheckpointManager
 from fulllora_dist.checkpoints.settings import RunSettings
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage import store
@@ -18,21 +18,21 @@ from fulllora_dist.storage import store
 Said = list[str]
 
 
-def _states(output: Path, **settings: Any) -> tuple[States, Said]:
+def _states(output: Path, **settings: Any) -> tuple[CheckpointManager, Said]:
     said: Said = []
-    return States(RunSettings(output=str(output), **settings), said.append), said
+    return CheckpointManager(RunSettings(output_dir=str(output), **settings), said.append), said
 
 
-def _write(kept: States, step: int, best: int | None = None) -> bool:
+def _write(kept: CheckpointManager, step: int, best: int | None = None) -> bool:
     kept.write(step, {"a": torch.tensor([step])}, {"best": best and {"step": best}})
     return kept.settle()
 
 
 def _steps(place: Path) -> list[int]:
-    return [int(Path(path).name) for path in list_states(str(place))]
+    return [int(Path(path).name) for path in list_checkpoints(str(place))]
 
 
-def _found(kept: States) -> int | None:
+def _found(kept: CheckpointManager) -> int | None:
     found = kept.find()
     return found and found[1]["step"]
 
@@ -44,7 +44,7 @@ def test_found_wherever_an_attempt_before_put_them(tmp_path: Path) -> None:
     assert _found(kept) == 3
     assert _write(kept, 4)
     assert _steps(elsewhere) == [4]
-    (output / "config.yaml").write_text(f"run: {{states: {elsewhere}}}")  # as that attempt left it
+    (output / "config.yaml").write_text(f"run: {{checkpoint_dir: {elsewhere}}}")  # as that attempt left it
     assert _found(_states(output)[0]) == 4
     assert _found(_states(output, states=f"file://{elsewhere}")[0]) == 4
     (output / "config.yaml").write_text("run: [")
@@ -56,7 +56,7 @@ def test_a_folder_that_does_not_answer_is_not_damage(tmp_path: Path) -> None:
     kept, said = _states(tmp_path)
     for step in (1, 2):
         _write(kept, step)
-    newest = tmp_path / "states" / "00000002" / DESCRIPTION
+    newest = tmp_path / "checkpoints" / "00000002" / DESCRIPTION
     content = newest.read_bytes()
     newest.unlink()
     newest.mkdir()  # reading it is an OSError, for root too
@@ -72,41 +72,41 @@ def test_damaged_ones_do_not_count(tmp_path: Path) -> None:
     kept, _ = _states(tmp_path)
     for step in (10, 20):
         _write(kept, step)
-    (tmp_path / "states" / "00000020" / TENSORS).write_bytes(b"")
+    (tmp_path / "checkpoints" / "00000020" / TENSORS).write_bytes(b"")
     kept, said = _states(tmp_path)
     assert _found(kept) == 10
     (line,) = said
     assert "00000020 is damaged" in line
     assert line.endswith("going on from an older state")
     _write(kept, 25)
-    assert _steps(tmp_path / "states") == [25, 20, 10], "two whole ones"
-    (tmp_path / "states" / "00000025" / TENSORS).write_bytes(b"")
+    assert _steps(tmp_path / "checkpoints") == [25, 20, 10], "two whole ones"
+    (tmp_path / "checkpoints" / "00000025" / TENSORS).write_bytes(b"")
     assert _found(_states(tmp_path)[0]) == 10
-    (tmp_path / "states" / "00000010" / TENSORS).write_bytes(b"")
+    (tmp_path / "checkpoints" / "00000010" / TENSORS).write_bytes(b"")
     with pytest.raises(UserError, match="none of the 3 states"):
         _states(tmp_path)[0].find()
 
 
 def test_the_best_one_stays_until_a_better_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, _ = _states(tmp_path, keep_states=1)
+    kept, _ = _states(tmp_path, keep_checkpoints=1)
     for step in (1, 2, 3):
         _write(kept, step, best=2 if step > 1 else 1)
-    assert _steps(tmp_path / "states") == [3, 2]
+    assert _steps(tmp_path / "checkpoints") == [3, 2]
     with monkeypatch.context() as patch:
-        patch.setattr(manager, "write_state", lambda *_: os.listdir("/nowhere"))
+        patch.setattr(manager, "write_checkpoint", lambda *_: os.listdir("/nowhere"))
         assert not _write(kept, 4, best=4)
     _write(kept, 5, best=4)
-    assert _steps(tmp_path / "states") == [5, 2]
-    kept, _ = _states(tmp_path, keep_states=1)
+    assert _steps(tmp_path / "checkpoints") == [5, 2]
+    kept, _ = _states(tmp_path, keep_checkpoints=1)
     kept.find()
     _write(kept, 6, best=6)
     _write(kept, 7, best=6)
-    assert _steps(tmp_path / "states") == [7, 6]
+    assert _steps(tmp_path / "checkpoints") == [7, 6]
 
 
 def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
     _write(_states(tmp_path / "other")[0], 3, best=3)
-    kept, _ = _states(tmp_path / "run", resume_from=str(tmp_path / "other" / "states" / "00000003"))
+    kept, _ = _states(tmp_path / "run", resume_from=str(tmp_path / "other" / "checkpoints" / "00000003"))
     found = kept.find()
     assert found is not None
     assert found[1]["best"] is None
@@ -132,7 +132,7 @@ def test_in_a_hurry_the_disk_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     kept.write(2, {"a": torch.ones(1)}, {})
     assert kept.settle()
     assert time.monotonic() - began < 40
-    assert _steps(tmp_path / "states") == [2, 1]
+    assert _steps(tmp_path / "checkpoints") == [2, 1]
     assert ["it is in" in line for line in said] == [True, True]
 
 
@@ -140,7 +140,7 @@ def test_whatever_happens_to_a_state_the_training_goes_on(tmp_path: Path, monkey
     def no_memory(*_: object) -> str:
         raise MemoryError("of 8 GB")
 
-    monkeypatch.setattr(manager, "write_state", no_memory)
+    monkeypatch.setattr(manager, "write_checkpoint", no_memory)
     kept, said = _states(tmp_path)
     assert not _write(kept, 1)
     assert "MemoryError of 8 GB; the newest is none" in said[0]

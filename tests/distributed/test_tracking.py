@@ -22,8 +22,8 @@ from omegaconf import OmegaConf
 from fulllora_dist.commands import train
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
-from fulllora_dist.distributed.comm import Ranks, free_port
-from fulllora_dist.training.trainer import RunState
+from fulllora_dist.distributed.comm import Comm, free_port
+from fulllora_dist.training.trainer import Trainer
 from tests.services.mlflow_server import MlflowServer
 
 BATCHES = 300
@@ -34,23 +34,23 @@ _seen: set[tuple[str, str]] = set()
 
 
 def _config(folder: Path, shards: str, uri: str, batches: int = BATCHES, **sections: dict[str, Any]) -> Path:
-    """Of a run in `folder`; 24 pictures make three batches an epoch."""
+    """Of a run in `folder`; 24 images make three batches an epoch."""
     values: dict[str, Any] = {
         "model": {
             "backbone": "vit_tiny_patch16_224",
             "pretrained": False,
             "num_classes": 3,
             "image_size": 16,
-            "architecture": ARCHITECTURE,
+            "model_kwargs": ARCHITECTURE,
         },
         "adapter": {"rank": 2},
         "threat": {"eps": 8 / 255},
         "method": "standard",
-        "data": {"train": shards, "workers": 0},
-        "optim": {"batch_size": BATCH, "epochs": batches / 3, "clip": 1.0},
-        "run": {"output": str(folder / "run"), "save_every": 25, "log_every": 1},
-        "evaluation": {"attacks": ["clean", "pgd2"], "check": 0},
-        "tracking": {"uri": uri, "wait_seconds": 200, "system_seconds": 0.5},
+        "data": {"train": shards, "num_workers": 0},
+        "optim": {"batch_size": BATCH, "epochs": batches / 3, "grad_clip": 1.0},
+        "run": {"output_dir": str(folder / "run"), "checkpoint_every": 25, "log_every": 1},
+        "evaluation": {"attacks": ["clean", "pgd2"], "gradient_masking_samples": 0},
+        "tracking": {"uri": uri, "flush_timeout_s": 200, "system_metrics_interval_s": 0.5},
     }
     for section, settings in sections.items():
         values[section] = values.get(section, {}) | settings
@@ -67,13 +67,13 @@ def _audit(event: str, args: tuple) -> None:
         _seen.add((event, threading.current_thread().name))
 
 
-def _train(ranks: Ranks, config: str, stops: Sequence[int], kill: int | None = None) -> tuple[set, float]:
+def _train(ranks: Comm, config: str, stops: Sequence[int], kill: int | None = None) -> tuple[set, float]:
     """train.py on a node of its own for each rank. After the batches `stops`, rank 0 waits for the test; after `kill`
     it is killed. What was seen of `_audit`, and the longest call of the tracker in seconds."""
-    advance, gate = RunState.advance, Path(config).with_name("gate")
+    advance, gate = Trainer.advance, Path(config).with_name("gate")
     longest = 0.0
 
-    def paced(state: RunState, batch: Batch) -> None:
+    def paced(state: Trainer, batch: Batch) -> None:
         nonlocal longest
         tracker = state._run.tracker
         if not hasattr(tracker, "timed"):
@@ -97,7 +97,7 @@ def _train(ranks: Ranks, config: str, stops: Sequence[int], kill: int | None = N
 
         return wrapped
 
-    RunState.advance = paced  # type: ignore[method-assign]
+    Trainer.advance = paced  # type: ignore[method-assign]
     socket.gethostname = lambda: f"node{ranks.rank}"
     sys.addaudithook(_audit)
     assert train.main(["--config", config]) == 0
@@ -221,9 +221,9 @@ def test_a_server_that_is_killed(
         client = MlflowClient(mlflow.uri)
         kept = {file.path for file in client.list_artifacts(run_id)}
         assert kept >= {"adapter", "adapter_best", "config.yaml", "evaluation.json", "evaluation_classes.png"}
-        pictures = {Path(file.path).name for file in client.list_artifacts(run_id, "pictures")}
+        images = {Path(file.path).name for file in client.list_artifacts(run_id, "figures")}
         looks = {f"examples_{batch:08d}.png" for batch in (100, 200, 300)}
-        assert pictures == looks | {"examples.png", "curves.png", "adapter_norms.png"}
+        assert images == looks | {"examples.png", "curves.png", "adapter_norms.png"}
 
 
 @pytest.mark.long
@@ -232,7 +232,7 @@ def test_a_killed_run_ends_like_the_uninterrupted_one(server: RankServer, shards
     with MlflowServer(tmp_path / "server") as mlflow:
         away = f"http://127.0.0.1:{free_port()}"
         batches = 12
-        frame = {"run": {"output": str(tmp_path / "cut" / "run"), "save_every": 3, "log_every": 1}}
+        frame = {"run": {"output_dir": str(tmp_path / "cut" / "run"), "checkpoint_every": 3, "log_every": 1}}
         configs = {
             uri: str(_config(tmp_path / name, shards, uri, batches, **frame))
             for name, uri in (("away", away), ("here", mlflow.uri))

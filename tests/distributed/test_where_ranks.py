@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack
 from tests.tiny import stir
 
@@ -30,7 +30,7 @@ EPS = 1 / 255
 def experiment(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """config.yaml, and adapters of two ways to finetune."""
     folder = tmp_path_factory.mktemp("experiment")
-    model = {"num_classes": 3, "image_size": SIDE, "architecture": ARCHITECTURE, "mean": [0.5] * 3, "std": [0.5] * 3}
+    model = {"num_classes": 3, "image_size": SIDE, "model_kwargs": ARCHITECTURE, "mean": [0.5] * 3, "std": [0.5] * 3}
     bare = fd.create_model(BACKBONE, pretrained=False, finetune="full", **model)
     save_file(bare.backbone.state_dict(), folder / "backbone.safetensors")
     model["checkpoint"] = str(folder / "backbone.safetensors")
@@ -42,8 +42,8 @@ def experiment(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": {"backbone": BACKBONE, **model},
         "threat": {"eps": EPS},
         "method": "pgd",
-        "data": {"train": "not-there", "validation": shards, "crop_pct": 1.0, "workers": 0},
-        "run": {"output": str(folder / "run"), "seed": 7},
+        "data": {"train": "not-there", "validation": shards, "crop_pct": 1.0, "num_workers": 0},
+        "run": {"output_dir": str(folder / "run"), "seed": 7},
         "evaluation": {"attacks": ["clean", "autoattack"], "eps": ["8/255"], "batch_size": 5},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -60,7 +60,7 @@ def _tool() -> ModuleType:
 
 
 def _measure(
-    ranks: Ranks, experiment: Path, output: Path, more: list[str], log: Path | None = None, kill: int = 0
+    ranks: Comm, experiment: Path, output: Path, more: list[str], log: Path | None = None, kill: int = 0
 ) -> str | None:
     """The tool on this rank: what it refuses. Pieces are written down; at the n-th one rank 1 ends."""
     right, count = EvalAttack.right, 0
@@ -128,10 +128,10 @@ def test_two_ranks_equal_one_also_after_a_kill(server: RankServer, experiment: P
         (["--by", "layer"], "--by: 'layer' is unknown; known: component, block, branch"),
         (
             ["--attack", "clean"],
-            "--attack: clean; clean is always measured, name one that changes pictures",
+            "--attack: clean; clean is always measured, name one that changes images",
         ),
         (["--attack", "pdg10"], "'pdg10' is no attack"),
-        (["--n", "0"], "evaluation.n: "),
+        (["--num-samples", "0"], "evaluation.num_samples: "),
         (["data.validation=null"], "data.validation is not set"),
     ],
 )

@@ -10,7 +10,7 @@ from harness import RankServer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.distributed.comm import Ranks
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.models.backbone import fingerprint
 
@@ -52,7 +52,7 @@ def _optimizer_bytes(engine: Engine) -> int:
     return sum(t.numel() * t.element_size() for t in moments)
 
 
-def _inspect(ranks: Ranks, precision: str) -> dict[int, dict[str, Any]]:
+def _inspect(ranks: Comm, precision: str) -> dict[int, dict[str, Any]]:
     found = {}
     for stage in STAGES:
         model = build_model(precision=precision)
@@ -123,7 +123,7 @@ def test_bf16(fp32: list, bf16: list, stage: int) -> None:
         assert rounded[stage]["losses"][0] == pytest.approx(rounded[0]["losses"][0], rel=1e-6)
 
 
-def _communication(ranks: Ranks) -> dict[tuple[str, int], Counter[str]]:
+def _communication(ranks: Comm) -> dict[tuple[str, int], Counter[str]]:
     """What the third update sends: ("attack" | "weights" | "free", stage)."""
     found = {}
     data = batches(3)

@@ -1,10 +1,10 @@
-"""Pictures, and the models that were trained on them."""
+"""Images, and the models that were trained on them."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from eval_cases import PICTURES, train, write_pictures
+from eval_cases import IMAGES, train, write_images
 from safetensors.torch import save_file
 
 import fulllora_dist as fd
@@ -15,19 +15,19 @@ from tests.tiny import ARCHITECTURE, CLASSES, SIDE, tiny
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of 200 pictures that no model was trained on."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 200 images that no model was trained on."""
     root, folder = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
-    write_pictures(root, 1, PICTURES)
+    write_images(root, 1, IMAGES)
     make_shards(root, folder, samples_per_shard=60, progress=False)
     return folder
 
 
 @pytest.fixture(scope="session")
 def training(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.Tensor, torch.Tensor]:
-    """600 pictures and labels."""
+    """600 images and labels."""
     root, folder = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
-    write_pictures(root, 2, 600)
+    write_images(root, 2, 600)
     make_shards(root, folder, samples_per_shard=300, progress=False)
     (batch,) = EvalStream(folder, batch_size=600, transform=EvalTransform(size=SIDE, crop_pct=1.0))
     return batch.pixels(), batch.labels
@@ -48,10 +48,10 @@ def healthy(
     save_file(standard.backbone.state_dict(), folder / "standard.safetensors")
     fulllora = fd.create_model(
         "vit_tiny_patch16_224.augreg_in21k",
-        checkpoint=f"{folder}/standard.safetensors",
+        checkpoint_path=f"{folder}/standard.safetensors",
         num_classes=CLASSES,
         image_size=SIDE,
-        architecture=ARCHITECTURE,
+        model_kwargs=ARCHITECTURE,
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
         rank=4,

@@ -1,4 +1,4 @@
-"""Pictures of four classes, and models on which robust accuracy means something: trained with and without an attack."""
+"""Images of four classes, and models on which robust accuracy means something: trained with and without an attack."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,20 +14,20 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from tests.tiny import CLASSES, SIDE
 
-PICTURES = 200
+IMAGES = 200
 EPS = 8 / 255
 HEALTHY = ("standard", "full_at", "fulllora")
 
 
-def write_pictures(root: Path, seed: int, count: int) -> None:
+def write_images(root: Path, seed: int, count: int) -> None:
     prototypes = np.random.default_rng(0).integers(60, 196, (CLASSES, SIDE, SIDE, 3))
     rng = np.random.default_rng(seed)
     for label, prototype in enumerate(prototypes):
         (root / f"class{label}").mkdir(parents=True)
         for i in range(count // CLASSES):
             noisy = 128 + 0.6 * (prototype - 128) + rng.normal(0, 25, prototype.shape)
-            picture = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
-            picture.save(root / f"class{label}" / f"picture{i:03d}.png")
+            image = Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+            image.save(root / f"class{label}" / f"picture{i:03d}.png")
 
 
 def stream(folder: Path, n: int | None = None, batch_size: int = 50) -> EvalStream:

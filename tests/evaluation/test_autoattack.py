@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from eval_cases import EPS, PICTURES, stream
+from eval_cases import EPS, IMAGES, stream
 from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
@@ -41,10 +41,10 @@ def _alone(
     ],
 )
 def test_parts_equal_the_official_code(
-    healthy: dict[str, fd.AdaptedModel], pictures: Path, name: str, norm: str, eps: float
+    healthy: dict[str, fd.AdaptedModel], images: Path, name: str, norm: str, eps: float
 ) -> None:
     """Batch by batch, each with its own seed."""
-    model, batches = healthy["full_at"], stream(pictures, SMALL, batch_size=SMALL // 2)
+    model, batches = healthy["full_at"], stream(images, SMALL, batch_size=SMALL // 2)
     found = evaluate(model, batches, attacks=("clean", name), eps=eps, norm=norm, seed=5)["attacks"]  # type: ignore[arg-type]
     expected: list[int] = []
     for batch in map(batches.read, batches.batches):
@@ -57,11 +57,11 @@ def test_parts_equal_the_official_code(
 
 
 @pytest.mark.long
-def test_the_standard_version_on_200_pictures(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+def test_the_standard_version_on_200_images(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
     """The official evaluation puts what is still right into new batches, so that other random numbers fall on it."""
-    model, batches = healthy["full_at"], stream(pictures)
+    model, batches = healthy["full_at"], stream(images)
     found = evaluate(model, batches, attacks=("clean", "pgd20", "autoattack"), eps=EPS)["attacks"]
-    (whole,) = stream(pictures, batch_size=PICTURES)
+    (whole,) = stream(images, batch_size=IMAGES)
     expected = _alone(
         model, whole.pixels(), whole.labels, EPS, "linf", ["apgd-ce", "apgd-t", "fab-t", "square"], 3, batch_size=50
     )
@@ -71,9 +71,9 @@ def test_the_standard_version_on_200_pictures(healthy: dict[str, fd.AdaptedModel
     assert sum(ours) > 0
 
 
-def test_the_generator_of_training_is_untouched(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+def test_the_generator_of_training_is_untouched(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
     before = torch.get_rng_state()
-    evaluate(healthy["full_at"], stream(pictures, 4), attacks=("apgd-ce+fab-t",), eps=EPS, check=4)
+    evaluate(healthy["full_at"], stream(images, 4), attacks=("apgd-ce+fab-t",), eps=EPS, check=4)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -88,8 +88,8 @@ def test_seeds_differ_by_name_ball_and_batch() -> None:
     assert len({autoattack_seed(*key) for key in keys}) == len(keys)
 
 
-def test_fgsm_is_one_step_from_the_picture(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
-    model, batch = healthy["standard"], stream(pictures, 8).read(stream(pictures, 8).ids)
+def test_fgsm_is_one_step_from_the_image(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
+    model, batch = healthy["standard"], stream(images, 8).read(stream(images, 8).ids)
     x = batch.pixels().requires_grad_()
     (gradient,) = torch.autograd.grad(F.cross_entropy(model(x), batch.labels), x)
     expected = (x.detach() + EPS * gradient.sign()).clamp(0, 1)
@@ -97,7 +97,7 @@ def test_fgsm_is_one_step_from_the_picture(healthy: dict[str, fd.AdaptedModel], 
     torch.testing.assert_close(made, expected)
 
 
-def test_dlr_has_no_scale(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+def test_dlr_has_no_scale(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
     """Where cross-entropy's gradient is rounded to zero, it still finds the way."""
 
     class Scaled(torch.nn.Module):
@@ -105,7 +105,7 @@ def test_dlr_has_no_scale(healthy: dict[str, fd.AdaptedModel], pictures: Path) -
             return 1e5 * healthy["full_at"](x) + 7
 
     found = [
-        evaluate(model, stream(pictures), attacks=("pgd10", "dlr10"), eps=EPS)["attacks"]
+        evaluate(model, stream(images), attacks=("pgd10", "dlr10"), eps=EPS)["attacks"]
         for model in (healthy["full_at"], Scaled())
     ]
     accuracy = [{name: score["accuracy"] for name, score in scores.items()} for scores in found]
@@ -131,9 +131,9 @@ class Valley(nn.Module):
 
 @pytest.mark.parametrize("name", ["fgsm", "pgd1", "cw1"])
 def test_clean_mistakes_are_no_robustness(name: str) -> None:
-    """An attack may push a wrong prediction to the right class: the picture itself is in the ball."""
+    """An attack may push a wrong prediction to the right class: the image itself is in the ball."""
     x, y, ids = torch.full((1, 3, 4, 4), 0.45), torch.tensor([0]), torch.tensor([0])
-    attack, facts = EvalAttack.parse(name), {"threat": Linf(0.4), "seed": 0, "ids": ids}
+    attack, metadata = EvalAttack.parse(name), {"threat": Linf(0.4), "seed": 0, "ids": ids}
     assert Valley()(x).argmax() != y
-    assert Valley()(attack(Valley(), x, y, **facts)).argmax() == y
-    assert not attack.right(Valley(), x, y, **facts).any()
+    assert Valley()(attack(Valley(), x, y, **metadata)).argmax() == y
+    assert not attack.right(Valley(), x, y, **metadata).any()

@@ -22,11 +22,11 @@ LEVELS = 32 / 255
 
 
 class AroundMeans(Around):
-    """With the mean picture of each class."""
+    """With the mean image of each class."""
 
-    def __init__(self, model: nn.Module, pictures: tuple[Tensor, Tensor]):
+    def __init__(self, model: nn.Module, images: tuple[Tensor, Tensor]):
         super().__init__(model)
-        x, y = pictures
+        x, y = images
         self.means = torch.stack([x[y == label].mean(dim=0) for label in range(4)]).flatten(1)
 
 
@@ -38,7 +38,7 @@ class NearestMean(AroundMeans):
 
 
 class Trench(AroundMeans):
-    """Pixels of a picture lie on a coarse grid, so the model knows how far a perturbation went along a direction. The
+    """Pixels of an image lie on a coarse grid, so the model knows how far a perturbation went along a direction. The
     margin falls a little, rises again, and is negative at the edge of the ball: small steps stay in between."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,10 +62,10 @@ class Rough(AroundMeans):
 
 
 class OnAGrid(Shifted):
-    """Pictures of few grey levels."""
+    """Images of few grey levels."""
 
     def read(self, ids: np.ndarray) -> Batch:
-        batch = self._pictures.read(ids)
+        batch = self._images.read(ids)
         return replace(batch, images=((batch.pixels() / LEVELS).round() * LEVELS).clamp(0, 7 * LEVELS))
 
 
@@ -81,8 +81,8 @@ SICK: dict[str, tuple[type[Around] | None, type[Shifted] | None]] = {
 }
 
 
-def _look(model: nn.Module, pictures: Any, eps: float = EPS) -> dict[str, Any]:
-    return evaluate(model, pictures, attacks=("clean",), eps=eps, check=50)
+def _look(model: nn.Module, images: Any, eps: float = EPS) -> dict[str, Any]:
+    return evaluate(model, images, attacks=("clean",), eps=eps, check=50)
 
 
 def _broken(kind: type[Around] | None, model: nn.Module, training: tuple[Tensor, Tensor]) -> nn.Module:
@@ -93,28 +93,28 @@ def _broken(kind: type[Around] | None, model: nn.Module, training: tuple[Tensor,
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_symptom_is_seen(
-    check: str, healthy: dict[str, fd.AdaptedModel], training: tuple[Tensor, Tensor], pictures: Path
+    check: str, healthy: dict[str, fd.AdaptedModel], training: tuple[Tensor, Tensor], images: Path
 ) -> None:
     broken, other = SICK[check]
     model: nn.Module = _broken(broken, healthy["standard"], training)
     eps = 3 * EPS if check == "square" else EPS  # 300 queries do little at a small one
-    found = _look(model, other(stream(pictures)) if other else stream(pictures), eps)
+    found = _look(model, other(stream(images)) if other else stream(images), eps)
     assert [line for line in found["warnings"] if line.startswith(f"{check}: ")], (found["checks"], found["warnings"])
     assert found["attacks"]["clean"]["accuracy"] > 0.5 or check == "pixels", "it is right without an attack"
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_healthy_models_are_left_alone(name: str, healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
-    found = _look(healthy[name], stream(pictures))
+def test_healthy_models_are_left_alone(name: str, healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
+    found = _look(healthy[name], stream(images))
     assert found["warnings"] == []
     assert found["checks"].keys() == CHECKS.keys()
     assert found["checks"]["huge_eps"]["n"] >= 15, "right often enough for a symptom to show"
 
 
-def test_without_checks_none_is_made(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
-    found = evaluate(healthy["standard"], stream(pictures, 8), attacks=("clean",), eps=EPS)
+def test_without_checks_none_is_made(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
+    found = evaluate(healthy["standard"], stream(images, 8), attacks=("clean",), eps=EPS)
     assert (found["checks"], found["warnings"]) == ({}, [])
-    at_zero = evaluate(healthy["standard"], stream(pictures, 8), attacks=("clean",), eps=0, check=8)
+    at_zero = evaluate(healthy["standard"], stream(images, 8), attacks=("clean",), eps=0, check=8)
     assert at_zero["checks"] == {}
 
 
@@ -135,25 +135,25 @@ def test_reported_figures_in_the_wrong_order_are_said() -> None:
 
 
 def test_of_a_whole_evaluation(
-    healthy: dict[str, fd.AdaptedModel], training: tuple[Tensor, Tensor], pictures: Path
+    healthy: dict[str, fd.AdaptedModel], training: tuple[Tensor, Tensor], images: Path
 ) -> None:
     """Without a check of its own, too."""
     broken = Trench(healthy["standard"], training)
-    found = evaluate(broken, OnAGrid(stream(pictures, 50)), attacks=("clean", "fgsm", "pgd20"), eps=EPS)
+    found = evaluate(broken, OnAGrid(stream(images, 50)), attacks=("clean", "fgsm", "pgd20"), eps=EPS)
     (line,) = found["warnings"]
     assert line.startswith("single_step: eps = 0.03137: fgsm fools ")
-    assert " pictures that pgd20 does not, and 0 are the other way round" in line
+    assert " images that pgd20 does not, and 0 are the other way round" in line
 
 
-def test_no_number_is_no_answer(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+def test_no_number_is_no_answer(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
     """argmax of NaN is the first class."""
 
     class Nan(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return healthy["standard"](x) * torch.where(x.mean(dim=(1, 2, 3)) > 0.5, torch.nan, 1)[:, None]
 
-    found = evaluate(Nan(), stream(pictures), attacks=("clean", "pgd3"), eps=EPS)["attacks"]
-    (whole,) = stream(pictures, batch_size=200)
+    found = evaluate(Nan(), stream(images), attacks=("clean", "pgd3"), eps=EPS)["attacks"]
+    (whole,) = stream(images, batch_size=200)
     bright = whole.pixels().mean(dim=(1, 2, 3)) > 0.5
     assert bright[whole.labels == 0].any()
     assert not any(right and of_nan for right, of_nan in zip(found["clean"]["correct"], bright, strict=True))
@@ -161,9 +161,9 @@ def test_no_number_is_no_answer(healthy: dict[str, fd.AdaptedModel], pictures: P
 
 
 @pytest.mark.parametrize("finetune", ["fulllora", "full"])
-def test_an_adapted_model_knows_that_it_computes_in_bf16(finetune: str, pictures: Path) -> None:
+def test_an_adapted_model_knows_that_it_computes_in_bf16(finetune: str, images: Path) -> None:
     """Also where its parameters are kept in fp32."""
-    found = evaluate(tiny(finetune=finetune, precision="bf16"), stream(pictures, 4), attacks=("clean",), eps=EPS)
+    found = evaluate(tiny(finetune=finetune, precision="bf16"), stream(images, 4), attacks=("clean",), eps=EPS)
     assert found["precision"] == "bf16"
 
 
@@ -179,7 +179,7 @@ def test_fp32_is_full_fp32_inside_and_as_before_outside() -> None:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_bf16_is_said(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> None:
+def test_bf16_is_said(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
     class InBf16(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -188,5 +188,5 @@ def test_bf16_is_said(healthy: dict[str, fd.AdaptedModel], pictures: Path) -> No
         def forward(self, x: Tensor) -> Tensor:
             return healthy["standard"](x) * self.scale
 
-    found = evaluate(InBf16(), stream(pictures, 8), attacks=("clean",), eps=EPS)
+    found = evaluate(InBf16(), stream(images, 8), attacks=("clean",), eps=EPS)
     assert found["warnings"] == ["precision: computed in bf16; a figure to report is computed in fp32"]

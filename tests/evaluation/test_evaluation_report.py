@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib import image
+from matplotlib import image as matplotlib_image
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
@@ -15,7 +15,7 @@ from fulllora_dist.plots.figures import Curve, per_class_bars, robustness_curve
 
 
 def _results(classes: list[str], more_eps: tuple[float, ...] = ()) -> dict[str, Any]:
-    """An evaluation of ten pictures a class: of class k, k mod 11 survive the attack and one more is right without."""
+    """An evaluation of ten images a class: of class k, k mod 11 survive the attack and one more is right without."""
     labels = np.repeat(np.arange(len(classes)), 10)
 
     def scored(more: int) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def test_of_many_classes_both_ends_are_shown() -> None:
     assert "59 classes in between left out" in figure.axes[0].get_xlabel()
 
 
-def test_classes_without_a_picture_are_left_out() -> None:
+def test_classes_without_a_image_are_left_out() -> None:
     names, _ = _bars(per_class_bars({"pgd10": {"ant": (1, 2), "bee": (0, 0)}}, "mine"))
     assert names == ["ant"]
 
@@ -90,9 +90,9 @@ def test_figures_lie_beside_the_file(tmp_path: Path) -> None:
     written = write_figures(several, tmp_path / "evaluation.json")
     assert [path.name for path in written] == ["evaluation_classes.png", "evaluation_eps.png"]
     for path in written:
-        picture = image.imread(path)[..., :3]
-        assert min(picture.shape[:2]) > 150
-        assert np.ptp(picture) > 0.5, "something is drawn"
+        image = matplotlib_image.imread(path)[..., :3]
+        assert min(image.shape[:2]) > 150
+        assert np.ptp(image) > 0.5, "something is drawn"
 
 
 def test_the_table_has_an_interval_for_each_class() -> None:

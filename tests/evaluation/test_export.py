@@ -43,8 +43,8 @@ def torchattacks(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["fulllora", "full_at"])
-def test_torchattacks(torchattacks: ModuleType, healthy: dict[str, fd.AdaptedModel], pictures: Path, name: str) -> None:
-    model, batch = healthy[name], stream(pictures).read(stream(pictures).ids)
+def test_torchattacks(torchattacks: ModuleType, healthy: dict[str, fd.AdaptedModel], images: Path, name: str) -> None:
+    model, batch = healthy[name], stream(images).read(stream(images).ids)
     x, y = batch.pixels(), batch.labels
     theirs = torchattacks.FGSM(model, eps=EPS)(x, y)
     ours = EvalAttack.parse("fgsm")(model, x, y, threat=Linf(EPS), seed=0, ids=batch.ids)
@@ -88,7 +88,7 @@ STRONG = 1.2 * EPS  # at which the model below is right on some of them
 
 
 def _imagenet(folder: Path, listed: list[str]) -> None:
-    """ImageNet's folders with the first pictures of the list, and one in each: noise that its class has in common."""
+    """ImageNet's folders with the first images of the list, and one in each: noise that its class has in common."""
     rng = np.random.default_rng(0)
     one_each = {name.split("/")[0]: name for name in listed}
     prototypes = {wnid: rng.integers(40, 216, (SIDE, SIDE, 3)) for wnid in sorted(one_each)}
@@ -101,24 +101,24 @@ def _imagenet(folder: Path, listed: list[str]) -> None:
 
 @pytest.mark.long
 def test_robustbench(tmp_path: Path) -> None:
-    """`benchmark` reads its own list of ImageNet's pictures and the folder that they are in."""
+    """`benchmark` reads its own list of ImageNet's images and the folder that they are in."""
     installed = _install(tmp_path / "robustbench", *ROBUSTBENCH)
     listed = (Path(installed) / "robustbench/helper_files/imagenet_test_image_ids.txt").read_text().splitlines()
     _imagenet(tmp_path / "val", listed)
     make_shards(tmp_path / "val", tmp_path / "shards", progress=False)
     (tmp_path / "ids.txt").write_text("\n".join(listed[:LISTED]))
-    pictures = EvalStream(
+    images = EvalStream(
         tmp_path / "shards",
         batch_size=LISTED,
         transform=EvalTransform(size=SIDE, crop_pct=1.0),
         subset=Subset(ids=str(tmp_path / "ids.txt")),
     )
-    (batch,) = pictures
-    classes = len(pictures.index.classes)  # three of ImageNet's have no picture in the list
+    (batch,) = images
+    classes = len(images.index.classes)  # three of ImageNet's have no image in the list
     model = tiny(num_classes=classes, mean=(0.5,) * 3, std=(0.25,) * 3, finetune="full", seed=0)
     train(model, (batch.pixels(), batch.labels), 300, 3, 3e-3)
     fd.save_adapter(model, str(tmp_path / "adapter"))
-    ours = evaluate(model.eval(), pictures, attacks=("clean", "autoattack"), eps=STRONG)["attacks"]
+    ours = evaluate(model.eval(), images, attacks=("clean", "autoattack"), eps=STRONG)["attacks"]
 
     (tmp_path / "benchmark.py").write_text(BENCHMARK)
     arguments = [tmp_path / "adapter", tmp_path, str(LISTED), str(STRONG)]

@@ -27,15 +27,15 @@ model:
   pretrained: false
   num_classes: 3
   image_size: 16
-  architecture: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
+  model_kwargs: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
 adapter: {{rank: 2}}
 threat: {{eps: 8/255}}
 method: {{name: paced, steps: 2}}
 plugins: [paced.py]
-data: {{train: {folder}/shards, augment: flip, workers: 1}}
-optim: {{lr: 1.0e-3, batch_size: 8, epochs: 4, ema: 0.9}}
-run: {{output: unset, save_every: 100, log_every: 1}}
-evaluation: {{attacks: [clean], n: 12}}
+data: {{train: {folder}/shards, augment: flip, num_workers: 1}}
+optim: {{lr: 1.0e-3, batch_size: 8, epochs: 4, ema_decay: 0.9}}
+run: {{output_dir: unset, checkpoint_every: 100, log_every: 1}}
+evaluation: {{attacks: [clean], num_samples: 12}}
 tracking: {{enabled: false}}
 """
 
@@ -95,7 +95,7 @@ class Site:
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """With shards of 48 coloured noise pictures."""
+    """With shards of 48 coloured noise images."""
     folder = tmp_path_factory.mktemp("site")
     rng = np.random.default_rng(0)
     for label in range(3):

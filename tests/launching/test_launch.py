@@ -32,9 +32,9 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
     profile = {"partition": "gpu", "mem": "400G", "sbatch": {"exclusive": True}, "srun": ["--mpi=none"]}
     (site.folder / "site.yaml").write_text(yaml.safe_dump(profile))
     said = site.launch(
-        *CONFIG, "run.output=unused", "--nodes", "2", "--gpus-per-node", "4", "--profile", "site.yaml", "--dry-run",
+        *CONFIG, "run.output_dir=unused", "--nodes", "2", "--gpus-per-node", "4", "--profile", "site.yaml", "--dry-run",
         "--partition", "big", "--time", "1-12", "--sbatch", "reservation=mine", "--srun=--container-image=some image",
-        "data.validation=shards", "--evaluate", "--attacks clean,pgd100x5 --n 5",
+        "data.validation=shards", "--evaluate", "--attacks clean,pgd100x5 --num-samples 5",
     )  # fmt: skip
     train, evaluate = said.split("#!/bin/bash")[1:]
     flags = set(re.findall(r"#SBATCH --(\S+)", train))
@@ -65,7 +65,7 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
         (["--evaluate", "optim.lr=1"], "--evaluate: 'optim.lr=1' is no argument of evaluate.py; put settings before"),
         (["--evaluate", "--attacks 'clean"], '--evaluate: "--attacks \'clean" is no command line (No closing'),
         (["--executor", "local", "--setup", "module load cuda"], "--setup: --executor local has no batch script"),
-        (["run.output=a:b"], "run.output: a:b: ':' would end the folder's name"),
+        (["run.output_dir=a:b"], "run.output_dir: a:b: ':' would end the folder's name"),
         (["data.train=/nowhere"], "data.train: /nowhere/index.safetensors: no index there"),
         (["--executor", "local", "--nodes", "2"], "--nodes: --executor local has one machine, not 2"),
         (["--executor", "debug", "--gpus-per-node", "2"], "--gpus-per-node: --executor debug runs one task"),
@@ -75,7 +75,7 @@ def test_bad_input_is_refused_before_anything_is_queued(
     site: Site, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(site.folder)
-    plain = ["plugins=[]", "method=pgd", "run.output=unused"]
+    plain = ["plugins=[]", "method=pgd", "run.output_dir=unused"]
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *plain, *arguments])
     with pytest.raises(UserError, match="^" + re.escape(message)):
         runpy.run_path(LAUNCH)["main"]()
@@ -83,7 +83,7 @@ def test_bad_input_is_refused_before_anything_is_queued(
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(site: Site) -> None:
-    said = site.launch(*CONFIG, "run.output=unused", "--executor", "slurm", "--nodes", "3", code=2)
+    said = site.launch(*CONFIG, "run.output_dir=unused", "--executor", "slurm", "--nodes", "3", code=2)
     assert said.startswith("error: optim.batch_size: 8 does not divide by 3 ranks")
     assert len(said.splitlines()) == 1
 
@@ -92,7 +92,7 @@ def test_settings_of_sbatch_take_the_place_of_ours(
     site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(site.folder)
-    plain = ["plugins=[]", "method=pgd", "run.output=unused", "data.validation=shards", "--dry-run", "--evaluate="]
+    plain = ["plugins=[]", "method=pgd", "run.output_dir=unused", "data.validation=shards", "--dry-run", "--evaluate="]
     asked = ["dependency=singleton", "cpus-per-task=7", "requeue=false", "exclusive=false", "open_mode=truncate"]
     options = [part for name in asked for part in ("--sbatch", name)]
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *plain, *options])
@@ -108,11 +108,11 @@ def test_settings_of_sbatch_take_the_place_of_ours(
 
 def test_settings_that_contradict_the_saved_run_are_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(site.folder)
-    settings = ["plugins=[]", "method=pgd", "run.output=saved"]
+    settings = ["plugins=[]", "method=pgd", "run.output_dir=saved"]
     saved = load_config("config.yaml", [*settings, "optim.lr=0.5"]).model_dump(mode="json")
-    state = site.folder / "saved" / "states" / "10"
+    state = site.folder / "saved" / "checkpoints" / "10"
     state.mkdir(parents=True)
-    (state / "state.json").write_text(json.dumps({"config": saved}))
+    (state / "checkpoint.json").write_text(json.dumps({"config": saved}))
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *settings])
     with pytest.raises(UserError, match=r"saved holds a run with optim.lr=0.5, now it is 0.001"):
         runpy.run_path(LAUNCH)["main"]()
@@ -122,12 +122,12 @@ def test_a_launch_that_fails_leaves_nothing(site: Site, monkeypatch: pytest.Monk
     """No srun; then a plugin that is gone; then a disk that is read-only for one file."""
     monkeypatch.chdir(site.folder)
     monkeypatch.setenv("PATH", str(tmp_path))
-    settings = [*CONFIG, "plugins=[]", "method=pgd", f"run.output={tmp_path}/run"]
+    settings = [*CONFIG, "plugins=[]", "method=pgd", f"run.output_dir={tmp_path}/run"]
     with pytest.raises(UserError, match="there is no srun here"):
         submit(load_config("config.yaml", settings[2:]), settings, Resources(), "slurm", [])
     assert not (tmp_path / "run").exists()
     config = load_config("config.yaml", settings[2:]).model_copy(update={"plugins": ("/nowhere/gone.py",)})
-    with pytest.raises(FileNotFoundError), launching(config.run.output):
+    with pytest.raises(FileNotFoundError), launching(config.run.output_dir):
         make_folder(config)
     monkeypatch.setattr("fulllora_dist.launching.submit.write_record", lambda *_: os.mkdir("/nowhere/at/all"))
     with pytest.raises(FileNotFoundError):
@@ -185,13 +185,13 @@ def test_times_are_slurm_s() -> None:
 
 def test_the_debug_executor_takes_the_same_path_in_one_process(site: Site) -> None:
     site.order()
-    said = site.launch(*CONFIG, "run.output=debug", "optim.epochs=1", "--executor", "debug")
+    said = site.launch(*CONFIG, "run.output_dir=debug", "optim.epochs=1", "--executor", "debug")
     assert "job DEBUG_" in said
     assert site.events("debug") == ["started", "finished"]
     assert "COMPLETED" in site.launch("status", "debug")
     assert (site.folder / "debug" / "adapter" / "adapter.safetensors").exists()
     (site.folder / "orders.json").write_text('{"fail": [0, 0]}')
-    said = site.launch(*CONFIG, "run.output=broken", "optim.epochs=1", "--executor", "debug", code=1)
+    said = site.launch(*CONFIG, "run.output_dir=broken", "optim.epochs=1", "--executor", "debug", code=1)
     assert said.splitlines()[-1].startswith("failed: RuntimeError: no more room on the shelf")
 
 
@@ -201,7 +201,7 @@ def test_jobs_use_their_own_copy_of_the_code_wherever_they_are_launched(site: Si
     output = site.folder / "rooted"
     config = ["--config", str(site.folder / "config.yaml"), f"plugins=[{site.folder}/paced.py]"]
     site.launch(
-        *config, f"run.output={output}", "optim.epochs=1", "--executor", "local", "--no-gpus", "--wait", cwd=ROOT
+        *config, f"run.output_dir={output}", "optim.epochs=1", "--executor", "local", "--no-gpus", "--wait", cwd=ROOT
     )
     launch = output / "launches" / "001"
     note = json.loads((launch / "attempts.jsonl").read_text().splitlines()[0])
@@ -215,7 +215,7 @@ def test_a_local_run_is_cancelled_resumed_and_requeued(site: Site) -> None:
     site.order(seconds=3)
     store = f"tracking.uri=sqlite:///{site.folder}/mlflow.db"
     two = [*CONFIG, "--executor", "local", "--gpus-per-node", "2", "--no-gpus"]
-    run = [*two, "run.output=local", "tracking.enabled=true", store]
+    run = [*two, "run.output_dir=local", "tracking.enabled=true", store]
     site.launch(*run)
     wait_for(site, 2)
     snapshot = site.folder / "local" / "launches" / "001"
@@ -224,7 +224,7 @@ def test_a_local_run_is_cancelled_resumed_and_requeued(site: Site) -> None:
     assert note["code"] == str(snapshot / "code" / "fulllora_dist")
     assert (snapshot / "code" / "paced.py").read_text() == (site.folder / "paced.py").read_text()
     assert re.fullmatch(r"[0-9a-f]{40}", json.loads((snapshot / "code.json").read_text())["commit"])
-    assert site.launch(*run, code=2).startswith("error: run.output: job ")
+    assert site.launch(*run, code=2).startswith("error: run.output_dir: job ")
     assert "cancelled job" in site.launch("cancel", "local")
     until_over(site)
     assert site.events("local") == ["started", "stopped by SIGTERM"]

@@ -15,14 +15,14 @@ import pytest
 from submitit import DebugExecutor
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation.resume_log import Partial
+from fulllora_dist.evaluation.resume_log import ResumeLog
 from fulllora_dist.launching import jobs, worker
 from fulllora_dist.launching.folder import read_attempts
 from fulllora_dist.launching.jobs import RunJob, newest_launch, wait
 from fulllora_dist.launching.report import find_runs, status
 from fulllora_dist.launching.resources import Resources
 from fulllora_dist.launching.submit import _executor, refuse_second
-from fulllora_dist.launching.worker import Attempt
+from fulllora_dist.launching.worker import Worker
 from tests.launching.conftest import LAUNCH, ROOT
 
 STOPPED = 128 + signal.SIGUSR2
@@ -34,7 +34,7 @@ def launched(run: Path, number: int = 1, host: str = os.uname().nodename, execut
     folder.mkdir(parents=True)
     job = {"id": f"99999999{number}", "entry": "train", "tasks": 1}
     (folder / "launch.json").write_text(json.dumps({"executor": executor, "host": host, "jobs": [job]}))
-    settings = {"run": {"output": str(run)}, "tracking": {"enabled": False}, "plugins": ["/nowhere/method.py"]}
+    settings = {"run": {"output_dir": str(run)}, "tracking": {"enabled": False}, "plugins": ["/nowhere/method.py"]}
     (folder / "config.yaml").write_text(json.dumps(settings))
     return folder
 
@@ -62,7 +62,7 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         monkeypatch.setattr(worker, "_exit", exit_by)
         monkeypatch.setattr(worker.store, "stop_retrying", lambda: None)
         with pytest.raises(SystemExit) as left:
-            Attempt(entry, [])()
+            Worker(entry, [])()
         return left.value.code
 
     return run
@@ -73,7 +73,7 @@ def test_a_job_without_progress_gives_up(tmp_path: Path, one_attempt: Callable[.
     folder = launched(tmp_path)
 
     def saved(step: int) -> int:
-        (tmp_path / "states" / str(step)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
         return STOPPED
 
     codes = [one_attempt(folder, lambda step=step: saved(step)) for step in (5, 9, 9, 12, 12, 12)]
@@ -95,7 +95,7 @@ def test_an_evaluation_that_gets_on_does_not(tmp_path: Path, one_attempt: Callab
     folder = launched(tmp_path)
 
     def a_batch_more() -> int:
-        Partial(tmp_path / "evaluation.json.partial", "of this model", 0).keep("pgd20", [1, 0])
+        ResumeLog(tmp_path / "evaluation.json.partial", "of this model", 0).keep("pgd20", [1, 0])
         return STOPPED
 
     assert 1 not in [one_attempt(folder, a_batch_more, entry="evaluate") for _ in range(4)]
@@ -109,7 +109,7 @@ def test_a_bucket_that_does_not_answer_is_no_lack_of_progress(
     def silent(*_: str) -> list[str]:
         raise UserError("the bucket does not answer")
 
-    monkeypatch.setattr(worker, "list_states", silent)
+    monkeypatch.setattr(worker, "list_checkpoints", silent)
     assert 1 not in [one_attempt(folder, lambda: STOPPED) for _ in range(4)]
 
 
@@ -136,7 +136,7 @@ def test_a_mistake_opens_no_debugger(
     monkeypatch.setattr(worker, "join_ranks", lambda _: None)
     monkeypatch.setattr(worker, "entry_point", lambda _: {"main": mistake})
     monkeypatch.setattr("pdb.post_mortem", lambda: pytest.fail("a debugger"))
-    assert DebugExecutor(tmp_path).submit(Attempt("train", [])).results() == [2]
+    assert DebugExecutor(tmp_path).submit(Worker("train", [])).results() == [2]
     assert "error: data.train: it is gone\n" in capsys.readouterr().err
 
 
@@ -205,11 +205,11 @@ def test_only_the_launch_in_question_is_asked_for(tmp_path: Path, monkeypatch: p
     first, second = (launched(tmp_path, number, executor="slurm") for number in (1, 2))
     asked = []
 
-    def facts(job: str) -> dict[str, str]:
+    def metadata(job: str) -> dict[str, str]:
         asked.append(job)
         return {"state": "COMPLETED"}
 
-    monkeypatch.setattr(jobs, "_slurm_facts", facts)
+    monkeypatch.setattr(jobs, "_slurm_facts", metadata)
     assert [job.folder for job in newest_launch(str(tmp_path), "train")] == [second]
     assert [job.folder for job in wait(first)] == [first]
     assert asked == ["999999992", "999999991"]

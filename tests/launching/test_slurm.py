@@ -34,7 +34,7 @@ def cluster(site: Site) -> Iterator[Cluster]:
 def reference(cluster: Cluster, site: Site) -> str:
     """The run that nothing interrupts, and an evaluation after it."""
     site.order()
-    site.launch(*TWO_NODES, "run.output=whole", f"data.validation={site.folder}/shards", "--evaluate", "--wait")
+    site.launch(*TWO_NODES, "run.output_dir=whole", f"data.validation={site.folder}/shards", "--evaluate", "--wait")
     return "whole"
 
 
@@ -48,7 +48,7 @@ def until(condition: Callable[[], object], what: str) -> None:
 def start(site: Site, run: str, *arguments: str, batches: int = 3, seconds: float = 2) -> str:
     """Launch a run of slow steps; its job, once it is in the midst of training."""
     site.order(seconds=seconds)
-    said = site.launch(*TWO_NODES, f"run.output={run}", *arguments)
+    said = site.launch(*TWO_NODES, f"run.output_dir={run}", *arguments)
     until(lambda: site.batches(run) >= batches, f"batch {batches} of {run}")
     return said.rpartition("job ")[2].strip()
 
@@ -121,7 +121,9 @@ def test_a_run_outlives_its_time_limit(cluster: Cluster, site: Site, reference: 
 def test_cancel_saves_and_a_requeue_and_a_lost_node_resume(cluster: Cluster, site: Site, reference: str) -> None:
     """One run, three ends of its job that it is not asked about: SIGTERM comes, and SIGKILL some seconds later."""
     job = start(site, "tossed", seconds=4)  # launch.py takes a while
-    assert f"job {job} of tossed is RUNNING; cancel it first" in site.launch(*TWO_NODES, "run.output=tossed", code=2)
+    assert f"job {job} of tossed is RUNNING; cancel it first" in site.launch(
+        *TWO_NODES, "run.output_dir=tossed", code=2
+    )
     assert f"cancelled job {job}" in site.launch("cancel", "tossed")
     until(lambda: fact(cluster, job, "JobState") == "CANCELLED", "the end of the cancelled job")
     assert site.events("tossed") == ["started", "stopped by SIGTERM"]
@@ -151,7 +153,7 @@ def test_a_task_that_fails_tells_the_caller_why_and_ends_the_others(cluster: Clu
         ("002", {"kill": [3, 1]}, f"task 1: Killed on {cluster.nodes[1]}\n"),
     ):
         site.order(**order)
-        said = site.launch(*TWO_NODES, "run.output=failing", "--wait", code=1)
+        said = site.launch(*TWO_NODES, "run.output_dir=failing", "--wait", code=1)
         job = re.search(r"job (\d+)\n", said)[1]
         assert f"\njob {job} (train) is FAILED: {reason}" in said
         assert f"\njob {job}: {reason}" in site.launch("status", "failing")

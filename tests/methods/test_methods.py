@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS, Method
-from fulllora_dist.methods.base import Means
+from fulllora_dist.methods.base import MetricAverager
 from fulllora_dist.methods.multi_step import Weakened
-from fulllora_dist.methods.warmup import Ramps
+from fulllora_dist.methods.warmup import WarmupSchedule
 from tests import recipes
 from tests.recipes import SOFT, WEAKENED, Recipe, plain_loss
-from tests.tiny import CLASSES, batches, pictures, stir, tiny
+from tests.tiny import CLASSES, batches, images, stir, tiny
 
 EPS, SEED, LR = 0.05, 11, 3e-3
 
 BATCHES = 6
 WARMUP = 4
-WARM, STEP_WARM = {"warmup": WARMUP / BATCHES}, {"step_warmup": WARMUP / BATCHES}
+WARM, STEP_WARM = {"eps_warmup_ratio": WARMUP / BATCHES}, {"step_size_warmup_ratio": WARMUP / BATCHES}
 PGD, NFGSM = {"name": "pgd", "steps": 2}, {"name": "n_fgsm", "noise": 1.5, "step": 0.8}
 RECIPES: dict[str, Recipe] = {
     "standard": {"method": {"name": "standard"}},
@@ -51,10 +51,10 @@ NEWER: dict[str, Recipe] = {
     "pgd, mixed and smoothed": {"method": PGD, "targets": SOFT},
     "pgd, mixup alone": {"method": PGD, "targets": {"mixup": 0.3}},
     "pgd, cutmix alone": {"method": PGD, "targets": {"cutmix": 1.0}},
-    "pgd, step size warm-up": {"method": PGD, "threat": {"warmup": 0.5, "step_warmup": 0.9}},
+    "pgd, step size warm-up": {"method": PGD, "threat": {"eps_warmup_ratio": 0.5, "step_size_warmup_ratio": 0.9}},
     "pgd, attention drop": {"method": {**PGD, "attention_drop": 0.7}},
     "pgd, perturbation mask": {"method": {**PGD, "perturbation_mask": 0.7, "mask_patch": 4}},
-    # one step: in a second one a picture may be left without any perturbation, where the divergence has no gradient
+    # one step: in a second one an image may be left without any perturbation, where the divergence has no gradient
     "trades, weakened": {"method": {"name": "trades", "steps": 1, **WEAKENED}, "threat": WARM},
     "mart, weakened": {"method": {"name": "mart", "steps": 2, **WEAKENED}},
     "trades, mixed and smoothed": {"method": {"name": "trades", "steps": 2}, "targets": SOFT},
@@ -82,7 +82,7 @@ def build(case: str) -> Method:
 
 def passes(case: str) -> tuple[int, int]:
     """(forward, backward) passes of a batch: an attack step takes one each, TRADES' attack clean logits before that,
-    and where the weight step sees clean and perturbed pictures it is two."""
+    and where the weight step sees clean and perturbed images it is two."""
     method = ALL[case]["method"]
     if case in RECIPES and method["name"] != "pgd":
         both = PASSES.get(case, 2)
@@ -164,7 +164,7 @@ def noise(purpose: str, step: int, batch: Batch, radius: float) -> Tensor:
 
 
 def box(x: Tensor, delta: Tensor) -> Tensor:
-    """delta such that x + delta is a picture."""
+    """delta such that x + delta is an image."""
     return torch.max(torch.min(delta, 1 - x), -x)
 
 
@@ -282,7 +282,7 @@ def test_equals_the_paper_over_many_updates(case: str, accumulation: int) -> Non
 
 @pytest.mark.parametrize("case", ALL)
 def test_passes_are_what_theory_says(case: str) -> None:
-    """Counted at the first block, in pictures: every forward and backward through the whole model goes by it."""
+    """Counted at the first block, in images: every forward and backward through the whole model goes by it."""
     model, method = start(), build(case)
     block = model.inner.backbone.get_submodule("blocks.0")
     count = {"forward": 0, "backward": 0}
@@ -316,12 +316,12 @@ def test_metrics_are_means_over_the_batch_that_the_weight_step_saw(case: str, ac
         assert metrics[key].shape == ()
 
 
-def test_a_mixed_picture_is_right_by_its_larger_share() -> None:
+def test_a_mixed_image_is_right_by_its_larger_share() -> None:
     logits, soft = (
         torch.tensor([[2.0, 1.0], [2.0, 1.0], [0.0, 1.0]]),
         torch.tensor([[0.7, 0.3], [0.4, 0.6], [0.1, 0.9]]),
     )
-    means = Means()
+    means = MetricAverager()
     means.add(torch.tensor(1.0), logits, soft)
     assert means.result()["accuracy"].item() == pytest.approx(2 / 3)
 
@@ -368,11 +368,11 @@ def test_attention_drop_belongs_to_the_sample_also_in_windows(family: str) -> No
     """A sample's gradient in a batch is its gradient alone, and dropping changes gradients but no logits."""
     model = stir(tiny(family)).double().eval()
     side = model.info.image_size
-    x, ids = pictures(4, dtype=torch.float64, side=side), torch.arange(4) + 10
+    x, ids = images(4, dtype=torch.float64, side=side), torch.arange(4) + 10
     settings = METHODS["pgd"].Settings(attention_drop=1.0)
 
     def gradient(part: slice, drop: bool) -> tuple[Tensor, Tensor]:
-        weakened = Weakened(settings, None, Ramps(run=9), seed=SEED, step=4, ids=ids[part])
+        weakened = Weakened(settings, None, WarmupSchedule(run=9), seed=SEED, step=4, ids=ids[part])
         leaf = x[part].clone().requires_grad_()
         with weakened.passing(model, 0) if drop else nullcontext():
             logits = model(leaf)

@@ -1,4 +1,4 @@
-"""Mixed pictures: what is drawn, that it belongs to the sample, and that ranks change nothing."""
+"""Mixed images: what is drawn, that it belongs to the sample, and that ranks change nothing."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ SIDE, CLASSES = 32, 4
 
 
 def batch(n: int, first: int = 0) -> Batch:
-    """Each picture of one grey of its own, with labels that differ within a pair."""
+    """Each image of one grey of its own, with labels that differ within a pair."""
     ids = torch.arange(first, first + n)
     greys = (ids.double() + 1) / 10_000
     return Batch(
@@ -24,7 +24,7 @@ def batch(n: int, first: int = 0) -> Batch:
 
 
 def shares(of: Batch, pixels: Tensor) -> Tensor:
-    """Share of each picture's own pixels, read off the greys of a pair."""
+    """Share of each image's own pixels, read off the greys of a pair."""
     own = of.images[:, 0, 0, 0]
     other = own.view(-1, 2).flip(1).flatten()
     return ((pixels.mean(dim=(1, 2, 3)) - other) / (own - other)).clamp(0, 1)
@@ -72,7 +72,7 @@ def test_cutmix_puts_in_a_rectangle_and_labels_follow_its_area() -> None:
     assert float((1 - own).mean()) == pytest.approx(1 / 2 - 1 / 5 + 1 / 48, abs=0.015)
 
 
-def test_both_share_the_mixed_pictures() -> None:
+def test_both_share_the_mixed_images() -> None:
     given = batch(4000)
     x, _ = Mixer(TargetSettings(mixup=1.0, cutmix=1.0, mix_probability=0.6), 1)(given, 0, CLASSES)
     changed = (x != given.images).flatten(1)
@@ -94,7 +94,7 @@ def test_ranks_and_micro_batches_change_nothing(parts: int) -> None:
     assert not torch.equal(Mixer(mixer.settings, 8)(given, 5, CLASSES)[0], whole[0])
 
 
-def test_uint8_pictures_are_mixed_in_pixels() -> None:
+def test_uint8_images_are_mixed_in_pixels() -> None:
     given = batch(4)
     grey = Batch((given.images * 255 * 1000).to(torch.uint8), given.labels, given.ids, given.mask)
     x, y = Mixer(TargetSettings(mixup=1.0), 0)(grey, 0, CLASSES)

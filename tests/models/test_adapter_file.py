@@ -18,19 +18,19 @@ from safetensors.torch import load_file, save, save_file
 import fulllora_dist as fd
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.distributed.comm import Ranks, free_port
+from fulllora_dist.distributed.comm import Comm, free_port
 from fulllora_dist.models.adapter_file import merge
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 from fulllora_dist.registry.card import model_card
 from fulllora_dist.training.build import build_evaluator
-from tests.tiny import ARCHITECTURE, architecture, pictures, roughen, stir, tiny
+from tests.tiny import ARCHITECTURE, architecture, images, roughen, stir, tiny
 
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 FILES = ("adapter.json", "adapter.safetensors")
 MODES = [
     {"finetune": "fulllora"},
     {"finetune": "fulllora", "head": "adapted", "qkv": "shared", "alpha": 7.0, "patch_norm_eps": 0.5},
-    {"finetune": "lora", "placement": ("q", "v", "fc2"), "head": "frozen"},
+    {"finetune": "lora", "components": ("q", "v", "fc2"), "head": "frozen"},
     {"finetune": "full"},
     {"finetune": "head"},
     {"finetune": "layernorm"},
@@ -47,7 +47,9 @@ def weights(path: Path, seed: int) -> str:
 
 
 def from_weights(checkpoint: str, name: str = TAG, **settings: Any) -> AdaptedModel:
-    return create_model(name, **{"checkpoint": checkpoint, "image_size": 16, "architecture": ARCHITECTURE} | settings)
+    return create_model(
+        name, **{"checkpoint_path": checkpoint, "image_size": 16, "model_kwargs": ARCHITECTURE} | settings
+    )
 
 
 def bits(model: AdaptedModel) -> dict[str, bytes]:
@@ -71,7 +73,7 @@ def test_round_trip_is_bit_equal(settings: dict[str, Any], tmp_path: Path) -> No
     fd.save_adapter(model, str(tmp_path / "a"), training={"eps": 4 / 255})
     back = fd.load(str(tmp_path / "a"))
     assert bits(back) == bits(model)
-    assert torch.equal(back(pictures()), model(pictures()))
+    assert torch.equal(back(images()), model(images()))
     assert back.spec == model.spec
     assert back.report == model.report
     assert back.info.sha256 == model.info.sha256
@@ -86,7 +88,9 @@ def test_round_trip_is_bit_equal(settings: dict[str, Any], tmp_path: Path) -> No
 def test_round_trip_over_a_checkpoint_with_chosen_classes(finetune: str, tmp_path: Path) -> None:
     checkpoint = weights(tmp_path / "w.safetensors", seed=1)
     model = stir(
-        from_weights(checkpoint, classes=[4, 1, 2], finetune=finetune, **({"rank": 2} if finetune != "full" else {}))
+        from_weights(
+            checkpoint, class_indices=[4, 1, 2], finetune=finetune, **({"rank": 2} if finetune != "full" else {})
+        )
     )
     fd.save_adapter(model, f"memory://adapter-{finetune}")
     back = fd.load(f"memory://adapter-{finetune}")
@@ -99,7 +103,7 @@ def test_statistics_that_an_earlier_file_lacks_are_the_backbone_s(tmp_path: Path
     name = "xcit_nano_12_p8_224.fb_in1k"
     of_backbone = str(tmp_path / "backbone.safetensors")
     save_file(roughen(tiny("xcit", finetune="full")).backbone.state_dict(), of_backbone)
-    model = stir(from_weights(of_backbone, name=name, architecture=architecture("xcit"), finetune="full"))
+    model = stir(from_weights(of_backbone, name=name, model_kwargs=architecture("xcit"), finetune="full"))
     fd.save_adapter(model, str(tmp_path / "a"))
     names = set(model.backbone.state_dict()) - set(model.trainable())
     assert any(name.endswith("running_mean") for name in names)
@@ -111,12 +115,12 @@ def test_statistics_that_an_earlier_file_lacks_are_the_backbone_s(tmp_path: Path
 def test_a_fully_finetuned_model_is_itself_a_checkpoint(family: str, tag: str, tmp_path: Path) -> None:
     """Also where it has statistics of batch norms, which do not train and are not those of a new model."""
     model = roughen(stir(tiny(family, finetune="full")))
-    expected = model(pictures())
+    expected = model(images())
     fd.save_adapter(model, str(tmp_path))
-    assert torch.equal(fd.load(str(tmp_path))(pictures()), expected)
+    assert torch.equal(fd.load(str(tmp_path))(images()), expected)
     checkpoint = str(tmp_path / "adapter.safetensors")
-    again = from_weights(checkpoint, name=tag, architecture=architecture(family), rank=1)
-    assert torch.equal(again(pictures()), expected)
+    again = from_weights(checkpoint, name=tag, model_kwargs=architecture(family), rank=1)
+    assert torch.equal(again(images()), expected)
     tensors = model.trainable()
     fd.save_adapter(model, str(tmp_path / "average"), state={name: p.detach() / 2 for name, p in tensors.items()})
     halved = fd.load(str(tmp_path / "average"))
@@ -137,11 +141,11 @@ def test_the_backbone_must_be_the_one_it_was_trained_on(tmp_path: Path) -> None:
     fd.save_adapter(model, str(tmp_path / "a"))
     moved = tmp_path / "moved.safetensors"
     Path(first).rename(moved)
-    with pytest.raises(UserError, match=r"model.checkpoint: .*1\.safetensors does not exist"):
+    with pytest.raises(UserError, match=r"model.checkpoint_path: .*1\.safetensors does not exist"):
         fd.load(str(tmp_path / "a"))
     with pytest.raises(UserError, match=f"belongs to {TAG} with fingerprint {model.info.sha256[:12]}, but"):
-        fd.load(str(tmp_path / "a"), checkpoint=second)
-    assert bits(fd.load(str(tmp_path / "a"), checkpoint=str(moved))) == bits(model)
+        fd.load(str(tmp_path / "a"), checkpoint_path=second)
+    assert bits(fd.load(str(tmp_path / "a"), checkpoint_path=str(moved))) == bits(model)
 
 
 def test_a_store_that_does_not_answer_is_one_line() -> None:
@@ -151,16 +155,16 @@ def test_a_store_that_does_not_answer_is_one_line() -> None:
 
 def forge(folder: Path, description: Callable[[dict], object] = id, tensors: Callable[[dict], object] = id) -> None:
     """Change an adapter and make its checksums fit again, as a careful hand would."""
-    facts = json.loads((folder / "adapter.json").read_text())
+    metadata = json.loads((folder / "adapter.json").read_text())
     state = load_file(folder / "adapter.safetensors")
-    description(facts)
+    description(metadata)
     tensors(state)
     content = save(state)
-    facts["sha256"] = hashlib.sha256(content).hexdigest()
-    del facts["checksum"]
-    facts["checksum"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    metadata["sha256"] = hashlib.sha256(content).hexdigest()
+    del metadata["checksum"]
+    metadata["checksum"] = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
     (folder / "adapter.safetensors").write_bytes(content)
-    (folder / "adapter.json").write_text(json.dumps(facts))
+    (folder / "adapter.json").write_text(json.dumps(metadata))
 
 
 def edit(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
@@ -240,19 +244,19 @@ def test_what_signs_a_checkpoint_s_url_is_not_kept(web: str, tmp_path: Path) -> 
     fd.save_adapter(model, folder)
     description = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
     assert description["backbone"]["checkpoint"] == f"{web}/weights.safetensors?***"
-    with pytest.raises(UserError, match=r"signature of .*safetensors\?\*\*\* was not kept; give checkpoint="):
+    with pytest.raises(UserError, match=r"signature of .*safetensors\?\*\*\* was not kept; give checkpoint_path="):
         fd.load(folder)
     for checkpoint in (url, local):
-        assert bits(fd.load(folder, checkpoint=checkpoint)) == bits(model)
+        assert bits(fd.load(folder, checkpoint_path=checkpoint)) == bits(model)
     description["backbone"]["checkpoint"] = url  # as earlier versions wrote it
     assert "dead" not in model_card(description | {"training": {}})
-    config = {"model": {"backbone": "none"}, "data": {"train": "none"}, "run": {"output": "none"}}
+    config = {"model": {"backbone": "none"}, "data": {"train": "none"}, "run": {"output_dir": "none"}}
     config |= {"threat": {"eps": 0.1}, "optim": {"epochs": 1}, "method": {"name": "fgsm_rs"}}
-    ranks = Ranks(0, 1, torch.device("cpu"), control=None)
+    ranks = Comm(0, 1, torch.device("cpu"), control=None)
     evaluator = build_evaluator(Config.model_validate(config), model.info, ranks, f"{web}/adapter?sig=dead")
-    assert evaluator._facts["adapter"] == f"{web}/adapter?***"
+    assert evaluator._metadata["adapter"] == f"{web}/adapter?***"
     for wrong in (f"{web}/gone.safetensors?sig=dead", f"http://me:dead@{web.removeprefix('http://')}/x.pth"):
-        with pytest.raises(UserError, match=r"^model.checkpoint: http") as caught:
+        with pytest.raises(UserError, match=r"^model.checkpoint_path: http") as caught:
             from_weights(wrong)
         assert "dead" not in str(caught.value)
     with pytest.raises(UserError, match=r"has no adapter\.json") as caught:

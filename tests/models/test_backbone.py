@@ -16,7 +16,7 @@ from torch import Tensor
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.backbone import fingerprint
 from fulllora_dist.models.finetune import AdaptedModel, create_model
-from tests.tiny import ARCHITECTURE, pictures
+from tests.tiny import ARCHITECTURE, images
 
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 SIDE, CLASSES = 32, 7
@@ -30,7 +30,7 @@ def random_weights(seed: int = 1, **settings: object) -> dict[str, Tensor]:
 
 def from_file(path: object, **settings: object) -> AdaptedModel:
     return create_model(
-        TAG, **({"checkpoint": str(path), "image_size": SIDE, "architecture": ARCHITECTURE, "rank": 1} | settings)
+        TAG, **({"checkpoint_path": str(path), "image_size": SIDE, "model_kwargs": ARCHITECTURE, "rank": 1} | settings)
     )
 
 
@@ -114,7 +114,7 @@ def test_files_that_are_missing_damaged_or_of_another_model_are_refused(
         "nonsense.safetensors": "does not fit the backbone",
     }
     for name, words in refusals.items():
-        with pytest.raises(UserError, match=f"model.checkpoint: .*{name} {words}") as caught:
+        with pytest.raises(UserError, match=f"model.checkpoint_path: .*{name} {words}") as caught:
             from_file(tmp_path / name)
         assert "\n" not in str(caught.value)
 
@@ -125,22 +125,26 @@ def test_files_that_are_missing_damaged_or_of_another_model_are_refused(
         ("vit_tinny_patch16_224", {}, "timm has no 'vit_tinny_patch16_224'; nearest: vit_tiny_patch16_224"),
         ("vit_tiny_patch16_224.augreg", {}, "has no tag 'augreg'; it has: .*augreg_in21k_ft_in1k"),
         ("vit_tiny_patch16_224", {}, "several sets of weights; write vit_tiny_patch16_224.TAG"),
-        (TAG, {"classes": [0, CLASSES]}, f"model.classes: the checkpoint's head has {CLASSES} classes"),
-        (TAG, {"classes": [-1, 0]}, "model.classes"),
-        (TAG, {"classes": []}, "model.classes: it is empty"),
-        (TAG, {"classes": [1, 2], "num_classes": 3}, "model.num_classes: 3 contradicts the 2 model.classes"),
-        (TAG, {"num_classes": 0}, "model.num_classes: .* has no classes of its own; set it"),
-        (TAG, {"pretrained": False}, "model.checkpoint: .* model.pretrained is false"),
-        (TAG, {"architecture": ARCHITECTURE | {"img_size": 16}}, "img_size is the setting model.image_size"),
-        (TAG, {"architecture": {"rope_jitter_coords": 1.5}}, "model.architecture: rope_jitter_coords draws"),
-        (TAG, {"architecture": ARCHITECTURE | {"depht": 16}}, "timm cannot build .*depht"),
-        (TAG, {"architecture": ARCHITECTURE | {"num_heads": 5}}, "timm cannot build .*divisible"),
+        (TAG, {"class_indices": [0, CLASSES]}, f"model.class_indices: the checkpoint's head has {CLASSES} classes"),
+        (TAG, {"class_indices": [-1, 0]}, "model.class_indices"),
+        (TAG, {"class_indices": []}, "model.class_indices: .*at least 2 items"),
+        (
+            TAG,
+            {"class_indices": [1, 2], "num_classes": 3},
+            "model.num_classes: 3 contradicts the 2 model.class_indices",
+        ),
+        (TAG, {"num_classes": 0}, "model.num_classes: .*greater than or equal to 2"),
+        (TAG, {"pretrained": False}, "model.checkpoint_path: .* model.pretrained is false"),
+        (TAG, {"model_kwargs": ARCHITECTURE | {"img_size": 16}}, "img_size is the setting model.image_size"),
+        (TAG, {"model_kwargs": {"rope_jitter_coords": 1.5}}, "model.model_kwargs: rope_jitter_coords draws"),
+        (TAG, {"model_kwargs": ARCHITECTURE | {"depht": 16}}, "timm cannot build .*depht"),
+        (TAG, {"model_kwargs": ARCHITECTURE | {"num_heads": 5}}, "timm cannot build .*divisible"),
     ],
 )
 def test_names_and_settings_are_refused(name: str, settings: dict, words: str, checkpoint: Path) -> None:
     with pytest.raises(UserError, match=words) as caught:
         create_model(
-            name, **({"checkpoint": str(checkpoint), "image_size": SIDE, "architecture": ARCHITECTURE} | settings)
+            name, **({"checkpoint_path": str(checkpoint), "image_size": SIDE, "model_kwargs": ARCHITECTURE} | settings)
         )
     assert "\n" not in str(caught.value)
 
@@ -149,11 +153,11 @@ def test_features_without_a_classifier_are_no_logits(tmp_path: Path) -> None:
     """DINOv2's tag has none: its model would give features of the width of its blocks."""
     name = "vit_small_patch14_dinov2.lvd142m"
     save_file(timm.create_model(name, **ARCHITECTURE, img_size=SIDE).state_dict(), tmp_path / "w.safetensors")
-    settings = {"checkpoint": str(tmp_path / "w.safetensors"), "image_size": SIDE, "architecture": ARCHITECTURE}
+    settings = {"checkpoint_path": str(tmp_path / "w.safetensors"), "image_size": SIDE, "model_kwargs": ARCHITECTURE}
     with pytest.raises(UserError, match=f"model.num_classes: {name} has no classes of its own; set it"):
         create_model(name, rank=1, **settings)
     model = create_model(name, rank=1, num_classes=CLASSES, **settings)
-    assert model(pictures(side=SIDE)).shape == (4, CLASSES)
+    assert model(images(side=SIDE)).shape == (4, CLASSES)
     assert (model.info.own_classes, model.spec.head) == (False, "trained")
 
 
@@ -164,9 +168,10 @@ def test_chosen_classes_are_rows_of_the_whole_head(name: str, tmp_path: Path) ->
     for parameter in whole.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     save_file(whole.state_dict(), tmp_path / "whole.safetensors")
-    settings = {"checkpoint": str(tmp_path / "whole.safetensors"), "image_size": SIDE, "architecture": ARCHITECTURE}
-    full, cut = (create_model(name, rank=1, classes=classes, **settings) for classes in (None, [5, 0, 2]))
-    x = pictures(side=SIDE)
+    path = str(tmp_path / "whole.safetensors")
+    settings = {"checkpoint_path": path, "image_size": SIDE, "model_kwargs": ARCHITECTURE}
+    full, cut = (create_model(name, rank=1, class_indices=classes, **settings) for classes in (None, [5, 0, 2]))
+    x = images(side=SIDE)
     torch.testing.assert_close(cut(x), full(x)[:, [5, 0, 2]], rtol=0, atol=1e-5)
     assert cut.info.sha256 == full.info.sha256
     assert cut.info.own_classes
@@ -175,7 +180,7 @@ def test_chosen_classes_are_rows_of_the_whole_head(name: str, tmp_path: Path) ->
 
 def test_another_number_of_classes_starts_a_new_head_that_trains(checkpoint: Path, weights: dict[str, Tensor]) -> None:
     model = from_file(checkpoint, num_classes=CLASSES + 1)
-    assert model(pictures(side=SIDE)).shape == (4, CLASSES + 1)
+    assert model(images(side=SIDE)).shape == (4, CLASSES + 1)
     assert not model.info.own_classes
     assert model.spec.head == "trained"
     assert torch.equal(model.backbone.state_dict()["norm.bias"], weights["norm.bias"])
@@ -190,7 +195,7 @@ def test_another_image_size_resamples_the_position_embedding_as_timm_does(
     old["pos_embed"] = torch.randn_like(old["pos_embed"])
     save_file(old, tmp_path / "old.safetensors")
     model = create_model(
-        family, checkpoint=str(tmp_path / "old.safetensors"), image_size=48, architecture=ARCHITECTURE, rank=1
+        family, checkpoint_path=str(tmp_path / "old.safetensors"), image_size=48, model_kwargs=ARCHITECTURE, rank=1
     )
     grid = old["pos_embed"][:, prefix:].reshape(1, 8, 8, -1).permute(0, 3, 1, 2)
     wider = torch.nn.functional.interpolate(grid, size=(12, 12), mode="bicubic", antialias=True)
@@ -198,14 +203,14 @@ def test_another_image_size_resamples_the_position_embedding_as_timm_does(
     torch.testing.assert_close(model.backbone.pos_embed.detach(), expected)
     assert model.info.image_size == 48
     assert model.info.sha256 == fingerprint(old)
-    assert model(pictures(side=48)).shape == (4, CLASSES)
+    assert model(images(side=48)).shape == (4, CLASSES)
 
 
 FROM_HUB = f"""
 import json
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import create_model
-settings = dict(architecture={ARCHITECTURE!r}, image_size={SIDE}, rank=1)
+settings = dict(model_kwargs={ARCHITECTURE!r}, image_size={SIDE}, rank=1)
 sha256 = create_model({TAG!r}, **settings).info.sha256
 try:
     create_model("vit_small_patch16_224.augreg_in1k", **settings)
@@ -231,5 +236,5 @@ def test_a_tag_comes_from_the_hub(weights: dict[str, Tensor], tmp_path: Path) ->
     sha256, message = json.loads(done.stdout.splitlines()[-1])
     assert sha256 == fingerprint(weights)
     assert "vit_small_patch16_224.augreg_in1k could not be had from the hub" in message
-    assert "set model.checkpoint to a local file" in message
+    assert "set model.checkpoint_path to a local file" in message
     assert "\n" not in message

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import AdaptedModel, create_model
-from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, branches, pictures, roughen, stir, tiny
+from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, branches, images, roughen, stir, tiny
 
 BF16, FP32 = torch.bfloat16, torch.float32
 WITHOUT_CHECKPOINTING = ("convit",)
@@ -40,8 +40,8 @@ def saved(model: nn.Module, folder: Path) -> str:
 
 def from_file(family: str, checkpoint: str, **settings: Any) -> AdaptedModel:
     tags = timm.list_pretrained(f"{FAMILIES[family][0]}.*")
-    arguments = {"image_size": SIDE, "architecture": architecture(family), "rank": 1} | settings
-    return create_model(tags[0] if tags else FAMILIES[family][0], checkpoint=checkpoint, **arguments)
+    arguments = {"image_size": SIDE, "model_kwargs": architecture(family), "rank": 1} | settings
+    return create_model(tags[0] if tags else FAMILIES[family][0], checkpoint_path=checkpoint, **arguments)
 
 
 def normalised(model: AdaptedModel, pixels: Tensor) -> Tensor:
@@ -58,24 +58,24 @@ def test_a_checkpoint_with_its_head_with_rows_of_it_and_with_a_new_one(family: s
     assert all(torch.equal(state[name], value) for name, value in theirs.state_dict().items())
     assert (whole.info.own_classes, whole.info.num_classes, whole.spec.head) == (True, 6, "frozen")
     with torch.no_grad():
-        expected = theirs(normalised(whole, pictures()))
-        assert torch.equal(whole(pictures()), expected)
-        cut = from_file(family, path, classes=[5, 0, 2])
-        torch.testing.assert_close(cut(pictures()), expected[:, [5, 0, 2]], rtol=0, atol=1e-5)
+        expected = theirs(normalised(whole, images()))
+        assert torch.equal(whole(images()), expected)
+        cut = from_file(family, path, class_indices=[5, 0, 2])
+        torch.testing.assert_close(cut(images()), expected[:, [5, 0, 2]], rtol=0, atol=1e-5)
     assert (cut.info.own_classes, cut.spec.head, cut.info.sha256) == (True, "frozen", whole.info.sha256)
 
     new = from_file(family, path, num_classes=3)
     heads = {name for name, value in new.backbone.named_parameters() if value.shape != state[name].shape}
     assert heads
     assert all(name.startswith("head") for name in heads)
-    assert (new.info.own_classes, new.spec.head, new(pictures()).shape) == (False, "trained", (4, 3))
+    assert (new.info.own_classes, new.spec.head, new(images()).shape) == (False, "trained", (4, 3))
     assert {name for name in new.trainable() if ".lnlora." not in name} == heads
     adapted = from_file(family, path, head="adapted")
     assert len(branches(adapted)) - len(branches(whole)) == (2 if family == "deit_distilled" else 1)
 
 
 def at_another_size(family: str, theirs: nn.Module) -> nn.Module:
-    """The same weights on a picture of twice the side, in timm's own way, or by hand where timm has none."""
+    """The same weights on an image of twice the side, in timm's own way, or by hand where timm has none."""
     if hasattr(theirs, "set_input_size") and not family.startswith("swin"):
         theirs.set_input_size(img_size=(WIDE, WIDE))
         return theirs
@@ -95,7 +95,7 @@ def test_another_image_size(family: str, tmp_path: Path) -> None:
     theirs = bare(family)
     model = from_file(family, saved(theirs, tmp_path), image_size=WIDE)
     assert model.info.image_size == WIDE
-    x = pictures(side=WIDE)
+    x = images(side=WIDE)
     with torch.no_grad():
         torch.testing.assert_close(model(x), at_another_size(family, theirs)(normalised(model, x)), rtol=0, atol=2e-5)
 
@@ -111,19 +111,19 @@ def test_another_image_size_is_resampled_as_the_name_asks(name: str, tmp_path: P
     overlay = {"file": str(path), "num_classes": CLASSES, "custom_load": False}
     theirs = timm.create_model(name, pretrained=True, img_size=WIDE, pretrained_cfg_overlay=overlay, **settings)
     tag = timm.list_pretrained(f"{name}.*")[0]
-    ours = create_model(tag, checkpoint=str(path), image_size=WIDE, architecture=ARCHITECTURE, rank=1)
+    ours = create_model(tag, checkpoint_path=str(path), image_size=WIDE, model_kwargs=ARCHITECTURE, rank=1)
     assert torch.equal(ours.backbone.pos_embed, theirs.pos_embed)
 
 
-def test_phases_may_have_pictures_of_another_size_where_the_family_takes_them() -> None:
+def test_phases_may_have_images_of_another_size_where_the_family_takes_them() -> None:
     """XCiT as it is, the others as timm resamples them in the pass; CaiT does not."""
     for family in ("xcit", "vit"):
         model, fixed = tiny(family, image_size=WIDE, input_sizes=[SIDE]), tiny(family, image_size=WIDE)
-        assert model(pictures(side=SIDE)).shape == (4, CLASSES)
-        assert torch.equal(model(pictures(side=WIDE)), fixed(pictures(side=WIDE)))
+        assert model(images(side=SIDE)).shape == (4, CLASSES)
+        assert torch.equal(model(images(side=WIDE)), fixed(images(side=WIDE)))
         with pytest.raises(UserError, match=rf"image_size: {SIDE + 1} is no multiple of .* patches of \d pixels"):
             tiny(family, image_size=WIDE, input_sizes=[SIDE + 1])
-    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes pictures of one size only"):
+    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes images of one size only"):
         tiny("cait", input_sizes=[WIDE])
 
 
@@ -131,20 +131,20 @@ def test_phases_may_have_pictures_of_another_size_where_the_family_takes_them() 
 @pytest.mark.parametrize(
     ("family", "settings", "changed", "words"),
     [
-        ("vit", {"image_size": 3}, {}, "model.image_size: vit_tiny_patch16_224 fails on a picture of 3 x 3 x 3"),
-        ("xcit", {}, {"in_chans": 1}, "model.image_size: xcit_nano.* leave out of model.architecture what changes"),
-        ("vit", {}, {"in_chans": 1}, "model.image_size: vit_tiny.* leave out of model.architecture what changes"),
+        ("vit", {"image_size": 3}, {}, "model.image_size: vit_tiny_patch16_224 fails on an image of 3 x 3 x 3"),
+        ("xcit", {}, {"in_chans": 1}, "model.image_size: xcit_nano.* leave out of model.model_kwargs what changes"),
+        ("vit", {}, {"in_chans": 1}, "model.image_size: vit_tiny.* leave out of model.model_kwargs what changes"),
         (
             "vit",
             {},
             {"global_pool": ""},
-            r"model.architecture: .* gives \(1, 17, 4\) for one picture instead of logits",
+            r"model.model_kwargs: .* gives \(1, 17, 4\) for one image instead of logits",
         ),
         (
             "swin",
             {},
             {"global_pool": ""},
-            r"model.architecture: .* gives \(1, 4, 4, 4\) for one picture instead of logits",
+            r"model.model_kwargs: .* gives \(1, 4, 4, 4\) for one image instead of logits",
         ),
     ],
 )
@@ -152,7 +152,7 @@ def test_a_model_that_gives_no_logits_is_refused(
     family: str, settings: dict, changed: dict, words: str, finetune: Any
 ) -> None:
     with pytest.raises(UserError, match=words) as caught:
-        tiny(family, finetune=finetune, architecture=architecture(family) | changed, **settings)
+        tiny(family, finetune=finetune, model_kwargs=architecture(family) | changed, **settings)
     assert "\n" not in str(caught.value)
 
 
@@ -161,7 +161,7 @@ def test_the_weights_of_another_model_are_refused(family: str, tmp_path: Path) -
     deeper = {"depths": (2, 3)} if family.startswith("swin") else {"depth": 3}
     for other in (bare(family, **deeper), bare("vit" if family != "vit" else "beit")):
         if other.state_dict().keys() != bare(family).state_dict().keys():
-            with pytest.raises(UserError, match=r"model.checkpoint: .*does not fit the backbone") as caught:
+            with pytest.raises(UserError, match=r"model.checkpoint_path: .*does not fit the backbone") as caught:
                 from_file(family, saved(other, tmp_path))
             assert "\n" not in str(caught.value)
 
@@ -189,7 +189,7 @@ def test_convits_positions_follow_the_model_also_in_an_older_timm(monkeypatch: p
 
     monkeypatch.setattr(GPSA, "__init__", as_before)
     model = tiny("convit")
-    x = pictures(dtype=torch.float64)
+    x = images(dtype=torch.float64)
     torch.testing.assert_close(model.double()(x).float(), tiny("convit")(x.float()))
     assert tiny("convit", precision="bf16")(x.float()).dtype == FP32
     assert model.to("meta").backbone.blocks[0].attn.rel_indices.is_meta
@@ -200,23 +200,23 @@ def test_training_mode_computes_the_same_and_leaves_the_backbone(family: str) ->
     """No stochastic depth that nobody asked for, and no statistics of a batch."""
     model = stir(roughen(tiny(family)))
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
-    expected = model(pictures())
+    expected = model(images())
     model.train()
-    assert torch.equal(model(pictures()), expected)
+    assert torch.equal(model(images()), expected)
     assert all(torch.equal(value, before[name]) for name, value in model.backbone.state_dict().items())
 
 
 def test_stochastic_depth_that_was_asked_for_is_there() -> None:
     settings = architecture("swin") | {"drop_path_rate": 0.5}
     model = create_model(
-        FAMILIES["swin"][0], pretrained=False, num_classes=CLASSES, image_size=SIDE, architecture=settings, rank=1
+        FAMILIES["swin"][0], pretrained=False, num_classes=CLASSES, image_size=SIDE, model_kwargs=settings, rank=1
     )
     model.train()
-    assert not torch.equal(model(pictures()), model(pictures()))
+    assert not torch.equal(model(images()), model(images()))
 
 
 def gradients(model: AdaptedModel) -> tuple[Tensor, dict[str, Tensor]]:
-    x = pictures(16).requires_grad_()
+    x = images(16).requires_grad_()
     logits = model(x)
     F.cross_entropy(logits, torch.arange(16) % CLASSES).backward()
     assert x.grad is not None
@@ -240,7 +240,7 @@ def test_bf16_is_near_fp32(family: str, finetune: str) -> None:
     assert {seen[path] for path in outside} == {FP32}
     assert {dtype for path, dtype in seen.items() if path not in outside} == {BF16}
     with torch.no_grad(), torch.autocast("cpu", BF16):  # torch's own bf16 of the whole model
-        torchs = exact(pictures(16))
+        torchs = exact(images(16))
     assert 0 < (logits_16 - logits).norm() < 4 * (torchs - logits).norm()
     together = [torch.cat([g.flatten() for g in one.values()]) for one in (wanted, found)]
     assert F.cosine_similarity(*together, dim=0) > 0.99

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.finetune import create_model
-from tests.tiny import ARCHITECTURE, CLASSES, SIDE, branches, pictures, stir, tiny
+from tests.tiny import ARCHITECTURE, CLASSES, SIDE, branches, images, stir, tiny
 
 NORMLESS = ARCHITECTURE | {"norm_layer": torch.nn.Identity}
 HEAD = {"head.weight", "head.bias"}
@@ -43,7 +43,7 @@ def test_exactly_these_train(settings: dict, expected: set[str]) -> None:
     assert {n for n, p in model.backbone.named_parameters() if p.requires_grad} == expected
     before = {name: value.clone() for name, value in model.backbone.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
-    F.cross_entropy(model(pictures()), torch.arange(CLASSES)).backward()
+    F.cross_entropy(model(images()), torch.arange(CLASSES)).backward()
     optimizer.step()
     changed = {name for name, value in model.backbone.state_dict().items() if not torch.equal(value, before[name])}
     idle = {
@@ -99,16 +99,19 @@ def test_the_head_counts_towards_the_budget() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"rank": None, "budget": 0.01}, r"adapter.budget: 0.01 is too small.* takes \d+\.\d+%"),
-        ({"rank": 0}, "adapter.rank: 0 is too small"),
+        (
+            {"rank": None, "trainable_fraction": 0.01},
+            r"adapter.trainable_fraction: 0.01 is too small.* takes \d+\.\d+%",
+        ),
+        ({"rank": 0}, r"adapter.rank: .*greater than or equal to 1 \(got 0\)"),
         ({"finetune": "lroa"}, "finetune: 'lroa' is unknown; known: fulllora, lora"),
-        ({"head": "forzen"}, "adapter.head: 'forzen' is unknown"),
-        ({"qkv": "seperate"}, "adapter.qkv: 'seperate' is unknown"),
-        ({"precision": "bfloat16"}, "model.precision: 'bfloat16' is unknown; known: fp32, bf16"),
+        ({"head": "forzen"}, r"adapter.head: .*'auto', 'frozen', 'trained' or 'adapted' \(got 'forzen'\)"),
+        ({"qkv": "seperate"}, r"adapter.qkv: .*'separate' or 'shared' \(got 'seperate'\)"),
+        ({"precision": "bfloat16"}, r"model.precision: .*'fp32' or 'bf16' \(got 'bfloat16'\)"),
         ({"finetune": "full", "head": "frozen"}, "adapter.head: frozen contradicts finetune: full"),
         ({"finetune": "head", "head": "adapted"}, "adapter.head: adapted contradicts finetune: head"),
         ({"finetune": "layernorm", "head": "adapted"}, "adapter.head: adapted needs branches"),
-        ({"finetune": "layernorm", "architecture": NORMLESS}, "finetune: layernorm finds nothing to train in vit_tiny"),
+        ({"finetune": "layernorm", "model_kwargs": NORMLESS}, "finetune: layernorm finds nothing to train in vit_tiny"),
     ],
 )
 def test_contradictions_are_refused(settings: dict, words: str) -> None:
@@ -117,7 +120,7 @@ def test_contradictions_are_refused(settings: dict, words: str) -> None:
 
 
 def test_alpha_scales_the_branch_and_is_the_rank_unless_given() -> None:
-    x = pictures(dtype=torch.float64)
+    x = images(dtype=torch.float64)
     plain = stir(tiny(head="frozen")).double()
     assert plain.spec.alpha == plain.spec.rank
     same = stir(tiny(head="frozen", alpha=6.0)).double()

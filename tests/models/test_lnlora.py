@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.models.families.beit import CallingAttention
 from fulllora_dist.models.lnlora import LNLoRABranch, LNLoRASplit, attach
-from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, patches, pictures, roughen, stir, tiny
+from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, images, patches, roughen, stir, tiny
 
 RANK, ALPHA, EPS = 3, 5.0, 1e-3
 
@@ -87,7 +87,7 @@ def test_starts_as_the_bare_timm_model_bit_for_bit(family: str, finetune: str, q
     bare = timm.create_model(FAMILIES[family][0], num_classes=CLASSES, img_size=SIDE, **architecture(family)).eval()
     bare.requires_grad_(False)  # some of torch's kernels differ where a weight or a bias table asks for a gradient
     bare.load_state_dict({k: v for k, v in model.backbone.state_dict().items() if ".lnlora." not in k})
-    x = pictures()
+    x = images()
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (bare.pretrained_cfg["mean"], bare.pretrained_cfg["std"]))
     with torch.no_grad():
         assert torch.equal(model(x), bare((x - mean) / std))
@@ -115,7 +115,7 @@ def test_the_biases_of_an_attention_are_added_in_one_operation() -> None:
 def test_bf16_starts_as_the_backbone_without_branches(family: str) -> None:
     """In bf16, too, a branch whose B is zero changes no bit."""
     with_branches, without = (tiny(family, finetune=f, precision="bf16") for f in ("fulllora", "head"))
-    assert torch.equal(with_branches(pictures()), without(pictures()))
+    assert torch.equal(with_branches(images()), without(images()))
 
 
 @pytest.mark.parametrize("qkv", ["separate", "shared"])
@@ -182,7 +182,7 @@ def branch_gradient(pixels: Tensor, **settings: float) -> float:
 
 def test_flat_patches_do_not_blow_up_the_gradient() -> None:
     """LN over a flat patch divides by sqrt(eps): with 1e-6 that is a factor of hundreds, with the default below ten."""
-    grey, noise = torch.full((1, 3, SIDE, SIDE), 0.3), pictures(1)
+    grey, noise = torch.full((1, 3, SIDE, SIDE), 0.3), images(1)
     assert branch_gradient(grey) < 10 * branch_gradient(noise)
     assert branch_gradient(grey, patch_norm_eps=1e-6) > 300 * branch_gradient(noise, patch_norm_eps=1e-6)
     assert branch_gradient(grey, patch_norm_eps=1e-4) == pytest.approx(10 * branch_gradient(grey), rel=1e-4)

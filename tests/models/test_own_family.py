@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.families import FAMILIES, Family, register_family
-from tests.tiny import branches, patches, pictures, roughen, stir
+from tests.tiny import branches, images, patches, roughen, stir
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {"pretrained": False, "num_classes": 4, "image_size": 16, "rank": 3, "head": "adapted"}
@@ -58,7 +58,7 @@ def formula(layer: nn.Module, x: Tensor, scale: float) -> Tensor:
 def test_each_branch_acts(own: ModuleType) -> None:
     model = stir(roughen(fd.create_model("toy_transformer", alpha=2.0, **SETTINGS).double()))
     assert type(model.backbone) is own.ToyTransformer
-    tensors, x = model.trainable(), pictures(dtype=torch.float64)
+    tensors, x = model.trainable(), images(dtype=torch.float64)
     names = branches(model)
     assert len(names) == 1 + 2 * 6 + 1
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -94,8 +94,8 @@ def test_it_computes_in_bf16_and_refuses_checkpointing(own: ModuleType) -> None:
     )
     assert rounded.backbone.layers[0].up.weight.dtype == torch.bfloat16
     assert rounded.backbone.stem.weight.dtype == torch.float32
-    torch.testing.assert_close(rounded(pictures()), exact(pictures()), rtol=0.05, atol=0.05)
-    assert not torch.equal(rounded(pictures()), exact(pictures()))
+    torch.testing.assert_close(rounded(images()), exact(images()), rtol=0.05, atol=0.05)
+    assert not torch.equal(rounded(images()), exact(images()))
     with pytest.raises(UserError, match="toy_transformer of the family toy has none; set it to off"):
         exact.set_activation_checkpointing(True)
 
@@ -122,7 +122,7 @@ def test_its_adapter_loads_where_its_module_is_imported(own: ModuleType, plugin:
     model = stir(fd.create_model("toy_transformer", **SETTINGS))
     fd.save_adapter(model, str(tmp_path))
     again = fd.load(str(tmp_path))
-    assert torch.equal(again(pictures()), model(pictures()))
+    assert torch.equal(again(images()), model(images()))
     module = Path(own.__file__ or "")
     paths = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     paths += f"sys.path.insert(0, {str(module.parent)!r})\n" if plugin == "import" else ""
@@ -189,7 +189,7 @@ def test_what_would_silently_not_act_is_refused() -> None:
         with pytest.raises(
             UserError, match="reads_weights has the layer extra, which is not known to the family reads"
         ):
-            fd.create_model("reads_weights", architecture={"extra": True}, **SETTINGS)
+            fd.create_model("reads_weights", model_kwargs={"extra": True}, **SETTINGS)
         with pytest.raises(UserError, match="family other: Reads belongs to the family reads"):
             register_family(Family(name="other", models=(Reads,), parts={}, blocks=()))
         with pytest.raises(UserError, match="family ViT: another family has this name"):

@@ -14,8 +14,8 @@ from tests.tiny import (
     SIDE,
     architecture,
     branches,
+    images,
     patches,
-    pictures,
     roughen,
     softmax_ignores,
     stir,
@@ -90,7 +90,7 @@ def reference(model: AdaptedModel, family: str, pixels: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_branch_alone_changes_the_logits_learns_and_equals_the_formula(family: str) -> None:
     model = stir(roughen(tiny(family, head="adapted", alpha=2.0).double()))
-    x, labels = pictures(dtype=torch.float64), torch.arange(4)
+    x, labels = images(dtype=torch.float64), torch.arange(4)
     own = model.trainable()
     full = {name: own[f"{name}.B"].detach().clone() for name in branches(model)}
     assert len(full) == EXPECTED_BRANCHES[family]
@@ -114,7 +114,7 @@ def test_each_branch_alone_changes_the_logits_learns_and_equals_the_formula(fami
 
 @pytest.mark.parametrize("component", ["patch_embed", "q", "k", "v", "proj", "fc1", "fc2"])
 def test_a_placement_puts_branches_there_and_nowhere_else(component: str) -> None:
-    model = tiny("aimv2_swiglu", placement=(component,), head="frozen")
+    model = tiny("aimv2_swiglu", components=(component,), head="frozen")
     where = {"proj": "attn.proj.lnlora", "fc1": "mlp.fc1_", "fc2": "mlp.fc2.lnlora"}
     mark = where.get(component, f"qkv.lnlora.{component}" if component in "qkv" else "patch_embed.proj.lnlora")
     count = {"patch_embed": 1, "fc1": 4}.get(component, 2)
@@ -125,9 +125,9 @@ def test_a_placement_puts_branches_there_and_nowhere_else(component: str) -> Non
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"placement": ("q", "fc3")}, "fc3.*known.*patch_embed"),
-        ({"placement": ()}, "no component"),
-        ({"placement": ("q", "v"), "qkv": "shared"}, "adapter.qkv.*separate"),
+        ({"components": ("q", "fc3")}, "adapter.components.1: .*patch_embed.*got 'fc3'"),
+        ({"components": ()}, "no component"),
+        ({"components": ("q", "v"), "qkv": "shared"}, "adapter.qkv.*separate"),
     ],
 )
 def test_a_placement_that_makes_no_sense_is_refused(settings: dict, words: str) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.models.finetune import AdaptedModel
-from tests.tiny import CLASSES, FAMILIES, pictures, stir, tiny
+from tests.tiny import CLASSES, FAMILIES, images, stir, tiny
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FROZEN_BLOCKS = ("fulllora", "lora", "head")
@@ -22,7 +22,7 @@ def seen_dtypes(model: AdaptedModel) -> dict[str, tuple[torch.dtype, torch.dtype
             module.register_forward_hook(
                 lambda _, args, out, name=name: seen.__setitem__(name, (args[0].dtype, out.dtype))
             )
-    assert model(pictures()).dtype == FP32
+    assert model(images()).dtype == FP32
     return seen
 
 
@@ -52,7 +52,7 @@ def test_bf16_is_near_fp32_and_gradients_are_fp32(finetune: str) -> None:
     exact, rounded = (stir(tiny(finetune=finetune, precision=p)) for p in ("fp32", "bf16"))
     results = []
     for model in (exact, rounded):
-        x = pictures(16).requires_grad_()
+        x = images(16).requires_grad_()
         logits = model(x)
         F.cross_entropy(logits, torch.arange(16) % CLASSES).backward()
         gradients = {name: p.grad for name, p in model.trainable().items()}
@@ -72,7 +72,7 @@ def test_checkpointed_blocks_in_bf16_give_the_same_gradients(finetune: str) -> N
     for checkpointing in (False, True):
         model = stir(tiny(finetune=finetune, precision="bf16"))
         model.backbone.set_grad_checkpointing(checkpointing)
-        x = pictures().requires_grad_()
+        x = images().requires_grad_()
         F.cross_entropy(model(x), torch.arange(4)).backward()
         gradients.append([x.grad, *(p.grad for p in model.trainable().values())])
         assert not torch.is_autocast_enabled("cpu")
@@ -91,24 +91,24 @@ def burst(*_: object) -> None:
 @pytest.mark.parametrize("before", [True, False], ids=["before it", "after it"])
 def test_an_exception_in_a_block_leaves_no_autocast_behind(where: str, before: bool) -> None:
     model = tiny(finetune="full", precision="bf16")
-    expected = model(pictures())
+    expected = model(images())
     module = model.backbone.get_submodule(where)
     handle = module.register_forward_pre_hook(burst) if before else module.register_forward_hook(burst)
     for _ in range(2):
         with pytest.raises(Burst):
-            model(pictures())
+            model(images())
         assert not torch.is_autocast_enabled("cpu")
     handle.remove()
-    assert torch.equal(model(pictures()), expected)
+    assert torch.equal(model(images()), expected)
     assert torch.randn(2, 2).matmul(torch.randn(2, 2)).dtype == FP32
 
 
 @pytest.mark.parametrize("finetune", ["fulllora", "full"])
 def test_a_deep_copy_is_equal_and_apart(finetune: str) -> None:
     model = stir(tiny(finetune=finetune, precision="bf16"))
-    expected = model(pictures())
+    expected = model(images())
     twin = copy.deepcopy(model)
-    assert torch.equal(twin(pictures()), expected)
+    assert torch.equal(twin(images()), expected)
     assert set(twin.trainable()) == set(model.trainable())
     branches = {name: p for name, p in twin.trainable().items() if ".lnlora." in name}
     for parameter in branches.values():
@@ -116,8 +116,8 @@ def test_a_deep_copy_is_equal_and_apart(finetune: str) -> None:
     timm_state = {n: torch.zeros_like(v) for n, v in twin.backbone.state_dict().items() if ".lnlora." not in n}
     twin.load_state_dict(timm_state, strict=True)
     assert all(bool((parameter == 2).all()) for parameter in branches.values())
-    assert not torch.equal(twin(pictures()), expected)
-    assert torch.equal(model(pictures()), expected)
+    assert not torch.equal(twin(images()), expected)
+    assert torch.equal(model(images()), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -128,7 +128,7 @@ def test_the_backbone_sees_normalised_pixels(family: str, given: tuple | None) -
     mean, std = given or (cfg["mean"], cfg["std"])
     seen: list[Tensor] = []
     model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    x = pictures()
+    x = images()
     model(x)
     for channel in range(3):
         torch.testing.assert_close(seen[0][:, channel], (x[:, channel] - mean[channel]) / std[channel])

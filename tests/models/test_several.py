@@ -12,10 +12,10 @@ from torch import Tensor
 
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
-from tests.tiny import CLASSES, FAMILIES, pictures, stir, tiny
+from tests.tiny import CLASSES, FAMILIES, images, stir, tiny
 
 OTHERS: list[dict[str, Any]] = [
-    {"rank": 2, "placement": ("q", "v", "fc2", "patch_embed")},
+    {"rank": 2, "components": ("q", "v", "fc2", "patch_embed")},
     {"finetune": "lora", "rank": 5, "qkv": "shared", "head": "adapted"},
     {"finetune": "layernorm"},
     {"finetune": "head"},
@@ -48,7 +48,7 @@ def test_each_sample_has_its_own(saved: Callable[..., str]) -> None:
     folders = {f"a{i}": saved(i, **settings) for i, settings in enumerate(OTHERS)}
     several = fd.MultiAdapter(folders).eval()
     alone = {name: fd.load(folder) for name, folder in folders.items()} | {None: bare()}
-    x = pictures(10)
+    x = images(10)
     for name, model in alone.items():
         assert torch.equal(scores(several, x, name), scores(model, x)), name
         assert torch.equal(scores(several, x, [name] * 10), scores(model, x)), name
@@ -70,7 +70,7 @@ def test_every_family(family: str, saved: Callable[..., str]) -> None:
     folders = {name: saved(i, family=family, rank=rank) for i, (name, rank) in enumerate({"a": 2, "b": 3}.items())}
     several = fd.MultiAdapter(folders).eval()
     alone = {name: fd.load(folder) for name, folder in folders.items()}
-    x = pictures(5)
+    x = images(5)
     choice = ["b", None, "a", "b", "a"]
     mixed = scores(several, x, choice)
     apart = {name: scores(model, x) for name, model in (alone | {None: bare(family=family)}).items()}
@@ -84,7 +84,7 @@ def test_every_family(family: str, saved: Callable[..., str]) -> None:
 def test_attacked_as_each_alone(saved: Callable[..., str]) -> None:
     folders = {name: saved(i) for i, name in enumerate("ab")}
     several = fd.MultiAdapter(folders).double().eval()
-    x, y = pictures(6, dtype=torch.float64), torch.arange(6) % CLASSES
+    x, y = images(6, dtype=torch.float64), torch.arange(6) % CLASSES
     choice = ["a", "b", "b", "a", "a", "b"]
     together = fd.pgd(several.select(choice), x, y, eps=8 / 255, steps=3, step_size=2 / 255, random_start=False)
     before = {name: tensor.clone() for name, tensor in several.state_dict().items()}
@@ -100,7 +100,7 @@ def test_attacked_as_each_alone(saved: Callable[..., str]) -> None:
 def test_calls_in_threads_do_not_meet(saved: Callable[..., str]) -> None:
     """Each waits in the midst of its pass until the other is there, too."""
     folders = {name: saved(i) for i, name in enumerate("ab")}
-    several, x = fd.MultiAdapter(folders).eval(), pictures()
+    several, x = fd.MultiAdapter(folders).eval(), images()
     alone = {name: scores(several, x, name) for name in "ab"}
     both = threading.Barrier(2, timeout=60)
 
@@ -134,13 +134,13 @@ def test_what_cannot_share(saved: Callable[..., str]) -> None:
         with pytest.raises(UserError, match=words):
             several.add("b", saved(i + 1, **settings))
     with pytest.raises(UserError, match="there is no 'b'; there are: a"):
-        several(pictures(), "b")
+        several(images(), "b")
     with pytest.raises(UserError, match="2 names for 4 samples; one for each is right"):
-        several(pictures(4), ["a", None])
+        several(images(4), ["a", None])
     with pytest.raises(UserError, match="the name 'a' is taken"):
         several.add("a", saved(9))
     several.add("b", saved(10, rank=1))
     several.remove("a")
     assert several.adapters == ("b",)
     assert not [name for name in several.state_dict() if ".a." in name], "its memory is given back"
-    assert torch.equal(scores(several.eval(), pictures(), "b"), scores(fd.load(saved(10, rank=1)), pictures()))
+    assert torch.equal(scores(several.eval(), images(), "b"), scores(fd.load(saved(10, rank=1)), images()))

@@ -83,10 +83,10 @@ def test_a_row_holds_for_each_name_in_it() -> None:
 def test_a_name_on_the_command_line() -> None:
     command = [sys.executable, "tools/backbones.py", "--json", "convit_tiny", "resnet18"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
-    facts = json.loads(done.stdout)
-    assert facts["convit_tiny"]["family"] == "ConViT"
-    assert facts["convit_tiny"]["branches"] == 1 + 12 * 6
-    assert "resnet18 has the model class ResNet" in facts["resnet18"]["reason"]
+    metadata = json.loads(done.stdout)
+    assert metadata["convit_tiny"]["family"] == "ConViT"
+    assert metadata["convit_tiny"]["branches"] == 1 + 12 * 6
+    assert "resnet18 has the model class ResNet" in metadata["resnet18"]["reason"]
     unknown = subprocess.run([*command, "convitt_tiny"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert unknown.returncode == 2
     assert "timm has no 'convitt_tiny'; nearest: convit_tiny" in unknown.stderr

@@ -67,8 +67,8 @@ def adapter(tmp_path: Path) -> Callable[..., str]:
     return make
 
 
-def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **facts: Any) -> dict[str, Any]:
-    """evaluation.json of pictures that are right (1) or not under pgd20."""
+def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **metadata: Any) -> dict[str, Any]:
+    """evaluation.json of images that are right (1) or not under pgd20."""
     labels = np.arange(len(robust)) % CLASSES
     classes = TRAINING["data"]["classes"]
     clean = np.ones_like(robust) if clean is None else clean
@@ -86,9 +86,9 @@ def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **facts: Any
         "more_eps": [],
         "checks": {"square": {"n": 50}},
         "warnings": [],
-    } | facts
+    } | metadata
 
 
 def right(n: int, of: int = 200) -> np.ndarray:
-    """The first n of so many pictures are right."""
+    """The first n of so many images are right."""
     return (np.arange(of) < n).astype(int)

@@ -53,10 +53,10 @@ def test_a_life_of_champions(registry: Registry, versions: list[Version]) -> Non
 
     with pytest.raises(UserError, match="--force: it needs a reason"):
         promote(registry, address(one), RULES, force=" ")
-    forced = promote(registry, address(one), RULES, force="the pictures of 2 were mislabelled")
+    forced = promote(registry, address(one), RULES, force="the images of 2 were mislabelled")
     assert (forced.outcome, forced.champion, forced.previous) == ("promoted", 1, 2)
     tags = registry.find(address(one)).tags
-    assert tags["forced"] == "the pictures of 2 were mislabelled"
+    assert tags["forced"] == "the images of 2 were mislabelled"
     assert "less robust" in tags["gate"]
 
     assert promote(registry, address(three), RULES).outcome == "promoted"

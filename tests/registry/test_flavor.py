@@ -28,7 +28,7 @@ from tests.registry.conftest import EPS, TRAINING, evaluation, right
 from tests.tiny import CLASSES, SIDE, stir, tiny
 
 
-def uint8_pictures(n: int = 5) -> np.ndarray:
+def uint8_images(n: int = 5) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (n, SIDE, SIDE, 3), dtype=np.uint8)
 
 
@@ -55,7 +55,7 @@ def test_saved_and_loaded_both_ways(tmp_path: Path) -> None:
         "MLmodel", "README.md", "adapter.json", "adapter.safetensors", "conda.yaml", "python_env.yaml",
         "requirements.txt",
     ]  # fmt: skip
-    x = uint8_pictures(70)
+    x = uint8_images(70)
     assert np.array_equal(native(flavor.load_model(path), x[:5]), native(model, x[:5]))
     loaded = mlflow.pyfunc.load_model(path)
     scores = loaded.predict(x)
@@ -78,7 +78,7 @@ def test_logged_as_mlflow_s_own_flavors_are(sqlite: str) -> None:
     store, model = Registry(sqlite, create=True).store, stir(tiny())
     with mlflow.start_run(experiment_id=store.experiment_id("flavor")) as run:
         info = flavor.log_model(model, registered_model_name="logged")
-    x = uint8_pictures()
+    x = uint8_images()
     for uri in (info.model_uri, "models:/logged/1", f"runs:/{run.info.run_id}/adapter"):
         np.testing.assert_array_equal(mlflow.pyfunc.load_model(uri).predict(x), native(model, x))
         assert np.array_equal(native(flavor.load_model(uri), x), native(model, x))
@@ -91,13 +91,13 @@ def test_the_backbone_must_be_the_right_one(sqlite: str, tmp_path: Path, monkeyp
     address = publish(Registry(sqlite, create=True), str(tmp_path / "adapter")).address
     moved = str(tmp_path / "moved.safetensors")
     Path(first).rename(moved)
-    x = uint8_pictures()
+    x = uint8_images()
     with pytest.raises(UserError, match=f"{address} belongs to .* these weights have .*; give the backbone") as caught:
-        fd.load(address, checkpoint=second)
+        fd.load(address, checkpoint_path=second)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match=r"model.checkpoint: .*1\.safetensors does not exist"):
+    with pytest.raises(UserError, match=r"model.checkpoint_path: .*1\.safetensors does not exist"):
         fd.load(address)
-    assert np.array_equal(native(fd.load(address, checkpoint=moved), x), native(model, x))
+    assert np.array_equal(native(fd.load(address, checkpoint_path=moved), x), native(model, x))
     for wrong in (second, first):
         with pytest.raises(UserError, match=r"give the backbone it was trained on|does not exist"):
             mlflow.pyfunc.load_model(address, model_config={"checkpoint": wrong})
@@ -113,11 +113,11 @@ def test_the_card_says_what_trained_which_batches() -> None:
             {"first": 0, "end": 4, "method": {"name": "standard"}, "eps": None, "image_size": 8},
             {"first": 4, "end": 9, "method": {"name": "pgd"}, "eps": EPS / 2, "image_size": None},
         ],
-        "rollbacks": [{"at": at, "to": 4, "safer_lr": 0.5} for at in (6, 7)],
+        "rollbacks": [{"at": at, "to": 4, "rollback_lr_factor": 0.5} for at in (6, 7)],
     }
     backbone = {"name": "x", "image_size": 16, "num_classes": 4, "checkpoint": None, "pretrained": False, "sha256": "a"}
-    facts = {"backbone": backbone, "training": training, "adapter": adapted, "trainable": 1, "trainable_share": 0.1}
-    card = model_card(facts).splitlines()
+    metadata = {"backbone": backbone, "training": training, "adapter": adapted, "trainable": 1, "trainable_share": 0.1}
+    card = model_card(metadata).splitlines()
     assert "- batches 0 to 4: name standard; clean, 8 pixels" in card
     assert "- batches 4 to 9: name pgd; linf eps = 4/255" in card
     assert "- collapsed at batch 7, went back to 4 and on with 0.25 of the learning rate" in card
@@ -172,7 +172,7 @@ def test_served(server: str, adapter: Callable[..., str]) -> None:
     process = subprocess.Popen([*command, "-p", str(port)], env=environment, start_new_session=True)
     try:
         wait_for(f"http://127.0.0.1:{port}/ping", process)
-        x = uint8_pictures(2)
+        x = uint8_images(2)
         body = json.dumps({"inputs": x.tolist()}).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}

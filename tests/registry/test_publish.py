@@ -20,7 +20,7 @@ from fulllora_dist.registry.publish import publish
 from fulllora_dist.registry.registry import Registry, Version, data_name
 from fulllora_dist.registry.version_tags import Lineage
 from tests.registry.conftest import TRAINING, evaluation, right
-from tests.tiny import pictures
+from tests.tiny import images
 
 
 def test_published_once_and_loaded_as_it_was(
@@ -58,7 +58,7 @@ def test_published_once_and_loaded_as_it_was(
     assert {"MLmodel", "README.md", "requirements.txt", "config.yaml"} <= set(os.listdir(fetched))
     for file in ("adapter.json", "adapter.safetensors"):
         assert Path(fetched, file).read_bytes() == Path(folder, file).read_bytes()
-    x = pictures()
+    x = images()
     expected_logits = fd.load(folder)(x)
     for address in (first.address, first.source, f"runs:/{run}/adapter"):
         assert torch.equal(fd.load(address)(x), expected_logits), address
@@ -137,9 +137,9 @@ class _Dying:
 CALLS = 20  # of publishing an adapter with its evaluation: beyond them nothing is killed
 
 
-def of_attack(n: int, attack: str, **facts: Any) -> dict[str, Any]:
+def of_attack(n: int, attack: str, **metadata: Any) -> dict[str, Any]:
     """An evaluation under that attack."""
-    found = evaluation(right(n), **facts)
+    found = evaluation(right(n), **metadata)
     found["attacks"][attack] = found["attacks"].pop("pgd20")
     return found
 
@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
     "no adapter": (lambda folder: Path(folder, "adapter.json").unlink() or {}, "has no adapter.json"),
     "a NaN metric": (
         lambda folder: {"evaluation": _with_accuracy(float("nan"))},
-        r"evaluation.json: pgd20 at eps 0.03137 has accuracy nan .* 100 of 200 pictures right; evaluate again",
+        r"evaluation.json: pgd20 at eps 0.03137 has accuracy nan .* 100 of 200 images right; evaluate again",
     ),
     "another backbone's evaluation": (
         lambda folder: {"evaluation": evaluation(right(9), backbone="vit_large")},

@@ -30,11 +30,11 @@ def config(adapter: Callable[..., str], tmp_path: Path, request: pytest.FixtureR
         {
             "model": {"backbone": "none"},
             "data": {"train": "none"},
-            "run": {"output": str(output)},
+            "run": {"output_dir": str(output)},
             "optim": {"epochs": 1},
             "threat": {"eps": 0.1},
             "method": {"name": "fgsm_rs"},
-            "tracking": {"registered_model": request.node.name},
+            "tracking": {"registered_model_name": request.node.name},
         }
     )
 
@@ -45,19 +45,19 @@ def run_of(registry: Registry) -> str:
 
 
 def test_a_better_evaluation_stays(sqlite: str, config: Config) -> None:
-    registry, name = Registry(sqlite, create=True), config.tracking.registered_model
+    registry, name = Registry(sqlite, create=True), config.tracking.registered_model_name
     run = run_of(registry)
     said = publish_run(config, SETTINGS, sqlite, run)
     assert said == f"registered: models:/{name}/1; python tools/adapters.py promote {name}/1"
-    first = registry.find(f"{config.tracking.registered_model}/1")
+    first = registry.find(f"{config.tracking.registered_model_name}/1")
     assert first.run_id == run
     assert first.tags["git_commit"] == "c0ffee"
     assert first.tags["n"] == "200"
-    better = Path(config.run.output, "better.json")
+    better = Path(config.run.output_dir, "better.json")
     better.write_text(json.dumps(evaluation(right(200, 400))))
-    call(sqlite, "publish", f"{config.run.output}/adapter", "--evaluation", str(better), "--name", str(name))
+    call(sqlite, "publish", f"{config.run.output_dir}/adapter", "--evaluation", str(better), "--name", str(name))
     assert publish_run(config, SETTINGS, sqlite, run) == said
-    assert registry.find(f"{config.tracking.registered_model}/1").tags["n"] == "400"
+    assert registry.find(f"{config.tracking.registered_model_name}/1").tags["n"] == "400"
 
 
 def test_the_command_for_later(sqlite: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +72,7 @@ def test_the_command_for_later(sqlite: str, config: Config, tmp_path: Path, monk
     arguments = shlex.split(command)
     assert arguments[-2:] == ["--uri", "http://***@127.0.0.1:9"]
     call(sqlite, *arguments[:-2])
-    version = registry.find(f"{config.tracking.registered_model}/1")
+    version = registry.find(f"{config.tracking.registered_model_name}/1")
     assert version.run_id == run
     assert version.tags["git_commit"] == "c0ffee"
     assert version.tags["config_sha256"] == hashlib.sha256(SETTINGS.encode()).hexdigest()

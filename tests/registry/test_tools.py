@@ -45,7 +45,7 @@ def test_from_publishing_to_rolling_back(sqlite: str, adapter: Callable[..., str
         assert code == 0
     assert text == "published: models:/bees/2"
     assert call(sqlite, "promote", "bees/1")[2] == 0
-    text, result, code = call(sqlite, "promote", "bees/2", "--check")
+    text, result, code = call(sqlite, "promote", "bees/2", "--dry-run")
     assert (code, result["passed"]) == (0, True)
     text, result, code = call(sqlite, "promote", "bees/2", "--clean-floor", "1", "--margin", "0")
     assert (code, result["outcome"], result["champion"], result["previous"]) == (0, "promoted", 2, 1)
@@ -108,7 +108,7 @@ def test_the_command_line(sqlite: str) -> None:
 
 def test_layers_by_what_they_do() -> None:
     """Against the matrix that each branch applies, found by sending the unit vectors through it."""
-    a, b = stir(tiny(rank=3), 0), stir(tiny(rank=2, placement=("q", "fc1")), 1)
+    a, b = stir(tiny(rank=3), 0), stir(tiny(rank=2, components=("q", "fc1")), 1)
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def test_layers_by_what_they_do() -> None:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """23 pictures in class folders, one of them damaged."""
+    """23 images in class folders, one of them damaged."""
     rng = np.random.default_rng(0)
     for i in range(23):
         folder = tmp_path / "photos" / CLASSES[i % 4]
@@ -150,7 +150,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def expected(model: fd.AdaptedModel, file: Path) -> tuple[int, float]:
-    """One picture alone."""
+    """One image alone."""
     pixels = EvalTransform(size=SIDE, crop_pct=1.0)(file.read_bytes())
     with torch.no_grad():
         scores = model(pixels[None].float() / 255).softmax(dim=1)[0]
@@ -221,7 +221,7 @@ def test_predictions_that_cannot_be_written_are_refused(photos: Path, tmp_path: 
 
 
 def test_predictions_for_shards(sqlite: str, adapter: Callable[..., str], photos: Path, tmp_path: Path) -> None:
-    """The same as for the pictures that they were made of, and through the registry."""
+    """The same as for the images that they were made of, and through the registry."""
     make_shards(photos, tmp_path / "shards", samples_per_shard=7, progress=False)
     training = TRAINING | {"data": TRAINING["data"] | {"crop_pct": 1.0}}
     folder = adapter(seed=0, training=training)
@@ -249,5 +249,5 @@ def test_predictions_for_shards(sqlite: str, adapter: Callable[..., str], photos
     with pytest.raises(UserError, match=r"out\.txt is neither .jsonl nor .csv"):
         call(sqlite, "predict", folder, str(photos), "--output", str(tmp_path / "out.txt"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty holds no pictures"):
+    with pytest.raises(UserError, match="empty holds no images"):
         call(sqlite, "predict", folder, str(tmp_path / "empty"), "--output", str(tmp_path / "c.csv"))

@@ -55,8 +55,8 @@ def _config(folder: Path, uri: str, **tracking: object) -> Config:
         "threat": {"eps": "8/255"},
         "method": "standard",
         "data": {"train": "shards"},
-        "run": {"output": str(folder / "run")},
-        "tracking": {"uri": uri, "wait_seconds": 200, **tracking},
+        "run": {"output_dir": str(folder / "run")},
+        "tracking": {"uri": uri, "flush_timeout_s": 200, **tracking},
     }
     (folder / "run" / "config.yaml").write_text(json.dumps(values))
     return Config.model_validate(values)
@@ -184,7 +184,7 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(
     tmp_path: Path, database: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The end waits no longer than it is told to, and says what to do; and the tool does it, more than once."""
-    config = _config(tmp_path, f"http://127.0.0.1:{free_port()}", wait_seconds=1)
+    config = _config(tmp_path, f"http://127.0.0.1:{free_port()}", flush_timeout_s=1)
     tracker = Tracker(config.tracked_run(), active=True)
     _log_all(tracker, {})
     began = time.monotonic()
@@ -192,17 +192,17 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(
     assert time.monotonic() - began < 5
     said = capsys.readouterr().err
     assert "1,500 points and 4 other entries are not sent" in said
-    assert f"python tools/sync_tracking.py {config.run.output}" in said
+    assert f"python tools/sync_tracking.py {config.run.output_dir}" in said
 
     shutil.copy(database, tmp_path)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setattr(sys, "argv", ["sync_tracking.py", config.run.output, "--uri", store, "--json"])
+    monkeypatch.setattr(sys, "argv", ["sync_tracking.py", config.run.output_dir, "--uri", store, "--json"])
     assert sync_tracking.main() == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["left"]
     tracker._outbox.run_id = found["run_id"]
     _check_curves(tracker, store)
-    assert sync(config.run.output, store, 60, print) == found, "again"
+    assert sync(config.run.output_dir, store, 60, print) == found, "again"
     _check_curves(tracker, store)
     assert MlflowClient(store).get_run(found["run_id"]).info.status == "FINISHED"
     with pytest.raises(UserError, match=f"{tmp_path}: no tracking/ there; give the output folder of a run with"):

@@ -28,7 +28,7 @@ def _config(folder: Path) -> Config:
             "threat": {"eps": "8/255"},
             "method": "standard",
             "data": {"train": "shards"},
-            "run": {"output": str(folder / "run")},
+            "run": {"output_dir": str(folder / "run")},
             "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
         }
     )
@@ -43,7 +43,7 @@ def config(tmp_path: Path, database: Path) -> Config:
 
 def _runs(config: Config) -> dict[str, str]:
     client = MlflowClient(config.tracking.uri)
-    found = client.search_runs([client.get_experiment_by_name(config.tracking.experiment).experiment_id])
+    found = client.search_runs([client.get_experiment_by_name(config.tracking.experiment_name).experiment_id])
     return {run.info.run_id: run.info.status for run in found}
 
 
@@ -121,7 +121,7 @@ def test_what_a_killed_attempt_has_not_sent_is_sent_by_the_next(config: Config) 
     assert _points(config, second.run_id, "train/loss") == [(1, 1.0), (2, 2.0)], "no state covers the third"
 
     # the answer to the request that made the run was lost, or the file
-    os.unlink(Path(config.run.output, "tracking", "sent.json"))
+    os.unlink(Path(config.run.output_dir, "tracking", "sent.json"))
     third = Tracker(config.tracked_run(), active=True, run_id=second.run_id, step=3)
     third.finish("KILLED")
     assert third.run_id == second.run_id
@@ -131,7 +131,7 @@ def test_what_a_killed_attempt_has_not_sent_is_sent_by_the_next(config: Config) 
 def test_the_run_is_found_whose_making_was_not_heard_of(config: Config) -> None:
     tracker = Tracker(config.tracked_run(), active=True)
     tracker.finish("KILLED")
-    path = Path(config.run.output, "tracking", "sent.json")
+    path = Path(config.run.output_dir, "tracking", "sent.json")
     noted = json.loads(path.read_text())
     path.write_text(json.dumps({"key": noted["key"]}))
     again = Tracker(config.tracked_run(), active=True)
@@ -148,7 +148,7 @@ def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
     first.log({"eval/clean": 0.75}, 3)
     first.commit(3)
     first.finish("FINISHED")
-    written = Path(config.run.output, "metrics.jsonl").read_bytes()
+    written = Path(config.run.output_dir, "metrics.jsonl").read_bytes()
 
     again = Tracker(config.tracked_run(), active=True, run_id=first.run_id, step=1)  # the state of batch 3 is damaged
     assert len(list(again.lines())) == 1
@@ -157,7 +157,7 @@ def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
     again.log({"eval/clean": 0.75}, 3)
     again.commit(3)
     again.finish("FINISHED")
-    assert Path(config.run.output, "metrics.jsonl").read_bytes() == written
+    assert Path(config.run.output_dir, "metrics.jsonl").read_bytes() == written
     assert _points(config, first.run_id, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert _points(config, first.run_id, "eval/clean") == [(3, 0.75)]
 
@@ -178,7 +178,7 @@ def test_a_run_that_goes_back(config: Config) -> None:
         if step == 4:
             tracker.commit(4)
             assert tracker.settle()
-    Path(config.run.output, "occupied").mkdir()
+    Path(config.run.output_dir, "occupied").mkdir()
     with pytest.raises(IsADirectoryError):
         tracker.go_back(2, "occupied")
     assert len(list(tracker.lines())) == 6, "no line is dropped that is not kept elsewhere"
@@ -187,7 +187,7 @@ def test_a_run_that_goes_back(config: Config) -> None:
         tracker.log({"train/loss": 10.0 * step}, step)
     tracker.commit(6)
     tracker.finish("FINISHED")
-    kept = [json.loads(line)["step"] for line in Path(config.run.output, "before.jsonl").read_text().splitlines()]
+    kept = [json.loads(line)["step"] for line in Path(config.run.output_dir, "before.jsonl").read_text().splitlines()]
     assert kept == [3, 4, 5, 6]
     assert [line["train/loss"] for line in tracker.lines()] == [1.0, 2.0, 30.0, 40.0, 50.0, 60.0]
     sent_before, after = [(s, float(s)) for s in (1, 2, 3, 4)], [(s, 10.0 * s) for s in (3, 4, 5, 6)]
@@ -297,7 +297,7 @@ def test_a_tracker_decides_how_often_mlflow_tries(monkeypatch: pytest.MonkeyPatc
     assert os.environ[name] == "5", "its user's"
 
 
-def test_a_signal_leaves_no_time_for_pictures(config: Config) -> None:
+def test_a_signal_leaves_no_time_for_images(config: Config) -> None:
     tracker = Tracker(config.tracked_run(), active=True)
     going_on, drawn = threading.Event(), []
 
@@ -306,8 +306,8 @@ def test_a_signal_leaves_no_time_for_pictures(config: Config) -> None:
         drawn.append(name)
         return Figure()
 
-    tracker.picture("a", lambda: draw("a"))
-    tracker.picture("b", lambda: draw("b"))
+    tracker.figure("a", lambda: draw("a"))
+    tracker.figure("b", lambda: draw("b"))
     tracker.finish("KILLED")
     assert not drawn, "it waits for none"
     going_on.set()
@@ -319,7 +319,7 @@ def test_a_disk_that_takes_half_a_line(config: Config, capsys: pytest.CaptureFix
     settings = config.tracking.model_copy(update={"enabled": False})
     tracker = Tracker(config.model_copy(update={"tracking": settings}).tracked_run(), active=True)
     tracker.log({"train/loss": 1.0}, 1)
-    path = Path(config.run.output, "metrics.jsonl")
+    path = Path(config.run.output_dir, "metrics.jsonl")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, limits[1]))
     try:

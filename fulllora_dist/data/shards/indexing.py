@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index, split_index
 from fulllora_dist.data.index_cache import cache_folder
@@ -181,7 +181,7 @@ def record_scan(job: ScanJob, scan: ShardScan) -> None:
     path = _record(job)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with published(path) as file:
+        with atomic_write(path) as file:
             file.write(pack_columns({"shard": asdict(scan.shard)}, scan.columns))
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from error

@@ -1,4 +1,4 @@
-"""Classes of pictures that lie in no class folder: ImageNet's validation part, mostly."""
+"""Classes of images that lie in no class folder: ImageNet's validation part, mostly."""
 
 import io
 import re
@@ -45,7 +45,7 @@ def _members(path: Path) -> dict[str, bytes]:
 
 
 def _devkit(files: dict[str, bytes], path: Path) -> dict[str, str]:
-    """Line i of the ground truth is the ILSVRC2012_ID of validation picture i; meta.mat gives each ID its WordNet id.
+    """Line i of the ground truth is the ILSVRC2012_ID of validation image i; meta.mat gives each ID its WordNet id.
     IDs are in no order that the sorted class folders have, so both files are needed."""
     from scipy.io import loadmat  # imported here: slow, and needed for this alone
 

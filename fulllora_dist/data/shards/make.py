@@ -1,6 +1,6 @@
-"""Pictures in a folder or tar to WebDataset shards and their index, on disk or in a bucket.
+"""Images in a folder or tar to WebDataset shards and their index, on disk or in a bucket.
 
-The same pictures give the same bytes: the shuffle is keyed, times and owners are fixed. A shard gets its name once it
+The same images give the same bytes: the shuffle is keyed, times and owners are fixed. A shard gets its name once it
 is whole, re-read and equal to what was to be written, and the index comes last, so a run that was cut short goes on
 with what is missing.
 """
@@ -22,11 +22,11 @@ import numpy as np
 from tqdm import tqdm
 from webdataset import ShardWriter
 
-from fulllora_dist.core.atomic import published
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import numpy_rng
 from fulllora_dist.data.decode import centre_crop
-from fulllora_dist.data.images import decode, picture_format
+from fulllora_dist.data.images import decode, image_format
 from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.data.plan import stratified_order
 from fulllora_dist.data.shards.indexing import (
@@ -40,7 +40,7 @@ from fulllora_dist.data.shards.indexing import (
 from fulllora_dist.data.shards.labels import read_labels
 from fulllora_dist.data.shards.pool import run_jobs
 from fulllora_dist.data.shards.scan import ShardScan, scan_file
-from fulllora_dist.data.shards.source import Picture, list_pictures
+from fulllora_dist.data.shards.source import SourceImage, list_images
 from fulllora_dist.storage import store, urls
 
 _SOURCE_NAME = "source.json"
@@ -51,11 +51,11 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclass(frozen=True)
 class _Split:
-    """What one destination will hold: pictures in the order of their ids."""
+    """What one destination will hold: images in the order of their ids."""
 
     name: str
     folder: str
-    pictures: tuple[Picture, ...]
+    images: tuple[SourceImage, ...]
     classes: tuple[str, ...]
     image_size: int | None
     samples_per_shard: int
@@ -66,7 +66,7 @@ class _ShardJob:
     folder: str
     split_name: str
     number: int
-    pictures: tuple[Picture, ...]
+    images: tuple[SourceImage, ...]
     labels: tuple[int, ...]
     image_size: int | None
 
@@ -110,17 +110,17 @@ def make_shards(
         samples_per_shard: the last shard of a split may hold fewer.
         workers: processes; each writes whole shards.
         classes: take only these, label i is classes[i]. Without it all, sorted by name.
-        limit: take only so many pictures, balanced over the classes.
+        limit: take only so many images, balanced over the classes.
         holdout, holdout_destination: what goes to a split of its own there, named `{split_name}-holdout`: a share of
-            each class in (0, 1), or from 1 on so many pictures of each. Which ones follows from their keys: in a share
-            each from its own, so that more pictures later move no other; of a number, a new one may displace one.
+            each class in (0, 1), or from 1 on so many images of each. Which ones follows from their keys: in a share
+            each from its own, so that more images later move no other; of a number, a new one may displace one.
         progress: bars on stderr.
 
     Returns:
         `classes`, `skipped_files` and `splits`: name, folder, samples, shards, bytes and index_hash of each; JSON fits.
 
     Raises:
-        UserError: a bad setting or source, an unreadable picture, a destination with shards of something else.
+        UserError: a bad setting or source, an unreadable image, a destination with shards of something else.
     """
     if not re.fullmatch(r"[\w-]+", split_name):
         raise UserError(f"split name {split_name!r}: letters, digits, - and _ are right")
@@ -129,19 +129,19 @@ def make_shards(
             raise UserError(f"{name} {value}: 1 or more is right")
     if (holdout > 0) != (holdout_destination is not None) or holdout < 0 or (holdout > 1 and holdout % 1):
         raise UserError(
-            f"holdout {holdout:g}: a share below 1, or a number of pictures, with a destination of its own is right"
+            f"holdout {holdout:g}: a share below 1, or a number of images, with a destination of its own is right"
         )
     destinations = [os.fspath(place) for place in (destination, holdout_destination) if place is not None]
     for place in destinations:
         store.refuse_read_only(place)
     if len({place if urls.is_remote(place) else os.path.realpath(place) for place in destinations}) < len(destinations):
-        raise UserError(f"{destination}: the held-out pictures need a folder of their own")
+        raise UserError(f"{destination}: the held-out images need a folder of their own")
 
-    found, skipped = list_pictures(Path(source), None if labels is None else read_labels(Path(labels)))
-    pictures, names = _choose(found, classes, limit)
-    parts = [(split_name, destinations[0], pictures)]
+    found, skipped = list_images(Path(source), None if labels is None else read_labels(Path(labels)))
+    images, names = _choose(found, classes, limit)
+    parts = [(split_name, destinations[0], images)]
     if holdout_destination is not None:
-        kept, held_out = _hold_out(pictures, holdout)
+        kept, held_out = _hold_out(images, holdout)
         parts = [(split_name, destinations[0], kept), (f"{split_name}-holdout", destinations[1], held_out)]
     splits = [
         _Split(name, store.writable_folder(folder), tuple(part), names, image_size, samples_per_shard)
@@ -157,32 +157,32 @@ def make_shards(
 
 
 def _choose(
-    pictures: list[Picture], classes: Sequence[str] | None, limit: int | None
-) -> tuple[list[Picture], tuple[str, ...]]:
-    """The pictures to take, shuffled so that every shard mixes classes, and the class names in label order."""
-    present = {picture.class_name for picture in pictures}
+    images: list[SourceImage], classes: Sequence[str] | None, limit: int | None
+) -> tuple[list[SourceImage], tuple[str, ...]]:
+    """The images to take, shuffled so that every shard mixes classes, and the class names in label order."""
+    present = {image.class_name for image in images}
     names = tuple(sorted(present) if classes is None else classes)
     if len(set(names)) < len(names):
         raise UserError(f"classes {','.join(names)}: a class is named twice")
     if missing := [name for name in names if name not in present]:
-        raise UserError(f"classes: the source has no pictures of {', '.join(missing)}")
+        raise UserError(f"classes: the source has no images of {', '.join(missing)}")
     position = {name: label for label, name in enumerate(names)}
-    taken = [picture for picture in pictures if picture.class_name in position]
+    taken = [image for image in images if image.class_name in position]
     if limit is not None:
         if not len(names) <= limit <= len(taken):
             raise UserError(f"limit {limit}: between {len(names)} (one a class) and {len(taken)} is right")
-        labels = np.array([position[picture.class_name] for picture in taken])
+        labels = np.array([position[image.class_name] for image in taken])
         taken = [taken[i] for i in np.sort(stratified_order(labels)[:limit])]
     shuffled = np.argsort(numpy_rng(0, "make_shards", 0).bit_generator.random_raw(len(taken)), kind="stable")
     return [taken[i] for i in shuffled], names
 
 
-def _hold_out(pictures: list[Picture], amount: float) -> tuple[list[Picture], list[Picture]]:
+def _hold_out(images: list[SourceImage], amount: float) -> tuple[list[SourceImage], list[SourceImage]]:
     """(kept, held out), both in the order given. The least sha256 of the keys of a class are held out: so many of them,
     or those in the lowest share of all values; at least one, and never all."""
     members: dict[str, list[str]] = {}
-    for picture in pictures:
-        members.setdefault(picture.class_name, []).append(picture.key)
+    for image in images:
+        members.setdefault(image.class_name, []).append(image.key)
     held: set[str] = set()
     for name, keys in members.items():
         keys.sort(key=_hash)
@@ -190,9 +190,9 @@ def _hold_out(pictures: list[Picture], amount: float) -> tuple[list[Picture], li
         if amount < 1:
             count = min(max(1, sum(_hash(key) < amount * 2**256 for key in keys)), len(keys) - 1)
         if not 0 < count < len(keys):
-            raise UserError(f"holdout {amount:g}: class {name} has only {len(keys)} pictures")
+            raise UserError(f"holdout {amount:g}: class {name} has only {len(keys)} images")
         held.update(keys[:count])
-    return [p for p in pictures if p.key not in held], [p for p in pictures if p.key in held]
+    return [p for p in images if p.key not in held], [p for p in images if p.key in held]
 
 
 def _hash(key: str) -> int:
@@ -201,7 +201,7 @@ def _hash(key: str) -> int:
 
 def _claim(split: _Split) -> None:
     """Leave a note in the destination of what it will hold, and refuse one that holds something else."""
-    rows = [(picture.key, picture.size) for picture in split.pictures]
+    rows = [(image.key, image.size) for image in split.images]
     note = {
         "split": split.name,
         "image_size": split.image_size,
@@ -227,12 +227,12 @@ def _claim(split: _Split) -> None:
 def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
     label = {name: i for i, name in enumerate(split.classes)}
     jobs: list[_ShardJob] = []
-    for start in range(0, len(split.pictures), split.samples_per_shard):
-        part = split.pictures[start : start + split.samples_per_shard]
-        labels = tuple(label[picture.class_name] for picture in part)
+    for start in range(0, len(split.images), split.samples_per_shard):
+        part = split.images[start : start + split.samples_per_shard]
+        labels = tuple(label[image.class_name] for image in part)
         jobs.append(_ShardJob(split.folder, split.name, len(jobs), part, labels, split.image_size))
-    with tqdm(total=len(split.pictures), desc=split.name, unit="img", disable=not progress) as bar:
-        made = run_jobs(_make_shard, jobs, workers, lambda job: bar.update(len(job.pictures)))
+    with tqdm(total=len(split.images), desc=split.name, unit="img", disable=not progress) as bar:
+        made = run_jobs(_make_shard, jobs, workers, lambda job: bar.update(len(job.images)))
     index = Index.from_scans(split.folder, [scan for _, scan in made], split.classes)
     index.save()
     for scan_job, _ in made:
@@ -250,7 +250,7 @@ def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
 def _make_shard(job: _ShardJob) -> tuple[ScanJob, ShardScan]:
     """Write the shard unless it is there, and re-read it. One that is there was wholly compared before it got its name:
     keys and labels are enough to know that it belongs here. What was read is recorded, for a run after this one."""
-    expected: dict[str, list[Any]] = {"key": [picture.key for picture in job.pictures], "label": list(job.labels)}
+    expected: dict[str, list[Any]] = {"key": [image.key for image in job.images], "label": list(job.labels)}
     written = None if store.exists(job.url) else _publish(job, expected)
     scan_job = ScanJob(job.url, job.name, version_of(job.url))
     if written is not None:
@@ -264,7 +264,7 @@ def _make_shard(job: _ShardJob) -> tuple[ScanJob, ShardScan]:
 
 def _publish(job: _ShardJob, expected: dict[str, list[Any]]) -> ShardScan:
     if not urls.is_remote(job.url):
-        with published(Path(job.url)) as file:
+        with atomic_write(Path(job.url)) as file:
             return _written(job, file, expected)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, job.name)
@@ -290,31 +290,31 @@ def _compare(scan: ShardScan, expected: dict[str, list[Any]], url: str) -> None:
 
 
 def _write_shard(job: _ShardJob, file: BinaryIO) -> list[int]:
-    """The crc32 of each picture as it was handed to the writer."""
+    """The crc32 of each image as it was handed to the writer."""
     written = []
     with ShardWriter(
-        job.pattern, start_shard=job.number, maxcount=len(job.pictures), maxsize=math.inf, verbose=0,
+        job.pattern, start_shard=job.number, maxcount=len(job.images), maxsize=math.inf, verbose=0,
         opener=lambda _: file, encoder=False, compress=False, mtime=0,
     ) as shard:  # fmt: skip
-        for picture, label in zip(job.pictures, job.labels, strict=True):
-            extension, data = _encoded(picture, job.image_size)
-            shard.write({"__key__": picture.key, extension: data, "cls": str(label).encode()})
+        for image, label in zip(job.images, job.labels, strict=True):
+            extension, data = _encoded(image, job.image_size)
+            shard.write({"__key__": image.key, extension: data, "cls": str(label).encode()})
             written.append(zlib.crc32(data))
     return written
 
 
-def _encoded(picture: Picture, image_size: int | None) -> tuple[str, bytes]:
+def _encoded(image: SourceImage, image_size: int | None) -> tuple[str, bytes]:
     """(extension, bytes), by content: ImageNet has a PNG named .JPEG. Decoded even where bytes are kept."""
-    data = picture.read()
+    data = image.read()
     try:
-        image = decode(data)
+        decoded = decode(data)
     except UserError as error:
-        raise UserError(f"{picture.name}: {error}") from error
-    kind = picture_format(data)
+        raise UserError(f"{image.name}: {error}") from error
+    kind = image_format(data)
     if image_size is None:
         return _EXTENSIONS[kind], data
     kind = "PNG" if kind == "PNG" else "JPEG"
-    small = centre_crop(image, image_size, crop_pct=1.0, crop_mode="center", interpolation="bicubic")
+    small = centre_crop(decoded, image_size, crop_pct=1.0, crop_mode="center", interpolation="bicubic")
     buffer = io.BytesIO()
     small.save(buffer, kind, quality=_JPEG_QUALITY)
     return _EXTENSIONS[kind], buffer.getvalue()

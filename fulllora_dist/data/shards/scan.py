@@ -112,7 +112,7 @@ def scan_stream(
         labels: a .cls is the label where there is one, else a field of the .json.
 
     Raises:
-        UserError: what `walk_tar` refuses; a key that occurs twice; a sample without a picture or without a label, or
+        UserError: what `walk_tar` refuses; a key that occurs twice; a sample without an image or without a label, or
             whose label is no class index; a member that is no plain file, has no extension, or a name that leaves its
             folder. The message names the shard and the offset.
     """
@@ -126,7 +126,7 @@ def scan_stream(
             raise UserError(f"{url}: key {key} occurs twice, at offsets {first} and {offset}")
         where = f"{url}: sample {key} at offset {offset}"
         keys += key.encode("utf-8", "surrogateescape")
-        row = {**_picture(fields, where).row(), "label": _label(fields, where, labels), "key_end": len(keys)}
+        row = {**_image(fields, where).row(), "label": _label(fields, where, labels), "key_end": len(keys)}
         for column, value in row.items():
             rows[column].append(value)
     if length is not None and digest.length != length:
@@ -189,11 +189,11 @@ def _read_field(member: Member, extension: str, where: str) -> _Field:
     return field
 
 
-def _picture(fields: dict[str, _Field], where: str) -> _Field:
-    pictures = [field for extension, field in fields.items() if extension in IMAGE_EXTENSIONS]
-    if len(pictures) != 1:
-        raise UserError(f"{where} has {len(pictures)} pictures; exactly one of {', '.join(IMAGE_EXTENSIONS)} is right")
-    return pictures[0]
+def _image(fields: dict[str, _Field], where: str) -> _Field:
+    images = [field for extension, field in fields.items() if extension in IMAGE_EXTENSIONS]
+    if len(images) != 1:
+        raise UserError(f"{where} has {len(images)} images; exactly one of {', '.join(IMAGE_EXTENSIONS)} is right")
+    return images[0]
 
 
 def _label(fields: dict[str, _Field], where: str, labels: Labels) -> int:

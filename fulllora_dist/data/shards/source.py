@@ -1,4 +1,4 @@
-"""The pictures that shards are made of: in a folder, in a tar of one, or in a tar of tars."""
+"""The images that shards are made of: in a folder, in a tar of one, or in a tar of tars."""
 
 import itertools
 import os
@@ -15,7 +15,7 @@ _SUFFIXES = tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True)
-class Picture:
+class SourceImage:
     """One source file: `name` inside the source, and where its bytes lie (`offset` is 0 for a file of its own)."""
 
     name: str
@@ -41,8 +41,8 @@ class Picture:
         return data
 
 
-def list_pictures(source: Path, labels: Mapping[str, str] | None = None) -> tuple[list[Picture], list[str]]:
-    """(the pictures sorted by key, the names of all other files).
+def list_images(source: Path, labels: Mapping[str, str] | None = None) -> tuple[list[SourceImage], list[str]]:
+    """(the images sorted by key, the names of all other files).
 
     Args:
         source: a folder; an uncompressed tar of one; or an uncompressed tar of such tars, one a class, as ImageNet's
@@ -50,8 +50,8 @@ def list_pictures(source: Path, labels: Mapping[str, str] | None = None) -> tupl
         labels: file name without extension -> class. Without it, the folder (or inner tar) is the class.
 
     Raises:
-        UserError: no such source, no pictures, class folders on different levels or of several roots (train/ and val/),
-            a picture that `labels` does not know, two pictures with one key, what cannot be read.
+        UserError: no such source, no images, class folders on different levels or of several roots (train/ and val/),
+            an image that `labels` does not know, two images with one key, what cannot be read.
     """
     if source.is_dir():
         files = _in_folder(source)
@@ -59,43 +59,43 @@ def list_pictures(source: Path, labels: Mapping[str, str] | None = None) -> tupl
         files = _in_tar(source)
     else:
         raise UserError(f"{source}: no such folder or tar")
-    pictures: list[Picture] = []
+    images: list[SourceImage] = []
     others: list[str] = []
     for file in files:
         name = PurePosixPath(file.name)
         # "._x.jpg" is what macOS puts beside x.jpg
         if name.suffix.lower() in _SUFFIXES and not name.name.startswith("."):
-            pictures.append(file if labels is None else _labelled(file, labels))
+            images.append(file if labels is None else _labelled(file, labels))
         else:
             others.append(file.name)
-    pictures.sort(key=lambda picture: picture.key)
-    if not pictures:
+    images.sort(key=lambda image: image.key)
+    if not images:
         raise UserError(f"{source}: no {', '.join(_SUFFIXES)} files there")
     if labels is None:
-        roots = sorted({str(PurePosixPath(picture.name).parent.parent) for picture in pictures})
-        if not pictures[0].class_name or len(roots) > 1:
+        roots = sorted({str(PurePosixPath(image.name).parent.parent) for image in images})
+        if not images[0].class_name or len(roots) > 1:
             raise UserError(
-                f"{source}: pictures must lie in class folders side by side (or --labels names their classes); "
+                f"{source}: images must lie in class folders side by side (or --labels names their classes); "
                 f"found {', '.join(roots[:4])}"
             )
-    for one, other in itertools.pairwise(pictures):
+    for one, other in itertools.pairwise(images):
         if one.key == other.key:
             raise UserError(f"{source}: {one.name} and {other.name} would both be sample {one.key}; rename one")
-    return pictures, others
+    return images, others
 
 
-def _labelled(picture: Picture, labels: Mapping[str, str]) -> Picture:
-    stem = PurePosixPath(picture.name).stem
+def _labelled(image: SourceImage, labels: Mapping[str, str]) -> SourceImage:
+    stem = PurePosixPath(image.name).stem
     if stem not in labels:
-        raise UserError(f"{picture.name}: the labels file has no class for {stem}")
-    return Picture(picture.name, picture.path, picture.offset, picture.size, labels[stem])
+        raise UserError(f"{image.name}: the labels file has no class for {stem}")
+    return SourceImage(image.name, image.path, image.offset, image.size, labels[stem])
 
 
-def _picture(name: str, path: Path, offset: int, size: int) -> Picture:
-    return Picture(name, path, offset, size, PurePosixPath(name).parent.name)
+def _image(name: str, path: Path, offset: int, size: int) -> SourceImage:
+    return SourceImage(name, path, offset, size, PurePosixPath(name).parent.name)
 
 
-def _in_folder(source: Path) -> Iterator[Picture]:
+def _in_folder(source: Path) -> Iterator[SourceImage]:
     def refuse(error: OSError) -> NoReturn:  # os.walk would leave the folder out
         raise _unreadable(error.filename, error) from error
 
@@ -106,32 +106,32 @@ def _in_folder(source: Path) -> Iterator[Picture]:
                 size = path.stat().st_size
             except OSError as error:
                 raise _unreadable(path, error) from error
-            yield _picture(path.relative_to(source).as_posix(), path, 0, size)
+            yield _image(path.relative_to(source).as_posix(), path, 0, size)
 
 
 def _unreadable(path: str | Path, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be read ({error.strerror}); mend its rights or its link, or take it away")
 
 
-def _in_tar(source: Path) -> Iterator[Picture]:
+def _in_tar(source: Path) -> Iterator[SourceImage]:
     try:
         with open(source, "rb") as file:
             for member in _plain_files(file, str(source), os.fstat(file.fileno()).st_size):
                 if member.name.endswith(".tar"):
                     yield from _in_inner_tar(source, member.name, member.offset_data, member.size)
                 else:
-                    yield _picture(member.name.removeprefix("./"), source, member.offset_data, member.size)
+                    yield _image(member.name.removeprefix("./"), source, member.offset_data, member.size)
     except OSError as error:
         raise _unreadable(source, error) from error
 
 
-def _in_inner_tar(source: Path, name: str, start: int, size: int) -> Iterator[Picture]:
-    """Its pictures, as if they lay in a folder of the tar's name."""
+def _in_inner_tar(source: Path, name: str, start: int, size: int) -> Iterator[SourceImage]:
+    """Its images, as if they lay in a folder of the tar's name."""
     folder = name.removesuffix(".tar")
     with open(source, "rb") as file:
         for member in _plain_files(_Part(file, start, size), f"{source}: {name}", size):
             inner = f"{folder}/{PurePosixPath(member.name).name}".removeprefix("./")
-            yield _picture(inner, source, start + member.offset_data, member.size)
+            yield _image(inner, source, start + member.offset_data, member.size)
 
 
 def _plain_files(stream: Readable, name: str, length: int) -> Iterator[Member]:

@@ -1,5 +1,5 @@
 """ConViT. Its first blocks attend by content, from a fused `qk`, and by position, from `pos_proj`, which does not see
-the picture and stays frozen. timm has no activation checkpointing for it."""
+the image and stays frozen. timm has no activation checkpointing for it."""
 
 from timm.models.convit import GPSA, MHSA, Block, ConVit
 from torch import nn

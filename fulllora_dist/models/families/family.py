@@ -47,7 +47,7 @@ class Family:
         checkpointing: whether the models have `set_grad_checkpointing`.
         convert: a checkpoint under other keys or of another image size -> what `load_state_dict` takes. None: the
             `checkpoint_filter_fn` of the model's module, where it has one.
-        any_size: whether the models take pictures of any size as they are, without timm's `dynamic_img_size`.
+        any_size: whether the models take images of any size as they are, without timm's `dynamic_img_size`.
         prepare: what is done to a new model before anything is adapted.
         plugin: the module to import for a family from outside this package, `__name__` in that module.
     """
@@ -162,7 +162,7 @@ def register_family(family: Family) -> Family:
 
 
 def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size: int, num_classes: int) -> None:
-    """One forward pass on a grey picture: it gives logits, and calls each branch, which would silently never act else.
+    """One forward pass on a grey image: it gives logits, and calls each branch, which would silently never act else.
 
     Raises:
         UserError: it fails, gives something else, or does not call a layer, which is named.
@@ -183,8 +183,8 @@ def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size:
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"model.image_size: {name} fails on a picture of 3 x {image_size} x {image_size} ({reason}); take the size "
-            "that it is made for, and leave out of model.architecture what changes its input"
+            f"model.image_size: {name} fails on an image of 3 x {image_size} x {image_size} ({reason}); take the size "
+            "that it is made for, and leave out of model.model_kwargs what changes its input"
         ) from None
     finally:
         for handle in handles:
@@ -194,7 +194,7 @@ def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size:
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (1, num_classes):
         raise UserError(
-            f"model.architecture: {name} gives {shape or type(logits).__name__} for one picture instead of logits "
+            f"model.model_kwargs: {name} gives {shape or type(logits).__name__} for one image instead of logits "
             f"{(1, num_classes)}; leave out what changes its output, such as global_pool"
         )
     if idle := [site.path for site in sites if site.path not in called]:

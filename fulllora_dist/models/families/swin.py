@@ -1,5 +1,5 @@
 """Swin and SwinV2. SwinV2's attention reads `qkv.weight` with biases of its own; its coordinates' MLP `cpb_mlp` does
-not see the picture and stays frozen."""
+not see the image and stays frozen."""
 
 from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2

@@ -1,4 +1,4 @@
-"""Pictures of a run's end are a nicety."""
+"""Images of a run's end are a nicety."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ from tests.tiny import tiny
 CONFIG = {
     "model": {"backbone": "none"},
     "data": {"train": "none"},
-    "run": {"output": "none"},
+    "run": {"output_dir": "none"},
     "optim": {"epochs": 1},
     "threat": {"eps": 0.1},
     "method": {"name": "fgsm_rs"},
@@ -33,5 +33,5 @@ def test_no_memory_for_them_is_a_warning(capsys: pytest.CaptureFixture[str]) -> 
     tracker: Any = SimpleNamespace(uri="sqlite:///none")
     show_end(tracker, Config.model_validate(CONFIG), tiny(), Full())  # type: ignore[arg-type]
     assert capsys.readouterr().err == (
-        "warning: no pictures of the end (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB)\n"
+        "warning: no images of the end (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB)\n"
     )

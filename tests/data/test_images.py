@@ -75,7 +75,7 @@ def test_both_backends_see_real_jpegs_alike(real_data: Path) -> None:
 
 BROKEN = {
     "nothing": b"",
-    "text": b"no picture",
+    "text": b"no image",
     "cut png": encoded(noise(30, 30))[:900],
     "cut jpeg": encoded(noise(90, 90), "JPEG")[:-200],
     "cut webp": encoded(noise(90, 90), "WEBP")[:500],
@@ -87,7 +87,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("read", [decode, decode_fast])
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_no_whole_picture_is_refused(read: Callable[[bytes], object], name: str) -> None:
+def test_what_is_no_whole_image_is_refused(read: Callable[[bytes], object], name: str) -> None:
     with pytest.raises(UserError, match="no readable JPEG, PNG or WebP"):
         read(BROKEN[name])
 
@@ -102,9 +102,9 @@ def test_rot_that_pillow_passes_over_is_refused() -> None:
 
 
 def test_odd_bytes_between_segments_are_no_rot() -> None:
-    """Some of ImageNet's JPEGs have them; libjpeg warns, and the picture is whole."""
-    picture = smooth(64, 64)
-    data = encoded(picture, "JPEG", quality=95)
+    """Some of ImageNet's JPEGs have them; libjpeg warns, and the image is whole."""
+    image = smooth(64, 64)
+    data = encoded(image, "JPEG", quality=95)
     start = data.index(b"\xff\xda")
     odd = data[:start] + b"\0\0\0" + data[start:]
     assert (decode_fast(odd) == as_array(data)).all()
