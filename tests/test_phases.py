@@ -68,12 +68,11 @@ def test_phases_take_their_share_of_the_updates(phases: list[dict], updates: int
     ("phases", "updates", "number"),
     [
         ([{"fraction": 0.01}, {"fraction": 0.01}, {"fraction": 0.98}], 10, 1),  # the second is over before it begins
-        ([{"fraction": 0.9, "method": {"name": "free", "replays": 8}}, {"fraction": 0.1}], 40, 1),  # Free rounds up to
-        40,
+        ([{"fraction": 0.9, "method": {"name": "free", "replays": 8}}, {"fraction": 0.1}], 40, 1),  # Free rounds up
     ],
 )
 def test_a_phase_without_a_batch_is_refused(phases: list[dict], updates: int, number: int) -> None:
-    with pytest.raises(UserError, match=rf"phases\.{number}\.share: .* leaves no batch"):
+    with pytest.raises(UserError, match=rf"phases\.{number}\.fraction: .* leaves no batch"):
         build_phases(config(phases, optim={"epochs": 1}), steps_per_epoch=updates)
 
 
