@@ -1,6 +1,8 @@
 """The states of one run, as rank 0 keeps them: the newest is found, others are written beside the training."""
 
+import math
 import os
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -78,7 +80,8 @@ class CheckpointManager:
         self.newest: int | None = None
         self._kept: frozenset[int] = frozenset()  # whole ones that are kept besides the newest
         self._damaged: set[int] = set()
-        self._hurried = False
+        self._hurried = self._due = False
+        self._written_at = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "states")
         self._writing: tuple[int, frozenset[int], Future[list[str]]] | None = None
 
@@ -109,6 +112,18 @@ class CheckpointManager:
                 raise UserError(f"run.resume_from: {error}") from None
             found[1].update(mlflow_run_id=None, best=None, guard={})  # that run and its states go on elsewhere
         return found
+
+    def due(self, step: int) -> bool:
+        """Whether one is due after `step` batches: by `run.checkpoint_every`, `run.checkpoint_minutes` or `ask`. It
+        stays due until one is written."""
+        minutes = (time.monotonic() - self._written_at) / 60
+        self._due |= step % self._settings.checkpoint_every == 0
+        self._due |= minutes >= (self._settings.checkpoint_minutes or math.inf)
+        return self._due
+
+    def ask(self) -> None:
+        """Make one due as soon as it can be."""
+        self._due = True
 
     @property
     def idle(self) -> bool:
@@ -166,6 +181,7 @@ class CheckpointManager:
             facts: with what they say of a best and a good state, which are kept besides the newest.
         """
         self.settle()
+        self._due, self._written_at = False, time.monotonic()
         kept = kept_besides(metadata)
         # those before are spared too, until the new ones are whole
         spared = self._damaged | kept | self._kept

@@ -17,7 +17,8 @@ from fulllora_dist.training.context import start_run
 from fulllora_dist.training.finalize import finish, save_best
 from fulllora_dist.training.guard import build_guard
 from fulllora_dist.training.phases import build_phases
-from fulllora_dist.training.trainer import Collapsed, Trainer
+from fulllora_dist.training.rollback import Collapsed
+from fulllora_dist.training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:

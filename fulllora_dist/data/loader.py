@@ -131,8 +131,13 @@ class TrainStream:
             count = len(self._bad | bad.keys())
             raise kind(f"data.max_bad_samples: {count} images cannot be used, {self._max_bad} may be; {why}")
 
+    @property
+    def uncounted_bad(self) -> int:
+        """Bad samples that this rank has met since the last `count_bad`."""
+        return len(self._uncounted)
+
     def count_bad(self, all_gather_list: Callable[[list[BadSample]], list[BadSample]]) -> None:
-        """Count the bad samples that the ranks have met since the last call. Every rank calls it after each batch.
+        """Count the bad samples that the ranks have met since the last call. A collective, for when any has some.
 
         Args:
             union: what the ranks have, together; `Comm.all_gather_list` is meant.

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -59,13 +59,13 @@ class Comm:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def max(self, number: int) -> int:
-        """The largest number that any rank has. Every rank must ask."""
+    def max_each(self, numbers: Sequence[int]) -> list[int]:
+        """The largest that any rank has of each of some numbers. One collective."""
         if self.world == 1:
-            return number
-        vote = torch.tensor([number])
+            return list(numbers)
+        vote = torch.tensor(numbers)
         dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control)
-        return int(vote.item())
+        return vote.tolist()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, on the host; exact for integers."""
@@ -85,7 +85,7 @@ class Comm:
 
     def all_gather_list(self, items: list[Any]) -> list[Any]:
         """The items of all ranks in rank order, on every rank. Cheap where there are none."""
-        if self.world == 1 or not self.max(len(items)):
+        if self.world == 1 or not self.max_each([len(items)])[0]:
             return list(items)
         parts: list[Any] = [None] * self.world
         dist.all_gather_object(parts, items, group=self.control)

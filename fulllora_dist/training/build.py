@@ -12,7 +12,7 @@ from fulllora_dist.data.randaugment import RandAugment
 from fulllora_dist.data.settings import DataSettings
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.distributed.engine import check_batch
+from fulllora_dist.distributed.schedule import check_batch
 from fulllora_dist.evaluation import Evaluator, eval_transform, parse_attacks
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel, build_adapted

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,9 @@ from fulllora_dist.storage import store, urls
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.system import SystemSampler
 from fulllora_dist.training.resume import check_same_run
+
+Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors and metadata."""
 
 
 class RunContext:
@@ -38,7 +41,7 @@ class RunContext:
         self.ranks = ranks
         self.stop = stop
         self.states = CheckpointManager(config.run, self.say)
-        self.saved = self._find_state()
+        self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: its states cannot be read")
         metadata = self.saved[1] if self.saved else {}
         resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         self.settings = urls.redacted(resolved)
@@ -59,20 +62,23 @@ class RunContext:
         if self.ranks.is_main:
             tqdm.write(text, file=sys.stderr)
 
-    def _find_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What rank 0 finds, on every rank: the others need not see its disk."""
+    def on_every_rank(self, read: Callable[[], Checkpoint | None], failing: str) -> Checkpoint | None:
+        """The checkpoint that rank 0 reads: the others need not see its disk. A collective.
 
-        def find() -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-            found = self.states.find()
-            if found is not None:
-                check_same_run(self.config, found[1]["config"], self.config.run.output_dir)
-            return found
-
-        found = self.ranks.run_on_rank0(find, "run.output_dir: its states cannot be read")
-        metadata = self.ranks.broadcast(found and found[1])
+        Raises:
+            SharedUserError: see `Comm.run_on_rank0`.
+        """
+        checkpoint = self.ranks.run_on_rank0(read, failing)
+        metadata = self.ranks.broadcast(checkpoint and checkpoint[1])
         if metadata is None:
             return None
-        return self.ranks.broadcast_tensors(found and found[0]), metadata
+        return self.ranks.broadcast_tensors(checkpoint and checkpoint[0]), metadata
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        checkpoint = self.states.find()
+        if checkpoint is not None:
+            check_same_run(self.config, checkpoint[1]["config"], self.config.run.output_dir)
+        return checkpoint
 
     def _open_output(self, resolved: str) -> None:
         """The config goes where results and states go, which shows that they can be written there; whole only on one's

@@ -31,14 +31,14 @@ class Phase:
 
     Attributes:
         image_size: side in pixels, None for the model's own.
-        safer: how it goes on after a collapse, which may be the method itself.
+        after_rollback: how it is trained after a collapse, which may be the method itself.
     """
 
     first: int
     end: int
     image_size: int | None
     method: Method
-    safer: Method
+    after_rollback: Method
 
     @property
     def updates(self) -> int:
@@ -57,7 +57,7 @@ class Phases:
     def prepare(self, backbone: nn.Module, image_size: int) -> None:
         """`Method.prepare` of each phase, before the first batch; `image_size` is the model's own."""
         for phase in self.phases:
-            for method in {phase.method, phase.safer}:
+            for method in {phase.method, phase.after_rollback}:
                 method.prepare(backbone, phase.image_size or image_size, phase.first)
 
     def at(self, step: int) -> Phase:
@@ -89,9 +89,9 @@ class Phases:
                 phases.append(replace(phase, end=step))
             first, start = phases[-1].end if phases else 0, max(step, phase.first)
             updates = (phase.end - start) * phase.method.updates_per_batch
-            batches = math.ceil(updates / phase.safer.updates_per_batch)
-            rate = phase.safer.updates_per_batch / phase.method.updates_per_batch
-            method, before = copy(phase.safer), phase.method.ramps
+            batches = math.ceil(updates / phase.after_rollback.updates_per_batch)
+            rate = phase.after_rollback.updates_per_batch / phase.method.updates_per_batch
+            method, before = copy(phase.after_rollback), phase.method.ramps
             method.ramps = replace(method.ramps, since=first, planned=before.at(start), rate=before.rate * rate)
             phases.append(replace(phase, first=first, end=first + batches, method=method))
         return Phases(phases)
@@ -134,19 +134,23 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
                 f"those "
                 "before it end with whole batches; a larger share or more optim.epochs is right"
             )
-        safer = _safer(method, config)
-        phases.append(Phase(first, first + batches, wanted.image_size, method, safer))
+        after_rollback = _method_after_rollback(method, config)
+        phases.append(Phase(first, first + batches, wanted.image_size, method, after_rollback))
         first, made = phases[-1].end, made + phases[-1].updates
     ramps = WarmupSchedule(
         round(config.threat.eps_warmup_ratio * first), round(config.threat.step_size_warmup_ratio * first), first
     )
     for phase in phases:
         phase.method.ramps = ramps
-        share = phase.safer.threat.eps / phase.method.threat.eps if phase.method.threat.eps else 1.0
+        share = phase.after_rollback.threat.eps / phase.method.threat.eps if phase.method.threat.eps else 1.0
         # a smaller size is reached sooner, so that nothing shrinks further where a run goes back amid the warm-up
-        phase.safer.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
+        phase.after_rollback.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
     guard = config.guard
-    if guard.on_collapse == "rollback" and guard.rollback_lr_factor == 1 and all(p.safer is p.method for p in phases):
+    if (
+        guard.on_collapse == "rollback"
+        and guard.rollback_lr_factor == 1
+        and all(p.after_rollback is p.method for p in phases)
+    ):
         raise UserError(
             f"guard.rollback_lr_factor: 1 leaves nothing safer after a rollback, as the method stays "
             f"{config.method.name}; "
@@ -155,7 +159,7 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
     return Phases(phases)
 
 
-def _safer(method: Method, config: Config) -> Method:
+def _method_after_rollback(method: Method, config: Config) -> Method:
     """What a phase's method becomes after a collapse.
 
     Raises:

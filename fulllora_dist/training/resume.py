@@ -1,10 +1,10 @@
-"""Whether a checkpoint belongs to the run that wants to resume from it."""
+"""What a run may start from: a checkpoint of the same run, or an adapter of the same backbone."""
 
 from typing import Any
 
 from fulllora_dist.config.schema import Config
-from fulllora_dist.config.training import GuardSettings
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.zero_state import TrainableState
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -59,24 +59,23 @@ def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
         )
 
 
-def _rollback_settings(settings: GuardSettings) -> dict[str, Any]:
-    return settings.model_dump(mode="json", include={"rollback_method", "rollback_lr_factor", "rollback_eps"})
-
-
-def check_rollback_settings(rollback: dict[str, Any], settings: GuardSettings) -> None:
+def check_backbone(model: AdaptedModel, sha256: str) -> None:
     """Raises:
-    UserError: the run went on from its last rollback with another safer setting than this.
+    UserError: a checkpoint of a run with the backbone `sha256` belongs to other weights than the model's.
     """
-    for key, now in _rollback_settings(settings).items():
-        then = rollback.get(key)  # earlier states have no rollback_eps
-        if now != then:
-            raise UserError(
-                f"guard.{key}: the run went back to batch {rollback['to']} and on with {then}, now it is {now}; "
-                "take that again"
-            )
+    if sha256 != model.info.sha256:
+        raise UserError(
+            f"model.checkpoint_path: the run began with weights {sha256[:12]}, these have "
+            f"{str(model.info.sha256)[:12]}; give the same backbone to resume"
+        )
 
 
-def _start_from(model: AdaptedModel, folder: str) -> None:
+def state_of_adapter(model: AdaptedModel, folder: str) -> TrainableState:
+    """The start from a saved adapter: its tensors, no moments, no update made.
+
+    Raises:
+        UserError: naming adapter.init_from, where it is of another backbone or kind.
+    """
     description, tensors = read_adapter(folder)
     theirs = description["backbone"]["sha256"]
     if theirs != model.info.sha256:
@@ -87,4 +86,4 @@ def _start_from(model: AdaptedModel, folder: str) -> None:
             now, then = getattr(mine, key, None), description[section].get(key)
             if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
                 raise UserError(f"adapter.init_from: {folder} was trained with {key} {then}, this run has {now}")
-    model.load_trainable(tensors)
+    return TrainableState(0, {"master": tensors})

@@ -13,8 +13,9 @@ from torch import Tensor
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.distributed.engine import Engine, TrainableState
+from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
+from fulllora_dist.distributed.zero_state import TrainableState
 from fulllora_dist.methods import Method
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 from fulllora_dist.models.settings import Finetune
@@ -143,7 +144,10 @@ def build_engine(
         activation_checkpointing=case.checkpointing,
     )
     block = {"zero_optimization": zero} | (extra or {})
-    return Engine(model or build_model(), optim, settings, block, ranks, UPDATES, state)
+    engine = Engine(model or build_model(), optim, settings, block, ranks, UPDATES)
+    if state is not None:
+        engine.restore(state)
+    return engine
 
 
 def train(ranks: Comm, engine: Engine, method: Method | Phases, data: Sequence[Batch]) -> list[float]:

@@ -34,7 +34,7 @@ from fulllora_dist.training.build import build_model
 from fulllora_dist.training.finalize import finish
 from fulllora_dist.training.guard import Check, Guard, least_that_counts
 from fulllora_dist.training.phases import build_phases
-from fulllora_dist.training.resume import check_rollback_settings
+from fulllora_dist.training.rollback import check_settings
 
 # {factor of the learning rate, which tells the attempts apart: {batch: robust accuracy}}; looks at even batches
 ONCE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.6, 6: 0.65}}
@@ -159,8 +159,8 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
     assert _states(tmp_path / f"amid{stages[0]}").keys() == {2}
     for seen, said in found[: len(stages)]:
         assert seen == [1, 2, 3, 2, 3, 4, 5, 6]
-        safer = f"on with pgd at {size_in('linf', EPS / 2)} and 0.5 of the learning rate"
-        assert sum(f"back to batch 2, {safer}" in line for line in said) == 1
+        safer = f"training with pgd at {size_in('linf', EPS / 2)} and 0.5 of the learning rate"
+        assert sum(f"rolled back to batch 2, {safer}" in line for line in said) == 1
     plain = [_plain(runs["whole", stage], tmp_path / f"plain{stage}") for stage in stages]
     again = [(run, ONCE) for (name, _), run in runs.items() if name != "whole"]
     rest = server.run(2, _train_both, again, plain, timeout=300)[0]
@@ -232,7 +232,7 @@ def test_other_answers(server: RankServer, shards: str, held_out: str, tmp_path:
     assert (last["step"], last["guard/best_step"], last["guard/last_robust_accuracy"]) == (6, 2, 0.1)
 
     assert stopped.startswith("guard.on_collapse: stop: collapse at batch 4: ")
-    assert "the newest good state is that of batch 2;" in stopped
+    assert "the newest good checkpoint is of batch 2;" in stopped
     assert {2, 3} <= _states(tmp_path / "stop").keys(), "nothing is lost"
     config = tmp_path / "stop.yaml"
     config.write_text(json.dumps(make("main", "stop")))
@@ -306,13 +306,11 @@ def test_answers_that_cannot_be_are_refused(
 
 def test_another_safer_setting_is_refused_once_it_is_in_use() -> None:
     rollback = {"at": 4, "to": 2, "rollback_method": None, "rollback_lr_factor": 0.5}
-    check_rollback_settings(rollback, GuardSettings())
-    with pytest.raises(
-        UserError, match=r"guard\.rollback_lr_factor: .* back to batch 2 and on with 0\.5, now it is 0\.25"
-    ):
-        check_rollback_settings(rollback, GuardSettings(rollback_lr_factor=0.25))
-    with pytest.raises(UserError, match=r"guard\.rollback_eps: .* on with 0\.1, now it is None"):
-        check_rollback_settings(rollback | {"rollback_eps": 0.1}, GuardSettings())
+    check_settings(rollback, GuardSettings())
+    with pytest.raises(UserError, match=r"guard\.rollback_lr_factor: .* rolled back to batch 2 with 0\.5, got 0\.25"):
+        check_settings(rollback, GuardSettings(rollback_lr_factor=0.25))
+    with pytest.raises(UserError, match=r"guard\.rollback_eps: .* with 0\.1, got None"):
+        check_settings(rollback | {"rollback_eps": 0.1}, GuardSettings())
 
 
 def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path) -> None:
@@ -351,7 +349,7 @@ def test_a_safer_size_is_never_a_larger_one(
         "eps_warmup_ratio": 1 / 2,
     }  # 3 of 6 batches: a quarter, a half, three quarters of it
     settings["phases"] = [{"fraction": 1 / 3, "eps": EPS * share} for share in (1, 2 / 3, 1 / 3)]
-    safer = [phase.safer for phase in build_phases(Config.model_validate(settings), steps_per_epoch=3).phases]
+    safer = [phase.after_rollback for phase in build_phases(Config.model_validate(settings), steps_per_epoch=3).phases]
     assert [method.threat.eps / EPS for method in safer] == pytest.approx([1 / 2, 1 / 2, 1 / 3])
     half = safer[0]
     assert [half.threat_at(step).eps / EPS for step in range(4)] == pytest.approx([1 / 4, 1 / 2, 1 / 2, 1 / 2])

@@ -18,7 +18,6 @@ from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint, 
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.storage import store
-from fulllora_dist.training import trainer
 from fulllora_dist.training.finalize import finish
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
@@ -203,7 +202,7 @@ def _slow(ranks: Comm, settings: dict) -> list[bool]:
 
     manager.write_checkpoint = slow  # type: ignore[assignment]
     if ranks.rank == 1:
-        trainer.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]  # rank 0's clock counts
+        manager.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]  # rank 0's clock counts
     _, state = _start(ranks, settings)
     for batch in state.batches():
         state.advance(batch)

@@ -28,7 +28,7 @@ def _hang(ranks: Comm, stage: int, hangs_in: str) -> tuple[str | None, float]:
             time.sleep(3 * PATIENCE)
             return None, 0.0
         if hangs_in == "vote":
-            ranks.max(1)
+            ranks.max_each([1])
         method.step(engine, second.split(ranks.world)[ranks.rank], 1)
     except Exception as error:
         return lost_contact(error), time.monotonic() - began

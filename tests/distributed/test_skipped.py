@@ -18,7 +18,8 @@ from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.distributed.engine import Engine, TrainableState
+from fulllora_dist.distributed.engine import Engine
+from fulllora_dist.distributed.zero_state import TrainableState
 from fulllora_dist.methods import METHODS
 
 Change = Callable[[Tensor, Tensor], Tensor]

@@ -1,0 +1,157 @@
+"""What trains, read and written at any ZeRO stage: fp32 masters, AdamW's moments, and what the model computes with.
+
+All that reaches into DeepSpeed's optimizers is here: at stage 0 the optimizer steps the parameters themselves, at 1 and
+2 flat partitions of this rank, at 3 the parameters are partitions too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fulllora_dist.distributed.comm import Comm
+from fulllora_dist.models.finetune import AdaptedModel
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainableState:
+    """The state of everything that trains, bound to no number of ranks and no ZeRO stage.
+
+    Attributes:
+        updates: optimizer updates made.
+        tensors: {"master" | "exp_avg" | "exp_avg_sq" | "ema": {timm name: fp32, full shape, host}}; without
+            moments it is a start from these masters.
+        skipped: updates that were not made, as their loss or gradient was not finite.
+    """
+
+    updates: int
+    tensors: dict[str, dict[str, Tensor]]
+    skipped: int = 0
+
+    @classmethod
+    def of_named(cls, tensors: Mapping[str, Tensor], updates: int, skipped: int) -> "TrainableState":
+        """From the tensors of a checkpoint, see `named`; further kinds of tensors are taken too."""
+        kinds: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            kinds.setdefault(kind, {})[rest] = tensor
+        return cls(updates, kinds, skipped)
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors as they lie in a checkpoint, `<kind>/<name>`."""
+        return {f"{kind}/{name}": tensor for kind, named in self.tensors.items() for name, tensor in named.items()}
+
+
+class ZeroState:
+    """Masters and moments of a DeepSpeed engine.
+
+    Args:
+        engine: DeepSpeed's, before its first step.
+        model: what it wraps.
+        stage: ZeRO stage, 0 to 3.
+    """
+
+    def __init__(self, engine: Any, model: AdaptedModel, stage: int, ranks: Comm):
+        self._optimizer, self._model, self._stage, self._ranks = engine.optimizer, model, stage, ranks
+        self.named = model.trainable()
+        self._prepare_moments()
+
+    def masters(self) -> dict[str, Tensor]:
+        """What the optimizer steps, full shapes on the device. A collective at stage 3."""
+        if self._stage < 3:  # everything that trains is fp32, so the parameters are the masters
+            return {name: p.detach() for name, p in self.named.items()}
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {name: safe_get_full_fp32_param(p) for name, p in self.named.items()}
+
+    def moments(self, key: str) -> dict[str, Tensor]:
+        """One of `MOMENTS`, full shapes on the device. A collective from stage 1 on."""
+        if self._stage == 0:
+            return {name: self._optimizer.state[p][key] for name, p in self.named.items()}
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return {name: safe_get_full_optimizer_state(p, key) for name, p in self.named.items()}
+
+    def load(self, state: TrainableState) -> None:
+        """Set masters, moments and AdamW's count of updates. A collective."""
+        device = self._ranks.device
+        masters = {name: tensor.to(device) for name, tensor in state.tensors["master"].items()}
+        self.show(masters)
+        if self._stage > 0:
+            for name, parameter in self.named.items():
+                self._set_master(parameter, masters[name])
+        for flat in self._flat_masters():
+            self._inner_optimizer().state[flat]["step"].fill_(float(state.updates))
+        for key in MOMENTS:
+            moments = state.tensors.get(key) or {name: torch.zeros_like(t) for name, t in masters.items()}
+            for name, parameter in self.named.items():
+                self._set_moment(parameter, key, moments[name].to(device))
+
+    def show(self, tensors: Mapping[str, Tensor]) -> None:
+        """Compute with these; the masters that the optimizer steps are others, or set back before it does."""
+        if self._stage < 3:
+            self._model.load_trainable(tensors)
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters(list(self.named.values()), modifier_rank=0):
+            self._model.load_trainable(tensors)
+
+    def _prepare_moments(self) -> None:
+        """Give the optimizer the moments it holds before its first update: zeros.
+
+        They are not left to the first step: DeepSpeed links the optimizer's state to the parameters after the first
+        *group* has stepped, and the second group's is then missing for good.
+        """
+        inner = self._inner_optimizer()
+        for flat in self._flat_masters():
+            inner.state[flat] = {
+                "step": torch.tensor(0.0, dtype=torch.float32),
+                **{key: torch.zeros_like(flat) for key in MOMENTS},
+            }
+        if self._stage in (1, 2):
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _inner_optimizer(self) -> Any:
+        return self._optimizer if self._stage == 0 else self._optimizer.optimizer
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The tensors that the inner optimizer steps: parameters at stage 0, flat partitions of this rank above."""
+        if self._stage == 0:
+            return list(self.named.values())
+        zero = self._optimizer
+        return list(zero.single_partition_of_fp32_groups if self._stage < 3 else zero.fp32_partitioned_groups_flat)
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        if self._stage == 0:
+            self._optimizer.state[parameter][key].copy_(value)
+        elif self._stage < 3:
+            from deepspeed.utils import safe_set_full_optimizer_state
+
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            from deepspeed.utils import safe_set_local_optimizer_state
+
+            safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+
+    def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """What the optimizer steps, at ZeRO 1 to 3, where it is another tensor than what the model computes with."""
+        if self._stage < 3:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            from deepspeed.utils import safe_set_local_fp32_param
+
+            safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
+
+    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part of a tensor of full shape at ZeRO-3."""
+        size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+        flat = F.pad(value.flatten(), (0, size * self._ranks.world - value.numel()))  # DeepSpeed pads the last part
+        return flat[self._ranks.rank * size :][:size]
