@@ -138,12 +138,12 @@ def summary(rows: Scores, eps: float) -> str:
     return "\n".join(lines)
 
 
-def atomic_write(registry: Registry, adapter: Path) -> Version:
+def published(registry: Registry, adapter: Path) -> Version:
     """The version that the training run has published its adapter as."""
     description, _ = read_adapter(str(adapter))
     for name in registry.names():
         for version in registry.versions(name):
-            if version.tags.get(SHA256) == description["sha256"]:
+            if version.tags.get(SHA256) == description.sha256:
                 return version
     raise UserError(f"{adapter} is not in the registry; see the messages of its training above")
 
@@ -185,7 +185,7 @@ def main() -> None:
     print(summary(scores, config.threat.eps))
     print(f"image: {figure}")
     registry = Registry(config.tracking_uri())
-    promotion = promote(registry, atomic_write(registry, after / "adapter").address, Rules())
+    promotion = promote(registry, published(registry, after / "adapter").address, Rules())
     print(told(promotion))
     outcome = {
         "clean_before": scores["backbone"]["clean"]["accuracy"],

@@ -78,13 +78,13 @@ def check_rollback_settings(rollback: dict[str, Any], settings: GuardSettings) -
 
 def _start_from(model: AdaptedModel, folder: str) -> None:
     description, tensors = read_adapter(folder)
-    theirs = description["backbone"]["sha256"]
+    theirs = str(description.backbone.sha256)
     if theirs != model.info.sha256:
         ours = str(model.info.sha256)
         raise UserError(f"adapter.init_from: {folder} belongs to weights {theirs[:12]}, not {ours[:12]}")
     for section, mine in (("adapter", model.spec), ("backbone", model.info)):
         for key in ("alpha", "qkv", "patch_norm_eps", "classes", "image_size", "mean", "std"):
-            now, then = getattr(mine, key, None), description[section].get(key)
+            now, then = getattr(mine, key, None), description.content[section].get(key)
             if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
                 raise UserError(f"adapter.init_from: {folder} was trained with {key} {then}, this run has {now}")
     model.load_trainable(tensors)
