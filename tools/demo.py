@@ -25,7 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fulllora_dist.attacks.threat import threat_model
-from fulllora_dist.commands.adapters import as_json, told
+from fulllora_dist.commands.adapter_actions import as_json, describe
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
@@ -186,7 +186,7 @@ def main() -> None:
     print(f"image: {figure}")
     registry = Registry(config.tracking_uri())
     promotion = promote(registry, published(registry, after / "adapter").address, Rules())
-    print(told(promotion))
+    print(describe(promotion))
     outcome = {
         "clean_before": scores["backbone"]["clean"]["accuracy"],
         "robust_before": robust[0],

@@ -15,7 +15,8 @@ _NOT_SETTINGS = ("trainable", "trainable_share", "format_version", "sha256", "ch
 def differing_settings(a: AdapterDescription, b: AdapterDescription) -> list[tuple[str, Any, Any]]:
     """(name, in A, in B) of all that two descriptions (`read_adapter`) do not share; None where one lacks it."""
     flat_a, flat_b = (
-        dict(flattened({key: value for key, value in one.content.items() if key not in _NOT_SETTINGS})) for one in (a, b)
+        dict(flattened({key: value for key, value in one.content.items() if key not in _NOT_SETTINGS}))
+        for one in (a, b)
     )
     names = sorted(flat_a.keys() | flat_b.keys())
     return [(name, flat_a.get(name), flat_b.get(name)) for name in names if flat_a.get(name) != flat_b.get(name)]

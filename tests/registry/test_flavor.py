@@ -1,6 +1,5 @@
 """The MLflow flavor: native and pyfunc, without pickle, on the right backbone alone."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -145,7 +144,7 @@ def test_the_card(tmp_path: Path) -> None:
     flavor.save_model(stir(tiny()), str(tmp_path / "bare"))
     bare = (tmp_path / "bare" / "README.md").read_text()
     assert "Not evaluated." in bare
-    assert "No check for masked gradients was made." in bare
+    assert "Gradient masking was not checked." in bare
 
 
 def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:
