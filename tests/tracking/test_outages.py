@@ -206,5 +206,5 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(
     assert sync(config.run.output_dir, store, 60, print) == found, "again"
     _check_curves(tracker, store)
     assert MlflowClient(store).get_run(found["run_id"]).info.status == "FINISHED"
-    with pytest.raises(UserError, match=f"{tmp_path}: no tracking/ there; give the output folder of a run with"):
+    with pytest.raises(UserError, match=f"{tmp_path} has no tracking/; give the output folder of a run with"):
         sync(str(tmp_path), store, 60, print)
