@@ -84,7 +84,7 @@ PAIRS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
         CHAMPION,
         ("a check warned: zero_gradients",),
     ),
-    "no check was made": (flipped(50, 0, checks={}), CHAMPION, ("no check for masked gradients was made",)),
+    "no check was made": (flipped(50, 0, checks={}), CHAMPION, ("gradient masking was not checked",)),
     "NaN": (with_figure("accuracy", NAN), CHAMPION, ("pgd20 at eps 0.03137 has accuracy nan",)),
     "NaN in the interval": (with_figure("low", NAN), CHAMPION, (r"pgd20 .* \(nan to",)),
     "figures that are not the images'": (with_figure("accuracy", 0.64), CHAMPION, ("but 650 of 1000 images",)),
@@ -143,5 +143,5 @@ def test_a_doubtful_champion_is_named() -> None:
 
 @pytest.mark.parametrize(("margin", "floor"), [(-0.1, 0.5), (1.0, 50)])
 def test_rules_are_shares(margin: float, floor: float) -> None:
-    with pytest.raises(UserError, match="is no share of the images; 0 to 1 is right"):
+    with pytest.raises(UserError, match="must be between 0 and 1"):
         Rules(margin, floor)

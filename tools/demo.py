@@ -25,7 +25,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from fulllora_dist.attacks.threat import threat_model
-from fulllora_dist.commands.adapters import as_json, told
+from fulllora_dist.commands.adapter_actions import as_json, describe
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
@@ -138,12 +138,12 @@ def summary(rows: Scores, eps: float) -> str:
     return "\n".join(lines)
 
 
-def atomic_write(registry: Registry, adapter: Path) -> Version:
+def published(registry: Registry, adapter: Path) -> Version:
     """The version that the training run has published its adapter as."""
     description, _ = read_adapter(str(adapter))
     for name in registry.names():
         for version in registry.versions(name):
-            if version.tags.get(SHA256) == description["sha256"]:
+            if version.tags.get(SHA256) == description.sha256:
                 return version
     raise UserError(f"{adapter} is not in the registry; see the messages of its training above")
 
@@ -185,8 +185,8 @@ def main() -> None:
     print(summary(scores, config.threat.eps))
     print(f"image: {figure}")
     registry = Registry(config.tracking_uri())
-    promotion = promote(registry, atomic_write(registry, after / "adapter").address, Rules())
-    print(told(promotion))
+    promotion = promote(registry, published(registry, after / "adapter").address, Rules())
+    print(describe(promotion))
     outcome = {
         "clean_before": scores["backbone"]["clean"]["accuracy"],
         "robust_before": robust[0],

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes and the one line of bad input."""
+"""How a command ends: exit codes, and one line for bad input."""
 
 import os
 import sys

@@ -1,13 +1,13 @@
 """Runs on a cluster: `python jobs/launch.py --config FILE [key=value ...] --nodes N --gpus-per-node G`.
 
-Submits the training to SLURM (one task a GPU), which requeues it before its time limit and when it is preempted, into
-the same run. Afterwards:
+Submits the training to SLURM (one task per GPU). It is requeued before its time limit and when it is preempted, and
+resumes the same run. Afterwards:
 
-  python jobs/launch.py status [RUN]   how far, which jobs, what is amiss; RUN: an output folder, or one of several
-  python jobs/launch.py logs RUN       the output of the newest job
-  python jobs/launch.py cancel RUN     end its jobs: a training saves first; the same launch goes on from there
+  python jobs/launch.py status [RUN]   progress, jobs and problems; RUN: an output folder, or a folder of several
+  python jobs/launch.py logs RUN       output of the newest job
+  python jobs/launch.py cancel RUN     stop its jobs; a training saves first, and the same launch resumes it
 
-docs/cluster.md has it all, with containers and site profiles.
+See docs/cluster.md, also for containers and site profiles.
 """
 
 import argparse
@@ -16,13 +16,8 @@ import shlex
 import sys
 from typing import Any
 
-from fulllora_dist.commands import evaluate
-from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.launching.jobs import run_jobs, wait
-from fulllora_dist.launching.report import find_runs, newest_job, status
-from fulllora_dist.launching.resources import Resources, read_profile, resources
-from fulllora_dist.launching.submit import EXECUTORS, check, script, submit
+from fulllora_dist.launching.resources import EXECUTORS, Resources, read_profile, resources
 
 
 def main(profiles: str) -> int:
@@ -34,18 +29,23 @@ def main(profiles: str) -> int:
     if sys.argv[1:2] and sys.argv[1] in ("status", "logs", "cancel"):
         return report(sys.argv[1:])
     args = launch_arguments().parse_intermixed_args()
+    from fulllora_dist.commands import evaluate  # --help need not wait for torch
+    from fulllora_dist.config.load import load_config
+    from fulllora_dist.launching.jobs import wait
+    from fulllora_dist.launching.submit import check, script, submit
+
     settings = ["--config", args.config, *args.overrides]
     profile = read_profile(args.profile, profiles) if args.profile else {}
-    asked = resources(profile, given(args))
+    requested = resources(profile, given(args))
     evaluation = None if args.evaluate is None else evaluate_arguments(args.evaluate)
     config = load_config(args.config, args.overrides)
-    check(config, asked, args.executor, evaluation is not None)
+    check(config, requested, args.executor, evaluation is not None)
     if evaluation is not None:
         evaluate.check_inputs(evaluate.read_arguments([*settings, *evaluation])[1], adapter=None)
     if args.dry_run:
-        print(script(config, asked, evaluation))
+        print(script(config, requested, evaluation))
         return 0
-    folder, jobs = submit(config, settings, asked, args.executor, sys.argv, evaluation)
+    folder, jobs = submit(config, settings, requested, args.executor, sys.argv, evaluation)
     print(f"{folder}: " + ", then ".join(f"job {job.job_id}" for job in jobs), file=sys.stderr)
     if args.executor == "debug":
         try:
@@ -67,37 +67,41 @@ def report(argv: list[str]) -> int:
     """status, logs, cancel."""
     parser = argparse.ArgumentParser(prog="launch.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("status", help="how far runs are, their jobs, what is amiss")
-    run.add_argument("run", metavar="RUN", nargs="?", default="runs", help="output folder, or the folder of several")
-    run = commands.add_parser("logs", help="the output of a run's newest job")
+    run = commands.add_parser("status", help="progress, jobs and problems of runs")
+    run.add_argument("run", metavar="RUN", nargs="?", default="runs", help="output folder, or a folder of several")
+    run = commands.add_parser("logs", help="output of a run's newest job")
     run.add_argument("run", metavar="RUN", help="output folder")
-    run.add_argument("--task", type=int, default=0, help="of this rank (0)")
-    run.add_argument("--lines", type=int, default=50, help="the last of them (50)")
-    run.add_argument("--follow", action="store_true", help="go on as it grows")
-    run.add_argument("--of", choices=("train", "evaluate"), default="train", help="which of the launch's jobs")
-    run = commands.add_parser("cancel", help="end a run's jobs; a training saves first")
+    run.add_argument("--task", type=int, default=0, help="rank (default: 0)")
+    run.add_argument("--lines", type=int, default=50, help="number of last lines (default: 50)")
+    run.add_argument("--follow", action="store_true", help="keep printing as the log grows")
+    run.add_argument("--of", choices=("train", "evaluate"), default="train", help="job of the launch (default: train)")
+    run = commands.add_parser("cancel", help="stop a run's jobs; a training saves first")
     run.add_argument("run", metavar="RUN", help="output folder")
     args = parser.parse_args(argv)
-    found = find_runs(args.run)
+    from fulllora_dist.launching.report import find_runs, newest_job, status  # --help need not wait for torch
+
+    runs = find_runs(args.run)
     if args.command == "status":
-        print("\n\n".join(map(status, found)))
+        print("\n\n".join(map(status, runs)))
     elif args.command == "cancel":
-        cancel(args.run, found)
+        cancel(args.run, runs)
     else:
         log = newest_job(args.run, args.of).log(args.task)
         if not log.exists():
-            raise UserError(f"{log}: not yet there; `launch.py status {args.run}` says what the job waits for")
+            raise UserError(f"{log} does not exist yet; `launch.py status {args.run}` shows what the job waits for")
         sys.stdout.flush()
         os.execvp("tail", ["tail", "-n", str(args.lines), *(["-F"] if args.follow else []), str(log)])
     return 0
 
 
-def cancel(run: str, found: list[str]) -> None:
+def cancel(run: str, runs: list[str]) -> None:
     """Raises:
     UserError: these are several runs, or it is not known whether a job is alive.
     """
-    if found != [run]:
-        raise UserError(f"{run} holds {len(found)} runs; give the one to cancel, e.g. {found[0]}")
+    from fulllora_dist.launching.jobs import run_jobs
+
+    if runs != [run]:
+        raise UserError(f"{run} holds {len(runs)} runs; give the one to cancel, e.g. {runs[0]}")
     jobs = run_jobs(run)
     alive = [job for job in reversed(jobs) if job.alive]  # the evaluation first, or it would be started or fail
     for job in alive:
@@ -105,50 +109,50 @@ def cancel(run: str, found: list[str]) -> None:
         print(f"cancelled job {job.id} ({job.entry})")
     unknown = [job.id for job in jobs if job.state == "UNKNOWN"]
     if unknown:
-        raise UserError(f"whether job {', '.join(unknown)} of {run} is alive is not known here; it is not cancelled")
+        raise UserError(f"job {', '.join(unknown)} of {run} may be alive on another machine; it was not cancelled")
     if not alive:
         print(f"no job of {run} is alive")
 
 
 def evaluate_arguments(text: str) -> list[str]:
-    """Of --evaluate, as a shell takes them.
+    """Arguments of --evaluate, split as a shell does.
 
     Raises:
-        UserError: a quote is open, or it is a setting that was meant for the training.
+        UserError: an open quote, or a setting that was meant for the training.
     """
     try:
         arguments = shlex.split(text)
     except ValueError as error:
-        raise UserError(f"--evaluate: {text!r} is no command line ({error})") from None
+        raise UserError(f"--evaluate: {text!r} is not a command line ({error})") from None
     if arguments and not arguments[0].startswith("-"):
-        raise UserError(f"--evaluate: {text!r} is no argument of evaluate.py; put settings before --evaluate")
+        raise UserError(f"--evaluate: {text!r} is not an option of evaluate.py; put settings before --evaluate")
     return arguments
 
 
 def launch_arguments() -> argparse.ArgumentParser:
     """Arguments of a launch; those of `Resources` under their names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="train.py's: its --help has the settings")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    parser.add_argument("--config", required=True, metavar="FILE", help="of train.py, whose --help lists the settings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     parser.add_argument("--executor", choices=EXECUTORS, default="slurm", help="local: tasks of this machine in the "
-                        "background; debug: one in this process")  # fmt: skip
+                        "background; debug: one task in this process")  # fmt: skip
     parser.add_argument("--profile", metavar="NAME", help="settings of a site: jobs/profiles/NAME.yaml, or a YAML file")
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the batch script")
-    parser.add_argument("--wait", action="store_true", help="until the jobs have ended; exit code 1 if one failed")
-    parser.add_argument("--evaluate", metavar="ARGUMENTS", nargs="?", const="", help="then evaluate.py on the adapter, "
-                        "in a job of its own, e.g. --evaluate '--attacks clean,autoattack'")  # fmt: skip
-    asked = parser.add_argument_group("resources", "also the settings of a profile; these win")
+    parser.add_argument("--wait", action="store_true", help="wait for the jobs to end; exit code 1 if one failed")
+    parser.add_argument("--evaluate", metavar="ARGUMENTS", nargs="?", const="", help="then run evaluate.py on the "
+                        "adapter in a job of its own, e.g. --evaluate '--attacks clean,autoattack'")  # fmt: skip
+    group = parser.add_argument_group("resources", "also the settings of a profile, which these override")
     for name, field in Resources.model_fields.items():
         option: dict[str, Any] = {
             "metavar": name.rpartition("_")[2].upper(),
             "help": " ".join((field.description or "").split()),
         }
         if name == "gpus":
-            asked.add_argument("--no-gpus", dest=name, action="store_const", const=False, help=option["help"])
+            group.add_argument("--no-gpus", dest=name, action="store_const", const=False, help=option["help"])
         elif name in ("sbatch", "srun", "setup"):
-            asked.add_argument(f"--{name}", action="append", **option)
+            group.add_argument(f"--{name}", action="append", **option)
         else:
-            asked.add_argument("--" + name.replace("_", "-"), **option)
+            group.add_argument("--" + name.replace("_", "-"), **option)
     return parser
 
 

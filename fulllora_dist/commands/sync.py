@@ -1,10 +1,10 @@
-"""Send to MLflow what a run has not sent itself, e.g. from a login node where compute nodes cannot reach the server.
+"""Send to MLflow what a run could not send itself, e.g. from a login node where compute nodes cannot reach the server.
 
-    python tools/sync_tracking.py RUN_OUTPUT [--uri URI] [--wait SECONDS] [--json]
+    python tools/sync_tracking.py OUTPUT_DIR [--uri URI] [--wait SECONDS] [--json]
 
-RUN_OUTPUT is the run's output folder. Sent are points that a saved state covers, parameters, tags, artifacts and the
-status that the run ended with. It may be called while the run goes on, and as often as one likes: nothing is doubled.
-Exit code 1 where something is left.
+OUTPUT_DIR is the run's output folder. Sends metrics that a saved checkpoint covers, parameters, tags, artifacts and the
+run's final status. Safe to repeat, also while the run is training: nothing is duplicated. Exit code 1 if something
+could not be sent.
 """
 
 import argparse
@@ -15,10 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.config.load import read_frame
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.tracking.outbox import FOLDER, Outbox
-from fulllora_dist.tracking.shipping import Shipper
 
 
 def sync(output: str, uri: str | None, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
@@ -27,45 +24,48 @@ def sync(output: str, uri: str | None, seconds: float, say: Callable[[str], None
     Args:
         output: the run's output folder.
         uri: of the store; None takes the run's.
-        seconds: to wait at most.
-        say: for progress and outages.
+        seconds: longest wait.
+        say: prints progress and outages.
 
     Returns:
-        {"run_id", "left", "points_left", "entries_left"}; `left` says whether anything is.
+        {"run_id", "left", "points_left", "entries_left"}; `left` tells whether anything is.
 
     Raises:
-        UserError: there is nothing of a tracked run.
+        UserError: this is not the output folder of a tracked run.
     """
+    from fulllora_dist.config.load import read_frame  # --help need not wait for torch
+    from fulllora_dist.tracking.outbox import FOLDER, Outbox
+    from fulllora_dist.tracking.shipping import Shipper
+
     if not os.path.isdir(os.path.join(output, FOLDER)):
-        raise UserError(f"{output}: no {FOLDER}/ there; give the output folder of a run with tracking.enabled=true")
+        raise UserError(f"{output} has no {FOLDER}/; give the output folder of a run with tracking.enabled=true")
     config = read_frame(Path(output, "config.yaml"))
     # seen from here: its folder may be mounted elsewhere
-    config = config.model_copy(update={"run": config.run.model_copy(update={"output": output})})
+    config = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output})})
+    run = config.tracked_run()
     outbox = Outbox(output)
-    shipper = Shipper(
-        outbox, uri or config.tracking_uri(), config.tracking.experiment_name, config.tracked_run().name, say
-    )
+    shipper = Shipper(outbox, uri or run.uri, run.settings.experiment_name, run.name, say)
     shipper.start()
     sent = shipper.drain(seconds)
     shipper.stop()
-    points, entries = outbox.unsent()
-    return {"run_id": outbox.run_id, "left": not sent, "points_left": points, "entries_left": entries}
+    metrics, entries = outbox.unsent()
+    return {"run_id": outbox.run_id, "left": not sent, "points_left": metrics, "entries_left": entries}
 
 
 def main() -> int:
-    """Send as the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", metavar="RUN_OUTPUT", help="the run's output folder")
-    parser.add_argument("--uri", help="MLflow's tracking store, instead of the run's tracking.uri")
-    parser.add_argument("--wait", type=float, default=300.0, metavar="SECONDS", help="at most so long (default: 300)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("output", metavar="OUTPUT_DIR", help="the run's output folder")
+    parser.add_argument("--uri", help="MLflow's tracking store, in place of the run's tracking.uri")
+    parser.add_argument("--wait", type=float, default=300.0, metavar="SECONDS", help="longest wait (default: 300)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
     if args.wait < 0:
-        raise UserError(f"--wait: {args.wait:g}; 0 or more is right")
-    found = sync(args.output, args.uri, args.wait, say=lambda line: print(line, file=sys.stderr, flush=True))
+        raise UserError(f"--wait must be >= 0, got {args.wait:g}")
+    result = sync(args.output, args.uri, args.wait, say=lambda line: print(line, file=sys.stderr, flush=True))
     if args.json:
-        print(json.dumps(found))
+        print(json.dumps(result))
     else:
-        left = f"{found['points_left']:,} points and {found['entries_left']} other entries are left"
-        print(f"MLflow run {found['run_id']}: " + (left if found["left"] else "all is sent"))
-    return int(found["left"])
+        left = f"{result['points_left']:,} metric values and {result['entries_left']} other entries are left"
+        print(f"MLflow run {result['run_id']}: " + (left if result["left"] else "everything is sent"))
+    return int(result["left"])

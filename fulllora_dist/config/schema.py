@@ -28,8 +28,8 @@ from fulllora_dist.models.settings import (
     Finetune,
     ModelSettings,
 )
-from fulllora_dist.tracking.run import TrackedRun
 from fulllora_dist.tracking.settings import TrackingSettings
+from fulllora_dist.tracking.summary import RunSummary
 
 
 def _tracking(value: object) -> object:
@@ -141,7 +141,7 @@ class Config(Settings):
         beside = os.path.join(os.path.dirname(os.path.abspath(self.run.output_dir)), "mlflow.db")
         return self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"
 
-    def tracked_run(self) -> TrackedRun:
-        """What the tracker knows of this run."""
+    def tracked_run(self) -> RunSummary:
+        """What the tracker and the registry are told of this run."""
         name = self.tracking.run_name or os.path.basename(os.path.abspath(self.run.output_dir))
-        return TrackedRun(self.run.output_dir, self.tracking, self.tracking_uri(), name, self.model_dump(mode="json"))
+        return RunSummary(self.run.output_dir, self.tracking, self.tracking_uri(), name, self.model_dump(mode="json"))

@@ -1,13 +1,13 @@
-"""The folder of a launch, `launches/<number>` in the run's output: the code and the config that its jobs use, whatever
-is edited while they wait, and what became of them.
+"""The folder of a launch, `launches/<number>` in the run's output: a copy of the code and the config that its jobs
+use, whatever is edited while they wait, and what happened to them.
 
     code/          the package, and plugins that are files
     config.yaml    the resolved config
     code.json      git commit, and the files that differ from it
     code.diff      how they differ
     launch.json    the command line, resources and jobs
-    attempts.jsonl when attempts began and ended, and why
-    *_log.out      output of each task, over all attempts of its job
+    restarts.jsonl when each start of a job began and ended, and why
+    *_log.out      output of each task, over all restarts of its job
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from fulllora_dist.config.load import read_frame
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 
-ATTEMPTS = "attempts.jsonl"
+RESTARTS = "restarts.jsonl"
 LAUNCHES = "launches"
 RECORD = "launch.json"
 CONFIG = "config.yaml"
@@ -42,14 +42,14 @@ def launches_of(output: str) -> Path:
 
 
 def launch_folders(output: str) -> list[Path]:
-    """Of a run's launches, the first one first."""
+    """Of a run's launches, the oldest first."""
     folders = (path for path in launches_of(output).glob("[0-9]*") if (path / RECORD).exists())
     return sorted(folders, key=lambda path: int(path.name))
 
 
 @contextmanager
 def launching(output: str) -> Iterator[None]:
-    """One launch of a run at a time; nothing is left of a first one that fails.
+    """One launch of a run at a time; a first one that fails leaves nothing behind.
 
     Raises:
         UserError: the output folder cannot be written.
@@ -94,22 +94,17 @@ def make_folder(config: Config) -> Path:
 def _fill(folder: Path, config: Config) -> None:
     code = folder / CODE
     shutil.copytree(_PACKAGE, code / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    plugins = []
-    for plugin in config.plugins:
-        if plugin.endswith(".py"):
-            plugin = str(shutil.copy(plugin, str(code)))
-        plugins.append(plugin)
+    plugins = [str(shutil.copy(name, str(code))) if name.endswith(".py") else name for name in config.plugins]
     values = config.model_dump(mode="json") | {"plugins": plugins}
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
     _write_git(folder)
 
 
 def _write_git(folder: Path) -> None:
-    """Nothing where the package is no git checkout."""
+    """Nothing if the package is not in a git checkout."""
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", "-C", str(_PACKAGE), *command], capture_output=True, text=True, check=True)
-        return done.stdout
+        return subprocess.run(["git", "-C", str(_PACKAGE), *command], capture_output=True, text=True, check=True).stdout
 
     try:
         commit = git("rev-parse", "HEAD").strip()
@@ -122,7 +117,7 @@ def _write_git(folder: Path) -> None:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Publish launch.json at once: `status` may be reading."""
+    """Replace launch.json atomically: `status` may be reading."""
     temporary = folder / (RECORD + ".tmp")
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, folder / RECORD)
@@ -132,20 +127,20 @@ def read_record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / RECORD).read_text())
 
 
-def read_attempts(folder: Path, job: str) -> list[dict[str, Any]]:
-    """What attempts.jsonl says of a job, in order. A line may be torn, where the disk was full or the node died."""
-    path = folder / ATTEMPTS
-    notes = []
+def read_restarts(folder: Path, job: str) -> list[dict[str, Any]]:
+    """Entries of restarts.jsonl on a job, in order. A line may be torn if the disk was full or the node died."""
+    path = folder / RESTARTS
+    entries = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError):
-            note = json.loads(line)
-            if isinstance(note, dict) and note.get("job") == job:
-                notes.append(note)
-    return notes
+            entry = json.loads(line)
+            if isinstance(entry, dict) and entry.get("job") == job:
+                entries.append(entry)
+    return entries
 
 
 def read_settings(folder: Path) -> Config:
-    """`run` and `tracking` alone of a launch's config. Its plugins are code of that launch, which is not imported.
+    """Only `run` and `tracking` of a launch's config: its plugins are code of that launch, which is not imported.
 
     Raises:
         UserError: it cannot be read.

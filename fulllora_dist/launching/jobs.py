@@ -1,4 +1,4 @@
-"""The jobs of a run as its launch folders and the scheduler know them: alive or not, why they failed, their end."""
+"""The jobs of a run as its launch folders and the scheduler know them: their state, and why they failed."""
 
 import os
 import re
@@ -12,39 +12,24 @@ import psutil
 from submitit import SlurmJob
 from submitit.core.utils import JobPaths, pickle_load
 
-from fulllora_dist.launching.folder import launch_folders, read_attempts, read_record
-from fulllora_dist.launching.worker import WILL_GO_ON
+from fulllora_dist.launching.folder import launch_folders, read_record, read_restarts
+from fulllora_dist.launching.worker import REQUEUED
 
 # SLURM's words for jobs that run, will run, or run again
-_ALIVE = frozenset(
-    [
-        "PENDING",
-        "CONFIGURING",
-        "RUNNING",
-        "COMPLETING",
-        "SUSPENDED",
-        "STOPPED",
-        "SIGNALING",
-        "STAGE_OUT",
-        "RESIZING",
-        "PREEMPTED",
-        "REQUEUED",
-        "REQUEUE_FED",
-        "REQUEUE_HOLD",
-        "SPECIAL_EXIT",
-        "RESV_DEL_HOLD",
-    ]
-)
+_ALIVE = frozenset((
+    "PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING",
+    "PREEMPTED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunJob:
-    """A job and what the scheduler says of it now.
+    """A job and its state in the scheduler now.
 
     Attributes:
         folder: of its launch.
-        id, entry, tasks, executor: as they were submitted.
-        state: SLURM's word, the like of it, or UNKNOWN.
+        id, entry, tasks, executor: as submitted.
+        state: SLURM's word, its equivalent, or UNKNOWN.
         restarts, elapsed, nodes, reason: for people; empty where unknown.
     """
 
@@ -68,11 +53,11 @@ class RunJob:
         return JobPaths(self.folder, self.id, task)
 
     def log(self, task: int = 0) -> Path:
-        """Output and errors of a task over all attempts; task 0 holds the batch script's too."""
+        """Output and errors of a task over all restarts; task 0 has the batch script's too."""
         return self.paths(task).stdout
 
     def cancel(self) -> None:
-        """Ask it to end: it saves, and is not requeued."""
+        """Stop it: it saves, and is not requeued."""
         if self.executor == "slurm":
             SlurmJob(self.folder, self.id).cancel(check=False)
         elif (process := _controller(self.folder, self.id)) is not None:
@@ -86,7 +71,7 @@ class RunJob:
             return f"task {first[0]}: {first[1]}"
         if not errors:
             return None
-        # the others fail a moment later, as they lose a partner
+        # the others fail a moment later, as they have lost a rank
         task = first[0] if first else min(errors, key=lambda task: errors[task].stat().st_mtime_ns)
         return f"task {task}: {_last_line(pickle_load(errors[task])[1])}"
 
@@ -94,22 +79,22 @@ class RunJob:
         path = self.paths(task).result_pickle
         try:
             return path if pickle_load(path)[0] == "error" else None
-        except (OSError, EOFError, UnpicklingError):  # none, or the disk was full
+        except (OSError, EOFError, UnpicklingError):  # there is none, or the disk was full
             return None
 
     def _first_bad_exit(self) -> tuple[int, str] | None:
-        """Task and how it ended, as srun tells it of the last attempt."""
+        """Task and how it ended, as srun reports it of the last restart."""
         if not self.log().exists():
             return None
         last = self.log().read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
-        found = re.search(r"srun: error: (\S+): tasks? (\d+)\S*: (.*)", last)  # may follow a progress bar in its line
-        return (int(found[2]), f"{found[3]} on {found[1]}") if found else None
+        match = re.search(r"srun: error: (\S+): tasks? (\d+)\S*: (.*)", last)  # may follow a progress bar in its line
+        return (int(match[2]), f"{match[3]} on {match[1]}") if match else None
 
 
 def wait(folder: Path, seconds: float = 5.0) -> list[RunJob]:
-    """The jobs of a launch at their end, through all requeues. Asks the scheduler every few seconds.
+    """The jobs of a launch at their end, through all requeues. Polls the scheduler every few seconds.
 
-    submitit's own waiting takes a job's first result for its end, and asks up to ten minutes later.
+    submitit's own waiting takes a job's first result for its end, and polls up to ten minutes later.
     """
     output = str(folder.parents[1])
     while True:
@@ -120,7 +105,7 @@ def wait(folder: Path, seconds: float = 5.0) -> list[RunJob]:
 
 
 def newest_launch(output: str, entry: str) -> list[RunJob]:
-    """The job of a kind in the newest launch that has one, without asking for the others."""
+    """The job of a kind in the newest launch that has one; the scheduler is asked for no others."""
     for folder in reversed(launch_folders(output)):
         if any(job["entry"] == entry for job in read_record(folder)["jobs"]):
             return [job for job in run_jobs(output, only=folder) if job.entry == entry]
@@ -128,7 +113,7 @@ def newest_launch(output: str, entry: str) -> list[RunJob]:
 
 
 def run_jobs(output: str, only: Path | None = None) -> list[RunJob]:
-    """All jobs of a run, the first one first, or those of one launch; the scheduler is asked for no others."""
+    """All jobs of a run, the oldest first, or those of one launch; the scheduler is asked for no others."""
     jobs = []
     for folder in launch_folders(output):
         if only is not None and folder != only:
@@ -136,53 +121,53 @@ def run_jobs(output: str, only: Path | None = None) -> list[RunJob]:
         record = read_record(folder)
         executor, host = record["executor"], record["host"]
         for job in record["jobs"]:
-            known = _slurm_facts(job["id"]) if executor == "slurm" else _local_facts(folder, job["id"], host)
-            jobs.append(RunJob(folder, job["id"], job["entry"], job["tasks"], executor, **known))
+            state = _slurm_state(job["id"]) if executor == "slurm" else _local_state(folder, job["id"], host)
+            jobs.append(RunJob(folder, job["id"], job["entry"], job["tasks"], executor, **state))
     return jobs
 
 
-def _slurm_facts(job: str) -> dict[str, str]:
-    """Of the controller, which forgets a job some minutes after its end; then of the accounting, which lags behind."""
-    if said := _said("scontrol", "--oneliner", "show", "job", job):
-        metadata = dict(re.findall(r"(\w+)=(\S*)", said))
+def _slurm_state(job: str) -> dict[str, str]:
+    """From the controller, which forgets a job some minutes after its end; then from the accounting, which lags."""
+    if output := _output("scontrol", "--oneliner", "show", "job", job):
+        fields = dict(re.findall(r"(\w+)=(\S*)", output))
         return {
-            "state": metadata["JobState"],
-            "restarts": metadata["Restarts"],
-            "elapsed": metadata["RunTime"],
-            "nodes": metadata["NodeList"].replace("(null)", ""),
-            "reason": metadata["Reason"].replace("None", ""),
+            "state": fields["JobState"],
+            "restarts": fields["Restarts"],
+            "elapsed": fields["RunTime"],
+            "nodes": fields["NodeList"].replace("(null)", ""),
+            "reason": fields["Reason"].replace("None", ""),
         }
     columns = "State,Elapsed,NodeList"
-    if said := _said("sacct", "--allocations", "--noheader", "--parsable2", f"--format={columns}", f"--jobs={job}"):
-        state, elapsed, nodes = said.splitlines()[-1].split("|")
+    if output := _output("sacct", "--allocations", "--noheader", "--parsable2", f"--format={columns}", f"--jobs={job}"):
+        state, elapsed, nodes = output.splitlines()[-1].split("|")
         return {"state": state.split()[0], "elapsed": elapsed, "nodes": nodes}  # "CANCELLED by 0"
     return {"state": "UNKNOWN"}
 
 
-def _said(*command: str) -> str:
-    """Empty where the command fails: the scheduler may be away for a moment, or have forgotten the job."""
+def _output(*command: str) -> str:
+    """Empty if the command fails: the scheduler may be away for a moment, or have forgotten the job."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
-def _local_facts(folder: Path, job: str, host: str) -> dict[str, str]:
-    """Of a local or debug job, by its process and what its last attempt said."""
+def _local_state(folder: Path, job: str, host: str) -> dict[str, str]:
+    """Of a local or debug job, from its process and its last entry in restarts.jsonl."""
     here = host == os.uname().nodename
     if here and _controller(folder, job) is not None:
-        return {"state": "RUNNING", "nodes": os.uname().nodename}
-    notes = read_attempts(folder, job)
-    last = notes[-1]["event"] if notes else ""
-    ends = {"finished": "COMPLETED", "stopped": "CANCELLED", "failed:": "FAILED", "gave": "FAILED"}
-    said = ends.get(last.partition(" ")[0])
-    if not here and (said is None or last in WILL_GO_ON):  # numbers of processes mean nothing on another machine
+        return {"state": "RUNNING", "nodes": host}
+    entries = read_restarts(folder, job)
+    last = entries[-1]["event"] if entries else ""
+    states = {"finished": "COMPLETED", "stopped": "CANCELLED", "failed:": "FAILED", "gave": "FAILED"}
+    state = states.get(last.partition(" ")[0])
+    if not here and (state is None or last in REQUEUED):  # process ids mean nothing on another machine
         return {"state": "UNKNOWN", "nodes": host}
-    return {"state": said or "FAILED"}
+    return {"state": state or "FAILED"}
 
 
 def _controller(folder: Path, job: str) -> psutil.Process | None:
-    """submitit's process that holds a local job's tasks. Its number may be another's by now."""
+    """submitit's process that holds a local job's tasks. Its id may be another process's by now."""
     try:
         process = psutil.Process(int(job))
         if str(folder) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:

@@ -1,9 +1,9 @@
 """What every task of a job runs: its rank, then train.py or evaluate.py; and how it leaves when it is told to.
 
 submitit's own way, a `checkpoint` that is called in a signal handler on rank 0, does not fit: saving is a collective,
-and a run that is requeued from outside is not asked. So a signal only asks the run to stop (StopRequest). It saves
-after the step on all ranks, and the task ends with 128 + the signal's number, by which the batch script (submit.py)
-knows whether to requeue. A run finds its own newest state, so the pickle that started it never changes.
+and a run that is requeued from outside is not asked. So a signal only asks the run to stop (GracefulStop). It saves
+after the step on all ranks, and the task ends with 128 + the signal's number, by which the batch script (executors.py)
+decides whether to requeue. A run finds its own newest checkpoint, so the pickle that started it never changes.
 """
 
 import atexit
@@ -27,15 +27,15 @@ from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.distributed.failures import exit_answer
 from fulllora_dist.distributed.signals import GracefulStop
 from fulllora_dist.evaluation.resume_log import items_done
-from fulllora_dist.launching.folder import ATTEMPTS, read_attempts, read_settings
+from fulllora_dist.launching.folder import RESTARTS, read_restarts, read_settings
 from fulllora_dist.storage import store
 
-PATIENCE = 3
-"""Attempts in a row that may end at the same batch before the job is not requeued any more."""
+MAX_STALLED_RESTARTS = 3
+"""Restarts in a row that may end at the same batch before the job is no longer requeued."""
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-"""They say that the time is nearly up. SIGTERM may as well be somebody who wants the job to end."""
-WILL_GO_ON = frozenset(f"stopped by {number.name}" for number in REQUEUE_SIGNALS)
-"""Events of attempts.jsonl after which a job is requeued."""
+"""They mean that the time is nearly up. SIGTERM may also be a user who wants the job to end."""
+REQUEUED = frozenset(f"stopped by {number.name}" for number in REQUEUE_SIGNALS)
+"""Events of restarts.jsonl after which a job is requeued."""
 _PACKAGE = Path(__file__).parents[1]
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
 
@@ -52,20 +52,20 @@ class Worker:
         self.entry, self.arguments = entry, arguments
 
     def __call__(self) -> int:
-        """The exit code, where the job runs in the caller's process; otherwise a task that is not successful leaves."""
+        """The exit code, if the job runs in the caller's process; otherwise a task that fails leaves."""
         with GracefulStop():
             environment = JobEnvironment()
-            # what an earlier attempt of the job left would be taken for this one's
+            # an earlier start's result would be taken for this one's
             environment.paths.result_pickle.unlink(missing_ok=True)
             join_ranks(environment)
-            note = _Notes(environment, self.entry)
-            note("started", nodes=list(environment.hostnames), code=str(_PACKAGE))
+            record = _RestartLog(environment, self.entry)
+            record("started", nodes=list(environment.hostnames), code=str(_PACKAGE))
             try:
                 code = entry_point(self.entry)["main"](self.arguments) or 0
             except SystemExit as stop:  # a signal came outside of the training loop
                 code = int(stop.code or 0)
             except Exception as error:
-                note(f"failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
+                record(f"failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
                 answer = exit_answer(error)
                 if answer is None:
                     _leave_after_traceback()
@@ -77,12 +77,12 @@ class Worker:
                     _leave_with_reason(environment, line or str(error), code)
                 return code
         if code > 128:
-            note(f"stopped by {signal.Signals(code - 128).name}", **_reached(environment, self.entry))
+            record(f"stopped by {signal.Signals(code - 128).name}", **_reached(environment, self.entry))
         else:
-            note("finished")
+            record("finished")
         if code - 128 in REQUEUE_SIGNALS and environment.global_rank == 0 and _stuck(environment):
-            line = f"gave up: {PATIENCE} attempts without progress; give more --time"
-            note(line)
+            line = f"gave up: {MAX_STALLED_RESTARTS} restarts without progress; increase --time"
+            record(line)
             print(f"error: {line}", file=sys.stderr, flush=True)
             _leave_with_reason(environment, line, 1)
         if code and environment.cluster != "debug":
@@ -112,17 +112,17 @@ def join_ranks(environment: JobEnvironment) -> None:
     """
     job = int("".join(filter(str.isdigit, environment.job_id)))
     os.environ["MASTER_PORT"] = str(_FIRST_PORT + job % _PORTS)
-    # CUDA_VISIBLE_DEVICES stays the scheduler's: start_ranks takes its own among those that are visible
+    # CUDA_VISIBLE_DEVICES stays the scheduler's: start_comm takes its own among those that are visible
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if environment.num_nodes == 1:
         os.environ["MASTER_ADDR"] = "127.0.0.1"  # a laptop's name may not resolve
 
 
-class _Notes:
-    """Lines of attempts.jsonl beside the jobs' logs, from rank 0."""
+class _RestartLog:
+    """Writes restarts.jsonl beside the jobs' logs, on rank 0."""
 
     def __init__(self, environment: JobEnvironment, entry: str):
-        self._path = environment.paths.folder / ATTEMPTS if environment.global_rank == 0 else None
+        self._path = environment.paths.folder / RESTARTS if environment.global_rank == 0 else None
         restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self._always = {"job": environment.job_id, "entry": entry, "restart": restart}
 
@@ -132,32 +132,33 @@ class _Notes:
         try:
             with open(self._path, "a") as file:
                 file.write(json.dumps({"time": time.time(), **self._always, "event": event, **more}) + "\n")
-        except OSError as error:  # a full disk must not fail a run that is done
-            print(f"warning: {self._path}: {error.strerror}; '{event}' is not noted", file=sys.stderr, flush=True)
+        except OSError as error:  # a full disk must not fail a finished run
+            print(f"warning: {self._path}: {error.strerror}; '{event}' is not recorded", file=sys.stderr, flush=True)
 
 
 def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
-    """For the note of an attempt that was stopped: the newest state's step, None where there is none, and how far the
-    evaluation is; nothing where it cannot be told."""
+    """Progress of a start that was stopped: the newest checkpoint's step, None if there is none, and how far the
+    evaluation is; nothing if it is not known."""
     if environment.global_rank or environment.cluster == "debug":
         return {}
     store.stop_retrying()  # the scheduler does not wait
     try:
         run = read_settings(environment.paths.folder).run
         evaluated = items_done(run.output_dir)
-        states = list_checkpoints(*checkpoint_places(run)) if entry == "train" else []
-    except Exception as error:  # of a bucket, say: the run is saved, and the note can do without
-        print(f"warning: the newest state is not known: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        checkpoints = list_checkpoints(*checkpoint_places(run)) if entry == "train" else []
+    except Exception as error:  # of a bucket, say: the run is saved, and the record can do without
+        print(f"warning: the newest checkpoint is not known: {' '.join(str(error).split())[:200]}", file=sys.stderr)
         return {}
-    return {"step": step_of(states[0]) if states else None, "evaluated": evaluated}
+    return {"step": step_of(checkpoints[0]) if checkpoints else None, "evaluated": evaluated}
 
 
 def _stuck(environment: JobEnvironment) -> bool:
-    """Whether the last attempts of this job were all stopped for a requeue at the same place."""
-    notes = [note for note in read_attempts(environment.paths.folder, environment.job_id) if note["event"] != "started"]
-    last = notes[-PATIENCE:]
-    told = all(note["event"] in WILL_GO_ON and "evaluated" in note for note in last)
-    return told and len(last) == PATIENCE and len({(note["step"], note["evaluated"]) for note in last}) == 1
+    """Whether the last starts of this job were all stopped for a requeue at the same place."""
+    entries = read_restarts(environment.paths.folder, environment.job_id)
+    last = [entry for entry in entries if entry["event"] != "started"][-MAX_STALLED_RESTARTS:]
+    requeued = all(entry["event"] in REQUEUED and "evaluated" in entry for entry in last)
+    places = {(entry["step"], entry["evaluated"]) for entry in last} if requeued else set()
+    return len(last) == MAX_STALLED_RESTARTS and len(places) == 1
 
 
 def _exit(code: int) -> None:
@@ -167,17 +168,17 @@ def _exit(code: int) -> None:
 
 
 def _leave_with_reason(environment: JobEnvironment, line: str, code: int) -> None:
-    """Leave one line where submitit would leave a traceback, for `status` and --wait."""
+    """Leave one line in place of submitit's traceback, for `status` and --wait."""
     with contextlib.suppress(OSError), temporary_save_path(environment.paths.result_pickle) as path:
         cloudpickle_dump(("error", line), path)
     try:
-        time.sleep(1)  # a rank that others lost is reported first
+        time.sleep(1)  # a rank that the others lost is reported first
     finally:  # srun's SIGTERM may come meanwhile
         _exit(code)
 
 
 def _leave_after_traceback() -> None:
-    """Have the process end as soon as submitit has written what failed: what else is cleaned up then, such as
-    communicators with ranks that wait in a collective, may take forever."""
+    """End the process as soon as submitit has written the traceback: other clean-up, such as of communicators with
+    ranks that wait in a collective, may take forever."""
     if JobEnvironment().cluster != "debug":
         atexit.register(_exit, 1)

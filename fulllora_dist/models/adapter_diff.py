@@ -7,21 +7,23 @@ import torch
 from torch import Tensor
 
 from fulllora_dist.core.settings import flattened
+from fulllora_dist.models.adapter_description import AdapterDescription
 
 _NOT_SETTINGS = ("trainable", "trainable_share", "format_version", "sha256", "checksum")
 
 
-def differing_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+def differing_settings(a: AdapterDescription, b: AdapterDescription) -> list[tuple[str, Any, Any]]:
     """(name, in A, in B) of all that two descriptions (`read_adapter`) do not share; None where one lacks it."""
     flat_a, flat_b = (
-        dict(flattened({key: value for key, value in one.items() if key not in _NOT_SETTINGS})) for one in (a, b)
+        dict(flattened({key: value for key, value in one.content.items() if key not in _NOT_SETTINGS}))
+        for one in (a, b)
     )
     names = sorted(flat_a.keys() | flat_b.keys())
     return [(name, flat_a.get(name), flat_b.get(name)) for name in names if flat_a.get(name) != flat_b.get(name)]
 
 
 def layer_differences(
-    a: tuple[Mapping[str, Any], Mapping[str, Tensor]], b: tuple[Mapping[str, Any], Mapping[str, Tensor]]
+    a: tuple[AdapterDescription, Mapping[str, Tensor]], b: tuple[AdapterDescription, Mapping[str, Tensor]]
 ) -> list[dict[str, Any]]:
     """Of each branch, and each tensor trained itself, the Frobenius norms in both adapters and of the difference.
 
@@ -53,8 +55,9 @@ def layer_differences(
     return rows
 
 
-def _effects(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    spec = description["adapter"]
+def _effects(description: AdapterDescription, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    spec = description.spec
+    scale = 1.0 if spec.alpha is None or spec.rank is None else spec.alpha / spec.rank
     effects: dict[str, Tensor] = {}
     for name, tensor in state.items():
         branch, _, part = name.rpartition(".")
@@ -63,7 +66,7 @@ def _effects(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
         elif part == "A":
             weight = state.get(f"{branch}.norm.weight")
             scaled = tensor.double() if weight is None else tensor.double() * weight.double()
-            effects[branch] = spec["alpha"] / spec["rank"] * (state[f"{branch}.B"].double() @ scaled)
+            effects[branch] = scale * (state[f"{branch}.B"].double() @ scaled)
     return effects
 
 

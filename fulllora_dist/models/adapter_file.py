@@ -19,6 +19,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import FAMILIES
 from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, build_adapted, set_tensors
@@ -92,7 +93,7 @@ def save_adapter(
     filesystem.pipe_file(f"{path}/{DESCRIPTION}", (json.dumps(description, indent=1) + "\n").encode())
 
 
-def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
     """The checked description and tensors of an adapter.
 
     Raises:
@@ -122,7 +123,9 @@ def read_adapter(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if hashlib.sha256(files[TENSORS]).hexdigest() != description["sha256"]:
         raise UserError(f"adapter: {folder}/{TENSORS} is damaged: its sha256 is not the one in {DESCRIPTION}")
     try:
-        return description, load_safetensors(files[TENSORS])
+        return AdapterDescription.of(description), load_safetensors(files[TENSORS])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"adapter: {folder}/{DESCRIPTION} lacks or does not know a field ({error})") from None
     except SafetensorError as error:
         raise UserError(f"adapter: {folder}/{TENSORS} is damaged ({error})") from None
 
@@ -179,17 +182,14 @@ def load(folder: str, *, checkpoint_path: str | None = None, precision: Precisio
     return model
 
 
-def described(folder: str, description: Mapping[str, Any]) -> tuple[BackboneInfo, AdapterSpec]:
+def described(folder: str, description: AdapterDescription) -> tuple[BackboneInfo, AdapterSpec]:
     """What an adapter's description says of its backbone, and of what was trained.
 
     Raises:
-        UserError: a family that is not registered, a field that is missing or unknown.
+        UserError: a family that is not registered.
     """
-    _check_family(folder, description.get("family"))
-    try:
-        return BackboneInfo(**description["backbone"]), AdapterSpec(**description["adapter"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"adapter: {folder}/{DESCRIPTION} lacks or does not know a field ({error})") from None
+    _check_family(folder, description.content.get("family"))
+    return description.backbone, description.spec
 
 
 def build(

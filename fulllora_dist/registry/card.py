@@ -1,61 +1,57 @@
 """The model card of an adapter: what it is, what it withstands, how far to believe it, and how to load it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fulllora_dist.attacks.threat import size_in
+from fulllora_dist.models.adapter_description import AdapterDescription, TrainingData
+from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.storage.urls import redacted
 
-_HEAD_SETTINGS = ("finetune", "rank", "alpha", "placement", "qkv", "head")
+_SHOWN_SETTINGS = ("finetune", "rank", "alpha", "placement", "qkv", "head")
 
 
 def model_card(
-    description: Mapping[str, Any], evaluation: Mapping[str, Any] | None = None, name: str | None = None
+    description: AdapterDescription, evaluation: Mapping[str, Any] | None = None, name: str | None = None
 ) -> str:
     """Markdown.
 
     Args:
-        description: of the adapter, as `read_adapter` gives it.
+        description: of the adapter.
         evaluation: in the form of evaluation.json.
         name: of the registered model.
     """
-    backbone, training = description["backbone"], description["training"]
-    where = f"models:/{name}@champion" if name else "the folder of this file"
-    sections = [
-        f"# {name or backbone['name']}",
-        f"An adapter for the frozen backbone `{backbone['name']}`, which is not in here. Inputs: RGB images of "
-        f"{backbone['image_size']} pixels a side; outputs: {backbone['num_classes']} class scores (logits).",
-        *_section("Threat model", _threat(training)),
-        *_section("Accuracy", _accuracy(evaluation)),
-        *_section("Warnings of the checks", _warnings(evaluation)),
-        *_section("Data", _data(training)),
-        *_section("Recipe", _recipe(description)),
-        *_section("Known limits", _limits(training, evaluation)),
-        *_section("How to load", _loading(backbone, where)),
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def _section(title: str, lines: Sequence[str]) -> list[str]:
-    return [f"## {title}", "\n".join(lines)]
-
-
-def _threat(training: Mapping[str, Any]) -> list[str]:
-    threat = training.get("threat")
-    if threat is None:
-        return ["Not recorded."]
-    return [f"Made for {size_in(threat['norm'], threat['eps'])}, in pixels of [0, 1]; white box, untargeted."]
+    backbone, threat = description.backbone, description.threat
+    intro = (
+        f"An adapter for the frozen backbone `{backbone.name}`, which is not included. Inputs: RGB images of "
+        f"{backbone.image_size} pixels a side; outputs: {backbone.num_classes} class scores (logits)."
+    )
+    made_for = (
+        f"Made for {size_in(*threat)}, in pixels of [0, 1]; white box, untargeted." if threat else "Not recorded."
+    )
+    sections = {
+        "Threat model": [made_for],
+        "Accuracy": _accuracy(evaluation),
+        "Warnings of the checks": _warnings(evaluation),
+        "Data": _data(description.data),
+        "Recipe": _recipe(description),
+        "Known limits": _limits(threat, evaluation),
+        "How to load": _loading(backbone, f"models:/{name}@champion" if name else "the folder of this file"),
+    }
+    parts = [f"# {name or backbone.name}", intro]
+    for title, lines in sections.items():
+        parts += [f"## {title}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:
     if evaluation is None:
         return ["Not evaluated."]
-    points = [{"eps": evaluation["eps"], "attacks": evaluation["attacks"]}, *evaluation.get("more_eps", ())]
     rows = [
-        f"| {attack} | {'' if attack == 'clean' else size_in(evaluation['norm'], point['eps'])} | "
+        f"| {attack} | {'' if attack == 'clean' else size_in(evaluation['norm'], at_eps['eps'])} | "
         f"{100 * score['accuracy']:.2f} % | {100 * score['low']:.1f} to {100 * score['high']:.1f} % |"
-        for point in points
-        for attack, score in point["attacks"].items()
+        for at_eps in (evaluation, *evaluation.get("more_eps", ()))
+        for attack, score in at_eps["attacks"].items()
     ]
     n, precision = len(evaluation["ids"]), evaluation["precision"]
     return ["| attack | eps | accuracy | 95 % interval |", "|---|---|---|---|", *rows, "", f"n = {n}, {precision}."]
@@ -63,27 +59,25 @@ def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:
 
 def _warnings(evaluation: Mapping[str, Any] | None) -> list[str]:
     if evaluation is None or not evaluation.get("checks"):
-        return ["No check for masked gradients was made."]
+        return ["Gradient masking was not checked."]
     return [f"- {line}" for line in evaluation["warnings"]] or ["None."]
 
 
-def _data(training: Mapping[str, Any]) -> list[str]:
-    data = training.get("data")
+def _data(data: TrainingData | None) -> list[str]:
     if data is None:
         return ["Not recorded."]
-    classes = data.get("classes", ())
-    shown = ", ".join(map(str, classes[:10])) + (", ..." if len(classes) > 10 else "")
+    shown = ", ".join(map(str, data.classes[:10])) + (", ..." if len(data.classes) > 10 else "")
     return [
-        f"- data set: {data.get('name', 'not named')}, index `{data.get('index')}`",
-        f"- {len(classes)} classes: {shown}",
-        f"- augmentation: {data.get('augment')}",
+        f"- data set: {data.name or 'not named'}, index `{data.index}`",
+        f"- {len(data.classes)} classes: {shown}",
+        f"- augmentation: {data.augment}",
     ]
 
 
-def _recipe(description: Mapping[str, Any]) -> list[str]:
-    spec, training = description["adapter"], description["training"]
-    lines = [f"- {key}: {spec[key]}" for key in _HEAD_SETTINGS if spec[key] is not None]
-    lines.append(f"- trainable: {description['trainable']:,} parameters, {description['trainable_share']:.2%}")
+def _recipe(description: AdapterDescription) -> list[str]:
+    settings, training = vars(description.spec), description.training
+    lines = [f"- {key}: {settings[key]}" for key in _SHOWN_SETTINGS if settings[key] is not None]
+    lines.append(f"- trainable: {description.trainable:,} parameters, {description.trainable_share:.2%}")
     if "made" not in training and training.get("method"):  # of an earlier version: as it was planned
         lines.append(f"- method: {_listed(training['method'])}")
         lines += [f"- in {len(training['phases'])} phases"] if training.get("phases") else []
@@ -107,28 +101,29 @@ def _listed(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in settings.items())
 
 
-def _limits(training: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> list[str]:
+def _limits(threat: tuple[str, float] | None, evaluation: Mapping[str, Any] | None) -> list[str]:
     lines = []
-    norm = training.get("threat", {}).get("norm")
-    if norm is not None:
-        lines.append(f"- Nothing is claimed beyond this {norm} ball: not other norms, patches, blur or corruptions.")
+    if threat is not None:
+        lines.append(
+            f"- Nothing is claimed beyond this {threat[0]} ball: not other norms, patches, blur or corruptions."
+        )
     attacks = () if evaluation is None else evaluation["attacks"]
     if not any("autoattack" in attack for attack in attacks):
         lines.append("- Not evaluated under AutoAttack: stronger attacks may find less accuracy than is said above.")
     lines.append("- The interval is that of the images drawn, for this one adapter; other seeds differ.")
-    lines.append("- Images of other classes are given to one of these, too.")
+    lines.append("- An image of any other class is classified as one of these, too.")
     return lines
 
 
-def _loading(backbone: Mapping[str, Any], where: str) -> list[str]:
-    source = redacted(backbone["checkpoint"] or "") or ("timm's hub" if backbone["pretrained"] else "its seed")
+def _loading(backbone: BackboneInfo, address: str) -> list[str]:
+    source = redacted(backbone.checkpoint or "") or ("timm's hub" if backbone.pretrained else "its seed")
     return [
-        f"The backbone's weights are taken from {source} and must have the fingerprint `{backbone['sha256']}`; where "
+        f"The backbone's weights are taken from {source} and must have the fingerprint `{backbone.sha256}`; where "
         "they lie elsewhere, give `checkpoint_path=`.",
         "",
         "```python",
         "import fulllora_dist as fd",
         "",
-        f'model = fd.load("{where}")  # fp32 pixels [B, 3, H, W] in [0, 1] -> logits',
+        f'model = fd.load("{address}")  # fp32 pixels [B, 3, H, W] in [0, 1] -> logits',
         "```",
     ]

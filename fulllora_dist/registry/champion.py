@@ -6,13 +6,13 @@ MLflow's aliases have no compare-and-set, so promotions take turns by tags of th
    makes two at once see each other: at least one of them reads the other's).
 2. If it finds an earlier claim, it withdraws its own and has lost. Later claims it waits out: they withdraw, or belong
    to a promotion that had begun before, which ends.
-3. Alone, it looks whether the champion still is the one that the candidate was judged against. If not, it has lost.
+3. Alone, it checks that the champion still is the one that the candidate was judged against. If not, it has lost.
 4. It writes the tag `champions`, the numbers of all champions in turn, then the aliases, and withdraws its claim. A
    rollback writes the alias first.
 
-A promotion that was killed leaves its claim, which counts for STALE seconds, or stops between the writes of 4: the
-alias `@champion` then says what holds, and the next promotion mends the rest by it. In the order of 4, what the alias
-points to is in the tag, and what comes behind it there is no champion (yet, or any more).
+A promotion that was killed leaves its claim, which counts for STALE_SECONDS, or stops between the writes of 4: the
+alias `@champion` then is right, and the next promotion repairs the rest by it. By the order in 4, the alias's version
+is in the tag, and versions behind it there are not champions (yet, or any more).
 """
 
 import json
@@ -30,14 +30,14 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.registry.mlflow_client import StoreError
 from fulllora_dist.registry.promotion import Rules, Verdict, judge
 from fulllora_dist.registry.registry import CHAMPION, PREVIOUS, Registry, Version
+from fulllora_dist.registry.version_tags import MAX_TAG
 
-STALE = 300.0
-"""Seconds after which a claim belongs to a promotion that was killed."""
+STALE_SECONDS = 300.0
+"""Age at which a claim belongs to a promotion that was killed."""
 _CLAIM = "promotion."
 _HISTORY = "champions"
-_KEPT = 100  # champions that are remembered
-_POLL = 0.2  # seconds between two looks at the claims
-_MOST = 5000  # characters of a tag
+_MAX_HISTORY = 100
+_POLL_SECONDS = 0.2
 
 
 class LostRace(UserError):
@@ -46,7 +46,7 @@ class LostRace(UserError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a promotion.
+    """The result of a promotion.
 
     Attributes:
         outcome: "promoted", "refused" by the gate, or "kept": it is the champion already.
@@ -54,7 +54,7 @@ class Outcome:
         champion: number of the champion now, None where there is none.
         previous: number of the one before.
         verdict: the gate's.
-        forced: the reason that was given to overrule it.
+        forced: the reason given to overrule it.
     """
 
     outcome: Literal["promoted", "refused", "kept"]
@@ -66,7 +66,7 @@ class Outcome:
 
 
 def promote(registry: Registry, reference: str, rules: Rules, force: str | None = None) -> Outcome:
-    """Make a version the champion if the gate lets it, or if somebody says why it need not.
+    """Make a version the champion if it passes the gate, or if somebody gives a reason to overrule it.
 
     Args:
         reference: NAME/NUMBER or NAME@ALIAS.
@@ -77,15 +77,14 @@ def promote(registry: Registry, reference: str, rules: Rules, force: str | None 
         UserError: no such version, an adapter that cannot be read, an empty reason.
     """
     if force is not None and not force.strip():
-        raise UserError("--force: it needs a reason, which is kept with the version")
+        raise UserError("--force needs a reason, which is kept with the version")
     candidate = registry.find(reference)
-    before = registry.aliases(candidate.name).get(CHAMPION)
+    aliases = registry.aliases(candidate.name)
+    before = aliases.get(CHAMPION)
     verdict = check(registry, candidate, before, rules)
-    if candidate.number == before:
-        previous = registry.aliases(candidate.name).get(PREVIOUS)
-        return Outcome("kept", candidate, before, previous, verdict)
-    if not verdict.passed and force is None:
-        return Outcome("refused", candidate, before, registry.aliases(candidate.name).get(PREVIOUS), verdict)
+    if candidate.number == before or (not verdict.passed and force is None):
+        outcome: Literal["kept", "refused"] = "kept" if candidate.number == before else "refused"
+        return Outcome(outcome, candidate, before, aliases.get(PREVIOUS), verdict)
     registry.check(candidate)
     store, number = registry.store, str(candidate.number)
     with _turn(registry, candidate.name, f"version {number}") as turn:
@@ -95,9 +94,10 @@ def promote(registry: Registry, reference: str, rules: Rules, force: str | None 
                 f"{candidate.name}: version {history[-1] if history else 'none'} became @{CHAMPION} while version "
                 f"{number} was judged against {f'version {before}' if before else 'none'}; promote it again"
             )
-        tags = {"promoted_at": _now(), "promoted_over": str(before or "none"), "gate": _told(verdict)}
+        gate = "passed: " + "; ".join(verdict.findings) if verdict.passed else "; ".join(verdict.reasons)
+        tags = {"promoted_at": _now(), "promoted_over": str(before or "none"), "gate": gate[:MAX_TAG]}
         if not verdict.passed and force is not None:
-            tags["forced"] = force[:_MOST]
+            tags["forced"] = force[:MAX_TAG]
         for key, value in tags.items():
             store.set_model_version_tag(candidate.name, number, key, value)
         turn.set([*history, candidate.number])
@@ -105,11 +105,9 @@ def promote(registry: Registry, reference: str, rules: Rules, force: str | None 
 
 
 def check(registry: Registry, candidate: Version, champion: int | None, rules: Rules) -> Verdict:
-    """The gate's verdict, with nothing moved."""
-    theirs = None
-    if champion is not None and champion != candidate.number:
-        theirs = registry.evaluation(registry.find(f"{candidate.name}/{champion}"))
+    """The gate's verdict; moves nothing."""
     first = champion in (None, candidate.number)
+    theirs = None if first else registry.evaluation(registry.find(f"{candidate.name}/{champion}"))
     threat = registry.model(candidate.name).tags.get("threat")
     return judge(registry.evaluation(candidate), theirs, rules, first=first, threat=threat)
 
@@ -129,8 +127,8 @@ def rollback(registry: Registry, name: str, reason: str | None = None) -> tuple[
             )
         left = history.pop()
         registry.find(f"{name}/{history[-1]}")  # refuses one that was deleted, before anything is written
-        told = f"{_now()} {reason or ''}".strip()[:_MOST]
-        registry.store.set_model_version_tag(name, str(left), "rolled_back", told)
+        note = f"{_now()} {reason or ''}".strip()[:MAX_TAG]
+        registry.store.set_model_version_tag(name, str(left), "rolled_back", note)
         turn.set(history, back=True)
     return history[-1], left
 
@@ -140,16 +138,16 @@ class _Turn:
 
     def __init__(self, registry: Registry, name: str, claim: str):
         self._registry, self._name, self._claim = registry, name, claim
-        self._until = time.monotonic() + STALE / 2
+        self._deadline = time.monotonic() + STALE_SECONDS / 2
 
     def champions(self) -> list[int]:
         """Numbers of all champions, the present one last. Where the tag and `@champion` differ, the alias is right: a
         promotion or rollback was killed between the two, or somebody moved it by hand."""
         model = self._registry.model(self._name)
-        present = {alias: int(number) for alias, number in model.aliases.items()}.get(CHAMPION)
-        history: list[int] = json.loads(model.tags.get(_HISTORY, "[]"))
-        if present is None:
+        if CHAMPION not in model.aliases:
             return []
+        present = int(model.aliases[CHAMPION])
+        history: list[int] = json.loads(model.tags.get(_HISTORY, "[]"))
         if present not in history:
             return [*history, present]
         while history[-1] != present:
@@ -159,11 +157,11 @@ class _Turn:
     def set(self, champions: list[int], back: bool = False) -> None:
         """Write history and aliases; `back`: of a rollback."""
         store, name = self._registry.store, self._name
-        if time.monotonic() > self._until or self._claim not in self._registry.model(name).tags:
+        if time.monotonic() > self._deadline or self._claim not in self._registry.model(name).tags:
             raise LostRace(f"{name}: the store was too slow, the turn is over; @{CHAMPION} was not moved, try again")
         if back:
             store.set_registered_model_alias(name, CHAMPION, str(champions[-1]))
-        store.set_registered_model_tag(name, _HISTORY, json.dumps(champions[-_KEPT:]))
+        store.set_registered_model_tag(name, _HISTORY, json.dumps(champions[-_MAX_HISTORY:]))
         if not back:
             store.set_registered_model_alias(name, CHAMPION, str(champions[-1]))
         if len(champions) > 1:
@@ -175,42 +173,39 @@ class _Turn:
 @contextmanager
 def _turn(registry: Registry, name: str, what: str) -> Iterator[_Turn]:
     """Raises:
-    LostRace: an earlier claim is there, or later ones do not go.
+    LostRace: there is an earlier claim, or later ones are not withdrawn.
     """
-    registry.model(name)  # refuses a name that there is not
+    registry.model(name)  # refuses an unknown name
     store = registry.store
     claim = f"{_CLAIM}{time.time_ns():020d}-{secrets.token_hex(4)}"  # in the order of time, mostly
     store.set_registered_model_tag(name, claim, f"{what} by process {os.getpid()} on {socket.gethostname()}")
     try:
-        patience = time.monotonic() + STALE / 4
+        deadline = time.monotonic() + STALE_SECONDS / 4
         while others := _claims(registry, name, claim):
             earliest = min(others)
-            if earliest < claim or time.monotonic() > patience:
+            if earliest < claim or time.monotonic() > deadline:
                 raise LostRace(
                     f"{name}: another promotion is under way ({others[earliest]}); @{CHAMPION} was not moved, try again"
                 )
-            time.sleep(_POLL)
+            time.sleep(_POLL_SECONDS)
         yield _Turn(registry, name, claim)
     finally:
         try:
             store.delete_registered_model_tag(name, claim)
         except StoreError as error:  # what was done is done
-            print(f"warning: {error}: for {STALE / 60:.0f} minutes others find {name} taken", file=sys.stderr)
+            blocked = f"promotions of {name} are blocked for {STALE_SECONDS / 60:.0f} minutes"
+            print(f"warning: {error}: {blocked}", file=sys.stderr)
 
 
 def _claims(registry: Registry, name: str, own: str) -> dict[str, str]:
-    """The others' claims. Those that were left by a kill are removed."""
+    """The others' claims. Stale ones are removed."""
     claims = {key: value for key, value in registry.model(name).tags.items() if key.startswith(_CLAIM) and key != own}
     for key in list(claims):
         begun = int(key.removeprefix(_CLAIM).partition("-")[0]) / 1e9
-        if abs(time.time() - begun) > STALE:
+        if abs(time.time() - begun) > STALE_SECONDS:
             registry.store.delete_registered_model_tag(name, key)
             del claims[key]
     return claims
-
-
-def _told(verdict: Verdict) -> str:
-    return ("passed: " + "; ".join(verdict.findings) if verdict.passed else "; ".join(verdict.reasons))[:_MOST]
 
 
 def _now() -> str:

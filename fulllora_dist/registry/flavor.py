@@ -22,6 +22,7 @@ from mlflow.types import Schema, TensorSpec
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapter_file import copy_adapter, load, read_adapter, save_adapter
+from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.registry.address import load as load_address
@@ -42,12 +43,12 @@ def requirements() -> list[str]:
     return [f"{name}=={version(name).partition('+')[0]}" for name in _NEEDED]
 
 
-def signature(backbone: Mapping[str, Any]) -> ModelSignature:
+def signature(backbone: BackboneInfo) -> ModelSignature:
     """uint8 pixels [-1, H, W, 3] -> fp32 class scores (logits) [-1, classes]."""
-    side = backbone["image_size"]
+    side = backbone.image_size
     return ModelSignature(
         Schema([TensorSpec(np.dtype(np.uint8), (-1, side, side, 3))]),
-        Schema([TensorSpec(np.dtype(np.float32), (-1, backbone["num_classes"]))]),
+        Schema([TensorSpec(np.dtype(np.float32), (-1, backbone.num_classes))]),
     )
 
 
@@ -63,7 +64,7 @@ def save_model(
 
     Args:
         adapter: the adapted model, or what `save_adapter` wrote.
-        path: local folder, which is empty or not there.
+        path: local folder; empty or not yet there.
         evaluation: in the form of evaluation.json, for the model card.
         name: of the registered model, for the model card.
         mlflow_model: what MLflow's `Model.log` hands over.
@@ -78,15 +79,15 @@ def save_model(
     else:
         copy_adapter(adapter, path)
     description, _ = read_adapter(path)
-    backbone = description["backbone"]
+    backbone = description.backbone
     model = mlflow_model or Model()
     model.signature = signature(backbone)
     model.metadata = {
-        "adapter_sha256": description["sha256"],
-        "backbone": backbone["name"],
-        "backbone_sha256": backbone["sha256"],
+        "adapter_sha256": description.sha256,
+        "backbone": backbone.name,
+        "backbone_sha256": backbone.sha256,
     }
-    model.add_flavor(FLAVOR_NAME, version=version("fulllora-dist"), finetune=description["adapter"]["finetune"])
+    model.add_flavor(FLAVOR_NAME, version=version("fulllora-dist"), finetune=description.spec.finetune)
     pyfunc.add_to_model(model, __name__, conda_env=_CONDA, python_env=_PYTHON)
     folder = Path(path)
     (folder / CARD).write_text(model_card(description, evaluation, name))
@@ -111,8 +112,8 @@ def log_model(
     registered_model_name: str | None = None,
     run_id: str | None = None,
 ) -> ModelInfo:
-    """Log an adapter to the active run (or `run_id`), as MLflow's own flavors do. Each call logs another model;
-    `tracking.publish` is what knows an adapter again.
+    """Log an adapter to the active run (or `run_id`), as MLflow's own flavors do. Each call logs another model, unlike
+    `publish`.
 
     Args:
         adapter, evaluation: see `save_model`.
@@ -146,10 +147,10 @@ class PixelModel:
         self._device = next(model.parameters()).device
 
     def predict(self, pixels: np.ndarray, params: Mapping[str, Any] | None = None) -> np.ndarray:
-        """Logits; `params` there are none."""
+        """Logits; `params` is not used."""
         side = self._model.info.image_size
         if pixels.dtype != np.uint8 or pixels.shape[1:] != (side, side, 3):
-            raise UserError(f"pixels: {pixels.dtype} {pixels.shape}; uint8 [N, {side}, {side}, 3] is right")
+            raise UserError(f"pixels must be uint8 [N, {side}, {side}, 3], got {pixels.dtype} {list(pixels.shape)}")
         outputs = [np.empty((0, self._model.info.num_classes), np.float32)]
         with torch.inference_mode():
             for start in range(0, len(pixels), _BATCH):

@@ -14,10 +14,10 @@ _CLIENTS = {"mlflow", "sqlalchemy", "alembic", "botocore", "boto3", "google", "a
 
 
 class StoreError(UserError):
-    """What an MLflow store answers instead of what was asked for.
+    """A call to an MLflow store failed.
 
     Attributes:
-        code: MLflow's name of the error, e.g. RESOURCE_DOES_NOT_EXIST; "IO" for what is not MLflow's own.
+        code: MLflow's name of the error, e.g. RESOURCE_DOES_NOT_EXIST; "IO" where it is not MLflow's own.
     """
 
     def __init__(self, message: str, code: str):
@@ -33,10 +33,10 @@ class Store:
 
     Args:
         uri: tracking URI; None takes MLflow's own (MLFLOW_TRACKING_URI, or what was set).
-        create: whether a sqlite file that is not there is made.
+        create: create a sqlite file that does not exist.
 
     Raises:
-        UserError: there is no such sqlite file, and none is to be made.
+        UserError: the sqlite file does not exist, and `create` is false.
     """
 
     def __init__(self, uri: str | None = None, create: bool = False):
@@ -73,16 +73,16 @@ class Store:
             raise StoreError(f"MLflow at {redacted(self.uri)}: {one_line(error)}", code) from error
 
     def experiment_id(self, name: str) -> str:
-        """Of the experiment of that name, which is made where there is none."""
-        found = self.get_experiment_by_name(name)
-        if found is None:
+        """Of the experiment of that name, which is created if it does not exist."""
+        experiment = self.get_experiment_by_name(name)
+        if experiment is None:
             try:
                 return self.create_experiment(name, artifact_location(self.uri))
             except StoreError as error:
-                if error.code != "RESOURCE_ALREADY_EXISTS":  # another process has made it meanwhile
+                if error.code != "RESOURCE_ALREADY_EXISTS":  # another process has created it meanwhile
                     raise
-                found = self.get_experiment_by_name(name)
-        return found.experiment_id
+                experiment = self.get_experiment_by_name(name)
+        return experiment.experiment_id
 
     def download(self, location: str, folder: str) -> str:
         """Artifacts at `location` (an artifact URI, or runs:/ID/PATH) into `folder`; returns where they are."""

@@ -1,8 +1,8 @@
-"""Whether an adapter may take the champion's place: the evaluations of both, judged in words.
+"""The gate: whether an adapter may replace the champion, judged from the evaluations of both, with reasons.
 
-The comparison is one of non-inferiority: the candidate passes where the paired 95 % interval of its difference to the
-champion lies above minus the margin, so that a loss of more than the margin is excluded. The fewer the images, the
-wider the interval, and the less can be excluded.
+It is a test of non-inferiority: the candidate passes where the paired 95 % interval of its difference to the champion
+lies above minus the margin, so that a loss of more than the margin is excluded. The fewer the images, the wider the
+interval, and the less can be excluded.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ _SHOWN = {"precision": "precision", "norm": "norm", "data": "data (digest of the
 
 @dataclass(frozen=True)
 class Rules:
-    """Of the gate.
+    """The gate's settings.
 
     Attributes:
         margin: largest loss of robust accuracy against the champion that must be excluded, a share of 1.
@@ -32,16 +32,16 @@ class Rules:
     def __post_init__(self) -> None:
         for name, value in (("margin", self.margin), ("clean floor", self.clean_floor)):
             if not 0 <= value <= 1:
-                raise UserError(f"{name}: {value} is no share of the images; 0 to 1 is right, 0.01 for a point")
+                raise UserError(f"{name} must be between 0 and 1 (0.01 is one point), got {value}")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says.
+    """The gate's answer.
 
     Attributes:
-        reasons: what speaks against the candidate; it passes where there is none.
-        findings: what was found besides.
+        reasons: why the candidate is refused; it passes if there are none.
+        findings: its figures, and other remarks.
     """
 
     reasons: tuple[str, ...]
@@ -59,16 +59,18 @@ def judge(
     """The verdict on a candidate.
 
     Args:
-        candidate, champion: in the form of evaluation.json; None where there is none.
-        first: there is no champion yet, so that the candidate stands for itself.
-        threat: the one that the model is for, as `size_in` writes it.
+        candidate, champion: in the form of evaluation.json; None if never evaluated.
+        first: there is no champion yet: the candidate is judged by itself.
+        threat: the threat model that the registered model is for, as `size_in` writes it.
     """
     if candidate is None:
         return Verdict(("it was never evaluated; evaluate it, and publish it with --evaluation",))
-    reasons, findings = _own(candidate, rules, threat)
+    if broken := _broken(candidate):
+        return Verdict((broken,))
+    reasons, findings = _alone(candidate, rules, threat)
     if not first:
-        against, found = _against(candidate, champion, rules) if not _broken(candidate) else ([], [])
-        reasons, findings = reasons + against, findings + found
+        more_reasons, more_findings = _against(candidate, champion, rules)
+        reasons, findings = reasons + more_reasons, findings + more_findings
     return Verdict(tuple(reasons), tuple(findings))
 
 
@@ -80,29 +82,22 @@ def _broken(evaluation: Evaluation) -> str | None:
     return None
 
 
-def _robust(evaluation: Evaluation) -> list[str]:
-    return [attack for attack in evaluation["attacks"] if attack != "clean"]
-
-
-def _own(candidate: Evaluation, rules: Rules, threat: str | None) -> tuple[list[str], list[str]]:
-    """What speaks against a candidate by itself, and its figures."""
-    if broken := _broken(candidate):
-        return [broken], []
-    reasons, findings = [], []
+def _alone(candidate: Evaluation, rules: Rules, threat: str | None) -> tuple[list[str], list[str]]:
+    """(reasons, findings) of the candidate by itself."""
+    reasons = []
     attacks, size = candidate["attacks"], size_in(candidate["norm"], candidate["eps"])
     if "clean" not in attacks:
         reasons.append("its clean accuracy was not measured; evaluate with --attacks clean,...")
     elif attacks["clean"]["accuracy"] < rules.clean_floor:
         reasons.append(f"its clean accuracy is {_percent(attacks['clean'])}, the floor is {rules.clean_floor:.2%}")
-    if not _robust(candidate):
+    if not attacks.keys() - {"clean"}:
         reasons.append("it was not attacked; evaluate with --attacks clean,pgd20 or more")
     if threat is not None and size != threat:
         reasons.append(f"it was attacked at {size}, the model is for {threat}")
     if not candidate.get("checks"):
-        reasons.append("no check for masked gradients was made; evaluate with evaluation.gradient_masking_samples=50")
+        reasons.append("gradient masking was not checked; evaluate with evaluation.gradient_masking_samples=50")
     reasons += [f"a check warned: {line}" for line in candidate["warnings"]]
-    findings += [f"{attack}: {_percent(score)}" for attack, score in attacks.items()]
-    return reasons, findings
+    return reasons, [f"{attack}: {_percent(score)}" for attack, score in attacks.items()]
 
 
 def _percent(score: Mapping[str, float]) -> str:
@@ -110,12 +105,13 @@ def _percent(score: Mapping[str, float]) -> str:
 
 
 def _against(candidate: Evaluation, champion: Evaluation | None, rules: Rules) -> tuple[list[str], list[str]]:
+    """(reasons, findings) of the candidate beside the champion."""
     if champion is None:
-        return ["the champion was never evaluated, so that nothing can be compared; evaluate and publish it"], []
+        return ["the champion was never evaluated; evaluate it, and publish it with --evaluation"], []
     if broken := _broken(champion):
         return [f"the champion's figures are damaged: {broken}"], []
     if differing := _differences(candidate, champion):
-        return [f"the evaluations are not of one kind: {line}" for line in differing], []
+        return [f"the evaluations are not comparable: {line}" for line in differing], []
     reasons = []
     findings = [f"the champion's own check warned: {line}" for line in champion["warnings"]]
     for row in compare(champion, candidate)["rows"]:
@@ -130,12 +126,12 @@ def _against(candidate: Evaluation, champion: Evaluation | None, rules: Rules) -
         if row["high"] < -rules.margin:
             reasons.append(f"{shown}: it is less robust by more than {margin}")
         else:
-            reasons.append(f"{shown}: a loss of more than {margin} is not excluded; more images may do that")
+            reasons.append(f"{shown}: a loss of more than {margin} is not excluded; evaluate on more images")
     return reasons, findings
 
 
 def _differences(candidate: Evaluation, champion: Evaluation) -> list[str]:
-    """Where two evaluations are not of one kind: all of it."""
+    """All that makes two evaluations incomparable."""
     lines = []
     if candidate["attacks"].keys() != champion["attacks"].keys():
         lines.append(f"attacks {', '.join(candidate['attacks'])}, the champion's {', '.join(champion['attacks'])}")
@@ -143,8 +139,8 @@ def _differences(candidate: Evaluation, champion: Evaluation) -> list[str]:
         if candidate.get(key) != champion.get(key):
             lines.append(f"{shown} {candidate.get(key)}, the champion's {champion.get(key)}")
     if candidate["eps"] != champion["eps"]:
-        sizes = (size_in(found["norm"], found["eps"]) for found in (candidate, champion))
-        lines.append("{}, the champion's {}".format(*sizes))
+        mine, theirs = (size_in(evaluation["norm"], evaluation["eps"]) for evaluation in (candidate, champion))
+        lines.append(f"{mine}, the champion's {theirs}")
     if len(candidate["ids"]) != len(champion["ids"]):
         lines.append(f"n = {len(candidate['ids'])}, the champion's {len(champion['ids'])}")
     elif set(candidate["ids"]) != set(champion["ids"]):

@@ -2,24 +2,26 @@
 
 MLflow's `register_model` makes another version at each call. Here an adapter is known by its sha256:
 
-1. A LoggedModel with that tag is made, or found again (PENDING where an attempt was killed in the midst of uploading).
+1. A LoggedModel with that tag is created, or found again (PENDING where an upload was killed).
 2. Its files are uploaded, then it is READY.
-3. A version is made of it, with all its tags in the same call, unless there is one with that sha256.
-4. Where two attempts ran at once and made two versions, the lowest one without an alias in the way stays.
+3. A version is created from it, with all its tags in the same call, unless there is one with that sha256.
+4. Where two processes ran at once and created two versions, the lowest one without an alias in the way stays.
 
-An evaluation of a version that is there already is uploaded under the name of its own sha256, and becomes the
-version's by a tag: nothing is overwritten.
+A new evaluation of an existing version is uploaded under the name of its own sha256, and becomes the version's by a
+tag: nothing is overwritten.
 """
 
 import hashlib
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.compare import check_accuracies
+from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.card import model_card
 from fulllora_dist.registry.flavor import CARD, save_model
@@ -36,13 +38,12 @@ from fulllora_dist.registry.registry import (
     content_of,
     evaluation_file,
     model_name,
-    threat_of,
 )
-from fulllora_dist.registry.version_tags import EVALUATION_DATA, MOST, Lineage, metadata, scores
+from fulllora_dist.registry.version_tags import EVALUATION_DATA, MAX_TAG, Lineage, evaluation_tags, metadata_tags
 
 CONFIG = "config.yaml"
 _LOGGED_NAME = "adapter"
-_NOT_ALWAYS_KNOWN = ("classes_sha256", "data")
+_OPTIONAL_IDENTITY = ("classes_sha256", "data")
 _SAME_DATA = ", or give --data where it is the same under another name"
 
 
@@ -56,168 +57,197 @@ def publish(
     lineage: Lineage | None = None,
     keep: bool = False,
 ) -> Version:
-    """The version of the adapter in `folder`, made where there is none. Safe to repeat.
+    """The version of the adapter in `folder`, created if there is none. Safe to repeat.
 
     Args:
         folder: what `save_adapter` wrote.
         evaluation: in the form of evaluation.json; becomes the version's own.
         name: of the registered model, instead of `model_name`.
-        data: name of the data set, where the adapter does not tell.
+        data: name of the data set, where the adapter does not record it.
         keep: an evaluation that the version has already stays.
 
     Raises:
-        UserError: a damaged adapter, an evaluation of another one or with figures that are none, a registered model of
-            another backbone, data or threat model; the store fails.
+        UserError: a damaged adapter; an evaluation of another adapter, or whose figures do not match its images; a
+            registered model of another backbone, data set or threat model; the store fails.
     """
-    lineage = lineage or Lineage()
     description, _ = read_adapter(folder)
     if evaluation is not None:
         _check_evaluation(evaluation, description)
-    name = name or model_name(description, data, evaluation)
-    _register_model(registry, name, description, data, evaluation)
-    version = _existing(registry, name, description["sha256"])
-    if version is None:
-        model_id = _logged_model(registry, folder, description, evaluation, name, lineage)
-        tags = metadata(description, lineage) | scores(evaluation)
-        card = model_card(description, evaluation, name)[:MOST]
-        registry.store.create_model_version(
-            name, f"models:/{model_id}", lineage.run_id, tags=tags, description=card, model_id=model_id
-        )
-        version = _existing(registry, name, description["sha256"])
-        assert version is not None
+    threat = description.threat
+    if threat is None and evaluation is not None:
+        threat = evaluation["norm"], evaluation["eps"]
+    if threat is None:
+        raise UserError("the adapter does not record which threat model it was trained for; give its evaluation.json")
+    if data is None and description.data is not None:
+        data = description.data.name
+    name = name or model_name(description, data, threat)
+    one = _Publication(registry, name, folder, description, evaluation, lineage or Lineage())
+    one.register_model(data, threat)
+    version = one.existing() or one.create()
     if evaluation is not None and not (keep and EVALUATION in version.tags):
-        version = _evaluated(registry, version, description, evaluation)
+        version = one.set_evaluation(version, evaluation)
     return version
 
 
-def _check_evaluation(evaluation: Mapping[str, Any], description: Mapping[str, Any]) -> None:
+def _check_evaluation(evaluation: Mapping[str, Any], description: AdapterDescription) -> None:
     check_accuracies(evaluation, "evaluation.json")
-    if evaluation.get("backbone") not in (None, description["backbone"]["name"]):
+    if evaluation.get("backbone") not in (None, description.backbone.name):
         raise UserError(
             f"evaluation.json is of the backbone {evaluation['backbone']}, the adapter's is "
-            f"{description['backbone']['name']}; give its own evaluation"
+            f"{description.backbone.name}; give its own evaluation"
         )
-    if evaluation.get(SHA256) not in (None, description["sha256"]):
+    if evaluation.get(SHA256) not in (None, description.sha256):
         raise UserError(
-            f"evaluation.json is of the adapter {evaluation[SHA256][:12]}, this one is {description['sha256'][:12]}; "
+            f"evaluation.json is of the adapter {evaluation[SHA256][:12]}, this one is {description.sha256[:12]}; "
             "give its own evaluation"
         )
 
 
-def _register_model(
-    registry: Registry,
-    name: str,
-    description: Mapping[str, Any],
-    data: str | None,
-    evaluation: Mapping[str, Any] | None,
-) -> None:
-    """The registered model, made where there is none.
+@dataclass(frozen=True)
+class _Publication:
+    """One adapter on its way to a registered model."""
 
-    Raises:
-        UserError: it is of another backbone, data or threat model.
-    """
-    backbone, training = description["backbone"], description["training"]
-    threat = threat_of(description, evaluation)
-    classes = training.get("data", {}).get("classes")
-    identity = {
-        KIND: ADAPTER_KIND,
-        "backbone_sha256": backbone["sha256"],
-        "threat": size_in(threat["norm"], threat["eps"]),
-        "outputs": str(backbone["num_classes"]),
-        **({} if classes is None else {"classes_sha256": hashlib.sha256("\n".join(classes).encode()).hexdigest()}),
-    }
-    trained_on = data or training.get("data", {}).get("name")
-    if trained_on is not None:
-        identity["data"] = trained_on
-    try:
-        registry.store.create_registered_model(name, tags=identity | {"backbone": backbone["name"]})
-        return
-    except StoreError as error:
-        if error.code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    found = registry.model(name).tags
-    for key, value in identity.items():
-        if found.get(key, value if key in _NOT_ALWAYS_KNOWN else None) != value:
-            raise UserError(
-                f"the registered model {name} is of another {key.removesuffix('_sha256')} "
-                f"({str(found.get(key))[:40]}, the adapter's is {value[:40]}); choose another name "
-                f"(tracking.registered_model_name, --name){_SAME_DATA if key == 'data' else ''}"
-            )
+    registry: Registry
+    name: str
+    folder: str
+    description: AdapterDescription
+    evaluation: Mapping[str, Any] | None
+    lineage: Lineage
 
+    def register_model(self, data: str | None, threat: tuple[str, float]) -> None:
+        """The registered model, created if it does not exist.
 
-def _existing(registry: Registry, name: str, sha256: str) -> Version | None:
-    """The version of an adapter. Where several attempts at once made some, all of them keep the same one."""
-    same = [version for version in registry.versions(name) if version.tags.get(SHA256) == sha256]
-    if not same:
-        return None
-    kept = min(same, key=lambda version: (not version.aliases, version.number))
-    for version in same:
-        if version != kept and not version.aliases:
-            try:
-                registry.store.delete_model_version(name, str(version.number))
-                if version.source != kept.source:
-                    registry.store.delete_logged_model(version.source.removeprefix("models:/"))
-            except StoreError as error:
-                if error.code != "RESOURCE_DOES_NOT_EXIST":  # another attempt has deleted it
-                    raise
-    return kept
+        Raises:
+            UserError: it is of another backbone, data set or threat model.
+        """
+        backbone, recorded = self.description.backbone, self.description.data
+        identity = {
+            KIND: ADAPTER_KIND,
+            "backbone_sha256": str(backbone.sha256),
+            "threat": size_in(*threat),
+            "outputs": str(backbone.num_classes),
+        }
+        if recorded is not None and recorded.classes:
+            identity["classes_sha256"] = hashlib.sha256("\n".join(recorded.classes).encode()).hexdigest()
+        if data is not None:
+            identity["data"] = data
+        try:
+            self.registry.store.create_registered_model(self.name, tags=identity | {"backbone": backbone.name})
+            return
+        except StoreError as error:
+            if error.code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        tags = self.registry.model(self.name).tags
+        for key, value in identity.items():
+            if tags.get(key, value if key in _OPTIONAL_IDENTITY else None) != value:
+                raise UserError(
+                    f"the registered model {self.name} is of another {key.removesuffix('_sha256')} "
+                    f"({str(tags.get(key))[:40]}, the adapter's is {value[:40]}); choose another name "
+                    f"(tracking.registered_model_name, --name){_SAME_DATA if key == 'data' else ''}"
+                )
 
+    def existing(self) -> Version | None:
+        """The adapter's version. Where several processes at once created some, all of them keep the same one."""
+        versions = self.registry.versions(self.name)
+        same = [version for version in versions if version.tags.get(SHA256) == self.description.sha256]
+        if not same:
+            return None
+        kept = min(same, key=lambda version: (not version.aliases, version.number))
+        for version in same:
+            if version != kept and not version.aliases:
+                try:
+                    self.registry.store.delete_model_version(self.name, str(version.number))
+                    if version.source != kept.source:
+                        self.registry.store.delete_logged_model(version.source.removeprefix("models:/"))
+                except StoreError as error:
+                    if error.code != "RESOURCE_DOES_NOT_EXIST":  # another process has deleted it
+                        raise
+        return kept
 
-def _logged_model(
-    registry: Registry,
-    folder: str,
-    description: Mapping[str, Any],
-    evaluation: Mapping[str, Any] | None,
-    name: str,
-    lineage: Lineage,
-) -> str:
-    """Id of the LoggedModel with the adapter's files, whole and READY."""
-    store, sha256 = registry.store, description["sha256"]
-    if lineage.run_id is None:
-        experiment = store.experiment_id(lineage.experiment)
-    else:
-        experiment = store.get_run(lineage.run_id).info.experiment_id
-    found = store.search_logged_models([experiment], filter_string=f"tags.{SHA256} = '{sha256}'")
-    ready = [model for model in found if str(model.status) == "READY"]
-    if ready:
-        model_id = min(ready, key=lambda model: model.creation_timestamp).model_id
-        if evaluation is not None:  # the attempt that uploaded the rest may have had another one
-            _upload(registry, model_id, evaluation)
+    def create(self) -> Version:
+        """A version, with all its tags."""
+        model_id = self._logged_model()
+        tags = metadata_tags(self.description, self.lineage) | evaluation_tags(self.evaluation)
+        card = model_card(self.description, self.evaluation, self.name)[:MAX_TAG]
+        self.registry.store.create_model_version(
+            self.name, f"models:/{model_id}", self.lineage.run_id, tags=tags, description=card, model_id=model_id
+        )
+        version = self.existing()
+        assert version is not None
+        return version
+
+    def _logged_model(self) -> str:
+        """Id of the LoggedModel with the adapter's files, whole and READY."""
+        store, run_id, evaluation = self.registry.store, self.lineage.run_id, self.evaluation
+        if run_id is None:
+            experiment = store.experiment_id(self.lineage.experiment)
+        else:
+            experiment = store.get_run(run_id).info.experiment_id
+        logged = store.search_logged_models([experiment], filter_string=f"tags.{SHA256} = '{self.description.sha256}'")
+        ready = [model for model in logged if str(model.status) == "READY"]
+        if ready:
+            model_id = min(ready, key=lambda model: model.creation_timestamp).model_id
+            if evaluation is not None:  # whoever uploaded the rest may have had another one
+                self._upload(model_id, evaluation)
+            return model_id
+        model_id = (logged[0] if logged else self._create_logged_model(experiment)).model_id
+        self._link(model_id)
+        from mlflow.models import Model
+
+        with tempfile.TemporaryDirectory() as temporary:
+            path = f"{temporary}/model"
+            model = Model(model_uuid=model_id, run_id=run_id, model_id=model_id)
+            save_model(self.folder, path, evaluation=evaluation, name=self.name, mlflow_model=model)
+            if self.lineage.config is not None:
+                Path(path, CONFIG).write_text(self.lineage.config)
+            if evaluation is not None:
+                _write_evaluation(evaluation, path)
+            store.log_model_artifacts(model_id, path)
+        store.finalize_logged_model(model_id, "READY")
         return model_id
-    logged = found[0] if found else _create_logged_model(registry, experiment, description, lineage)
-    _link(registry, logged.model_id, description, lineage)
-    from mlflow.models import Model
 
-    with tempfile.TemporaryDirectory() as temporary:
-        path = f"{temporary}/model"
-        model = Model(model_uuid=logged.model_id, run_id=lineage.run_id, model_id=logged.model_id)
-        save_model(folder, path, evaluation=evaluation, name=name, mlflow_model=model)
-        if lineage.config is not None:
-            Path(path, CONFIG).write_text(lineage.config)
-        if evaluation is not None:
-            _write_evaluation(evaluation, path)
-        store.log_model_artifacts(logged.model_id, path)
-    store.finalize_logged_model(logged.model_id, "READY")
-    return logged.model_id
+    def _create_logged_model(self, experiment: str) -> Any:
+        spec = {key: str(value) for key, value in vars(self.description.spec).items()}
+        tags = metadata_tags(self.description, self.lineage)
+        return self.registry.store.create_logged_model(
+            experiment, _LOGGED_NAME, self.lineage.run_id, tags=tags, params=spec
+        )
 
+    def _link(self, model_id: str) -> None:
+        """Make the model an output of its run, unless it is one already."""
+        from mlflow.entities import LoggedModelOutput
 
-def _create_logged_model(registry: Registry, experiment: str, description: Mapping[str, Any], lineage: Lineage) -> Any:
-    spec = {key: str(value) for key, value in description["adapter"].items()}
-    return registry.store.create_logged_model(
-        experiment, _LOGGED_NAME, lineage.run_id, tags=metadata(description, lineage), params=spec
-    )
+        store, run_id = self.registry.store, self.lineage.run_id
+        if run_id is None:
+            return
+        outputs = store.get_run(run_id).outputs
+        if outputs is None or model_id not in [output.model_id for output in outputs.model_outputs]:
+            step = self.description.training.get("batches", 0)
+            store.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
 
+    def _upload(self, model_id: str, evaluation: Mapping[str, Any], card: str | None = None) -> None:
+        """Add an evaluation to the files of a LoggedModel, and replace its card."""
+        with tempfile.TemporaryDirectory() as folder:
+            _write_evaluation(evaluation, folder)
+            if card is not None:
+                Path(folder, CARD).write_text(card)
+            self.registry.store.log_model_artifacts(model_id, folder)
 
-def _link(registry: Registry, model_id: str, description: Mapping[str, Any], lineage: Lineage) -> None:
-    """Make the model an output of its run, where no attempt before has."""
-    from mlflow.entities import LoggedModelOutput
-
-    if lineage.run_id is None:
-        return
-    outputs = registry.store.get_run(lineage.run_id).outputs
-    if outputs is None or model_id not in [output.model_id for output in outputs.model_outputs]:
-        step = description["training"].get("batches", 0)
-        registry.store.log_outputs(lineage.run_id, [LoggedModelOutput(model_id, step)])
+    def set_evaluation(self, version: Version, evaluation: Mapping[str, Any]) -> Version:
+        """Make an evaluation the version's own. The tag with its sha256 goes last: it vouches for the others."""
+        tags = evaluation_tags(evaluation)
+        if version.tags.get(EVALUATION) == tags[EVALUATION]:
+            return version
+        store, number = self.registry.store, str(version.number)
+        card = model_card(self.description, evaluation, self.name)
+        self._upload(version.source.removeprefix("models:/"), evaluation, card)
+        store.update_model_version(self.name, number, card[:MAX_TAG])
+        for key in version.tags.keys() - tags.keys():
+            if key.startswith(ACCURACY) or key == EVALUATION_DATA:
+                store.delete_model_version_tag(self.name, number, key)
+        for key, value in sorted(tags.items(), key=lambda tag: tag[0] == EVALUATION):
+            store.set_model_version_tag(self.name, number, key, value)
+        return self.registry.find(version.address)
 
 
 def _write_evaluation(evaluation: Mapping[str, Any], folder: str) -> None:
@@ -225,31 +255,3 @@ def _write_evaluation(evaluation: Mapping[str, Any], folder: str) -> None:
     content = content_of(evaluation)
     Path(folder, EVALUATIONS).mkdir(exist_ok=True)
     Path(folder, evaluation_file(hashlib.sha256(content).hexdigest())).write_bytes(content)
-
-
-def _upload(registry: Registry, model_id: str, evaluation: Mapping[str, Any], card: str | None = None) -> None:
-    """Add an evaluation to the files of a LoggedModel, and put the card in place of its own."""
-    with tempfile.TemporaryDirectory() as folder:
-        _write_evaluation(evaluation, folder)
-        if card is not None:
-            Path(folder, CARD).write_text(card)
-        registry.store.log_model_artifacts(model_id, folder)
-
-
-def _evaluated(
-    registry: Registry, version: Version, description: Mapping[str, Any], evaluation: Mapping[str, Any]
-) -> Version:
-    """Make an evaluation the version's own. The tag with its sha256 goes last: it is what the others stand for."""
-    tags = scores(evaluation)
-    if version.tags.get(EVALUATION) == tags[EVALUATION]:
-        return version
-    store, name, number = registry.store, version.name, str(version.number)
-    card = model_card(description, evaluation, name)
-    _upload(registry, version.source.removeprefix("models:/"), evaluation, card)
-    store.update_model_version(name, number, card[:MOST])
-    for key in version.tags.keys() - tags.keys():
-        if key.startswith(ACCURACY) or key == EVALUATION_DATA:
-            store.delete_model_version_tag(name, number, key)
-    for key, value in sorted(tags.items(), key=lambda tag: tag[0] == EVALUATION):
-        store.set_model_version_tag(name, number, key, value)
-    return registry.find(version.address)

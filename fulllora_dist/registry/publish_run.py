@@ -1,45 +1,44 @@
-"""The adapter of a run that has ended, published. What goes wrong here ends no run: the adapter is on disk."""
+"""The adapter of a finished run is published. A failure here is a warning and fails no run: the adapter is on disk."""
 
 import os
 import shlex
 
-from fulllora_dist.config.schema import Config
 from fulllora_dist.evaluation.compare import read_evaluation
 from fulllora_dist.registry.publish import publish
 from fulllora_dist.registry.registry import Registry
 from fulllora_dist.registry.version_tags import Lineage
 from fulllora_dist.storage.urls import one_line, redacted
+from fulllora_dist.tracking.summary import RunSummary
 
 
-def publish_run(config: Config, settings: str, uri: str | None, run_id: str | None) -> str:
-    """Publish the adapter of a run that has ended, with its evaluation where there is one; returns a line for people.
-    An evaluation that the adapter's version has already stays: a better one may have been published since.
+def publish_run(run: RunSummary, config: str, run_id: str | None) -> str:
+    """Publish the adapter of a finished run, with its evaluation if there is one; returns a line for people. An
+    evaluation that the adapter's version has already stays: a better one may have been published since.
 
     Args:
-        settings: the config as YAML, without what signs a URL.
-        uri: tracking store; None takes the config's.
-        run_id: of the MLflow run, None where it could not be made.
+        config: the run's config as YAML, without what signs a URL.
+        run_id: of the MLflow run, None where it could not be created.
     """
-    output, uri = config.run.output_dir, uri or config.tracking_uri()
-    adapter, evaluation = os.path.join(output, "adapter"), os.path.join(output, "evaluation.json")
-    found = evaluation if os.path.exists(evaluation) else None
-    name, experiment = config.tracking.registered_model_name, config.tracking.experiment_name
+    adapter, evaluation = (os.path.join(run.output_dir, name) for name in ("adapter", "evaluation.json"))
+    evaluated, name = os.path.exists(evaluation), run.settings.registered_model_name
     try:
-        registry = Registry(uri, create=True)
-        lineage = Lineage(None, settings, None, experiment)
-        if run_id is not None:
-            lineage = Lineage.of_run(registry.store, run_id, settings, experiment)
+        registry = Registry(run.uri, create=True)
         version = publish(
             registry,
             adapter,
-            evaluation=None if found is None else read_evaluation(found),
+            evaluation=read_evaluation(evaluation) if evaluated else None,
             name=name,
-            lineage=lineage,
+            lineage=Lineage.of_run(registry.store, run_id, config, run.settings.experiment_name),
             keep=True,
         )
     except Exception as error:  # whatever a tracking store does
-        given = {"--evaluation": found, "--name": name, "--run": run_id, "--uri": redacted(uri)}
-        options = [part for option, value in given.items() if value is not None for part in (option, value)]
-        command = shlex.join(["python", "tools/adapters.py", "publish", adapter, *options])
-        return f"warning: not registered ({one_line(error)}); {command} does it later"
+        options = {
+            "--evaluation": evaluation if evaluated else None,
+            "--name": name,
+            "--run": run_id,
+            "--uri": redacted(run.uri),
+        }
+        given = [part for option, value in options.items() if value is not None for part in (option, value)]
+        command = shlex.join(["python", "tools/adapters.py", "publish", adapter, *given])
+        return f"warning: the adapter was not registered ({one_line(error)}); to register it later: {command}"
     return f"registered: {version.address}; python tools/adapters.py promote {version.name}/{version.number}"

@@ -1,7 +1,7 @@
-"""Adapters in MLflow's model registry: what is there, and getting it out.
+"""Adapters in MLflow's model registry: listing, looking up and downloading them.
 
-A registered model is of one backbone, one data set and one threat model, and its versions are adapters, each once
-(`publish.py`). `@champion` is moved by `champion.py` alone.
+A registered model belongs to one backbone, one data set and one threat model. Its versions are adapters, each of them
+once (`publish.py`); only `champion.py` moves `@champion`.
 """
 
 import hashlib
@@ -9,14 +9,16 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.compare import parse_evaluation
+from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.mlflow_client import Store, StoreError
 from fulllora_dist.tracking.mlflow_run import allowed_name
@@ -38,7 +40,7 @@ class Version:
     Attributes:
         name, number: of the model, of the version.
         aliases: that point to it.
-        tags: what is known of it, by name.
+        tags: see `version_tags.py`.
         run_id: of the MLflow run that made it.
         source: address of its artifacts, "models:/m-ID".
         created: milliseconds since 1970.
@@ -60,47 +62,36 @@ class Version:
     @property
     def accuracies(self) -> dict[str, tuple[float, ...]]:
         """(accuracy, low, high) of its evaluation, by the attack."""
-        attacks = self.tags["attacks"].split(",") if "attacks" in self.tags else []
-        found = {attack: self.tags.get(accuracy_tag(attack)) for attack in attacks}
-        return {attack: tuple(map(float, text.split())) for attack, text in found.items() if text is not None}
+        tags = {attack: self.tags.get(accuracy_tag(attack)) for attack in self.tags.get("attacks", "").split(",")}
+        return {attack: tuple(map(float, tag.split())) for attack, tag in tags.items() if tag is not None}
 
 
-def model_name(description: Mapping[str, Any], data: str | None = None, threat: Mapping[str, Any] | None = None) -> str:
+def model_name(description: AdapterDescription, data: str | None, threat: tuple[str, float]) -> str:
     """The registered model that an adapter belongs to: BACKBONE-DATA-NORM-EPS, e.g.
     vit_tiny_patch16_224.augreg_in21k_ft_in1k-imagenette-linf-4_255. A backbone whose weights have no name of their own
     carries the beginning of their sha256.
 
     Args:
-        description: of the adapter, as `read_adapter` gives it.
-        data: name of the data set, where the adapter does not tell.
-        threat: {"norm", "eps"}, where the adapter does not tell.
+        data: name of the data set, None where it is not known.
+        threat: (norm, eps).
 
     Raises:
-        UserError: a part is known neither from the adapter nor from the caller.
+        UserError: the data set is not known.
     """
-    backbone, training = description["backbone"], description["training"]
-    data = data or training.get("data", {}).get("name")
     if data is None:
-        raise UserError("the adapter does not say which data it was trained on; give --data NAME, or --name")
-    eps = threat_of(description, threat)
-    size = f"{eps['eps'] * 255:.4g}_255" if eps["norm"] == "linf" else f"{eps['eps']:.4g}"
-    base = backbone["name"] if "." in backbone["name"] else f"{backbone['name']}_{backbone['sha256'][:8]}"
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{base}-{data}-{eps['norm']}-{size}")
+        raise UserError("the adapter does not record which data it was trained on; give --data NAME, or --name")
+    norm, eps = threat
+    size = f"{eps * 255:.4g}_255" if norm == "linf" else f"{eps:.4g}"
+    backbone = description.backbone
+    base = backbone.name if "." in backbone.name else f"{backbone.name}_{str(backbone.sha256)[:8]}"
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{base}-{data}-{norm}-{size}")
 
 
-def threat_of(description: Mapping[str, Any], otherwise: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-    """{"norm", "eps"} that an adapter was trained against."""
-    found = description["training"].get("threat") or otherwise
-    if found is None:
-        raise UserError("the adapter does not say which threat model it was trained against; give its evaluation.json")
-    return found
-
-
-def data_name(where: str) -> str:
+def data_name(location: str) -> str:
     """Name of a data set by its folder or URL: s3://bucket/imagenet/train -> imagenet."""
-    url = urlsplit(where) if "://" in where else None
+    url = urlsplit(location) if "://" in location else None
     if url is None:
-        path = os.path.abspath(where)
+        path = os.path.abspath(location)
     else:  # without a query, which may be a signature; a bucket may be a name, a web server's address is none
         path = url.path if url.scheme.lower() in ("http", "https") else f"{url.netloc}/{url.path}"
     parts = [part for part in PurePosixPath(path).parts if part != "/"]
@@ -113,10 +104,10 @@ class Registry:
 
     Args:
         uri: tracking URI; None takes MLflow's own (MLFLOW_TRACKING_URI, or what was set).
-        create: whether a sqlite file that is not there is made.
+        create: create a sqlite file that does not exist.
 
     Attributes:
-        store: for what is not of adapters alone.
+        store: the MLflow client.
     """
 
     def __init__(self, uri: str | None = None, create: bool = False):
@@ -124,19 +115,14 @@ class Registry:
 
     def names(self) -> list[str]:
         """Registered models of adapters."""
-        names, token = [], None
-        while True:
-            page = self.store.search_registered_models(max_results=100, page_token=token)
-            names += [model.name for model in page if model.tags.get(KIND) == ADAPTER_KIND]
-            token = page.token
-            if not token:
-                return sorted(names)
+        models = _pages(self.store.search_registered_models)
+        return sorted(model.name for model in models if model.tags.get(KIND) == ADAPTER_KIND)
 
     def model(self, name: str) -> Any:
         """MLflow's registered model.
 
         Raises:
-            UserError: there is none of that name; says which there are.
+            UserError: there is none of that name; the message lists those that exist.
         """
         try:
             return self.store.get_registered_model(name)
@@ -149,13 +135,9 @@ class Registry:
     def versions(self, name: str) -> list[Version]:
         """Its versions, the oldest first."""
         aliases = self.aliases(name)
-        found, token = [], None
-        while True:
-            page = self.store.search_model_versions(f"name = '{name}'", max_results=100, page_token=token)
-            found += [_version(entity, aliases) for entity in page if entity.status == "READY"]
-            token = page.token
-            if not token:
-                return sorted(found, key=lambda version: version.number)
+        entities = _pages(partial(self.store.search_model_versions, f"name = '{name}'"))
+        versions = [_version(entity, aliases) for entity in entities if entity.status == "READY"]
+        return sorted(versions, key=lambda version: version.number)
 
     def aliases(self, name: str) -> dict[str, int]:
         """{alias: version number}."""
@@ -165,29 +147,27 @@ class Registry:
         """The version of NAME@ALIAS, NAME/NUMBER, or either behind models:/.
 
         Raises:
-            UserError: there is none; says which aliases and versions there are.
+            UserError: there is none; the message lists the aliases and versions that exist.
         """
         match = re.fullmatch(r"(?:models:/)?([^/@:]+)(?:@([^/@]+)|/(\d+))", reference)
         if match is None:
-            raise UserError(f"{reference!r} is no version; write NAME@champion or NAME/3")
+            raise UserError(f"{reference!r} is not a version; write NAME@champion or NAME/3")
         name, alias, number = match.groups()
         aliases = self.aliases(name)
         if alias is not None and alias not in aliases:
             known = ", ".join(f"@{other} ({version})" for other, version in sorted(aliases.items())) or "no alias"
-            raise UserError(f"{name} has no alias {alias}; it has {known}{self._numbers(name)}")
+            raise UserError(f"{name} has no alias {alias}; it has {known}, {self._numbers(name)}")
         wanted = aliases[alias] if alias is not None else int(number)
         try:
             return _version(self.store.get_model_version(name, str(wanted)), aliases)
         except StoreError as error:
             if error.code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            raise UserError(
-                f"{name} has no version {wanted}; it has {self._numbers(name).removeprefix(', ')}"
-            ) from None
+            raise UserError(f"{name} has no version {wanted}; it has {self._numbers(name)}") from None
 
     def _numbers(self, name: str) -> str:
         numbers = [version.number for version in self.versions(name)]
-        return f", versions {', '.join(map(str, numbers))}" if numbers else ", no version"
+        return f"versions {', '.join(map(str, numbers))}" if numbers else "no version"
 
     def resolved(self, address: str) -> str:
         """An address of MLflow without an alias, which may move: models:/NAME@champion -> models:/NAME/3."""
@@ -200,7 +180,7 @@ class Registry:
             address: models:/NAME@ALIAS, models:/NAME/NUMBER, models:/m-ID, or runs:/ID/PATH.
 
         Raises:
-            UserError: there is none, or it is damaged, or is not the adapter that was published.
+            UserError: there is none, it is damaged, or it is not the adapter that was published.
         """
         logged = re.fullmatch(r"models:/(m-[0-9a-f]+)", address)
         if address.startswith("runs:"):
@@ -208,14 +188,14 @@ class Registry:
         if logged:
             return self.store.download(self.store.get_logged_model(logged[1]).artifact_location, folder)
         version = self.find(address)
-        found = self.store.download(self._location(version), folder)
+        downloaded = self.store.download(self._location(version), folder)
         try:
-            description, _ = read_adapter(found)
+            sha256 = read_adapter(downloaded)[0].sha256
         except UserError as error:
-            raise UserError(str(error).replace(found, address)) from error
-        if description["sha256"] != version.tags.get(SHA256, description["sha256"]):
+            raise UserError(str(error).replace(downloaded, address)) from error
+        if sha256 != version.tags.get(SHA256, sha256):
             raise UserError(f"adapter: {address} is not the one that was published: its sha256 differs from its tag")
-        return found
+        return downloaded
 
     def check(self, version: Version) -> None:
         """UserError where its adapter cannot be fetched whole."""
@@ -234,10 +214,10 @@ class Registry:
         with tempfile.TemporaryDirectory() as folder:
             file = self.store.download(f"{self._location(version)}/{evaluation_file(digest)}", folder)
             content = Path(file).read_bytes()
-        where = f"{version.address}: {evaluation_file(digest)}"
+        name = f"{version.address}: {evaluation_file(digest)}"
         if hashlib.sha256(content).hexdigest() != digest:
-            raise UserError(f"{where} is damaged: its sha256 is not that of the version's tag")
-        return parse_evaluation(content, where)
+            raise UserError(f"{name} is damaged: its sha256 is not that of the version's tag")
+        return parse_evaluation(content, name)
 
     def _location(self, version: Version) -> str:
         return self.store.get_model_version_download_uri(version.name, str(version.number))
@@ -256,6 +236,17 @@ def evaluation_file(digest: str) -> str:
 def content_of(evaluation: Mapping[str, Any]) -> bytes:
     """The bytes of evaluation.json, as a version keeps them."""
     return json.dumps(evaluation, sort_keys=True).encode()
+
+
+def _pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """All results of an MLflow search, page by page."""
+    token = None
+    while True:
+        page = search(max_results=100, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _version(entity: Any, aliases: Mapping[str, int]) -> Version:

@@ -1,10 +1,10 @@
-"""All that a run has to tell MLflow, in files of its output folder; the network is somebody else's business.
+"""What a run logs, in files of its output folder; `shipping.py` sends them.
 
-metrics.jsonl           points of the training, cut back with it
-tracking/system.jsonl   points of the machines
-tracking/events.jsonl   parameters, tags, data sets, artifacts, statuses, in the order in which they are to be set
-tracking/covered        the batch up to which a durable state covers metrics.jsonl
-tracking/sent.json      the MLflow run, and how much of each of the three it has got
+metrics.jsonl           metrics of the training, cut back with it
+tracking/system.jsonl   metrics of the machines
+tracking/events.jsonl   parameters, tags, data sets, artifacts, statuses, in the order in which to set them
+tracking/covered        the batch up to which a durable checkpoint covers metrics.jsonl
+tracking/sent.json      the MLflow run, and how much of each of the three it has
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_dist.core.atomic import atomic_write
-from fulllora_dist.tracking.spool import Line, Position, Spool, points_of, step_of
+from fulllora_dist.tracking.spool import Line, Position, Spool, metrics_of, step_of
 
 METRICS = "metrics.jsonl"
 FOLDER = "tracking"
@@ -25,25 +25,25 @@ FOLDER = "tracking"
 class Outbox:
     """Attributes:
     metrics, system, events: the files.
-    key: the run's name of our own, which a store knows it by.
-    run_id, store: of MLflow, once it is known there; the id is of that store.
-    ended: {id: status} of earlier MLflow runs of this folder, to be set there.
-    covered: batch up to which a durable state covers the points: these may be sent.
+    key: the run's own key, by which a store finds it.
+    run_id, store: of MLflow, once known; the id belongs to that store.
+    ended: {id: status} of earlier MLflow runs of this folder, still to be set.
+    covered: batch up to which a durable checkpoint covers the metrics: these may be sent.
     """
 
     def __init__(self, output: str):
         self.output = Path(output)
         self._folder = self.output / FOLDER
         self._lock = threading.Lock()  # of sent.json
-        found: dict[str, Any] = {}
+        saved: dict[str, Any] = {}
         with suppress(OSError, ValueError):
-            found = json.loads((self._folder / "sent.json").read_text())
-        self.key: str = found.get("key") or secrets.token_hex(16)
-        self.run_id: str | None = found.get("run_id")
-        self.store: str | None = found.get("store")
-        self.ended: dict[str, str] = found.get("ended", {})
-        self._times: dict[str, int] = found.get("times", {})
-        sent = {name: Position(*position) for name, position in found.get("sent", {}).items()}
+            saved = json.loads((self._folder / "sent.json").read_text())
+        self.key: str = saved.get("key") or secrets.token_hex(16)
+        self.run_id: str | None = saved.get("run_id")
+        self.store: str | None = saved.get("store")
+        self.ended: dict[str, str] = saved.get("ended", {})
+        self._times: dict[str, int] = saved.get("times", {})
+        sent = {name: Position(*position) for name, position in saved.get("sent", {}).items()}
         self.metrics = Spool(self.output / METRICS, sent.get("metrics", Position()))
         self.system = Spool(self._folder / "system.jsonl", sent.get("system", Position()))
         self.events = Spool(self._folder / "events.jsonl", sent.get("events", Position()))
@@ -56,14 +56,14 @@ class Outbox:
         return {"metrics": self.metrics, "system": self.system, "events": self.events}
 
     def begin(self, run_id: str | None, step: int) -> None:
-        """A process of the run goes on from its state after batch `step`, 0 where there is none.
+        """A process of the run resumes from its checkpoint after batch `step`, 0 where there is none.
 
         Args:
-            run_id: of MLflow, as the state says.
+            run_id: of MLflow, as recorded in the checkpoint.
         """
         self._folder.mkdir(exist_ok=True)
         if run_id is None and step == 0 and self.metrics.sent.size:
-            # the states are lost that covered what was sent: that run has failed, and this is another
+            # the checkpoints that covered what was sent are lost: that run has failed, and this is another
             if self.run_id is not None:
                 self.ended[self.run_id] = "FAILED"
             self.key, self.run_id = secrets.token_hex(16), None
@@ -77,13 +77,13 @@ class Outbox:
         self.cut_back(step)
 
     def cut_back(self, step: int, keep: Callable[[list[str]], None] = lambda dropped: None) -> None:
-        """Training goes on from batch `step`. MLflow keeps those of the later points that it has.
+        """Training resumes from batch `step`. MLflow keeps those of the later metrics that it has.
 
         Args:
-            keep: is given the lines of metrics.jsonl that are dropped, while they are still there.
+            keep: is given the lines of metrics.jsonl that are dropped, before they are.
 
         Raises:
-            OSError: a disk that does not take that; no line is dropped.
+            OSError: the disk cannot be written; no line is dropped.
         """
 
         def before(dropped: list[tuple[str, bool]]) -> None:
@@ -91,7 +91,7 @@ class Outbox:
             for text, was_sent in dropped:
                 with suppress(ValueError):
                     line = json.loads(text)
-                    # a covered one may be under way, or its answer lost: MLflow has it, or will
+                    # a covered one may be in flight, or its answer lost: MLflow has it, or will
                     if was_sent or not self.is_uncovered(line):
                         self._times[_content(line)] = line["time"]
             self.cover(step)
@@ -100,34 +100,33 @@ class Outbox:
         self.metrics.cut(lambda line: belongs(line, step), before)
 
     def earlier_time(self, line: Line) -> int | None:
-        """That of the same line, in ms, where it may have been sent before the training went back: MLflow then takes
-        the one for the other."""
+        """Time of the same line, in ms, if it may have been sent before the training was rolled back: MLflow then
+        takes the two for one."""
         return self._times.get(_content(line)) if self._times else None
 
     def cover(self, step: int) -> None:
-        """A durable state covers everything up to `step`; on disk for who sends after this process has ended, without
-        waiting for the disk: where that is lost, less is sent until the run goes on.
+        """A durable checkpoint covers everything up to `step`. Written for whoever sends after this process has ended,
+        without waiting for the disk: if that is lost, less is sent until the run is resumed.
 
         Raises:
-            OSError: it is in memory alone.
+            OSError: it is only in memory.
         """
         self.covered = step
         (self._folder / "covered").write_text(str(step))
 
     def is_uncovered(self, line: Line) -> bool:
-        """Whether a line of metrics.jsonl has to wait for a state."""
+        """Whether a line of metrics.jsonl has to wait for a checkpoint."""
         return step_of(line) > self.covered
 
     def forget_sent(self) -> None:
-        """For a store, or a run, that has got nothing yet."""
+        """For a store, or a run, that has nothing yet."""
         for spool in self._spools.values():
             spool.rewind()
 
     def unsent(self) -> tuple[int, int]:
-        """How many points, and how many parameters, tags, artifacts and the like, may be sent and are not."""
+        """How many metric values, and how many parameters, tags, artifacts and the like, are waiting to be sent."""
         lines = [*self.metrics.unsent(until=self.is_uncovered).lines, *self.system.unsent().lines]
-        points = sum(len(points_of(line)) for line, _ in lines)
-        return points, len(self.events.unsent().lines)
+        return sum(len(metrics_of(line)) for line, _ in lines), len(self.events.unsent().lines)
 
     def save(self) -> None:
         """Write sent.json."""
@@ -145,11 +144,11 @@ class Outbox:
 
 
 def belongs(line: Line, step: int) -> bool:
-    """Whether a line of metrics.jsonl is of a training that is after batch `step`. The final evaluation comes after the
-    last state, and is made again."""
+    """Whether a line of metrics.jsonl stays when training resumes from batch `step`. The final evaluation comes after
+    the last checkpoint, and is repeated."""
     return step_of(line) <= step and not any(name.startswith("eval/") for name in line)
 
 
 def _content(line: Mapping[str, Any]) -> str:
-    """What a line says, whenever it was written."""
+    """A line without its time."""
     return json.dumps({name: value for name, value in line.items() if name != "time"}, sort_keys=True)

@@ -1,4 +1,4 @@
-"""From the outbox to MLflow, by a thread: a store that is down, slow or not there yet delays, and loses nothing."""
+"""From the outbox to MLflow, in a thread: a store that is down, slow or not yet there delays, and loses nothing."""
 
 import threading
 import time
@@ -9,19 +9,19 @@ from fulllora_dist.storage.urls import one_line, redacted
 from fulllora_dist.tracking.mlflow_run import MlflowRun, Refused, is_artifact
 from fulllora_dist.tracking.outbox import Outbox
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 30.0
-_LINES = 200  # that are sent before what was sent is noted
+_FIRST_PAUSE, _MAX_PAUSE = 1.0, 30.0  # seconds
+_LINES = 200  # sent before the position is saved
 _PROGRESS_SECONDS = 5.0
 
 
 class Shipper:
-    """Sends what the outbox holds, in one thread; nothing here is for the training's thread but `wake`.
+    """Sends what the outbox holds, in one thread; the training's thread calls `wake` alone.
 
     Args:
         outbox: of the run.
         uri: of the store.
-        experiment, run_name: of a run that is made there.
-        say: for a line to people.
+        experiment, run_name: of a run that is created there.
+        say: prints a line for people.
     """
 
     def __init__(self, outbox: Outbox, uri: str, experiment: str, run_name: str, say: Callable[[str], None]):
@@ -46,27 +46,27 @@ class Shipper:
             self._waking.set()
 
     def drain(self, seconds: float) -> bool:
-        """Wait until all is sent, at most so long; whether it is. Says how far it is."""
+        """Wait until all is sent, for `seconds` at most; whether it is. Reports progress."""
         self._hurry.set()
         self.wake()
         deadline = time.monotonic() + seconds
         while not self._idle.wait(max(0.0, min(_PROGRESS_SECONDS, deadline - time.monotonic()))):
-            left = deadline - time.monotonic()
-            if left <= 0:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
                 return False
-            self._say(f"tracking: {self.left()} to send to {redacted(self._uri)}; waiting {left:.0f} s more at most")
+            self._say(f"tracking: sending {self.pending()} to {redacted(self._uri)}; giving up in {remaining:.0f} s")
         return True
 
     def stop(self) -> None:
-        """Send no more; a call that is under way ends with the process."""
+        """Send no more; a call in progress ends with the process."""
         for event in (self._ending, self._hurry, self._waking):
             event.set()
         self._thread.join(1.0)
 
-    def left(self) -> str:
-        """What is not sent, for people."""
-        points, events = self._outbox.unsent()
-        return f"{points:,} points and {events} other entries"
+    def pending(self) -> str:
+        """What is not yet sent, for people."""
+        metrics, entries = self._outbox.unsent()
+        return f"{metrics:,} metric values and {entries} other entries"
 
     def _work(self) -> None:
         pause = 0.0
@@ -82,8 +82,8 @@ class Shipper:
             self._waking.clear()
             try:
                 self.ship()
-            except Exception as error:  # whatever a store does, training goes on
-                pause = min(2 * pause, _LONGEST_PAUSE) or _FIRST_PAUSE
+            except Exception as error:  # whatever a store does, training continues
+                pause = min(2 * pause, _MAX_PAUSE) or _FIRST_PAUSE
                 self._failed(error)
             else:
                 pause = 0.0
@@ -96,24 +96,24 @@ class Shipper:
         if self._failing_since is None:
             self._failing_since = time.monotonic()
             self._say(
-                f"warning: MLflow at {redacted(self._uri)} does not take what it is sent ({_reason(error)}); it is "
-                f"kept in {self._outbox.output} and tried again"
+                f"warning: MLflow at {redacted(self._uri)} is unreachable ({_reason(error)}); "
+                f"buffering in {self._outbox.output} and retrying"
             )
 
     def _answered(self) -> None:
         if self._failing_since is not None:
             outage, self._failing_since = time.monotonic() - self._failing_since, None
-            self._say(f"MLflow at {redacted(self._uri)} has taken all that it missed in {outage:.0f} s")
+            self._say(f"MLflow at {redacted(self._uri)} is reachable again: all of {outage:.0f} s is sent")
 
     def ship(self) -> None:
         """Send all that may be sent.
 
         Raises:
-            Exception: of whatever kind, where the store fails. What was sent is noted, the rest stays where it is.
+            Exception: of any kind, where the store fails. The position is saved; the rest is sent next time.
         """
         run = self._opened()
-        self._points(run)
-        self._events(run)
+        self._send_metrics(run)
+        self._send_events(run)
 
     def _opened(self) -> MlflowRun:
         if self._run is not None:
@@ -132,20 +132,20 @@ class Shipper:
         self._run = run
         return run
 
-    def _points(self, run: MlflowRun) -> None:
+    def _send_metrics(self, run: MlflowRun) -> None:
         outbox = self._outbox
         for spool, until in ((outbox.metrics, outbox.is_uncovered), (outbox.system, lambda line: False)):
             while (part := spool.unsent(_LINES, until)).lines:
                 for name, reason in run.log(line for line, _ in part.lines).items():
                     self._say(
-                        f"warning: MLflow at {redacted(self._uri)}: no points {name!r} ({reason}); they are in "
-                        f"{spool.path} alone"
+                        f"warning: MLflow at {redacted(self._uri)} rejects the metric {name!r} ({reason}); it is "
+                        f"only in {spool.path}"
                     )
                 spool.confirm(part)
                 outbox.save()
 
-    def _events(self, run: MlflowRun) -> None:
-        """In order. A store of artifacts that fails holds up the artifacts alone: the rest is done, and again once the
+    def _send_events(self, run: MlflowRun) -> None:
+        """In order. An artifact store that fails holds up artifacts alone: the rest is done, and repeated once the
         artifacts are, which changes nothing."""
         outbox = self._outbox
         failed: Any = None
@@ -156,7 +156,7 @@ class Shipper:
             try:
                 run.do(event, str(outbox.output))
             except Refused as error:
-                self._say(f"warning: MLflow at {redacted(self._uri)}: no {event['do']} ({error})")
+                self._say(f"warning: MLflow at {redacted(self._uri)} rejects {event['do']} ({error})")
             except Exception as error:
                 if not is_artifact(event):
                     raise
@@ -169,7 +169,7 @@ class Shipper:
 
 
 def _reason(error: BaseException) -> str:
-    """What lies at the bottom of it, in a line."""
+    """The root cause, in a line."""
     root = error
     while (below := root.__cause__ or root.__context__) is not None:
         root = below

@@ -52,8 +52,8 @@ class Spool:
     """Any thread may append, one sends, and one cuts; none waits for another's network.
 
     Args:
-        path: the file; made by the first line.
-        sent: what an earlier process says of it.
+        path: the file; created by the first line.
+        sent: position recorded by an earlier process.
     """
 
     def __init__(self, path: Path, sent: Position = Position()):
@@ -65,10 +65,10 @@ class Spool:
         self._unwritten = b""
 
     def append(self, line: Mapping[str, Any]) -> None:
-        """Write a line; what a full disk does not take is tried again with the next one, and is never half a line.
+        """Write a line. What a full disk does not take is retried with the next line; half a line is never left.
 
         Raises:
-            OSError: it is in memory alone for now.
+            OSError: the line is only in memory for now.
         """
         with self._writing:
             self._unwritten += (json.dumps(line) + "\n").encode()
@@ -95,14 +95,14 @@ class Spool:
         """The lines to send next: up to `at_most`, and none from the first one on that `until` holds for."""
         with self._lock:
             position, cuts = self.sent, self._cuts
-        found: list[tuple[Line, Position]] = []
+        lines: list[tuple[Line, Position]] = []
         for text, line in self._read(position.size):
-            if line is not None and (until(line) or len(found) == at_most):
+            if line is not None and (until(line) or len(lines) == at_most):
                 break
             position = position.behind(text)
             if line is not None:
-                found.append((line, position))
-        return Part(found, cuts)
+                lines.append((line, position))
+        return Part(lines, cuts)
 
     def confirm(self, part: Part, lines: int | None = None) -> None:
         """Its first `lines` lines, or all, have been sent. A file that was cut in the meantime says so itself."""
@@ -116,7 +116,7 @@ class Spool:
             self.sent, self._cuts = Position(), self._cuts + 1
 
     def cut(self, stays: Callable[[Line], bool], before: Callable[[list[tuple[str, bool]]], None]) -> None:
-        """Drop lines, and what a kill has left of one.
+        """Drop lines, and the torn one that a kill left.
 
         Args:
             stays: whether a line does.
@@ -151,8 +151,8 @@ class Spool:
                 self.sent, self._cuts = sent, self._cuts + 1
 
     def _read(self, start: int, torn: bool = False) -> Iterator[tuple[bytes, Line | None]]:
-        """(bytes, content) of the lines from `start` on; None for what is none. One without its end is being written,
-        or was `torn` by a kill."""
+        """(bytes, content) of the lines from `start` on; the content of an invalid one is None. A last line without its
+        end is still being written, or was `torn` by a kill."""
         try:
             file = open(self.path, "rb")  # noqa: SIM115
         except FileNotFoundError:
@@ -172,23 +172,23 @@ class Spool:
 
 
 def step_of(line: Mapping[str, Any]) -> float:
-    """A line without one belongs to no step."""
+    """Infinity for a line without one."""
     step = line.get("step")
     return step if isinstance(step, int) else math.inf
 
 
-def points_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Its values by name; what is no finite number is none."""
+def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """{name: value} of its finite numbers."""
     values = {name: value for name, value in line.items() if name not in ("step", "time")}
     return {name: value for name, value in values.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _begins_with(path: Path, sent: Position) -> bool:
-    crc, left = 0, sent.size
+    crc, remaining = 0, sent.size
     try:
         with open(path, "rb") as file:
-            while left and (block := file.read(min(left, _BLOCK))):
-                crc, left = zlib.crc32(block, crc), left - len(block)
+            while remaining and (block := file.read(min(remaining, _BLOCK))):
+                crc, remaining = zlib.crc32(block, crc), remaining - len(block)
     except FileNotFoundError:
         return False
-    return left == 0 and crc == sent.crc
+    return remaining == 0 and crc == sent.crc

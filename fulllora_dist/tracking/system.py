@@ -1,4 +1,4 @@
-"""What a machine does meanwhile: processor, memory, disk, network and GPUs, under the names that MLflow gives them."""
+"""Samples of a machine: CPU, memory, disk, network and GPUs, under MLflow's names of these metrics."""
 
 import os
 import threading
@@ -10,20 +10,20 @@ from typing import Any
 import psutil
 
 _MB = 1e6
-_KEPT = 1000  # samples that nobody has taken
+_MAX_SAMPLES = 1000  # not yet taken
 
 
 class SystemSampler:
-    """Samples this machine in a thread, every so many seconds.
+    """Samples this machine in a thread.
 
     Args:
-        node: its name among the others.
-        seconds: between two samples, and what the processor's use is averaged over.
+        node: its name.
+        seconds: between two samples; CPU use is averaged over them.
     """
 
     def __init__(self, node: str, seconds: float):
         self._prefix, self._seconds = f"system/{node}/", seconds
-        self._samples: deque[dict[str, float]] = deque(maxlen=_KEPT)
+        self._samples: deque[dict[str, float]] = deque(maxlen=_MAX_SAMPLES)
         self._ending = threading.Event()
         threading.Thread(target=self._work, name="system", daemon=True).start()
 
@@ -40,7 +40,7 @@ class SystemSampler:
         psutil.cpu_percent()  # the first one is since the machine started
         network = psutil.net_io_counters()
         while not self._ending.wait(self._seconds):
-            with suppress(OSError, psutil.Error):  # a disk that does not answer, say
+            with suppress(OSError, psutil.Error):  # such as a disk that does not answer
                 now = psutil.net_io_counters()
                 values = {
                     **self._machine(),
@@ -63,7 +63,7 @@ class SystemSampler:
 
 
 class _Gpus:
-    """NVIDIA's, all of the machine; none without pynvml (`pip install nvidia-ml-py`)."""
+    """All NVIDIA GPUs of the machine; none without pynvml (`pip install nvidia-ml-py`)."""
 
     def __init__(self) -> None:
         self._handles: list[Any] = []
@@ -75,12 +75,12 @@ class _Gpus:
             self._handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
 
     def sample(self) -> dict[str, float]:
-        found: dict[str, float] = {}
+        values: dict[str, float] = {}
         for i, handle in enumerate(self._handles):
-            with suppress(self._nvml.NVMLError):  # a part of a GPU (MIG) does not tell everything
+            with suppress(self._nvml.NVMLError):  # a slice of a GPU (MIG) does not report everything
                 memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
-                found[f"gpu_{i}_memory_usage_megabytes"] = memory.used / _MB
-                found[f"gpu_{i}_memory_usage_percentage"] = 100 * memory.used / memory.total
-                found[f"gpu_{i}_utilization_percentage"] = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu
-                found[f"gpu_{i}_power_usage_watts"] = self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000
-        return found
+                values[f"gpu_{i}_memory_usage_megabytes"] = memory.used / _MB
+                values[f"gpu_{i}_memory_usage_percentage"] = 100 * memory.used / memory.total
+                values[f"gpu_{i}_utilization_percentage"] = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu
+                values[f"gpu_{i}_power_usage_watts"] = self._nvml.nvmlDeviceGetPowerUsage(handle) / 1000
+        return values

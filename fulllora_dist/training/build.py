@@ -19,6 +19,7 @@ from fulllora_dist.models.finetune import AdaptedModel, build_adapted
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.tracking.run import Tracker
+from fulllora_dist.tracking.summary import DatasetInfo
 
 _ACCIDENTS = 0.01  # of held-out images: ImageNet itself has a few twice
 
@@ -128,10 +129,11 @@ def track_data(config: Config, tracker: Tracker) -> None:
     """What the run sees, by the fingerprint of its index."""
     if tracker.uri is None:
         return
-    data = config.data
-    for split, where in (("train", data.train), ("validation", data.validation), ("held_out", data.held_out)):
-        if where is not None:
-            tracker.data(split, where, load_index(where, f"data.{split}"))
+    for split in ("train", "validation", "held_out"):
+        source = getattr(config.data, split)
+        if source is not None:
+            index = load_index(source, f"data.{split}")
+            tracker.data(DatasetInfo(split, source, index.hash, len(index), len(index.classes)))
 
 
 def build_model(config: Config) -> AdaptedModel:

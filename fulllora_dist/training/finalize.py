@@ -42,7 +42,7 @@ def _publish(run: RunContext) -> str:
     from fulllora_dist.registry.publish_run import publish_run  # mlflow takes a second to import
 
     run.tracker.settle()  # the run that the version comes from is made by then
-    return publish_run(run.config, run.settings, run.tracker.uri, run.tracker.run_id)
+    return publish_run(run.config.tracked_run(), run.settings, run.tracker.run_id)
 
 
 def _best_and_last(guard: Guard) -> str:

@@ -77,13 +77,13 @@ def state_of_adapter(model: AdaptedModel, folder: str) -> TrainableState:
         UserError: naming adapter.init_from, where it is of another backbone or kind.
     """
     description, tensors = read_adapter(folder)
-    theirs = description["backbone"]["sha256"]
+    theirs = str(description.backbone.sha256)
     if theirs != model.info.sha256:
         ours = str(model.info.sha256)
         raise UserError(f"adapter.init_from: {folder} belongs to weights {theirs[:12]}, not {ours[:12]}")
     for section, mine in (("adapter", model.spec), ("backbone", model.info)):
         for key in ("alpha", "qkv", "patch_norm_eps", "classes", "image_size", "mean", "std"):
-            now, then = getattr(mine, key, None), description[section].get(key)
+            now, then = getattr(mine, key, None), description.content[section].get(key)
             if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
                 raise UserError(f"adapter.init_from: {folder} was trained with {key} {then}, this run has {now}")
     return TrainableState(0, {"master": tensors})

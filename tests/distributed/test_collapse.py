@@ -1,6 +1,7 @@
 """A collapse of robust accuracy: noticed in time, and answered as configured, at every ZeRO stage.
 
-The figures are scripted, the rest is real: which arms collapse by themselves is measured by tools/collapse.py.
+The figures are scripted, the rest is real: which arms collapse by themselves is measured by
+tools/experiments/collapse.py.
 """
 
 import json

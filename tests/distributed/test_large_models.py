@@ -127,7 +127,7 @@ def test_steps(server: RankServer, tmp_path: Path, name: str, stage: int) -> Non
         assert found["adapter"].keys() == saved.keys()
         assert all(torch.equal(found["adapter"][n], t) for n, t in saved.items())
         assert 0.045 < found["share"] <= 0.05
-    assert description["backbone"]["name"] == _config(name, stage).model.backbone
+    assert description.backbone.name == _config(name, stage).model.backbone
     if stage == 1 and "n_fgsm" in name:  # once a backbone, for it is built again
         loaded = load(str(tmp_path), precision="fp32")
         with torch.no_grad():

@@ -201,7 +201,7 @@ def test_a_server_that_is_killed(
         assert Counter(name for name, *_ in curve if name.startswith("train/")) == {f"train/{n}": 300 for n in NAMES}
 
         assert run.info.status == "FINISHED"
-        assert (tags["attempt/1/world_size"], tags["attempt/1/hosts"]) == ("2", "node0, node1")
+        assert (tags["restart/1/world_size"], tags["restart/1/hosts"]) == ("2", "node0, node1")
         assert {"version/torch", "version/deepspeed", "version/timm", "version/mlflow"} <= tags.keys()
         assert run.data.params["optim.batch_size"] == str(BATCH)
         for node in ("node0", "node1"):
@@ -246,7 +246,7 @@ def test_a_killed_run_ends_like_the_uninterrupted_one(server: RankServer, shards
         server.run(2, _train, configs[mlflow.uri], [])
         run = _run(mlflow.uri, tmp_path / "cut" / "run")
         assert run.info.status == "FINISHED"
-        assert [run.data.tags[f"attempt/{n}/began_at_batch"] for n in (1, 2, 3)] == ["0", "3", "9"]
+        assert [run.data.tags[f"restart/{n}/began_at_batch"] for n in (1, 2, 3)] == ["0", "3", "9"]
         cut = _curve(mlflow.uri, run.info.run_id, "train/")
         assert cut == _written(tmp_path / "cut" / "run")
 

@@ -16,7 +16,7 @@ from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.evaluation.checks import CHECKS, order_warnings
 from fulllora_dist.models.precision import in_full_fp32
 from tests.tiny import tiny
-from tools.symptoms import Around, Detached, Noisy, Probabilities, Saturated, Shifted
+from tools.experiments.symptoms import Around, Detached, Noisy, Probabilities, Saturated, Shifted
 
 LEVELS = 32 / 255
 

@@ -79,8 +79,8 @@ class Site:
         return said
 
     def events(self, run: str, launch: str = "001") -> list[str]:
-        """What the attempts of a launch said, in order."""
-        path = self.folder / run / "launches" / launch / "attempts.jsonl"
+        """The events of a launch's restarts, in order."""
+        path = self.folder / run / "launches" / launch / "restarts.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line)["event"] for line in lines]
 

@@ -62,8 +62,8 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
         (["--gpus-per-node", "3"], "optim.batch_size: 8 does not divide by 3 ranks"),
         (["optim.lr=-1"], "config.yaml: optim.lr: "),
         (["--evaluate"], "data.validation is not set"),
-        (["--evaluate", "optim.lr=1"], "--evaluate: 'optim.lr=1' is no argument of evaluate.py; put settings before"),
-        (["--evaluate", "--attacks 'clean"], '--evaluate: "--attacks \'clean" is no command line (No closing'),
+        (["--evaluate", "optim.lr=1"], "--evaluate: 'optim.lr=1' is not an option of evaluate.py; put settings before"),
+        (["--evaluate", "--attacks 'clean"], '--evaluate: "--attacks \'clean" is not a command line (No closing'),
         (["--executor", "local", "--setup", "module load cuda"], "--setup: --executor local has no batch script"),
         (["run.output_dir=a:b"], "run.output_dir: a:b: ':' would end the folder's name"),
         (["data.train=/nowhere"], "data.train: /nowhere/index.safetensors: no index there"),
@@ -160,7 +160,7 @@ def test_a_run_that_was_never_launched_is_named(tmp_path: Path) -> None:
 
 
 def test_profiles_name_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--profile: partitoin is no setting; known: nodes, "):
+    with pytest.raises(UserError, match=r"--profile: partitoin is not a setting; known: nodes, "):
         resources({"partitoin": "gpu"}, {})
     with pytest.raises(UserError, match=r"--profile: sbatch: .*\(got 'exclusive'\)"):
         resources({"sbatch": "exclusive"}, {})
@@ -204,7 +204,7 @@ def test_jobs_use_their_own_copy_of_the_code_wherever_they_are_launched(site: Si
         *config, f"run.output_dir={output}", "optim.epochs=1", "--executor", "local", "--no-gpus", "--wait", cwd=ROOT
     )
     launch = output / "launches" / "001"
-    note = json.loads((launch / "attempts.jsonl").read_text().splitlines()[0])
+    note = json.loads((launch / "restarts.jsonl").read_text().splitlines()[0])
     assert note["code"] == str(launch / "code" / "fulllora_dist")
 
 
@@ -219,7 +219,7 @@ def test_a_local_run_is_cancelled_resumed_and_requeued(site: Site) -> None:
     site.launch(*run)
     wait_for(site, 2)
     snapshot = site.folder / "local" / "launches" / "001"
-    note = json.loads((snapshot / "attempts.jsonl").read_text())
+    note = json.loads((snapshot / "restarts.jsonl").read_text())
     assert note["event"] == "started", "launch.py does not wait for it"
     assert note["code"] == str(snapshot / "code" / "fulllora_dist")
     assert (snapshot / "code" / "paced.py").read_text() == (site.folder / "paced.py").read_text()
@@ -251,7 +251,7 @@ def test_a_local_run_is_cancelled_resumed_and_requeued(site: Site) -> None:
     assert "job" in site.launch(*run, "--wait")
     said = site.launch("status", "local")
     assert "COMPLETED" in said
-    assert f"state of batch {STEPS}" in said
+    assert f"checkpoint of batch {STEPS}" in said
     assert "RUNNING" not in said
     assert "Job completed successfully" in site.launch("logs", "local", "--task", "1")
 

@@ -1,4 +1,4 @@
-"""What attempts leave behind, and what `status` and `cancel` make of it."""
+"""What restarts leave behind, and what `status` and `cancel` make of it."""
 
 import json
 import os
@@ -17,11 +17,12 @@ from submitit import DebugExecutor
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.resume_log import ResumeLog
 from fulllora_dist.launching import jobs, worker
-from fulllora_dist.launching.folder import read_attempts
+from fulllora_dist.launching.executors import build_executor
+from fulllora_dist.launching.folder import read_restarts
 from fulllora_dist.launching.jobs import RunJob, newest_launch, wait
 from fulllora_dist.launching.report import find_runs, status
 from fulllora_dist.launching.resources import Resources
-from fulllora_dist.launching.submit import _executor, refuse_second
+from fulllora_dist.launching.submit import refuse_second
 from fulllora_dist.launching.worker import Worker
 from tests.launching.conftest import LAUNCH, ROOT
 
@@ -41,12 +42,12 @@ def launched(run: Path, number: int = 1, host: str = os.uname().nodename, execut
 
 def noted(folder: Path, *events: str, **more: Any) -> None:
     lines = [{"job": "999999991", "time": 0, "event": event, **more} for event in events]
-    with open(folder / "attempts.jsonl", "a") as file:
+    with open(folder / "restarts.jsonl", "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 @pytest.fixture
-def one_attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def one_start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run an entry point that ends in some way as the one task of a local job; the exit code."""
 
     def exit_by(code: int) -> None:
@@ -68,7 +69,7 @@ def one_attempt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return run
 
 
-def test_a_job_without_progress_gives_up(tmp_path: Path, one_attempt: Callable[..., int]) -> None:
+def test_a_job_without_progress_gives_up(tmp_path: Path, one_start: Callable[..., int]) -> None:
     """A state each time, then none any more."""
     folder = launched(tmp_path)
 
@@ -76,33 +77,33 @@ def test_a_job_without_progress_gives_up(tmp_path: Path, one_attempt: Callable[.
         (tmp_path / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
         return STOPPED
 
-    codes = [one_attempt(folder, lambda step=step: saved(step)) for step in (5, 9, 9, 12, 12, 12)]
+    codes = [one_start(folder, lambda step=step: saved(step)) for step in (5, 9, 9, 12, 12, 12)]
     requeue = worker.LOCAL_REQUEUE_RETURN_CODE
     assert codes == [requeue] * 5 + [1]
     said = status(str(tmp_path))
     assert "FAILED" in said
-    assert said.endswith("task 0: gave up: 3 attempts without progress; give more --time")
+    assert said.endswith("task 0: gave up: 3 restarts without progress; increase --time")
 
 
-def test_an_evaluation_longer_than_an_attempt_gives_up(tmp_path: Path, one_attempt: Callable[..., int]) -> None:
+def test_an_evaluation_longer_than_its_time_limit_gives_up(tmp_path: Path, one_start: Callable[..., int]) -> None:
     folder = launched(tmp_path)
-    codes = [one_attempt(folder, lambda: STOPPED, entry="evaluate") for _ in range(3)]
+    codes = [one_start(folder, lambda: STOPPED, entry="evaluate") for _ in range(3)]
     assert codes[-1] == 1
     assert codes[1] != 1
 
 
-def test_an_evaluation_that_gets_on_does_not(tmp_path: Path, one_attempt: Callable[..., int]) -> None:
+def test_an_evaluation_that_gets_on_does_not(tmp_path: Path, one_start: Callable[..., int]) -> None:
     folder = launched(tmp_path)
 
     def a_batch_more() -> int:
         ResumeLog(tmp_path / "evaluation.json.partial", "of this model", 0).keep("pgd20", [1, 0])
         return STOPPED
 
-    assert 1 not in [one_attempt(folder, a_batch_more, entry="evaluate") for _ in range(4)]
+    assert 1 not in [one_start(folder, a_batch_more, entry="evaluate") for _ in range(4)]
 
 
 def test_a_bucket_that_does_not_answer_is_no_lack_of_progress(
-    tmp_path: Path, one_attempt: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, one_start: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = launched(tmp_path)
 
@@ -110,18 +111,18 @@ def test_a_bucket_that_does_not_answer_is_no_lack_of_progress(
         raise UserError("the bucket does not answer")
 
     monkeypatch.setattr(worker, "list_checkpoints", silent)
-    assert 1 not in [one_attempt(folder, lambda: STOPPED) for _ in range(4)]
+    assert 1 not in [one_start(folder, lambda: STOPPED) for _ in range(4)]
 
 
 def test_a_mistake_inside_a_job_is_one_line_and_exit_code_2(
-    tmp_path: Path, one_attempt: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, one_start: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = launched(tmp_path)
 
     def mistake() -> int:
         raise UserError("data.train: it is gone")
 
-    assert one_attempt(folder, mistake) == 2
+    assert one_start(folder, mistake) == 2
     assert capsys.readouterr().err == "error: data.train: it is gone\n"
     assert status(str(tmp_path)).endswith("job 999999991: task 0: error: data.train: it is gone")
 
@@ -142,17 +143,17 @@ def test_a_mistake_opens_no_debugger(
 
 def test_a_full_disk_costs_a_note_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = SimpleNamespace(folder=tmp_path / "gone")
-    note = worker._Notes(SimpleNamespace(paths=paths, global_rank=0, job_id="1"), "train")  # type: ignore[arg-type]
+    note = worker._RestartLog(SimpleNamespace(paths=paths, global_rank=0, job_id="1"), "train")  # type: ignore[arg-type]
     note("finished")
-    assert capsys.readouterr().err.count("'finished' is not noted") == 1
+    assert capsys.readouterr().err.count("'finished' is not recorded") == 1
 
 
 def test_torn_files_are_passed_over(tmp_path: Path) -> None:
     folder = launched(tmp_path)
-    with open(folder / "attempts.jsonl", "w") as file:
+    with open(folder / "restarts.jsonl", "w") as file:
         file.write('{"job": "999999991", "ti\n17\n')
     noted(folder, "finished")
-    assert [note["event"] for note in read_attempts(folder, "999999991")] == ["finished"]
+    assert [note["event"] for note in read_restarts(folder, "999999991")] == ["finished"]
     job = RunJob(folder, "999999991", "train", 1, "local", "FAILED")
     job.paths(0).result_pickle.write_bytes(b"\x80\x05\x95")
     assert job.failure() is None
@@ -164,7 +165,7 @@ def test_status_needs_no_plugin_and_what_is_unreadable_costs_a_line(tmp_path: Pa
         noted(launched(tmp_path / run), "finished")
     (tmp_path / "two" / "launches" / "001" / "config.yaml").write_text("run: [")
     one, two = map(status, find_runs(str(tmp_path)))
-    assert one.splitlines()[0] == f"{tmp_path}/one: no state yet"
+    assert one.splitlines()[0] == f"{tmp_path}/one: no checkpoint yet"
     assert "config.yaml cannot be read" in two.splitlines()[0]
     assert "COMPLETED" in two
 
@@ -194,9 +195,9 @@ def test_cancel_says_what_it_does_not_do(
     main()
     assert capsys.readouterr().out == f"no job of {tmp_path}/done is alive\n"
     monkeypatch.setattr("sys.argv", ["launch.py", "cancel", str(tmp_path / "away")])
-    with pytest.raises(UserError, match=r"whether job 999999991 of .* is alive is not known here"):
+    with pytest.raises(UserError, match=r"job 999999991 of .* may be alive on another machine; it was not cancelled"):
         main()
-    with pytest.raises(UserError, match=r"only elsewhere knows; launch there"):
+    with pytest.raises(UserError, match=r"only elsewhere knows whether job 999999991 of .* is alive; launch there"):
         refuse_second(str(tmp_path / "away"))
     refuse_second(str(tmp_path / "done"))
 
@@ -209,7 +210,7 @@ def test_only_the_launch_in_question_is_asked_for(tmp_path: Path, monkeypatch: p
         asked.append(job)
         return {"state": "COMPLETED"}
 
-    monkeypatch.setattr(jobs, "_slurm_facts", metadata)
+    monkeypatch.setattr(jobs, "_slurm_state", metadata)
     assert [job.folder for job in newest_launch(str(tmp_path), "train")] == [second]
     assert [job.folder for job in wait(first)] == [first]
     assert asked == ["999999992", "999999991"]
@@ -219,7 +220,7 @@ def test_a_local_run_has_the_gpus_of_the_shell(tmp_path: Path, monkeypatch: pyte
     """submitit would count from 0."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     for gpus in (True, False):
-        runner = _executor(None, Resources(gpus=gpus), "local", tmp_path, "train", None)  # type: ignore[arg-type]
+        runner = build_executor(None, Resources(gpus=gpus), "local", tmp_path, "train", None)  # type: ignore[arg-type]
         assert ("env CUDA_VISIBLE_DEVICES=2,3 " in runner.python) is gpus
 
 

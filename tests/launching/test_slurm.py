@@ -77,7 +77,7 @@ def resumed_at(log: list[str]) -> list[int]:
 
 def test_two_nodes_train_and_an_evaluation_follows(cluster: Cluster, site: Site, reference: str) -> None:
     run = site.folder / reference
-    notes = [json.loads(line) for line in (run / "launches" / "001" / "attempts.jsonl").read_text().splitlines()]
+    notes = [json.loads(line) for line in (run / "launches" / "001" / "restarts.jsonl").read_text().splitlines()]
     assert [(note["entry"], note["event"]) for note in notes] == [
         ("train", "started"), ("train", "finished"), ("evaluate", "started"), ("evaluate", "finished")
     ]  # fmt: skip
@@ -86,7 +86,7 @@ def test_two_nodes_train_and_an_evaluation_follows(cluster: Cluster, site: Site,
         (run / "evaluation.json").read_text()
     ) | {"adapter": None}
     said = site.launch("status", reference)
-    assert f"state of batch {STEPS}" in said
+    assert f"checkpoint of batch {STEPS}" in said
     assert said.count("COMPLETED") == 2
 
 

@@ -19,6 +19,7 @@ import fulllora_dist as fd
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import Comm, free_port
+from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.adapter_file import merge
 from fulllora_dist.models.finetune import AdaptedModel, create_model
 from fulllora_dist.registry.card import model_card
@@ -249,7 +250,7 @@ def test_what_signs_a_checkpoint_s_url_is_not_kept(web: str, tmp_path: Path) -> 
     for checkpoint in (url, local):
         assert bits(fd.load(folder, checkpoint_path=checkpoint)) == bits(model)
     description["backbone"]["checkpoint"] = url  # as earlier versions wrote it
-    assert "dead" not in model_card(description | {"training": {}})
+    assert "dead" not in model_card(AdapterDescription.of(description | {"training": {}}))
     config = {"model": {"backbone": "none"}, "data": {"train": "none"}, "run": {"output_dir": "none"}}
     config |= {"threat": {"eps": 0.1}, "optim": {"epochs": 1}, "method": {"name": "fgsm_rs"}}
     ranks = Comm(0, 1, torch.device("cpu"), control=None)

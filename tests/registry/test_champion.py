@@ -51,7 +51,7 @@ def test_a_life_of_champions(registry: Registry, versions: list[Version]) -> Non
     assert registry.aliases(name) == {"champion": 2}
     assert promote(registry, address(two), RULES).outcome == "kept"
 
-    with pytest.raises(UserError, match="--force: it needs a reason"):
+    with pytest.raises(UserError, match="--force needs a reason"):
         promote(registry, address(one), RULES, force=" ")
     forced = promote(registry, address(one), RULES, force="the images of 2 were mislabelled")
     assert (forced.outcome, forced.champion, forced.previous) == ("promoted", 1, 2)
@@ -190,7 +190,7 @@ def test_killed_between_its_writes(
             with pytest.raises(LostRace, match="another promotion is under way"):
                 promote(registry, address(versions[2]), RULES)
         with monkeypatch.context() as patched:
-            patched.setattr(champion, "STALE", 0.0)
+            patched.setattr(champion, "STALE_SECONDS", 0.0)
             patched.setattr(champion._Turn, "set", _patient(champion._Turn.set))
             now = registry.aliases(name)["champion"]
             outcome: Outcome = promote(registry, address(versions[3]), RULES)
@@ -203,7 +203,7 @@ def test_killed_between_its_writes(
 
 def _patient(set_aliases: Any) -> Any:
     def patiently(turn: Any, champions: list[int], **settings: Any) -> None:
-        turn._until += 100  # STALE is 0 here, so that the turn would be over at once
+        turn._deadline += 100  # STALE_SECONDS is 0 here, so that the turn would be over at once
         set_aliases(turn, champions, **settings)
 
     return patiently
@@ -253,7 +253,7 @@ def test_no_kill_loses_the_history(
             with pytest.raises(_Killed):
                 change()
         now = registry.aliases(name)["champion"]
-        monkeypatch.setattr(champion, "STALE", 0.0)
+        monkeypatch.setattr(champion, "STALE_SECONDS", 0.0)
         assert read(registry, name) == (after if now == after[-1] else before), writes
         monkeypatch.undo()
         seen.add(now)
@@ -292,6 +292,6 @@ def test_promoted_though_the_claim_stays(
     with monkeypatch.context() as patched:
         patched.setattr(registry.store, "delete_registered_model_tag", broken, raising=False)
         assert rollback(registry, name) == (3, 1)
-    assert capsys.readouterr().err == "warning: MLflow at x: gone: for 5 minutes others find history taken\n"
-    monkeypatch.setattr(champion, "STALE", 0.0)
+    assert capsys.readouterr().err == "warning: MLflow at x: gone: promotions of history are blocked for 5 minutes\n"
+    monkeypatch.setattr(champion, "STALE_SECONDS", 0.0)
     read(registry, name)  # removes the claim

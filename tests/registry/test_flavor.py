@@ -1,6 +1,5 @@
 """The MLflow flavor: native and pyfunc, without pickle, on the right backbone alone."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -19,6 +18,7 @@ import torch
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import free_port
+from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.registry import flavor
 from fulllora_dist.registry.card import model_card
 from fulllora_dist.registry.publish import publish
@@ -106,7 +106,7 @@ def test_the_backbone_must_be_the_right_one(sqlite: str, tmp_path: Path, monkeyp
 
 
 def test_the_card_says_what_trained_which_batches() -> None:
-    adapted = json.loads(json.dumps(dataclasses.asdict(tiny().spec)))
+    model = tiny()
     training = {
         "threat": {"norm": "linf", "eps": EPS},
         "made": [
@@ -115,9 +115,8 @@ def test_the_card_says_what_trained_which_batches() -> None:
         ],
         "rollbacks": [{"at": at, "to": 4, "rollback_lr_factor": 0.5} for at in (6, 7)],
     }
-    backbone = {"name": "x", "image_size": 16, "num_classes": 4, "checkpoint": None, "pretrained": False, "sha256": "a"}
-    metadata = {"backbone": backbone, "training": training, "adapter": adapted, "trainable": 1, "trainable_share": 0.1}
-    card = model_card(metadata).splitlines()
+    description = AdapterDescription(model.info, model.spec, "a", 1, 0.1, training, {})
+    card = model_card(description).splitlines()
     assert "- batches 0 to 4: name standard; clean, 8 pixels" in card
     assert "- batches 4 to 9: name pgd; linf eps = 4/255" in card
     assert "- collapsed at batch 7, went back to 4 and on with 0.25 of the learning rate" in card
@@ -145,7 +144,7 @@ def test_the_card(tmp_path: Path) -> None:
     flavor.save_model(stir(tiny()), str(tmp_path / "bare"))
     bare = (tmp_path / "bare" / "README.md").read_text()
     assert "Not evaluated." in bare
-    assert "No check for masked gradients was made." in bare
+    assert "Gradient masking was not checked." in bare
 
 
 def wait_for(url: str, process: subprocess.Popen, seconds: float = 120) -> None:

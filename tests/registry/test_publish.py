@@ -298,7 +298,7 @@ def test_a_model_is_of_one_backbone_and_threat(sqlite: str, adapter: Callable[..
     with pytest.raises(UserError, match=r"of another data \(digits, the adapter's is letters\).*or give --data"):
         publish(registry, adapter(seed=2, training=other_data), name="one-kind")
     assert publish(registry, adapter(seed=2, training=other_data), name="one-kind", data="digits").number == 2
-    with pytest.raises(UserError, match="does not say which data it was trained on; give --data NAME"):
+    with pytest.raises(UserError, match="does not record which data it was trained on; give --data NAME"):
         publish(registry, adapter(training={"threat": TRAINING["threat"]}))
     assert publish(registry, adapter(training={}), evaluation=evaluation(right(1)), data="bees").name.endswith(
         "-bees-linf-8_255"
@@ -309,7 +309,7 @@ UNKNOWN = {
     "one-alias@nobody": r"one-alias has no alias nobody; it has no alias, versions 1$",
     "one-alias/7": "one-alias has no version 7; it has versions 1$",
     "nothing@champion": "there is no registered model nothing; there are: .*one-alias",
-    "one-alias": "'models:/one-alias' is no version; write NAME@champion or NAME/3",
+    "one-alias": "'models:/one-alias' is not a version; write NAME@champion or NAME/3",
 }
 
 

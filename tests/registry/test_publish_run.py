@@ -1,5 +1,6 @@
 """The adapter of a run becomes a version: by the run itself, or later by the tool."""
 
+import dataclasses
 import hashlib
 import json
 import shlex
@@ -19,7 +20,7 @@ SIGNED = SETTINGS.replace("***", "sig=dead")
 
 
 @pytest.fixture
-def config(adapter: Callable[..., str], tmp_path: Path, request: pytest.FixtureRequest) -> Config:
+def config(sqlite: str, adapter: Callable[..., str], tmp_path: Path, request: pytest.FixtureRequest) -> Config:
     """Of a run that has ended, with an evaluation."""
     output = tmp_path / "my run"
     output.mkdir()
@@ -34,7 +35,7 @@ def config(adapter: Callable[..., str], tmp_path: Path, request: pytest.FixtureR
             "optim": {"epochs": 1},
             "threat": {"eps": 0.1},
             "method": {"name": "fgsm_rs"},
-            "tracking": {"registered_model_name": request.node.name},
+            "tracking": {"registered_model_name": request.node.name, "uri": sqlite},
         }
     )
 
@@ -47,7 +48,7 @@ def run_of(registry: Registry) -> str:
 def test_a_better_evaluation_stays(sqlite: str, config: Config) -> None:
     registry, name = Registry(sqlite, create=True), config.tracking.registered_model_name
     run = run_of(registry)
-    said = publish_run(config, SETTINGS, sqlite, run)
+    said = publish_run(config.tracked_run(), SETTINGS, run)
     assert said == f"registered: models:/{name}/1; python tools/adapters.py promote {name}/1"
     first = registry.find(f"{config.tracking.registered_model_name}/1")
     assert first.run_id == run
@@ -56,7 +57,7 @@ def test_a_better_evaluation_stays(sqlite: str, config: Config) -> None:
     better = Path(config.run.output_dir, "better.json")
     better.write_text(json.dumps(evaluation(right(200, 400))))
     call(sqlite, "publish", f"{config.run.output_dir}/adapter", "--evaluation", str(better), "--name", str(name))
-    assert publish_run(config, SETTINGS, sqlite, run) == said
+    assert publish_run(config.tracked_run(), SETTINGS, run) == said
     assert registry.find(f"{config.tracking.registered_model_name}/1").tags["n"] == "400"
 
 
@@ -65,10 +66,11 @@ def test_the_command_for_later(sqlite: str, config: Config, tmp_path: Path, monk
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     registry = Registry(sqlite, create=True)
     run = run_of(registry)
-    said = publish_run(config, SETTINGS, "http://me:secret@127.0.0.1:9", run)
-    assert said.startswith("warning: not registered (MLflow at http://***@127.0.0.1:9: ")
+    away = dataclasses.replace(config.tracked_run(), uri="http://me:secret@127.0.0.1:9")
+    said = publish_run(away, SETTINGS, run)
+    assert said.startswith("warning: the adapter was not registered (MLflow at http://***@127.0.0.1:9: ")
     assert "secret" not in said
-    command = said.partition("); python tools/adapters.py ")[2].removesuffix(" does it later")
+    command = said.partition("); to register it later: python tools/adapters.py ")[2]
     arguments = shlex.split(command)
     assert arguments[-2:] == ["--uri", "http://***@127.0.0.1:9"]
     call(sqlite, *arguments[:-2])

@@ -21,6 +21,7 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.distributed.comm import free_port
 from fulllora_dist.tracking.run import Tracker
+from fulllora_dist.tracking.summary import DatasetInfo
 from tests.services.mlflow_server import MlflowServer, SlowWay
 from tools import sync_tracking
 
@@ -131,8 +132,8 @@ def test_a_server_that_comes_late_and_is_killed(
         assert found.info.status == "FINISHED"
         assert found.data.tags["nonfinite/train/loss"] == f"nan at batch {LINES + 1}"
         said = capsys.readouterr().err
-        assert said.count("does not take what it is sent") == 2, "a line for each outage"
-        assert said.count("has taken all that it missed") == 2
+        assert said.count(" is unreachable (") == 2, "a line for each outage"
+        assert said.count(" is reachable again") == 2
 
 
 @pytest.mark.long
@@ -163,7 +164,7 @@ def test_artifacts_and_data(tmp_path: Path, shards: Path, serve_artifacts: bool)
         (output / "adapter" / "adapter.json").write_text("{}")
         index = Index.load(shards)
         for split in ("train", "held_out"):  # even where it is the same data
-            tracker.data(split, str(shards), index)
+            tracker.data(DatasetInfo(split, str(shards), index.hash, len(index), len(index.classes)))
         tracker.artifact(str(output / "adapter"), "adapter")
         tracker.artifact(str(output / "gone.png"))
         tracker.text("seed: 0", "config.yaml")
@@ -191,7 +192,7 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(
     tracker.finish("FINISHED")
     assert time.monotonic() - began < 5
     said = capsys.readouterr().err
-    assert "1,500 points and 4 other entries are not sent" in said
+    assert "1,500 metric values and 4 other entries could not be sent" in said
     assert f"python tools/sync_tracking.py {config.run.output_dir}" in said
 
     shutil.copy(database, tmp_path)
@@ -205,5 +206,5 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(
     assert sync(config.run.output_dir, store, 60, print) == found, "again"
     _check_curves(tracker, store)
     assert MlflowClient(store).get_run(found["run_id"]).info.status == "FINISHED"
-    with pytest.raises(UserError, match=f"{tmp_path}: no tracking/ there; give the output folder of a run with"):
+    with pytest.raises(UserError, match=f"{tmp_path} has no tracking/; give the output folder of a run with"):
         sync(str(tmp_path), store, 60, print)

@@ -93,9 +93,9 @@ def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
     third.finish("FINISHED")
     assert _runs(config) == {run_id: "FINISHED"}
     tags = MlflowClient(config.tracking.uri).get_run(run_id).data.tags
-    assert tags["attempt/5/world_size"] == "3"
-    assert tags["attempt/5/hosts"] == "a, b"
-    assert tags["attempt/5/began_at_batch"] == "1"
+    assert tags["restart/5/world_size"] == "3"
+    assert tags["restart/5/hosts"] == "a, b"
+    assert tags["restart/5/began_at_batch"] == "1"
 
     # its states are lost, so that it begins anew: what was sent stays with the old one, which says how it ended
     _sent(config, run_id, 1)
@@ -246,7 +246,7 @@ def test_a_name_that_mlflow_refuses(config: Config, capsys: pytest.CaptureFixtur
     assert _points(config, tracker.run_id, "train/loss") == [(1, 1.0), (2, 1.0)]
     assert _points(config, tracker.run_id, "train/accuracy") == [(1, 0.5), (2, 0.5)]
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "train//x" in line]
-    assert "no points 'train//x'" in line
+    assert "rejects the metric 'train//x'" in line
     assert line.endswith("metrics.jsonl alone")
 
 

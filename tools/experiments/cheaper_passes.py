@@ -1,7 +1,7 @@
 """Two published ideas for cheaper attack passes, as methods of docs/results.md. What they gave there: see that page.
 
-A plugin (docs/extending.md): `plugins=[tools/cheaper_passes.py] method=agat_n_fgsm` or `method=yopo`. Both know timm's
-plain ViT alone, of which they take blocks apart.
+A plugin (docs/extending.md): `plugins=[tools/experiments/cheaper_passes.py] method=agat_n_fgsm` or `method=yopo`.
+Both know timm's plain ViT alone, of which they take blocks apart.
 """
 
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """Make docs/collapse.md: training provoked to collapse, and what `guard.on_collapse` makes of it, on digits.
 
-    make demo && python tools/collapse.py [--arms NAME,...] [--table-only]
+    make demo && python tools/experiments/collapse.py [--arms NAME,...] [--table-only]
 
 An arm that is done is kept, one that was cut short goes on where it was, and page and image are written after each.
 About half an hour on two CPU cores.
@@ -24,7 +24,7 @@ from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.adapter_file import TENSORS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/demo_backbone.yaml"
 DIGITS, RUNS, SHARDS = Path("runs/demo/pictures"), Path("runs/collapse"), Path("runs/collapse/shards")
 RESULTS, PAGE, IMAGE = Path("docs/collapse.json"), Path("docs/collapse.md"), Path("docs/collapse.png")
@@ -109,9 +109,9 @@ Plain ViTs did not collapse so abruptly: the digits' ViT holds under FGSM to 60/
 Imagenette at 8 to 24/255, loses its robustness over hundreds of batches or keeps it. Those runs are not kept here,
 and no page shows yet a guard that saves a pretrained ViT on photographs.
 
-`make demo && python tools/collapse.py` trains the arms and writes this page. Held out: best and last accuracy under
-PGD-10 of 256 images held out of training. The others are of 400 validation images in fp32, with Wilson's 95 %
-intervals, at {EPS}/255.
+`make demo && python tools/experiments/collapse.py` trains the arms and writes this page. Held out: best and last
+accuracy under PGD-10 of 256 images held out of training. The others are of 400 validation images in fp32, with Wilson's
+95 % intervals, at {EPS}/255.
 
 | finetuned | by | went back | best held out % | last held out % | clean % | FGSM % | PGD-10 % |
 |---|---|---|---|---|---|---|---|

@@ -1,6 +1,6 @@
 """Make docs/results.md: the variants of configs/imagenette_vit_tiny.yaml, trained and evaluated on Imagenette.
 
-    python tools/results_imagenette.py [--data ../shared/data] [--rows NAME,...] [--table-only]
+    python tools/experiments/results_imagenette.py [--data ../shared/data] [--rows NAME,...] [--table-only]
 
 A row that is done is kept, one that was cut short goes on where it was, and the table is written after each row.
 About 8 minutes a row on two CPU cores.
@@ -33,7 +33,7 @@ from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.training.build import build_model
 from fulllora_dist.training.phases import build_phases
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/imagenette_vit_tiny.yaml"
 RUNS = Path("runs/imagenette")
 PAGE = Path("docs/results.md")
@@ -45,7 +45,7 @@ ATTACK = "pgd10"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
 
 FULL = ("finetune=full", "adapter.head=auto", "optim.lr=2e-4")
-EXPERIMENTS = "plugins=[tools/cheaper_passes.py]"
+EXPERIMENTS = "plugins=[tools/experiments/cheaper_passes.py]"
 FP32 = "model.precision=fp32"  # for processors that emulate bf16
 SMALL_FIRST = "phases=[{fraction: 0.8, image_size: 64, method: n_fgsm}, {fraction: 0.2}]"
 # name -> (what it is, overrides)
@@ -104,7 +104,8 @@ python tools/make_shards.py ../shared/data/imagenette224-train.tar data/imagenet
 python tools/make_shards.py ../shared/data/imagenette224-val1000.tar data/imagenette/val
 ```
 
-`python tools/results_imagenette.py` trains the rows that `docs/results_imagenette.json` has not and writes this page.
+`python tools/experiments/results_imagenette.py` trains the rows that `docs/results_imagenette.json` has not and writes
+this page.
 
 | row | trained share | updates | work | clean % | PGD-10 % |
 |---|---|---|---|---|---|
@@ -113,8 +114,8 @@ python tools/make_shards.py ../shared/data/imagenette224-val1000.tar data/imagen
 
 FINDINGS = """## Cheaper passes
 
-Both ideas are in `tools/cheaper_passes.py`, outside of the package. Differences of PGD-10 accuracy are in points,
-paired over the 1,000 images, with the 95 % interval of [evaluation.md](evaluation.md); fp32 rows, one seed.
+Both ideas are in `tools/experiments/cheaper_passes.py`, outside of the package. Differences of PGD-10 accuracy are in
+points, paired over the 1,000 images, with the 95 % interval of [evaluation.md](evaluation.md); fp32 rows, one seed.
 
 - **Dropping tokens by attention** (AGAT, arXiv 2207.10498; 70 % of the patch tokens go on at blocks 3, 6 and 9, in
   every pass) saves a third of N-FGSM's work. Training N-FGSM for 5.1 instead of 8 epochs saves as much. AGAT minus

@@ -1,6 +1,6 @@
 """Make docs/symptoms.md: what the checks of an evaluation find on healthy models and on broken ones, on digits.
 
-    make demo && python tools/symptoms.py
+    make demo && python tools/experiments/symptoms.py
 
 Takes the demo's models, trains a fully finetuned one beside them, and breaks the adapted one in the ways in which
 evaluations go wrong. About five minutes on two CPU cores.
@@ -27,7 +27,7 @@ from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import EvalImages, eval_transform
 from fulllora_dist.evaluation.checks import CHECKS, Numbers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO, FULL, PAGE = Path("runs/demo"), Path("runs/symptoms/full"), Path("docs/symptoms.md")
 EPS, IMAGES = 12 / 255, 50  # the demo's; as many as a check looks at
 HEALTHY = {
@@ -100,7 +100,7 @@ What the checks of an evaluation ([evaluation.md](evaluation.md)) find on {n} im
 12/255: the demo's backbone, the same fully finetuned by N-FGSM, and with its FullLoRA adapter. Below them the last one
 again, broken in ways in which evaluations have gone wrong. What a check warns of is **bold**.
 `tests/evaluation/test_checks.py` has models for the other symptoms, whose loss had to be built for them.
-`make demo && python tools/symptoms.py` writes this page.
+`make demo && python tools/experiments/symptoms.py` writes this page.
 
 | model | clean % | PGD-20 % | {checks} |
 |---|---|---|{lines}

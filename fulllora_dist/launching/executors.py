@@ -1,0 +1,147 @@
+"""submitit's executors as a launch uses them, and the batch script that SLURM gets."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from submitit import DebugExecutor, LocalExecutor, SlurmExecutor
+from submitit.core.core import Executor
+
+from fulllora_dist.config.schema import Config
+from fulllora_dist.launching.folder import CODE
+from fulllora_dist.launching.resources import ExecutorName, Resources
+from fulllora_dist.launching.worker import REQUEUE_SIGNALS
+
+_TIME_IS_UP = " | ".join(str(128 + number) for number in REQUEUE_SIGNALS)
+_REQUEUE = f"""code=$?
+# 128 + signal, by which the run ended after saving. SIGTERM is a preemption if SLURM says so, else somebody's wish
+case $code in
+  {_TIME_IS_UP}) again=1 ;;
+  143) scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]' && again=1 ;;
+esac
+[ -n "${{again-}}" ] && scontrol requeue "$SLURM_JOB_ID"
+exit $code"""
+"""The end of the batch script. The script requeues because the tasks' container may have no scontrol."""
+_KEPT_PATH = '"${PYTHONPATH:+:$PYTHONPATH}"'  # as the batch script's shell expands it
+
+
+class _ScriptWriter(SlurmExecutor):
+    """Writes the batch script on machines without SLURM too."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 1
+
+
+def build_executor(
+    config: Config, resources: Resources, name: ExecutorName, folder: Path, entry: str, after: str | None
+) -> Executor:
+    """The executor of one job.
+
+    Args:
+        folder: of the launch.
+        entry: train or evaluate.
+        after: id of the job that must succeed first.
+    """
+    if name == "debug":
+        os.environ["SUBMITIT_FOLDER"] = str(folder)  # a job in a process of its own would have it set
+        return DebugExecutor(folder)
+    if name == "local":
+        inherited = os.environ.get("PYTHONPATH")  # no shell expands it
+        python = _python(resources, folder, shlex.quote(f":{inherited}") if inherited else "")
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if resources.gpus and visible is not None:  # submitit counts from 0
+            python = f"env CUDA_VISIBLE_DEVICES={shlex.quote(visible)} {python}"
+        local = LocalExecutor(folder, python=python)
+        local.update_parameters(
+            tasks_per_node=resources.gpus_per_node,
+            gpus_per_node=resources.gpus_per_node if resources.gpus else 0,
+            timeout_min=resources.time,
+            signal_delay_s=resources.signal_seconds,
+            stderr_to_stdout=True,
+        )
+        return local
+    return _slurm(SlurmExecutor, config, resources, folder, entry, after)
+
+
+def batch_script(config: Config, resources: Resources, folder: Path, entry: str, after: str | None) -> str:
+    """The batch script that `build_executor` would submit to SLURM."""
+    writer = _slurm(_ScriptWriter, config, resources, folder, entry, after)
+    return writer._make_submission_file_text(writer._submitit_command_str, uid="")
+
+
+def _slurm(
+    kind: type[SlurmExecutor], config: Config, resources: Resources, folder: Path, entry: str, after: str | None
+) -> SlurmExecutor:
+    executor = kind(folder, python=_python(resources, folder))
+    executor.update_parameters(**_slurm_parameters(config, resources, entry, after))
+    return executor
+
+
+def _python(resources: Resources, folder: Path, inherited: str = _KEPT_PATH) -> str:
+    """Python with the launch's own copy of the package before everything else: `python -m` alone would begin with the
+    working directory, which may be a repository.
+
+    Args:
+        inherited: the rest of PYTHONPATH, as the command takes it.
+    """
+    python = resources.python or shlex.quote(sys.executable)
+    return f"env PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(folder / CODE))}{inherited} {python}"
+
+
+def _slurm_parameters(config: Config, resources: Resources, entry: str, after: str | None) -> dict[str, Any]:
+    """submitit's names for them."""
+    cpus = resources.cpus_per_task or config.data.num_workers + 1
+    name = Path(config.run.output_dir).absolute().name
+    # sbatch takes either spelling, and submitit's own are these: a user's setting replaces ours
+    more: dict[str, Any] = {option.replace("-", "_"): value for option, value in resources.sbatch.items()}
+    if "open_mode" in more:  # the one that submitit writes with a hyphen
+        more["open-mode"] = more.pop("open_mode")
+    # a cluster's default may be that jobs are not requeued
+    more = {"requeue": True} | more
+    if after is not None:
+        dependencies = [f"afterok:{after}", *([str(more["dependency"])] if "dependency" in more else [])]
+        more = {"kill_on_invalid_dep": "yes"} | more | {"dependency": ",".join(dependencies)}
+    omitted = {option for option, value in more.items() if str(value).lower() == "false"}
+    parameters = {
+        "job_name": name if entry == "train" else f"{name}-{entry}",
+        "nodes": resources.nodes,
+        "ntasks_per_node": resources.gpus_per_node,
+        "cpus_per_task": cpus,
+        "time": resources.time,
+        "signal_delay_s": resources.signal_seconds,
+        "stderr_to_stdout": True,
+        "setup": list(resources.setup),
+        "teardown": [_REQUEUE],
+        # the first rank that fails ends the others, who would wait for it. srun does not inherit sbatch's CPUs
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *resources.srun],
+        "additional_parameters": {option: value for option, value in more.items() if option not in omitted},
+        "gpus_per_node": resources.gpus_per_node if resources.gpus else None,
+        **{key: getattr(resources, key) for key in ("partition", "account", "qos", "constraint", "mem")},
+    }
+    return {key: value for key, value in parameters.items() if value is not None and key not in omitted}
+
+
+@contextmanager
+def detached() -> Iterator[None]:
+    """A process started inside outlives the terminal, and holds no pipe that somebody reads to its end. Ctrl-C, while
+    launch.py waits, reaches the tasks alone, which save."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)}
+    streams = [os.dup(stream) for stream in (0, 1, 2)]
+    null = os.open(os.devnull, os.O_RDWR)
+    try:
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        yield
+    finally:
+        for stream, kept in enumerate(streams):
+            os.dup2(kept, stream)
+            os.close(kept)
+        os.close(null)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
