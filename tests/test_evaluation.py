@@ -24,10 +24,10 @@ from fulllora_dist.commands import evaluate as evaluate_command
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm, Counters, free_port
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
 from fulllora_dist.evaluation.work_items import WorkQueue

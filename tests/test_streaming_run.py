@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import local_launcher
 from tests.services.mock_s3 import MockS3, mock_s3
 

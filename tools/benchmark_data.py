@@ -40,11 +40,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.data.transforms import TrainTransform
 
 HERE = Path(__file__).resolve().parent
 SIZE = 224

@@ -17,7 +17,7 @@ import numpy as np
 
 from fulllora_dist.core.rng import numpy_rng
 
-PLAN_VERSION = 2  # part of a stream's state: a changed plan must not continue an old one
+PLAN_VERSION = 2  # part of a stream's position: a changed plan must not continue an old one
 CHUNK = 16  # neighbours read together, about 2 MB of ImageNet
 WINDOW = 8  # chunks
 _LANES_AT_ONCE = 64

@@ -11,16 +11,18 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import PLAN_VERSION, EpochPlan, Segment, epoch_plan, share, steps_per_epoch
 
 
-def check_rank(world: int, rank: int) -> None:
-    """UserError for a rank that is none."""
+def check_process(world: int, rank: int, workers: int = 0) -> None:
+    """UserError for a rank outside the world, or fewer than no workers."""
     if not 0 <= rank < world:
-        raise UserError(f"rank {rank} of world {world}: 0 <= rank < world is right")
+        raise UserError(f"rank must be >= 0 and < world={world}, got {rank}")
+    if workers < 0:
+        raise UserError(f"num_workers must be >= 0, got {workers}")
 
 
 def check_batch_size(batch_size: int, world: int) -> None:
-    """UserError for a global batch that is not one of equal shares."""
+    """UserError for a global batch that does not divide into equal shares."""
     if batch_size < 1 or batch_size % world:
-        raise UserError(f"batch size {batch_size}: a positive multiple of the {world} ranks is right")
+        raise UserError(f"batch size must be a positive multiple of the {world} ranks, got {batch_size}")
 
 
 class Spares(NamedTuple):
@@ -109,7 +111,7 @@ class StreamPosition:
     def __init__(self, index: Index, seed: int, batch_size: int):
         check_batch_size(batch_size, world=1)
         if batch_size > len(index):
-            raise UserError(f"batch size {batch_size}: the data has only {len(index)} samples")
+            raise UserError(f"batch size {batch_size} exceeds the {len(index)} samples of the data")
         self.batch_size = batch_size
         self._n, self._seed = len(index), seed
         self._identity = {"plan": PLAN_VERSION, "index_hash": index.hash, "seed": seed}
@@ -148,15 +150,15 @@ class StreamPosition:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`: exactly there at the same batch size; at another one with what is left of the epoch.
+        """Resume from `state`: exactly there at the same batch size; at another one with what remains of the epoch.
 
         Raises:
             UserError: it belongs to other data or another seed.
         """
-        for name, mine in self._identity.items():
-            if state.get(name) != mine:
+        for name, value in self._identity.items():
+            if state.get(name) != value:
                 raise UserError(
-                    f"the saved stream has {name} {state.get(name)!r}, this one {mine!r}: "
+                    f"the checkpoint's stream has {name} {state.get(name)!r}, this one {value!r}: "
                     "resume with the data and seed that the run began with"
                 )
         *done, last = (Segment(int(s["batch_size"]), int(s["steps"])) for s in state["segments"])

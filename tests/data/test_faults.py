@@ -106,7 +106,7 @@ def test_a_bad_image_is_replaced_in_the_same_way_everywhere(
         found[world] = [[i for row in rows for i in row[step].ids.tolist()] for step in range(10)]
         lines = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
         assert lines == [
-            f"another image stands in for a bad one: {server.url}/{name}: sample {victim.key} at offset "
+            f"unreadable image replaced by another: {server.url}/{name}: sample {victim.key} at offset "
             f"{victim.offset}: crc32 differs from the index; the shard is damaged"
         ]
     assert found[1] == found[2] == found[5]
@@ -114,7 +114,7 @@ def test_a_bad_image_is_replaced_in_the_same_way_everywhere(
     assert [b for a, b in zip(np.ravel(found[1]), np.ravel(clean), strict=True) if a != b] == [60]
     with pytest.raises(DamagedSample, match=r"sample d3/0006 at offset"):
         list(EvalStream(server.url, batch_size=10, transform=Checksum(), policy=QUICK))
-    with pytest.raises(UserError, match=r"data.max_bad_samples: 1 images cannot be used, 0 may be; .*d3/0006"):
+    with pytest.raises(UserError, match=r"1 unreadable images exceed data.max_bad_samples=0; .*d3/0006"):
         list(islice(train(server.url), 10))
 
 
@@ -306,12 +306,12 @@ def test_unreadable_images_are_counted_once_and_limited(tmp_path: Path, caplog: 
         assert not {3, 17} & set(batch.ids.tolist())
         stream.commit(step)
         stream.count_bad(list)
-    lines = [r.getMessage() for r in caplog.records if "stands in" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "replaced" in r.getMessage()]
     assert len(lines) == 2
     assert all("no readable image" in line and "at offset" in line for line in lines)
     assert stream.state_dict()["bad_samples"] == [3, 17]
     spoil(tmp_path, 3, 17, 20)
-    with pytest.raises(UserError, match=r"data\.max_bad_samples: 3 images cannot be used, 2 may be"):
+    with pytest.raises(UserError, match=r"3 unreadable images exceed data\.max_bad_samples=2"):
         list(islice(train(str(tmp_path), max_bad_samples=2), 9))
     spoil(tmp_path, *range(30))
     with pytest.raises(UserError, match="no readable image"):  # nothing can stand in

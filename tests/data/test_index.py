@@ -119,10 +119,7 @@ def test_refusals_over_several_shards(tmp_path: Path) -> None:
 
 
 def test_a_missing_index_or_another_format_is_refused(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"index\.safetensors: no index there"):
-        Index.load(tmp_path)
-    (tmp_path / "index.npz").touch()
-    with pytest.raises(UserError, match=r"index\.npz: index of an earlier format.*index_shards"):
+    with pytest.raises(UserError, match=r"index\.safetensors: no index there; .*index_shards"):
         Index.load(tmp_path)
     meta, columns, _ = map_columns(shards / "index.safetensors")
     path = tmp_path / "named.safetensors"
@@ -274,7 +271,7 @@ def test_other_json_is_refused(shards: Path, tmp_path: Path, change: dict) -> No
     with pytest.raises(UserError, match="the index is damaged"):
         Index.load(tmp_path)
     (tmp_path / "index.safetensors").write_bytes(pack_columns([meta], columns))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="no index of this program"):
+    with pytest.raises(UserError, match="not an index of this program"):
         Index.load(tmp_path)
 
 
