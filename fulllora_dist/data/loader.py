@@ -10,7 +10,8 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data import plan
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
-from fulllora_dist.data.position import StreamPosition, Work, check_batch_size, check_process
+from fulllora_dist.data.position import StreamPosition, Work, check_batch_size, check_rank
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.worker_dataset import BadSample, Part, Transform, WorkerDataset, read_ahead
@@ -30,13 +31,66 @@ from fulllora_dist.storage.urls import redacted
 _logger = logging.getLogger(__name__)
 
 
+def _open(address: str | Path, world: int, rank: int, policy: ReadPolicy | None) -> tuple[Index, ShardReader]:
+    """The index, and a reader of its shards, which are there and as they were indexed."""
+    check_rank(world, rank)
+    index = Index.load(address)
+    reader = ShardReader(index, policy)
+    reader.check(world, rank)
+    return index, reader
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 0:
+        raise UserError(f"num_workers must be >= 0, got {workers}")
+
+
 def _joined(parts: list[Part], pin_memory: bool) -> Batch:
     """Neighbouring parts as one batch, in page-locked memory where asked for."""
     batch = Batch.cat([part.batch for part in parts])
     return batch.pin_memory() if pin_memory else batch
 
 
-class TrainStream:
+class PlannedStream:
+    """The training data of a rank in the order of its plan, from a position that is committed and resumed.
+
+    Attributes:
+        index: of the data.
+        steps_per_epoch: global batches of a whole epoch.
+        dropped: samples of the tail that each epoch leaves out, other ones each time.
+    """
+
+    def __init__(
+        self, address: str | Path, batch_size: int, seed: int, world: int, rank: int, policy: ReadPolicy | None
+    ):
+        check_batch_size(batch_size, world)
+        self.index, self._reader = _open(address, world, rank, policy)
+        self._position = StreamPosition(self.index, seed, batch_size)
+        self._world, self._rank = world, rank
+        self.steps_per_epoch = plan.steps_per_epoch(len(self.index), batch_size)
+        self.dropped = plan.dropped(len(self.index), batch_size)
+
+    def commit(self, step: int) -> None:
+        """`step` global batches have been consumed since the beginning of the run; the next iteration begins there."""
+        self._position.commit(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The committed position and what it is a position in: see `StreamPosition.state_dict`."""
+        return self._position.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from `state`: exactly, on any number of ranks and workers; at another batch size with what remains of
+        the epoch, less the tail that fills no batch, which is logged.
+
+        Raises:
+            UserError: it belongs to other data or another seed.
+        """
+        self._position.load_state_dict(state)
+        if self._position.done and self._rank == 0:
+            _logger.warning("batch size changed: %d images of the epoch fill no batch", self._position.dropped)
+
+
+class TrainStream(PlannedStream):
     """Training batches without end, epoch after epoch; equally many on all ranks.
 
     An unreadable image (damaged bytes, or no image at all) is replaced by another one, of its window if one of them is
@@ -45,7 +99,7 @@ class TrainStream:
     Args:
         address: folder or URL of shards with their index, or path or URL of an index.
         batch_size: of the global batch; a multiple of `world`. Each rank gets batch_size / world samples.
-        transform: see `Transform`; `decode.TrainTransform` is meant.
+        transform: see `Transform`; `transforms.TrainTransform` is meant.
         seed: orders the epochs and draws the augmentation.
         world, rank: this process among those that share the batch.
         workers: processes that read and decode; 0 does it in this one. Each holds some slots of the batch.
@@ -53,11 +107,6 @@ class TrainStream:
         pin_memory: page-locked tensors, for asynchronous copies to a GPU.
         max_bad_samples: how many different samples may be replaced over the whole run and all ranks.
         policy: how remote shards are read.
-
-    Attributes:
-        index: of the data.
-        steps_per_epoch: global batches of a whole epoch.
-        dropped: samples of the tail that each epoch leaves out, other ones each time.
     """
 
     def __init__(
@@ -75,15 +124,9 @@ class TrainStream:
         max_bad_samples: int = 0,
         policy: ReadPolicy | None = None,
     ):
-        check_process(world, rank, workers)
-        check_batch_size(batch_size, world)
-        self.index = Index.load(address)
-        self._position = StreamPosition(self.index, seed, batch_size)
-        self._reader = ShardReader(self.index, policy)
-        self._reader.check(world, rank)
-        self.steps_per_epoch = plan.steps_per_epoch(len(self.index), batch_size)
-        self.dropped = plan.dropped(len(self.index), batch_size)
-        self._world, self._rank, self._seed, self._transform = world, rank, seed, transform
+        _check_workers(workers)
+        super().__init__(address, batch_size, seed, world, rank, policy)
+        self._seed, self._transform = seed, transform
         self._workers, self._prefetch, self._pin_memory = min(workers, batch_size // world), prefetch, pin_memory
         self._max_bad = max_bad_samples
         self._bad: set[int] = set()  # over all ranks, as far as they have been counted
@@ -136,37 +179,20 @@ class TrainStream:
         self._bad |= {sample.id for sample in samples}
         self._uncounted = []
 
-    def commit(self, step: int) -> None:
-        """`step` global batches have been consumed since the beginning of the run."""
-        self._position.commit(step)
-
     def state_dict(self) -> dict[str, Any]:
-        """The committed position, what it is a position in (see `StreamPosition.state_dict`), and the bad samples so
-        far."""
-        return {**self._position.state_dict(), "bad_samples": sorted(self._bad)}
+        """As `PlannedStream`'s, and the bad samples so far."""
+        return {**super().state_dict(), "bad_samples": sorted(self._bad)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume from `state`: exactly, on any number of ranks and workers; at another batch size with what remains of
-        the epoch, less the tail that fills no batch, which is logged.
-
-        Raises:
-            UserError: it belongs to other data or another seed.
-        """
-        self._position.load_state_dict(state)
+        """As `PlannedStream`'s, and the bad samples so far."""
+        super().load_state_dict(state)
         self._bad = set(state.get("bad_samples", ()))
-        if self._position.done and self._rank == 0:
-            _logger.warning("batch size changed: %d images of the epoch fill no batch", self._position.dropped)
 
 
-@dataclass(frozen=True)
-class _EvalWorks:
+def _eval_works(batches: list[tuple[int, np.ndarray]], worker: int = 0, workers: int = 1) -> Iterator[Work]:
     """Every sample's reading begins with its batch; workers take whole batches by turns."""
-
-    batches: list[tuple[int, np.ndarray]]
-
-    def __call__(self, worker: int = 0, workers: int = 1) -> Iterator[Work]:
-        for slot, ids in self.batches[worker::workers]:
-            yield Work(0, slot, ids, ids)
+    for slot, ids in batches[worker::workers]:
+        yield Work(0, slot, ids, ids)
 
 
 class EvalStream:
@@ -204,19 +230,17 @@ class EvalStream:
         pin_memory: bool = False,
         policy: ReadPolicy | None = None,
     ):
-        check_process(world, rank, workers)
+        _check_workers(workers)
         check_batch_size(batch_size, world=1)
-        self.index = Index.load(address)
+        self.index, self._reader = _open(address, world, rank, policy)
         self.ids = (subset or Subset()).of(self.index, redacted(str(address)))
         self.batches = [self.ids[i : i + batch_size] for i in range(0, len(self.ids), batch_size)]
         identity = f"{self.index.hash} {batch_size} {transform!r} ".encode() + self.ids.tobytes()
         self.digest = hashlib.sha256(identity).hexdigest()
         known: dict[str, Any] = asdict(transform) if is_dataclass(transform) and not isinstance(transform, type) else {}
         self.settings = json.loads(json.dumps({**known, "batch_size": batch_size}, default=str))
-        self._reader = ShardReader(self.index, policy)
-        self._reader.check(world, rank)
         self._own = plan.eval_batches(self.ids, batch_size, world, rank)
-        self._dataset = WorkerDataset(self._reader, self.index, transform, 0, _EvalWorks(self._own))
+        self._dataset = WorkerDataset(self._reader, self.index, transform, 0, partial(_eval_works, self._own))
         self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
 
     def __len__(self) -> int:

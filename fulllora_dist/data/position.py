@@ -11,12 +11,10 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import PLAN_VERSION, EpochPlan, Segment, epoch_plan, share, steps_per_epoch
 
 
-def check_process(world: int, rank: int, workers: int = 0) -> None:
-    """UserError for a rank outside the world, or fewer than no workers."""
+def check_rank(world: int, rank: int) -> None:
+    """UserError for a rank outside the world."""
     if not 0 <= rank < world:
         raise UserError(f"rank must be >= 0 and < world={world}, got {rank}")
-    if workers < 0:
-        raise UserError(f"num_workers must be >= 0, got {workers}")
 
 
 def check_batch_size(batch_size: int, world: int) -> None:

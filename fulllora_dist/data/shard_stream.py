@@ -7,14 +7,11 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.index import Index
-from fulllora_dist.data.plan import steps_per_epoch
-from fulllora_dist.data.position import StreamPosition, check_batch_size, check_process
-from fulllora_dist.data.reader import ShardReader
+from fulllora_dist.data.loader import PlannedStream
 from fulllora_dist.storage.ranges import ReadPolicy
 
 
-class ShardStream(IterableDataset):
+class ShardStream(PlannedStream, IterableDataset):
     """The first stage of a `webdataset.DataPipeline`: samples without end, in the order of `TrainStream`'s plan.
 
     Each sample is {"__key__", "__url__", "__id__": int, "__epoch__": int, EXT: bytes, "cls": bytes}, EXT being jpg,
@@ -43,14 +40,7 @@ class ShardStream(IterableDataset):
         rank: int = 0,
         policy: ReadPolicy | None = None,
     ):
-        check_process(world, rank)
-        check_batch_size(batch_size, world)
-        self.index = Index.load(address)
-        self._position = StreamPosition(self.index, seed, batch_size)
-        self._reader = ShardReader(self.index, policy)
-        self._reader.check(world, rank)
-        self._world, self._rank = world, rank
-        self.steps_per_epoch = steps_per_epoch(len(self.index), batch_size)
+        super().__init__(address, batch_size, seed, world, rank, policy)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
@@ -69,15 +59,3 @@ class ShardStream(IterableDataset):
                     sample.ext: read(sample_id),
                     "cls": str(sample.label).encode(),
                 }
-
-    def commit(self, step: int) -> None:
-        """`step` global batches have been consumed since the beginning of the run; the next iteration begins there."""
-        self._position.commit(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `StreamPosition.state_dict`."""
-        return self._position.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `StreamPosition.load_state_dict`."""
-        self._position.load_state_dict(state)

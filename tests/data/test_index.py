@@ -242,14 +242,14 @@ def test_control_characters_in_keys_are_refused(shards: Path, tmp_path: Path, ke
 @pytest.mark.parametrize(
     ("metadata", "columns", "message"),
     [
-        ({"bytes": "10000"}, {}, "the index is damaged .no shard"),
-        ({"samples": 7.0}, {}, "the index is damaged .no shard"),
-        ({"url": 3}, {}, "the index is damaged .no shard"),
-        ({"etag": 3}, {}, "the index is damaged .no shard"),
+        ({"bytes": "10000"}, {}, "the index is damaged .not a shard"),
+        ({"samples": 7.0}, {}, "the index is damaged .not a shard"),
+        ({"url": 3}, {}, "the index is damaged .not a shard"),
+        ({"etag": 3}, {}, "the index is damaged .not a shard"),
         ({"more": 3}, {}, "the index is damaged"),
         ({}, {"keys": np.zeros(32, np.int64)}, "no column keys of type"),
         ({}, {"crc32": None}, "no column crc32 of type"),
-        ({}, {"label": np.zeros(32, np.int64)}, "the hash of another one"),
+        ({}, {"label": np.zeros(32, np.int64)}, "the hash in the index is not that of its content"),
     ],
 )
 def test_an_index_of_other_parts_is_refused(

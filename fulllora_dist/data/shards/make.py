@@ -143,9 +143,9 @@ def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:
     label = {name: i for i, name in enumerate(split.classes)}
     jobs: list[ShardJob] = []
     for start in range(0, len(split.images), split.samples_per_shard):
-        part = split.images[start : start + split.samples_per_shard]
-        labels = tuple(label[image.class_name] for image in part)
-        jobs.append(ShardJob(split.folder, split.name, len(jobs), part, labels, split.image_size))
+        images = split.images[start : start + split.samples_per_shard]
+        url = urls.join(split.folder, f"{split.name}-{len(jobs):06d}.tar")
+        jobs.append(ShardJob(url, images, tuple(label[image.class_name] for image in images), split.image_size))
     with tqdm(total=len(split.images), desc=split.name, unit="img", disable=not progress) as bar:
         scans = run_jobs(make_shard, jobs, workers, lambda job: bar.update(len(job.images)))
     index = Index.from_scans(split.folder, [scan for _, scan in scans], split.classes)

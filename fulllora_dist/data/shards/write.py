@@ -25,26 +25,16 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to write: where, under which name, and which images with which labels."""
+    """A shard to write: its path or URL, and which images with which labels it will hold."""
 
-    folder: str
-    split_name: str
-    number: int
+    url: str
     images: tuple[SourceImage, ...]
     labels: tuple[int, ...]
     image_size: int | None
 
     @property
-    def pattern(self) -> str:
-        return f"{self.split_name}-%06d.tar"
-
-    @property
     def name(self) -> str:
-        return self.pattern % self.number
-
-    @property
-    def url(self) -> str:
-        return urls.join(self.folder, self.name)
+        return self.url.rpartition("/")[2]
 
 
 def make_shard(job: ShardJob) -> tuple[ScanJob, ShardScan]:
@@ -93,7 +83,7 @@ def _write_samples(job: ShardJob, file: BinaryIO) -> list[int]:
     """The crc32 of each image as it was handed to the writer."""
     checksums = []
     with ShardWriter(
-        job.pattern, start_shard=job.number, maxcount=len(job.images), maxsize=math.inf, verbose=0,
+        "%d", maxcount=len(job.images), maxsize=math.inf, verbose=0,
         opener=lambda _: file, encoder=False, compress=False, mtime=0,
     ) as shard:  # fmt: skip
         for image, label in zip(job.images, job.labels, strict=True):
