@@ -384,7 +384,7 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> Non
         (["--first", "40"], r"evaluation.first: 40; .* has 33 samples"),
         (
             ["--first", "4", "--num-samples", "4"],
-            r"evaluation.num_samples, evaluation.first and evaluation.ids: one of them is right",
+            r"at most one of evaluation.num_samples, evaluation.first and evaluation.ids",
         ),
         (["--ids", "nowhere.txt"], r"evaluation.ids: nowhere.txt cannot be read"),
         (["--norm", "l2"], r"threat.norm: .* no common size; give --eps too"),

@@ -9,7 +9,7 @@ class RunSettings(Settings):
     output_dir: str
     """Folder of the run: checkpoints, adapter, evaluation, metrics. A run found there is resumed."""
     checkpoint_dir: str | None = None
-    """Where its checkpoints lie instead: a folder or bucket (s3://, gs://). While a bucket fails, output_dir takes them."""
+    """Where checkpoints lie instead: a folder or bucket (s3://, gs://). While a bucket fails, they go to output_dir."""
     seed: int = 0
     """Of everything random."""
     checkpoint_every: int = Field(500, ge=1)
