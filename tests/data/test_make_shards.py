@@ -19,7 +19,7 @@ from scipy.io import savemat
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.shards import indexing
-from fulllora_dist.data.shards import make as shard_writer
+from fulllora_dist.data.shards import write as shard_writer
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.shards.scan import scan_file
 
@@ -86,17 +86,17 @@ def test_a_restarted_run_makes_only_what_is_missing(image_folder, shards, tmp_pa
 
 
 def test_a_restarted_run_reads_no_finished_shard_again(image_folder, shards, tmp_path, own_cache, monkeypatch) -> None:
-    write_shard, scanned = make._write_shard, []
+    write_samples, scanned = shard_writer._write_samples, []
 
     def cut_short(job, file):
-        if job.number == 3:
+        if job.name == "train-000003.tar":
             raise KeyboardInterrupt
-        return write_shard(job, file)
+        return write_samples(job, file)
 
-    monkeypatch.setattr(shard_writer, "_write_shard", cut_short)
+    monkeypatch.setattr(shard_writer, "_write_samples", cut_short)
     with pytest.raises(KeyboardInterrupt):
         make(image_folder, tmp_path)
-    monkeypatch.setattr(shard_writer, "_write_shard", write_shard)
+    monkeypatch.setattr(shard_writer, "_write_samples", write_samples)
 
     def noted(path: Path, *rest):
         scanned.append(path.name)

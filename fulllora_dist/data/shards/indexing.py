@@ -1,4 +1,4 @@
-"""Shards that are there, to an index: each is read once, and what was found survives an interruption."""
+"""Existing shards to an index: each is read once, and its scan survives an interruption."""
 
 import hashlib
 import os
@@ -162,7 +162,7 @@ def scan_and_record(job: ScanJob) -> ShardScan:
 
 
 def recorded_scan(job: ScanJob) -> ShardScan | None:
-    """What an earlier pass over the same version of the shard found."""
+    """The scan of an earlier pass over the same version of the shard."""
     path = _record(job)
     if not path.exists():
         return None
