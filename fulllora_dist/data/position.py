@@ -49,7 +49,7 @@ class Work(NamedTuple):
         epoch: keys the augmentation.
         slot: global batch slot of the first sample.
         ids: int64 [b], -1 pads.
-        begin: int64, the samples whose reading begins with this work, most urgent first.
+        begin: int64, the samples (of this and later works) whose reading begins with this work, most urgent first.
         spares: None where nothing may stand in for a sample.
     """
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from fsspec.utils import merge_offset_ranges
@@ -15,6 +15,7 @@ from fsspec.utils import merge_offset_ranges
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import CHUNK
+from fulllora_dist.data.position import Work
 from fulllora_dist.storage import store, urls
 from fulllora_dist.storage.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
 
@@ -30,23 +31,7 @@ class DamagedSample(UserError):
     """The bytes or the image of one sample are not what they were; the message names shard, key and offset."""
 
 
-class ToRead(Protocol):
-    """What is read in one go.
-
-    Attributes:
-        ids: int64, the samples that are needed now; -1 is none.
-        begin: int64, those (of this and later works) whose reading should begin by now, most urgent first.
-    """
-
-    @property
-    def ids(self) -> np.ndarray: ...
-
-    @property
-    def begin(self) -> np.ndarray: ...
-
-
 T = TypeVar("T")
-W = TypeVar("W", bound=ToRead)
 Read = Callable[[int], bytes]
 Pieces = Future[list[bytes | None]]
 
@@ -112,11 +97,11 @@ class ShardReader:
         place = block.ids.tolist().index(sample_id)
         return self._sound(sample_id, self._fetch(block).result()[place])
 
-    def ahead(self, works: Iterable[W]) -> Iterator[tuple[W, Read]]:
+    def ahead(self, works: Iterable[Work]) -> Iterator[tuple[Work, Read]]:
         """Each of `works` with a function that gives the bytes of a sample (once for each of its `ids`); it raises as
         `read` does. Remote samples are on their way from the moment at which `works` says so, or AHEAD samples before.
         """
-        coming: deque[tuple[W, dict[int, tuple[Pieces, int]]]] = deque()
+        coming: deque[tuple[Work, dict[int, tuple[Pieces, int]]]] = deque()
         asked: dict[int, tuple[Pieces, int]] = {}
         waiting, source = 0, iter(works)
         depth = AHEAD if self._remote.any() else 0
