@@ -148,7 +148,7 @@ class CheckpointManager:
             except UserError as error:
                 reasons.append(str(error))
         else:
-            raise UserError(f"there is no good checkpoint: {'; '.join(reasons) or 'none was kept'}")
+            raise UserError(f"no good checkpoint: {'; '.join(reasons) or 'none was kept'}")
         # newest first: whatever is left after a kill is older than the collapse, which is then found again
         for path in list_checkpoints(*self._search):
             if step_of(path) > step and step_of(path) not in self._damaged:
@@ -189,7 +189,7 @@ class CheckpointManager:
         return whole
 
     def described(self) -> str:
-        """The newest checkpoint, for people."""
+        """The newest checkpoint, for messages."""
         return "none" if self.newest is None else f"that of batch {self.newest}"
 
     def _write(

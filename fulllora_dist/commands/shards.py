@@ -44,7 +44,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="classes of images that no folder tells: ImageNet's development kit, or lines 'name class'",
+        help="classes of images that lie in no class folders: ImageNet's development kit, or lines 'name class'",
     )
     parser.add_argument("--split-name", default="train", help="shards are called NAME-000000.tar ... (default: train)")
     parser.add_argument(

@@ -196,7 +196,7 @@ def _eval_works(batches: list[tuple[int, np.ndarray]], worker: int = 0, workers:
 
 
 class EvalStream:
-    """Every sample once over all ranks. Nothing stands in for a bad image: it ends the evaluation.
+    """Every sample once over all ranks. Nothing replaces an unreadable image: it ends the evaluation.
 
     An iteration yields equally many batches on each rank: batch i goes to rank i mod world, and padding has mask False,
     id -1 and black pixels. `read` gives any of `batches` to whoever asks, without padding. The samples that share a

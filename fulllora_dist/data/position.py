@@ -31,7 +31,7 @@ class Spares(NamedTuple):
     step: int
 
     def of(self, first: int, place: int) -> Iterator[int]:
-        """All other samples of the epoch in the order in which they stand in for that of slot `first + place`: those of
+        """All other samples of the epoch in the order in which they replace that of slot `first + place`: those of
         its window, the next ones first, as they have been read already; of its lane; of the lanes after it."""
         start, end = self.plan.window_of(first + place, self.step)
         lane = self.lanes[place]
@@ -50,7 +50,7 @@ class Work(NamedTuple):
         slot: global batch slot of the first sample.
         ids: int64 [b], -1 pads.
         begin: int64, the samples (of this and later works) whose reading begins with this work, most urgent first.
-        spares: None where nothing may stand in for a sample.
+        spares: None where nothing may replace a sample.
     """
 
     epoch: int

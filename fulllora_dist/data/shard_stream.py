@@ -15,7 +15,7 @@ class ShardStream(PlannedStream, IterableDataset):
     """The first stage of a `webdataset.DataPipeline`: samples without end, in the order of `TrainStream`'s plan.
 
     Each sample is {"__key__", "__url__", "__id__": int, "__epoch__": int, EXT: bytes, "cls": bytes}, EXT being jpg,
-    jpeg, png or webp. Length and crc32 are checked; a damaged sample raises, as nothing here can stand in for it.
+    jpeg, png or webp. Length and crc32 are checked; a damaged sample raises, as nothing here can replace it.
 
     In DataLoader workers each one yields its share of every batch, so the workers must divide the rank's batch, and
     what they yield must be put together into batches in the main process. Then batch b is that of the plan, and

@@ -143,7 +143,7 @@ def object_info(url: str) -> ObjectInfo:
 
 
 def bare_etag(etag: str) -> str:
-    """As clients tell it: some with quotes, some without; W/ before it is a web server's."""
+    """Without what clients add: some give it with quotes, some without; W/ before it is a web server's."""
     return etag.removeprefix("W/").strip('"')
 
 

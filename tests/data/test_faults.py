@@ -126,7 +126,7 @@ def test_a_bad_image_is_replaced_in_the_same_way_everywhere(
         ("changed", ChangedObject, r"part-001\.tar: has changed since it was indexed \(the store answers 412\)"),
     ],
 )
-def test_what_only_people_can_mend_ends_the_run_at_once(
+def test_what_only_the_user_can_fix_ends_the_run_at_once(
     server: FaultServer, fault: str, error: type, message: str
 ) -> None:
     assert fault in FATAL

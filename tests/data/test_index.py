@@ -176,7 +176,7 @@ def test_other_processes_map_the_file_and_copy_nothing(shards: Path, tmp_path: P
     assert anonymous - int(empty.stdout.split()[1]) < size / 20
 
 
-def test_an_index_that_is_made_anew_meanwhile_is_noticed(shards: Path, tmp_path: Path) -> None:
+def test_an_index_that_is_rebuilt_meanwhile_is_noticed(shards: Path, tmp_path: Path) -> None:
     shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
     sent = pickle.dumps(Index.load(tmp_path))
     replace(Index.load(tmp_path), classes=("a", "b", "c")).save()

@@ -119,7 +119,7 @@ def test_shards_in_a_bucket(shards: Path, s3: MockS3, tmp_path: Path, own_cache:
     assert Index.load(f"{url}/index.safetensors").hash == local.hash
     assert fetched.stat().st_ino == before
     index(f"{url}/train-000000.tar", classes=CLASSES)
-    assert len(Index.load(url)) == 7  # a new index under the old name is fetched anew
+    assert len(Index.load(url)) == 7  # a new index under the old name is fetched again
 
 
 def test_each_byte_of_a_bucket_is_read_once(shards: Path, s3: MockS3, tmp_path: Path) -> None:

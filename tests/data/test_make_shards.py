@@ -366,7 +366,7 @@ def test_classes_choose_and_order_and_limit_balances(image_folder, tmp_path) -> 
     assert not shard_files(tmp_path, ["cat", "ant"]) - source_files(image_folder)
 
 
-def test_image_size_encodes_anew(image_folder, tmp_path) -> None:
+def test_image_size_re_encodes(image_folder, tmp_path) -> None:
     make(image_folder, tmp_path, image_size=10)
     sizes = set()
     for _, data in shard_files(tmp_path, ["ant", "bee", "cat"]):

@@ -20,7 +20,7 @@ from fulllora_dist.data.transforms import EvalTransform
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 images of three classes, named as ImageNet's are."""
-    root, folder = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
+    root, folder = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("shards")
     for i in range(12):
         (root / f"n{i % 3}").mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(

@@ -123,7 +123,7 @@ class Version:
 
 
 def version_of(url: str) -> Version:
-    """Asked anew. UserError where the shard is missing or the server does not tell its length."""
+    """As the store reports it now. UserError where the shard is missing or the server does not report its length."""
     info = store.info(url)
     if info.bytes is None:
         raise UserError(f"{urls.redacted(url)}: the server does not report its length, so byte ranges cannot be read")

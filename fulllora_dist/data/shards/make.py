@@ -63,8 +63,8 @@ def make_shards(
         source: a folder with one subfolder of JPEGs, PNGs and WebPs for each class, an uncompressed tar of such a
             folder, or an uncompressed tar of one tar a class. With `labels` in any folders or none.
         destination: folder, s3:// or gs:// URL; created; may hold what an interrupted run of the same command left.
-        labels: where no folders tell the classes: a file that does, see `labels.read_labels`.
-        image_size: resize the shorter side to so many pixels, cut out the centre square and encode anew (JPEG quality
+        labels: where folders are not the classes: a file that names them, see `labels.read_labels`.
+        image_size: resize the shorter side to so many pixels, crop the centre square and re-encode (JPEG quality
             95; PNG stays PNG, WebP becomes JPEG). Without it the bytes are kept as they are.
         samples_per_shard: the last shard of a split may hold fewer.
         workers: processes; each writes whole shards.

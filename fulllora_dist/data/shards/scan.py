@@ -113,8 +113,8 @@ def scan_stream(
 
     Raises:
         UserError: what `walk_tar` refuses; a key that occurs twice; a sample without an image or without a label, or
-            whose label is no class index; a member that is no plain file, has no extension, or a name that leaves its
-            folder. The message names the shard and the offset.
+            whose label is not a class index; a member that is not a plain file, has no extension, or a name that leaves
+            its folder. The message names the shard and the offset.
     """
     digest = _Digest(stream)
     rows: dict[str, list[Any]] = {column: [] for column in COLUMNS}
