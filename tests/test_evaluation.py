@@ -24,10 +24,10 @@ from fulllora_dist.commands import evaluate as evaluate_command
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm, Counters, free_port
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
 from fulllora_dist.evaluation.work_items import WorkQueue
@@ -384,7 +384,7 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> Non
         (["--first", "40"], r"evaluation.first: 40; .* has 33 samples"),
         (
             ["--first", "4", "--num-samples", "4"],
-            r"evaluation.num_samples, evaluation.first and evaluation.ids: one of them is right",
+            r"at most one of evaluation.num_samples, evaluation.first and evaluation.ids",
         ),
         (["--ids", "nowhere.txt"], r"evaluation.ids: nowhere.txt cannot be read"),
         (["--norm", "l2"], r"threat.norm: .* no common size; give --eps too"),

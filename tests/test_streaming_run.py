@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import local_launcher
 from tests.services.mock_s3 import MockS3, mock_s3
 
@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Job:
-    """A folder for one run and all its attempts."""
+    """A folder for one run and all its restarts."""
 
     def __init__(self, folder: Path, s3: MockS3, data: str):
         self.folder, self.trace = folder, folder / "trace"
@@ -96,7 +96,7 @@ class Job:
         return [json.loads(line) for line in self.trace.read_text().splitlines()] if self.trace.exists() else []
 
     def kill_after(self, step: int, process: subprocess.Popen) -> None:
-        """SIGKILL to every process of the attempt at once."""
+        """SIGKILL to every process of the run at once."""
         deadline = time.monotonic() + LIMIT
         while not any(line[0] >= step for line in self.traced()):
             assert process.poll() is None, self.output()

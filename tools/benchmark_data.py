@@ -40,11 +40,11 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.data.transforms import TrainTransform
 
 HERE = Path(__file__).resolve().parent
 SIZE = 224
@@ -52,7 +52,7 @@ AREA = (0.08, 1.0)
 
 
 def source_images(source: Path) -> list[bytes]:
-    """JPEGs of a tar; made ones of ImageNet's usual size and weight where it is absent."""
+    """JPEGs of a tar; generated ones of ImageNet's usual size and weight where it is absent."""
     if source.is_file():
         with tarfile.open(source) as tar:
             files = [
@@ -61,9 +61,9 @@ def source_images(source: Path) -> list[bytes]:
                 if member.name.lower().endswith((".jpg", ".jpeg"))
             ]
             return [file.read() for file in files if file is not None]
-    print(f"{source} is not there: made images instead", file=sys.stderr)
+    print(f"{source} does not exist: using generated images", file=sys.stderr)
     rng = np.random.default_rng(0)
-    made = []
+    images = []
     for _ in range(100):
         coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(
             (500, 375), Image.Resampling.BICUBIC
@@ -71,8 +71,8 @@ def source_images(source: Path) -> list[bytes]:
         grain = rng.integers(-12, 13, (375, 500, 3))
         buffer = io.BytesIO()
         Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=92)
-        made.append(buffer.getvalue())
-    return made
+        images.append(buffer.getvalue())
+    return images
 
 
 def lay_out(data: list[bytes], count: int, folder: Path) -> tuple[Path, Path]:
@@ -113,9 +113,9 @@ def same(value: Any) -> Any:
     return value
 
 
-def through_ours(where: str, batch: int) -> Iterable[Any]:
+def through_ours(shards: str, batch: int) -> Iterable[Any]:
     transform = TrainTransform(SIZE, "crop", crop_scale=AREA, interpolation="bicubic")
-    return (b.images for b in TrainStream(where, batch_size=batch, transform=transform, seed=0, workers=1))
+    return (b.images for b in TrainStream(shards, batch_size=batch, transform=transform, seed=0, workers=1))
 
 
 def through_webdataset(shards: list[str], batch: int) -> Iterable[Any]:
@@ -171,10 +171,10 @@ def medians(arms: dict[str, Callable[[], Iterable[Any]]], args: argparse.Namespa
     rounds: dict[str, list[Measured]] = {name: [] for name in arms}
     for i in range(args.rounds):
         for name, arm in arms.items():
-            found = measured(arm, skip=args.skip, count=args.count)
-            rounds[name].append(found)
-            metadata = f"{found.rate:.1f} pictures/s, {found.cpu_ms:.2f} ms CPU"
-            print(f"{what}, round {i + 1} of {args.rounds}, {name}: {metadata}", file=sys.stderr)
+            result = measured(arm, skip=args.skip, count=args.count)
+            rounds[name].append(result)
+            figures = f"{result.rate:.1f} images/s, {result.cpu_ms:.2f} ms CPU"
+            print(f"{what}, round {i + 1} of {args.rounds}, {name}: {figures}", file=sys.stderr)
     return {name: Measured(*map(statistics.median, zip(*values, strict=True))) for name, values in rounds.items()}
 
 
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
         "--images",
         type=Path,
         default=HERE.parent.parent / "shared/data/imagenet-natural-100.tar",
-        help="tar of JPEGs at natural size (default: %(default)s; made ones where it is absent)",
+        help="tar of JPEGs at natural size (default: %(default)s; generated ones where it is absent)",
     )
     parser.add_argument("--samples", type=int, default=4096, help="images in the shards (default: 4096)")
     parser.add_argument("--count", type=int, default=1024, help="images that one measurement counts (default: 1024)")
@@ -235,14 +235,14 @@ def main(argv: list[str]) -> None:
                 f"{1000 * args.latency:.0f} ms",
             )
     result |= {
-        "arms": {name: found.rate for name, found in disk.items()},
-        "arms_latency": {name: found.rate for name, found in late.items()},
+        "arms": {name: arm.rate for name, arm in disk.items()},
+        "arms_latency": {name: arm.rate for name, arm in late.items()},
         "ratio_disk": disk["ours"].rate / disk["webdataset"].rate,
         "ratio_latency": late["ours"].rate / late["webdataset"].rate,
-        "cpu_ms": {name: found.cpu_ms for name, found in disk.items()},
-        "cpu_ms_latency": {name: found.cpu_ms for name, found in late.items()},
+        "cpu_ms": {name: arm.cpu_ms for name, arm in disk.items()},
+        "cpu_ms_latency": {name: arm.cpu_ms for name, arm in late.items()},
         "rss_mb_per_worker": disk["ours"].rss_mb,
-        "rss_mb": {name: found.rss_mb for name, found in disk.items()},
+        "rss_mb": {name: arm.rss_mb for name, arm in disk.items()},
         "plan_seconds": result["plan"]["seconds"],
         "plan_mb": result["plan"]["mb"],
         "settings": {key: value for key, value in vars(args).items() if key not in ("output", "images")},
@@ -250,8 +250,8 @@ def main(argv: list[str]) -> None:
     if args.output is not None:
         args.output.write_text(json.dumps(result, indent=2))
     print(f"{'':<12} {'disk':>18} {f'{1000 * args.latency:.0f} ms':>18}   of one worker")
-    for name, found in disk.items():
-        cells = [f"{found.rate:.0f}/s {found.cpu_ms:.2f} ms"]
+    for name, arm in disk.items():
+        cells = [f"{arm.rate:.0f}/s {arm.cpu_ms:.2f} ms"]
         if name in late:
             cells.append(f"{late[name].rate:.0f}/s {late[name].cpu_ms:.2f} ms")
         print(f"{name:<12} " + " ".join(f"{cell:>18}" for cell in cells))

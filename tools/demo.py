@@ -30,9 +30,9 @@ from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.models.adapter_file import load, read_adapter

@@ -1,4 +1,4 @@
-"""What index, plan and state of ImageNet cost one machine; prints one JSON object. Called by benchmark_data.py.
+"""What index, plan and position of ImageNet cost one machine; prints one JSON object. Called by benchmark_data.py.
 
 1,281,167 samples in 1,024 shards, global batch 4,096 on 64 ranks of 8 workers: one machine holds 8 ranks, so 72
 processes that need the plan. Each is forked here in turn, from a process that has all imports and nothing else; what
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fulllora_dist.data.index import INDEX_NAME, Index, content_hash
-from fulllora_dist.data.position import Progress
+from fulllora_dist.data.position import StreamPosition
 from fulllora_dist.data.shards.scan import Shard
 
 SAMPLES, SHARDS, CLASSES = 1_281_167, 1024, 1000
@@ -79,8 +79,8 @@ def in_a_fork(work: Callable[[], object]) -> tuple[float, float]:
 
 def rank_process(folder: str, rank: int) -> tuple[object, ...]:
     index = Index.load(folder)
-    progress = Progress(index, 0, BATCH)
-    return index, progress, progress.works(WORLD, rank)
+    position = StreamPosition(index, 0, BATCH)
+    return index, position, position.works(WORLD, rank)
 
 
 def worker_process(sent: bytes, worker: int) -> tuple[object, ...]:

@@ -1,8 +1,8 @@
-"""States of a run, on a disk or in a bucket: safetensors and JSON, found by themselves.
+"""Checkpoints of a run, on a disk or in a bucket: safetensors and JSON.
 
 A checkpoint is a folder `<place>/<step>` with checkpoint.safetensors and checkpoint.json, which holds the checksum of
 both. On a disk it is written under a temporary name, flushed and renamed, so that a folder of the right name is
-complete. A bucket cannot rename: there the description is written last, and a folder without one is no checkpoint.
+complete. A bucket cannot rename: there the description is written last, and a folder without one is not a checkpoint.
 Nothing in it is bound to a number of ranks or a ZeRO stage, and nothing is pickled. The backbone is never in it.
 """
 
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -29,7 +30,7 @@ DESCRIPTION = "checkpoint.json"
 
 
 class DamagedCheckpoint(Exception):
-    """A state that is incomplete or whose bytes changed; the message says what and where."""
+    """A checkpoint that is incomplete or whose bytes changed; the message says what and where."""
 
 
 def _write(path: str, content: bytes) -> None:
@@ -48,7 +49,7 @@ def _flush_folder(path: str) -> None:
 
 
 def _digest(content: bytes, metadata: Mapping[str, Any]) -> str:
-    """sha256 of the tensors' file and the facts: one damaged digit in the latter is no state either."""
+    """sha256 of the tensors' file and the metadata: a damaged digit in the latter is damage too."""
     digest = hashlib.sha256(content)
     digest.update(json.dumps(metadata, sort_keys=True).encode())
     return digest.hexdigest()
@@ -62,23 +63,23 @@ def write_checkpoint(
     keep: int,
     spared: Collection[int] = (),
 ) -> str:
-    """Publish the state of `step` under `place`. Of the older ones delete all but the `keep` - 1 newest and, besides,
-    those of the steps `spared`. Returns its path or URL.
+    """Write the checkpoint of `step` under `place`. Of the older ones delete all but the `keep` - 1 newest and those of
+    the steps `spared`. Returns its path or URL.
 
     Args:
         place: a folder, or an s3:// or gs:// URL.
         tensors: on the host.
-        facts: JSON-able.
+        metadata: JSON-able.
 
     Raises:
-        OSError, UserError: it cannot be written there; older states are as they were.
+        OSError, UserError: it cannot be written there; older checkpoints are as they were.
     """
     content = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
     description = {"format_version": FORMAT_VERSION, "step": step, **metadata}
     description["sha256"] = _digest(content, description)
     final = f"{place.rstrip('/')}/{step:08d}"
-    publish = _publish_objects if urls.is_remote(place) else _publish_folder
-    publish(place, final, {TENSORS: content, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()})
+    write = _write_objects if urls.is_remote(place) else _write_folder
+    write(place, final, {TENSORS: content, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()})
     # newer ones were passed over as damaged: they do not count, or they would push this one out
     older = [path for path in list_checkpoints(place) if step_of(path) < step and step_of(path) not in spared]
     for old in older[keep - 1 :]:
@@ -87,7 +88,7 @@ def write_checkpoint(
     return final
 
 
-def _publish_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
+def _write_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
     os.makedirs(place, exist_ok=True)
     _delete_unfinished(place)
     temporary = os.path.join(place, f".tmp-{os.path.basename(final)}")
@@ -96,7 +97,7 @@ def _publish_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             _write(os.path.join(temporary, name), content)
         _flush_folder(temporary)
-        if os.path.exists(final):  # a run that went back to an older state makes this step again
+        if os.path.exists(final):  # a run that went back to an older checkpoint makes this step again
             shutil.rmtree(final)
         os.rename(temporary, final)
     except OSError:
@@ -111,7 +112,7 @@ def _delete_unfinished(folder: str) -> None:
             shutil.rmtree(os.path.join(folder, name))
 
 
-def _publish_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
+def _write_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
     for path, names in _folders(place).items():
         if DESCRIPTION not in names or path == final:  # unfinished, or damaged and made again
             delete_checkpoint(path, names)
@@ -120,7 +121,7 @@ def _publish_objects(place: str, final: str, files: Mapping[str, bytes]) -> None
 
 
 def delete_checkpoint(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)) -> None:
-    """Delete a state by its path or URL; `names`: what is there of it in a bucket.
+    """Delete a checkpoint by its path or URL; `names`: its files that are in a bucket.
 
     Raises:
         OSError, UserError: it cannot be deleted.
@@ -129,7 +130,7 @@ def delete_checkpoint(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)
         shutil.rmtree(path)
         return
     fs = urls.filesystem(path)
-    for name in sorted(names):  # without its description it is no state any more, whatever happens next
+    for name in sorted(names):  # without its description it is no checkpoint any more, whatever happens next
         url = f"{path}/{name}"
         store.persistent(lambda url=url: fs.rm_file(url), path)  # type: ignore[misc]
 
@@ -138,15 +139,15 @@ def _folders(place: str) -> dict[str, set[str]]:
     """What lies in a bucket under `place`: the URL of each step's folder, and the files in it."""
     fs, place = urls.filesystem(place), place.rstrip("/")
     inside = re.compile(re.escape(fs._strip_protocol(place)) + r"/(\d+)/([^/]+)")
-    found: dict[str, set[str]] = {}
+    folders: dict[str, set[str]] = {}
     for key in store.persistent(lambda: fs.find(place), place):
         if match := inside.fullmatch(key):
-            found.setdefault(f"{place}/{match[1]}", set()).add(match[2])
-    return found
+            folders.setdefault(f"{place}/{match[1]}", set()).add(match[2])
+    return folders
 
 
 def list_checkpoints(*places: str) -> list[str]:
-    """Paths or URLs of the published states, newest first."""
+    """Paths or URLs of the complete checkpoints, newest first."""
     paths: list[str] = []
     for place in places:
         if urls.is_remote(place):
@@ -158,17 +159,17 @@ def list_checkpoints(*places: str) -> list[str]:
 
 
 def step_of(path: str) -> int:
-    """The step of a state's path or URL."""
+    """The step of a checkpoint's path or URL."""
     return int(os.path.basename(path))
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of a state, checked.
+    """Tensors and metadata of a checkpoint, checked.
 
     Raises:
-        DamagedState: missing files, changed bytes.
+        DamagedCheckpoint: missing files, changed bytes.
         UserError: a format version this program does not know, a bucket that does not answer.
-        OSError: a disk that does not answer: that is no damage, and another attempt may find it whole.
+        OSError: a disk that does not answer: that is no damage, and a restart may find it whole.
     """
     try:
         files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)
@@ -187,22 +188,18 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _read_folder(path: str) -> dict[str, bytes]:
-    files = {}
-    for name in (DESCRIPTION, TENSORS):
-        with open(os.path.join(path, name), "rb") as file:
-            files[name] = file.read()
-    return files
+    return {name: Path(path, name).read_bytes() for name in (DESCRIPTION, TENSORS)}
 
 
 def _read_objects(path: str) -> dict[str, bytes]:
-    """What is there of the two files. A bucket that does not answer is no missing file, and a UserError."""
+    """Those of the two files that are there. A bucket that does not answer is a UserError, not a missing file."""
     fs = urls.filesystem(path)
     names = {key.rpartition("/")[2] for key in store.persistent(lambda: fs.find(path), path)}
     return {name: store.read(f"{path}/{name}") for name in (DESCRIPTION, TENSORS) if name in names}
 
 
 def read_newest_checkpoint(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, dict[str, str]]:
-    """The newest state that is whole, or None; and of each damaged one that was passed over its path and a line."""
+    """The newest whole checkpoint, or None; and of each damaged one that was passed over its path and a line."""
     damaged: dict[str, str] = {}
     for path in list_checkpoints(*places):
         try:

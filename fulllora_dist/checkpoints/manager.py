@@ -1,4 +1,4 @@
-"""The states of one run, as rank 0 keeps them: the newest is found, others are written beside the training."""
+"""The checkpoints of one run, as rank 0 keeps them: the newest is found, others are written beside the training."""
 
 import math
 import os
@@ -27,12 +27,10 @@ from fulllora_dist.storage import store, urls
 
 
 def checkpoint_places(settings: RunSettings) -> list[str]:
-    """Folders or URLs where the states of a run may lie, whatever `run.checkpoint_dir` was in its other attempts."""
-    places = _places(settings)
-    for place in [*_places_before(settings.output_dir), os.path.join(settings.output_dir, "checkpoints")]:
-        if place not in places:
-            places.append(place)
-    return places
+    """Folders or URLs where the checkpoints of a run may lie, whatever `run.checkpoint_dir` was before a restart."""
+    before = _checkpoint_dir_before(settings.output_dir)
+    own = os.path.join(settings.output_dir, "checkpoints")
+    return list(dict.fromkeys([*_places(settings), *([_address(before)] if before else []), own]))
 
 
 def _places(settings: RunSettings) -> list[str]:
@@ -40,78 +38,78 @@ def _places(settings: RunSettings) -> list[str]:
     own = os.path.join(settings.output_dir, "checkpoints")
     if settings.checkpoint_dir is None:
         return [own]
-    return (
-        [settings.checkpoint_dir, own]
-        if urls.is_remote(settings.checkpoint_dir)
-        else [urls.local_path(settings.checkpoint_dir)]
-    )
+    place = _address(settings.checkpoint_dir)
+    return [place, own] if urls.is_remote(place) else [place]
 
 
-def _places_before(output: str) -> list[str]:
-    """`run.checkpoint_dir` of the newest attempt, as its config.yaml in the output folder has it."""
+def _address(place: str) -> str:
+    return place if urls.is_remote(place) else urls.local_path(place)
+
+
+def _checkpoint_dir_before(output: str) -> str | None:
+    """`run.checkpoint_dir` of the newest start, as its config.yaml in the output folder has it."""
     try:
         saved = OmegaConf.load(os.path.join(output, "config.yaml"))
-        states = OmegaConf.select(saved, "run.checkpoint_dir")
+        return OmegaConf.select(saved, "run.checkpoint_dir")
     except (OSError, YAMLError, OmegaConfBaseException):
-        return []
-    return [] if states is None else [states if urls.is_remote(states) else urls.local_path(states)]
+        return None
 
 
 def kept_besides(metadata: Mapping[str, Any]) -> frozenset[int]:
-    """Steps of the best and the good state, where a state's facts name some."""
+    """Steps of the best and the good checkpoint, where a checkpoint's metadata names some."""
     best, good = metadata.get("best"), metadata.get("guard", {}).get("good")
     return frozenset(step for step in (best and best["step"], good) if step is not None)
 
 
 class CheckpointManager:
-    """Finds and writes states; used on rank 0 alone.
+    """Finds and writes checkpoints; used on rank 0 alone.
 
     They lie under `run.checkpoint_dir`, or in the output folder. Where a bucket refuses one, it goes to the output
-    folder, and is found there by whoever starts again with the same disk. A state that nothing takes costs a warning:
-    the training goes on, and older states are as they were. Those that are damaged stay where they are, too.
+    folder, and is found there by a restart with the same disk. A checkpoint that nothing takes costs a warning: the
+    training continues, and older checkpoints are as they were. Damaged ones stay where they are, too.
 
     Attributes:
-        newest: step of the newest state that is whole, None where there is none.
+        newest: step of the newest whole checkpoint, None where there is none.
     """
 
     def __init__(self, settings: RunSettings, say: Callable[[str], None]):
         self._settings, self._say = settings, say
-        self._places, self._found_in = _places(settings), checkpoint_places(settings)
+        self._places, self._search = _places(settings), checkpoint_places(settings)
         self.newest: int | None = None
         self._kept: frozenset[int] = frozenset()  # whole ones that are kept besides the newest
         self._damaged: set[int] = set()
         self._hurried = self._due = False
         self._written_at = time.monotonic()
-        self._thread = ThreadPoolExecutor(1, "states")
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: tuple[int, frozenset[int], Future[list[str]]] | None = None
 
     def find(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The run's own newest whole state, else the one it was told to start from, else None.
+        """The run's own newest whole checkpoint, else that of `run.resume_from`, else None.
 
         Raises:
-            UserError: a bucket that does not answer, no whole state among those there are, or a given state that is
+            UserError: a bucket that does not answer, no whole checkpoint among those there are, or a given one that is
                 damaged.
             OSError: a disk that does not answer.
         """
-        found, damaged = read_newest_checkpoint(*self._found_in)
+        checkpoint, damaged = read_newest_checkpoint(*self._search)
         self._damaged = {step_of(path) for path in damaged}
-        if damaged and found is None:
+        if damaged and checkpoint is None:
             raise UserError(
-                f"run.output_dir: none of the {len(damaged)} states of {self._settings.output_dir} is whole "
-                f"({urls.redacted(next(iter(damaged.values())))}); choose another folder to begin anew"
+                f"run.output_dir: none of the {len(damaged)} checkpoints of {self._settings.output_dir} is whole "
+                f"({urls.redacted(next(iter(damaged.values())))}); choose another folder to start over"
             )
         for line in damaged.values():
-            self._say(f"warning: {urls.redacted(line)}; going on from an older state")
-        if found is not None:
-            self.newest = found[1]["step"]
-            self._kept = kept_besides(found[1])
+            self._say(f"warning: {urls.redacted(line)}; resuming from an older checkpoint")
+        if checkpoint is not None:
+            self.newest = checkpoint[1]["step"]
+            self._kept = kept_besides(checkpoint[1])
         elif self._settings.resume_from is not None:
             try:
-                found = read_checkpoint(self._settings.resume_from)
+                checkpoint = read_checkpoint(self._settings.resume_from)
             except DamagedCheckpoint as error:
                 raise UserError(f"run.resume_from: {error}") from None
-            found[1].update(mlflow_run_id=None, best=None, guard={})  # that run and its states go on elsewhere
-        return found
+            checkpoint[1].update(mlflow_run_id=None, best=None, guard={})  # these belong to the other run
+        return checkpoint
 
     def due(self, step: int) -> bool:
         """Whether one is due after `step` batches: by `run.checkpoint_every`, `run.checkpoint_minutes` or `ask`. It
@@ -127,58 +125,59 @@ class CheckpointManager:
 
     @property
     def idle(self) -> bool:
-        """Whether no state is being written."""
+        """Whether no checkpoint is being written."""
         return self._writing is None or self._writing[2].done()
 
     def hurry(self) -> None:
-        """This process ends soon: from now on a state goes to the disk first, and to the bucket in one attempt."""
+        """This process ends soon: from now on a checkpoint goes to the disk first, and to the bucket in one try."""
         self._hurried = True
         store.stop_retrying()
 
     def read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and facts of a state that was kept.
+        """Tensors and metadata of a checkpoint that was kept.
 
         Raises:
             UserError: it is not there any more, or damaged.
         """
-        found = [path for path in list_checkpoints(*self._found_in) if step_of(path) == step]
+        paths = [path for path in list_checkpoints(*self._search) if step_of(path) == step]
+        if not paths:
+            raise UserError(f"the checkpoint of batch {step} is not there")
         try:
-            return read_checkpoint(found[0])
-        except (IndexError, DamagedCheckpoint) as error:
-            reason = error if found else "it is not there"
-            raise UserError(f"the state of batch {step}: {reason}") from None
+            return read_checkpoint(paths[0])
+        except DamagedCheckpoint as error:
+            raise UserError(f"the checkpoint of batch {step}: {error}") from None
 
     def go_back(self, steps: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Read the first of the states of `steps` that is whole, and then delete all that are newer.
+        """Read the first whole checkpoint of `steps`, and then delete all that are newer.
 
         Raises:
             UserError: none is whole, and nothing was deleted; or one cannot be deleted.
-            OSError: a disk that does not answer, or a state that cannot be deleted.
+            OSError: a disk that does not answer, or a checkpoint that cannot be deleted.
         """
         self.settle()
         reasons = []
         for step in steps:
             try:
-                found = self.read(step)
+                checkpoint = self.read(step)
                 break
             except UserError as error:
                 reasons.append(str(error))
         else:
-            raise UserError(f"there is no good state: {'; '.join(reasons) or 'none was kept'}")
+            raise UserError(f"no good checkpoint: {'; '.join(reasons) or 'none was kept'}")
         # newest first: whatever is left after a kill is older than the collapse, which is then found again
-        for path in list_checkpoints(*self._found_in):
+        for path in list_checkpoints(*self._search):
             if step_of(path) > step and step_of(path) not in self._damaged:
                 delete_checkpoint(path)
         self.newest = step
         self._kept = frozenset(kept for kept in self._kept if kept <= step)
-        return found
+        return checkpoint
 
     def write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Begin to write a state, in a thread; one that is still being written comes first.
+        """Begin to write a checkpoint, in a thread; one that is still being written comes first.
 
         Args:
             tensors: copies of one's own, on the host.
-            facts: with what they say of a best and a good state, which are kept besides the newest.
+            metadata: JSON-able; the best and the good checkpoint that it names are kept besides the newest.
         """
         self.settle()
         self._due, self._written_at = False, time.monotonic()
@@ -188,7 +187,7 @@ class CheckpointManager:
         self._writing = step, kept, self._thread.submit(self._write, step, tensors, metadata, spared)
 
     def settle(self) -> bool:
-        """Wait for the state that is being written and report what became of it; whether it is whole."""
+        """Wait for the checkpoint that is being written and report what became of it; whether it is whole."""
         if self._writing is None:
             return False
         (step, kept, future), self._writing = self._writing, None
@@ -202,11 +201,11 @@ class CheckpointManager:
                 self._kept = kept
         if failed:
             instead = f"it is in {self._places[-1]}" if whole else f"the newest is {self.described()}"
-            self._say(f"warning: the state of batch {step} is not saved: {'; '.join(failed)}; {instead}")
+            self._say(f"warning: the checkpoint of batch {step} is not saved: {'; '.join(failed)}; {instead}")
         return whole
 
     def described(self) -> str:
-        """The newest state, for people."""
+        """The newest checkpoint, for messages."""
         return "none" if self.newest is None else f"that of batch {self.newest}"
 
     def _write(
@@ -224,6 +223,6 @@ class CheckpointManager:
                 failed.append(str(error))
             except OSError as error:
                 failed.append(f"{urls.redacted(place)}: {error.strerror or error}")
-            except Exception as error:  # memory for a copy, say: the training can do without this state
+            except Exception as error:  # memory for a copy, say: the training can do without this checkpoint
                 failed.append(f"{urls.redacted(place)}: {type(error).__name__} {error}")
         return failed

@@ -7,21 +7,21 @@ from fulllora_dist.core.settings import Settings
 
 class RunSettings(Settings):
     output_dir: str
-    """Folder of the run: states, adapter, evaluation, metrics. A run found there is resumed."""
+    """Folder of the run: checkpoints, adapter, evaluation, metrics. A run found there is resumed."""
     checkpoint_dir: str | None = None
-    """Where its states lie instead: a folder or bucket (s3://, gs://). While a bucket fails, they go to the output."""
+    """Where checkpoints lie instead: a folder or bucket (s3://, gs://). While a bucket fails, they go to output_dir."""
     seed: int = 0
     """Of everything random."""
     checkpoint_every: int = Field(500, ge=1)
-    """Batches between states of the run."""
+    """Batches between checkpoints."""
     checkpoint_minutes: float | None = Field(10.0, gt=0)
     """And minutes; null goes by batches alone."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many states are kept."""
+    """How many checkpoints are kept."""
     max_nonfinite_steps: int = Field(10, ge=0)
     """Updates in a row that may be skipped, on all ranks together, as the loss or its gradient is not finite."""
     resume_from: str | None = None
-    """Folder or URL of a state to start from where the run has none yet."""
+    """Folder or URL of a checkpoint to start from where the run has none yet."""
     log_every: int = Field(10, ge=1)
     """Batches between logged metrics."""
 
@@ -29,5 +29,5 @@ class RunSettings(Settings):
     @classmethod
     def _on_a_disk(cls, output: str) -> str:
         if "://" in output:
-            raise ValueError("a folder on a disk is right; run.checkpoint_dir may be a bucket")
+            raise ValueError("must be a folder on a disk; run.checkpoint_dir may be a bucket")
         return output

@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.shards.indexing import index_shards
@@ -16,14 +18,14 @@ MAKE = """Images -> WebDataset shards + index, on disk or in a bucket.
         --holdout 10 --holdout-dst s3://bucket/imagenet/holdout
     python tools/make_shards.py ILSVRC2012_img_val.tar s3://bucket/imagenet/val --split-name val \\
         --labels ILSVRC2012_devkit_t12.tar.gz
-    python tools/make_shards.py pictures/train shards/train
+    python tools/make_shards.py images/train shards/train
 
 SRC is a folder with a subfolder of JPEGs, PNGs or WebPs for each class, an uncompressed tar of such a folder, or an
 uncompressed tar of one tar a class. With --labels the images may lie anywhere in SRC. Every image is decoded once
-and every finished shard is re-read, so what is written is readable. The index comes last; after an interruption the
-same command goes on with what is missing.
+and every finished shard is re-read, so what is written is readable. The index comes last; re-run the same command to
+resume after an interruption.
 """
-INDEX = """WebDataset shards that are there -> one index, on disk or in a bucket.
+INDEX = """Existing WebDataset shards -> one index, on disk or in a bucket.
 
     python tools/index_shards.py shards/train
     python tools/index_shards.py 's3://bucket/imagenet/train/train-{000000..001281}.tar' --workers 16
@@ -31,7 +33,7 @@ INDEX = """WebDataset shards that are there -> one index, on disk or in a bucket
 
 Each shard is read once, from its first to its last byte, and refused by name and offset unless it is a complete, plain
 tar of samples with one image (.jpg, .jpeg, .png, .webp) and one label (.cls, or a field of .json), every key once.
-What was read survives an interruption: the same command goes on with the other shards. The index comes last.
+What was read survives an interruption: re-run the same command for the other shards. The index comes last.
 """
 
 
@@ -42,13 +44,13 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="classes of images that no folder tells: ImageNet's development kit, or lines 'name class'",
+        help="classes of images that lie in no class folders: ImageNet's development kit, or lines 'name class'",
     )
     parser.add_argument("--split-name", default="train", help="shards are called NAME-000000.tar ... (default: train)")
     parser.add_argument(
         "--image-size",
         type=int,
-        help="resize the shorter side, cut out the centre and encode anew (default: keep the bytes as they are)",
+        help="resize the shorter side, crop the centre and re-encode (default: keep the bytes as they are)",
     )
     parser.add_argument("--samples-per-shard", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -66,31 +68,17 @@ def _make_parser() -> argparse.ArgumentParser:
         metavar="SHARE|N",
         help="share of each class, or images of each class, to hold out, to choose checkpoints on",
     )
-    parser.add_argument("--holdout-dst", metavar="DST2", help="folder for the held-out shards")
+    parser.add_argument(
+        "--holdout-dst", dest="holdout_destination", metavar="DST2", help="folder for the held-out shards"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a summary")
     return parser
 
 
 def make() -> None:
     """Make shards as the command line says."""
-    args = _make_parser().parse_args()
-    start = time.monotonic()
-    result = make_shards(
-        args.source,
-        args.destination,
-        labels=args.labels,
-        split_name=args.split_name,
-        image_size=args.image_size,
-        samples_per_shard=args.samples_per_shard,
-        workers=args.workers,
-        classes=args.classes,
-        limit=args.limit,
-        holdout=args.holdout,
-        holdout_destination=args.holdout_dst,
-    )
-    result["seconds"] = round(time.monotonic() - start, 2)
-    if args.json:
-        print(json.dumps(result))
+    result = _run(make_shards, _make_parser().parse_args())
+    if result is None:
         return
     for split in result["splits"]:
         print(
@@ -98,7 +86,20 @@ def make() -> None:
             f"shards, {split['bytes'] / 1e6:.1f} MB, index {split['index_hash'][:12]}"
         )
     if result["skipped_files"]:
-        print(f"skipped {result['skipped_files']} files that are no images")
+        print(f"skipped {result['skipped_files']} files that are not images")
+
+
+def _run(function: Callable[..., dict[str, Any]], args: argparse.Namespace) -> dict[str, Any] | None:
+    """What `function` returns for the arguments of the same names, timed; None where that is printed as JSON."""
+    arguments = vars(args)
+    as_json = arguments.pop("json")
+    start = time.monotonic()
+    result = function(**arguments)
+    result["seconds"] = round(time.monotonic() - start, 2)
+    if not as_json:
+        return result
+    print(json.dumps(result))
+    return None
 
 
 def _classes(text: str) -> int | list[str]:
@@ -107,7 +108,7 @@ def _classes(text: str) -> int | list[str]:
     try:
         return [line.strip() for line in Path(text).read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {text}: a number, or a file with one class name a line, is right") from error
+        raise UserError(f"--classes must be a number or a file with one class name per line, got {text}") from error
 
 
 def _index_parser() -> argparse.ArgumentParser:
@@ -116,7 +117,7 @@ def _index_parser() -> argparse.ArgumentParser:
         "shards",
         metavar="URL",
         nargs="+",
-        help="path, s3://, gs://, http(s)://; {000..127} and {a,b} are spelt out, * and folders are listed (but over "
+        help="path, s3://, gs://, http(s)://; {000..127} and {a,b} are expanded, * and folders are listed (not over "
         "http). The order given is that of the sample ids",
     )
     parser.add_argument(
@@ -136,17 +137,9 @@ def _index_parser() -> argparse.ArgumentParser:
 def index() -> None:
     """Index shards as the command line says."""
     args = _index_parser().parse_args()
-    start = time.monotonic()
-    result = index_shards(
-        args.shards,
-        args.output,
-        classes=None if args.classes is None else _classes(args.classes),
-        label_field=args.label_field,
-        workers=args.workers,
-    )
-    result["seconds"] = round(time.monotonic() - start, 2)
-    if args.json:
-        print(json.dumps(result))
+    args.classes = None if args.classes is None else _classes(args.classes)
+    result = _run(index_shards, args)
+    if result is None:
         return
     print(
         f"{result['index']}: {result['samples']} samples of {result['classes']} classes in {result['shards']} shards, "

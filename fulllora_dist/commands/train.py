@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.say(str(model.report))
         track_data(config, run.tracker)
         stream = build_stream(config, model.info, run.ranks)
-        run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} images fill none, others each epoch")
+        run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} images left over, other ones each epoch")
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
         guard = build_guard(config, model.info, run.ranks)

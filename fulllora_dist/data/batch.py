@@ -1,6 +1,6 @@
 """What a stream yields."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,20 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`, copied asynchronously where memory is pinned."""
-        images, labels, ids, mask = (
-            t.to(device, non_blocking=True) for t in (self.images, self.labels, self.ids, self.mask)
-        )
-        return Batch(images, labels, ids, mask, self.slot)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), self.slot)
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        return self._each(torch.Tensor.pin_memory, self.slot)
+
+    def split(self, parts: int) -> list["Batch"]:
+        """Equal micro-batches in slot order. `parts` divides the batch."""
+        size = len(self) // parts
+        assert size * parts == len(self), f"a batch of {len(self)} does not split into {parts}"
+        return [self._each(lambda t, i=i: t[i : i + size], self.slot + i) for i in range(0, len(self), size)]  # type: ignore[misc]
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor], slot: int) -> "Batch":
+        return Batch(function(self.images), function(self.labels), function(self.ids), function(self.mask), slot)
 
     @classmethod
     def cat(cls, parts: "Sequence[Batch]") -> "Batch":
@@ -43,27 +53,6 @@ class Batch:
         names = ("images", "labels", "ids", "mask")
         images, labels, ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in names)
         return cls(images, labels, ids, mask, first.slot)
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory."""
-        return Batch(
-            self.images.pin_memory(), self.labels.pin_memory(), self.ids.pin_memory(), self.mask.pin_memory(), self.slot
-        )
-
-    def split(self, parts: int) -> list["Batch"]:
-        """Equal micro-batches in slot order. `parts` divides the batch."""
-        size = len(self) // parts
-        assert size * parts == len(self), f"a batch of {len(self)} does not split into {parts}"
-        return [
-            Batch(
-                self.images[i : i + size],
-                self.labels[i : i + size],
-                self.ids[i : i + size],
-                self.mask[i : i + size],
-                self.slot + i,
-            )
-            for i in range(0, len(self), size)
-        ]
 
     def pixels(self) -> torch.Tensor:
         """fp32 [B, 3, H, W] in [0, 1] (float64 images stay float64)."""

@@ -1,178 +1,72 @@
-"""Bytes of an image to a uint8 [3, S, S] tensor: crop, resize, augmentation.
+"""Bytes of a JPEG, PNG or WebP to 8-bit RGB: Pillow is the reference, libjpeg-turbo the fast way.
 
-Two backends. "pil" is the reference and what evaluation always uses, so that its numbers depend on Pillow alone. "fast"
-decodes by libjpeg-turbo and resizes by torch's antialiased uint8 kernels; docs/data.md has the measured difference.
+EXIF orientation is ignored, as timm and torchvision do.
 """
 
-import math
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+import io
+import re
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import simplejpeg
 from PIL import Image
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.images import check_pixels, decode, decode_fast
-from fulllora_dist.data.randaugment import RandAugment
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the source
-Backend = Literal["fast", "pil"]
-Augment = Literal["none", "flip", "crop", "randaugment"]
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of decompression bombs: 256 MB in RGB
 
-_LOG_RATIO = math.log(4 / 3)
-_CROP_TRIES = 10
-_TORCH_MODES = ("bilinear", "bicubic")  # that torch resizes with antialiasing
+_DIRECT = ("YCbCr", "RGB", "Gray")  # libjpeg-turbo has no RGB of CMYK and YCCK
+# What libjpeg warns of though the image is whole: odd bytes between segments and unknown headers. Odd bytes before
+# the end (0xd9) are none of that: the data that was to fill the image did not fit it.
+_HARMLESS = re.compile(r"extraneous bytes before marker 0x(?!d9)|Invalid SOS parameters|nknown (JFIF|Adobe)")
 
 
-def _centre(width: int, height: int, size: int, crop_pct: float, crop_mode: str) -> tuple[tuple[int, int], Box]:
-    """((width, height), box): what timm's evaluation transform resizes to, and the centre that it cuts out. The shorter
-    side (squash: both) becomes floor(size / crop_pct). Roundings are those of torchvision's Resize and CenterCrop."""
-    to_width = to_height = math.floor(size / crop_pct)
-    if crop_mode != "squash":
-        short = min(width, height)
-        to_width, to_height = int(to_width * width / short), int(to_height * height / short)
-        check_pixels(to_width, to_height)  # an image of 1 x 10,000 pixels is small, and large once it is resized
-    left, top = round((to_width - size) / 2), round((to_height - size) / 2)
-    return (to_width, to_height), (left, top, left + size, top + size)
+def image_format(data: bytes) -> str:
+    """One of FORMATS, by content; a JPEG is what starts like one."""
+    if data.startswith(b"\xff\xd8"):
+        return "JPEG"
+    return "PNG" if data.startswith(b"\x89PNG") else "WEBP"
 
 
-def centre_crop(image: Image.Image, size: int, crop_pct: float, crop_mode: str, interpolation: str) -> Image.Image:
-    """timm's evaluation image of an RGB one, pixel for pixel."""
-    scaled, centre = _centre(*image.size, size, crop_pct, crop_mode)
-    return image.resize(scaled, _resampling(interpolation)).crop(centre)
+def decode(data: bytes) -> Image.Image:
+    """An RGB image. Alpha is dropped, 16-bit greyscale is scaled to 8 bits (PIL alone would clip it).
 
-
-def random_box(width: int, height: int, crop_scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """RandomResizedCrop (Szegedy et al. 2015, as torchvision draws it): a share of the area uniform in `crop_scale`,
-    log-uniform aspect ratio in [3/4, 4/3]; where ten tries do not fit, the centre with the nearest allowed ratio."""
-    for _ in range(_CROP_TRIES):
-        area = width * height * rng.uniform(*crop_scale)
-        ratio = math.exp(rng.uniform(-_LOG_RATIO, _LOG_RATIO))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    w, h = min(width, max(1, round(height * 4 / 3))), min(height, max(1, round(width * 4 / 3)))
-    left, top = (width - w) // 2, (height - h) // 2
-    return left, top, left + w, top + h
-
-
-def _resampling(interpolation: str) -> Image.Resampling:
-    return Image.Resampling[interpolation.upper()]
-
-
-def _to_tensor(image: Image.Image) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
-
-
-def _resized(pixels: np.ndarray, width: int, height: int, interpolation: str) -> torch.Tensor:
-    """uint8 [H, W, 3] to uint8 [3, height, width], antialiased."""
-    if interpolation not in _TORCH_MODES:
-        return _to_tensor(Image.fromarray(pixels).resize((width, height), _resampling(interpolation)))
-    channels_last = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return F.interpolate(channels_last, (height, width), mode=interpolation, antialias=True)[0]
-
-
-def _check(size: int, crop_pct: float, interpolation: str) -> None:
-    if size < 1:
-        raise UserError(f"image size {size}: a positive number of pixels is right")
-    if not 0 < crop_pct <= 1:
-        raise UserError(f"crop_pct {crop_pct}: more than 0 and at most 1 is right")
-    if interpolation.upper() not in Image.Resampling.__members__:
-        names = ", ".join(name.lower() for name in Image.Resampling.__members__)
-        raise UserError(f"interpolation {interpolation!r}: one of {names} is right")
-
-
-def _check_crop_mode(crop_mode: str) -> None:
-    if crop_mode not in ("center", "squash"):
-        raise UserError(f"crop_mode {crop_mode!r}: center or squash is right")
-
-
-@dataclass(frozen=True)
-class EvalTransform:
-    """timm's evaluation crop, by Pillow.
-
-    Attributes:
-        size: side of the result in pixels.
-        crop_pct: share of the shorter side that is kept, in (0, 1].
-        interpolation: a PIL filter by name (timm's names fit).
-        crop_mode: "center" keeps the aspect ratio, "squash" does not ("border" is not supported).
+    Raises:
+        UserError: no complete JPEG, PNG or WebP, or one of more than MAX_PIXELS.
     """
-
-    size: int
-    crop_pct: float = 0.875
-    interpolation: str = "bicubic"
-    crop_mode: str = "center"
-
-    def __post_init__(self) -> None:
-        _check(self.size, self.crop_pct, self.interpolation)
-        _check_crop_mode(self.crop_mode)
-
-    def __call__(self, data: bytes, rng: np.random.Generator | None = None) -> torch.Tensor:
-        """uint8 [3, size, size]; nothing is random."""
-        return _to_tensor(centre_crop(decode(data), self.size, self.crop_pct, self.crop_mode, self.interpolation))
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            check_pixels(*image.size)
+            if image.mode.startswith("I"):
+                grey = (np.asarray(image).astype(np.uint32) + 128) // 257  # 65535 = 257 * 255
+                return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+            image.info.pop("transparency", None)  # PIL would warn that it is lost
+            return image.convert("RGB")
+    except Exception as error:  # PIL's plugins raise nearly anything on bad bytes
+        raise UserError(f"not a readable JPEG, PNG or WebP ({error})") from error
 
 
-@dataclass(frozen=True)
-class TrainTransform:
-    """The training image.
+def decode_fast(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3]: JPEG by libjpeg-turbo with its accurate DCT and upsampling, all else by `decode`.
 
-    Attributes:
-        size: side of the result in pixels.
-        augment: "none" is the evaluation crop, "flip" adds a horizontal flip with probability 1/2, "crop" is
-            RandomResizedCrop and the flip, "randaugment" is "crop" and RandAugment after it.
-        crop_scale: least and greatest share of the area for "crop" and "randaugment".
-        crop_pct, crop_mode: of the evaluation crop under "none" and "flip".
-        interpolation: a PIL filter by name.
-        randaugment: its settings.
-        backend: "fast" or "pil"; random decisions are the same under both.
+    A damaged JPEG is refused here, where Pillow fills up the image without a word.
+
+    Raises:
+        UserError: as for `decode`; a damaged JPEG.
     """
+    if data.startswith(b"\xff\xd8"):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            check_pixels(width, height)
+            if colours in _DIRECT:
+                return simplejpeg.decode_jpeg(data, "RGB")
+        except (ValueError, KeyError) as error:  # KeyError: no colours in the header
+            if not _HARMLESS.search(str(error)):
+                raise UserError(f"not a readable JPEG, PNG or WebP ({error})") from error
+    return np.array(decode(data))
 
-    size: int
-    augment: Augment = "flip"
-    crop_scale: tuple[float, float] = (0.08, 1.0)
-    crop_pct: float = 1.0
-    crop_mode: str = "center"
-    interpolation: str = "bicubic"
-    randaugment: RandAugment = field(default_factory=RandAugment)
-    backend: Backend = "fast"
 
-    def __post_init__(self) -> None:
-        _check(self.size, self.crop_pct, self.interpolation)
-        _check_crop_mode(self.crop_mode)
-        if self.augment not in get_args(Augment):
-            raise UserError(f"augment {self.augment!r}: {', '.join(get_args(Augment))} are right")
-        if self.backend not in get_args(Backend):
-            raise UserError(f"decode {self.backend!r}: {' or '.join(get_args(Backend))} is right")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(f"crop_scale {self.crop_scale}: two shares 0 < least <= greatest <= 1 are right")
-
-    def __call__(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
-        """uint8 [3, size, size]; everything random comes from `rng`."""
-        flip = self.augment != "none" and rng.random() < 0.5
-        image = self._fast(data, rng) if self.backend == "fast" else self._reference(data, rng)
-        if flip:
-            image = image.flip(2)
-        if self.augment == "randaugment":
-            image = self.randaugment(image, rng)
-        return image.contiguous()
-
-    def _random_box(self, width: int, height: int, rng: np.random.Generator) -> Box | None:
-        return random_box(width, height, self.crop_scale, rng) if self.augment in ("crop", "randaugment") else None
-
-    def _fast(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
-        pixels = decode_fast(data)
-        height, width = pixels.shape[:2]
-        if (box := self._random_box(width, height, rng)) is not None:
-            left, top, right, bottom = box
-            return _resized(pixels[top:bottom, left:right], self.size, self.size, self.interpolation)
-        scaled, (left, top, right, bottom) = _centre(width, height, self.size, self.crop_pct, self.crop_mode)
-        return _resized(pixels, *scaled, self.interpolation)[:, top:bottom, left:right]
-
-    def _reference(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
-        image = decode(data)
-        if (box := self._random_box(*image.size, rng)) is None:
-            return _to_tensor(centre_crop(image, self.size, self.crop_pct, self.crop_mode, self.interpolation))
-        return _to_tensor(image.crop(box).resize((self.size, self.size), _resampling(self.interpolation)))
+def check_pixels(width: int, height: int) -> None:
+    """UserError for more than MAX_PIXELS."""
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS}")

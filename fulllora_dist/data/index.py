@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +19,6 @@ from fulllora_dist.storage import store, urls
 
 INDEX_NAME = "index.safetensors"
 FORMAT_VERSION = 2
-_OLD_NAME = "index.npz"
 
 
 class Sample(NamedTuple):
@@ -28,11 +28,11 @@ class Sample(NamedTuple):
     shard: int
     url: str
     key: str
+    ext: str
     label: int
     offset: int
     size: int
     crc32: int
-    ext: str
 
     def __str__(self) -> str:
         return f"{urls.redacted(self.url)}: sample {self.key} at offset {self.offset}"
@@ -79,56 +79,52 @@ class Index:
         return index
 
     @classmethod
-    def load(cls, where: str | Path) -> Self:
-        """Map an index.
+    def load(cls, address: str | Path) -> "Index":
+        """Map an index. A process reads and checks a file once, and again only when it has changed.
 
         Args:
-            where: the folder or URL that holds index.safetensors, or the path or URL of such a file under another name.
-                A remote one is fetched once into the user's cache folder and shared by all processes of the machine.
+            address: the folder or URL that holds index.safetensors, or the path or URL of such a file under another
+                name. A remote one is fetched into the user's cache folder and shared by all processes of the machine.
 
         Raises:
             UserError: missing, damaged, of another format, pointing outside its shards, or with another hash than its
                 content has.
         """
-        where = str(where)
-        base, name = split_index(where)
+        base, name = split_index(str(address))
         if urls.is_remote(base):
             url = urls.join(base, name)
             try:
-                return cls._map(fetched(url), base)
+                return _loaded(fetched(url), base)
             except DamagedIndex:
-                return cls._map(fetched(url, anew=True), base)
+                return _loaded(fetched(url, again=True), base)
         path = Path(urls.local_path(base), name)
         if not path.is_file():
-            if path.with_name(_OLD_NAME).is_file():
-                raise UserError(
-                    f"{path.with_name(_OLD_NAME)}: index of an earlier format; run tools/index_shards.py again"
-                )
             raise UserError(f"{path}: no index there; tools/make_shards.py and tools/index_shards.py write one")
-        return cls._map(path, base)
+        return _loaded(path, base)
 
     @classmethod
     def _map(cls, path: Path, base: str, checksum: bytes | None = None) -> Self:
-        meta, columns, found = map_columns(path, checksum)
+        """`checksum`: of a file that another process has read and checked."""
+        meta, columns, file_checksum = map_columns(path, checksum)
         if meta.get("version") != FORMAT_VERSION:
             raise UserError(f"{path}: index format {meta.get('version')!r}; this program reads {FORMAT_VERSION}")
         try:
             shards = tuple(_shard(shard) for shard in meta["shards"])
             if not all(isinstance(name, str) for name in meta["classes"]):
-                raise TypeError("classes are names")
-            index = cls(base, tuple(meta["classes"]), shards, columns, meta["hash"], (path, found))
+                raise TypeError("class names must be strings")
+            index = cls(base, tuple(meta["classes"]), shards, columns, meta["hash"], (path, file_checksum))
         except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: the index is damaged ({error}); make it anew") from error
+            raise UserError(f"{path}: the index is damaged ({error}); rebuild it") from error
         if checksum is None:
             index._check()
             if index.hash != content_hash(index.classes, columns):
-                raise UserError(f"{path}: the index has the hash of another one; make it anew")
+                raise UserError(f"{path}: the hash in the index is not that of its content; rebuild it")
         return index
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """A mapped index travels as the place of its file, so that worker processes share its pages."""
         if self._mapped is None:
-            return Index, (self.base, self.classes, self.shards, dict(self.columns), self.hash)
+            return Index, (self.base, self.classes, self.shards, self.columns, self.hash)
         path, checksum = self._mapped
         return Index._map, (path, self.base, checksum)
 
@@ -148,13 +144,13 @@ class Index:
 
     def _check(self) -> None:
         """Refuse columns that do not fit each other, the classes or the shards."""
-        columns, shards, where = self.columns, self.shards, urls.redacted(self.base)
+        columns, shards, base = self.columns, self.shards, urls.redacted(self.base)
         for name, dtype in {**COLUMNS, "shard": "<i4"}.items():
             if name not in columns or columns[name].dtype != dtype:
-                raise UserError(f"{where}: the index has no column {name} of type {dtype}; make it anew")
+                raise UserError(f"{base}: the index has no column {name} of type {dtype}; rebuild it")
         rows, labels = columns["shard"], columns["label"]
         if len({len(column) for name, column in columns.items() if name != "keys"}) != 1 or len(rows) == 0:
-            raise UserError(f"{where}: the index has no samples or columns of unequal length")
+            raise UserError(f"{base}: the index has no samples or columns of unequal length")
         inside = rows.min() >= 0 and rows.max() < len(shards)  # asked first: bincount is as long as the largest number
         if (
             not inside
@@ -168,16 +164,16 @@ class Index:
             or columns["key_end"][-1] != len(columns["keys"])
             or columns["ext"].max() >= len(IMAGE_EXTENSIONS)
         ):
-            raise UserError(f"{where}: the index points outside its shards; make it anew")
+            raise UserError(f"{base}: the index points outside its shards; rebuild it")
         if _has_controls(columns["keys"]):
-            raise UserError(f"{where}: the index has control characters in its keys")
+            raise UserError(f"{base}: the index has control characters in its keys")
         for shard in shards:
             urls.scheme_of(shard.url)
             if ".." in shard.url.split("/") or (urls.is_remote(self.base) and not _stays_remote(shard.url)):
-                raise UserError(f"{where}: the index names a shard {shard.url!r} outside its folder")
-        wrong = (labels < 0) | (labels >= len(self.classes))
-        if wrong.any():
-            row = int(np.argmax(wrong))
+                raise UserError(f"{base}: the index names a shard {shard.url!r} outside its folder")
+        outside = (labels < 0) | (labels >= len(self.classes))
+        if outside.any():
+            row = int(np.argmax(outside))
             raise UserError(f"{self.sample(row)} has label {labels[row]}; there are {len(self.classes)} classes")
 
     def _check_keys(self) -> None:
@@ -193,6 +189,11 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.columns["label"])
+
+    def summary(self) -> dict[str, Any]:
+        """JSON fits: samples, shards, bytes of all shards, index_hash."""
+        size = sum(shard.bytes for shard in self.shards)
+        return {"samples": len(self), "shards": len(self.shards), "bytes": size, "index_hash": self.hash}
 
     def images_in(self, other: "Index") -> int:
         """How many of these images are in `other` too, byte for byte, as far as size and checksum tell."""
@@ -211,20 +212,20 @@ class Index:
 
     def sample(self, sample_id: int) -> Sample:
         """Where the image of `sample_id` lies."""
-        row = {
-            name: int(self.columns[name][sample_id]) for name in ("shard", "label", "offset", "size", "crc32", "ext")
-        }
-        return Sample(
-            id=sample_id,
-            shard=row["shard"],
-            url=self.shard_url(row["shard"]),
-            key=self.key(sample_id),
-            label=row["label"],
-            offset=row["offset"],
-            size=row["size"],
-            crc32=row["crc32"],
-            ext=IMAGE_EXTENSIONS[row["ext"]],
-        )
+        names = ("shard", "ext", "label", "offset", "size", "crc32")
+        shard, ext, *numbers = (int(self.columns[name][sample_id]) for name in names)
+        return Sample(sample_id, shard, self.shard_url(shard), self.key(sample_id), IMAGE_EXTENSIONS[ext], *numbers)
+
+
+@lru_cache(maxsize=16)
+def _load_once(path: Path, base: str, version: tuple[int, ...]) -> Index:
+    """`version` tells one file under this name from another; who maps a file keeps its inode from being used again."""
+    return Index._map(path, base)
+
+
+def _loaded(path: Path, base: str) -> Index:
+    status = path.stat()
+    return _load_once(path, base, (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
 
 
 def _shard(metadata: dict[str, Any]) -> Shard:
@@ -232,7 +233,7 @@ def _shard(metadata: dict[str, Any]) -> Shard:
     numbers = (shard.bytes, shard.samples)
     texts = (shard.url, shard.sha256, shard.etag or "")
     if not (all(type(n) is int and 0 <= n < 2**63 for n in numbers) and all(isinstance(t, str) for t in texts)):
-        raise TypeError(f"no shard: {metadata}")
+        raise TypeError(f"not a shard: {metadata}")
     return shard
 
 
@@ -247,14 +248,14 @@ def _stays_remote(name: str) -> bool:
     return urls.is_remote(name) if "://" in name else not os.path.isabs(name)
 
 
-def split_index(where: str) -> tuple[str, str]:
-    """(folder, file name) of an index: `where` is the folder itself unless it ends in .safetensors. A
+def split_index(address: str) -> tuple[str, str]:
+    """(folder, file name) of an index: `address` is the folder itself unless it ends in .safetensors. A
     signature goes to the folder, from where `urls.join` gives it to every file."""
-    path, mark, query = where.partition("?")
+    path, mark, query = address.partition("?")
     if not path.endswith(".safetensors"):
-        return where, INDEX_NAME
+        return address, INDEX_NAME
     folder, _, name = path.rpartition("/")
-    if urls.scheme_of(where) in ("http", "https"):
+    if urls.scheme_of(address) in ("http", "https"):
         return folder + mark + query, name
     return folder or ".", name + mark + query
 

@@ -72,18 +72,18 @@ def map_columns(path: Path, checksum: bytes | None = None) -> tuple[dict[str, An
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise DamagedIndex(f"{path}: the index cannot be opened ({error})") from error
-    found = data[-_CHECKSUM_BYTES:]
+    file_checksum = data[-_CHECKSUM_BYTES:]
     if checksum is None:
         if not is_whole(data):
             raise DamagedIndex(
-                f"{path}: the index is damaged or of another format; make it anew with tools/index_shards.py"
+                f"{path}: the index is damaged or of another format; rebuild it with tools/index_shards.py"
             )
-    elif found != checksum:
+    elif file_checksum != checksum:
         raise UserError(f"{path}: the index has changed while the run was reading it")
     try:
-        return *_parse(data), found
+        return *_parse(data), file_checksum
     except Exception as error:  # a header of another program, or of an attacker, may hold any JSON
-        raise UserError(f"{path}: no index of this program; make one with tools/index_shards.py") from error
+        raise UserError(f"{path}: not an index of this program; make one with tools/index_shards.py") from error
 
 
 def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -91,7 +91,7 @@ def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     header = json.loads(data[8 : 8 + length])
     meta = json.loads(header.pop("__metadata__")["index"])
     if not isinstance(meta, dict):
-        raise TypeError("the metadata is no object")
+        raise TypeError("the metadata is not an object")
     del header[_CHECKSUM]
     columns = {}
     for name, entry in header.items():

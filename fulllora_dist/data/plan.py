@@ -17,7 +17,7 @@ import numpy as np
 
 from fulllora_dist.core.rng import numpy_rng
 
-PLAN_VERSION = 2  # part of a stream's state: a changed plan must not continue an old one
+PLAN_VERSION = 2  # part of a stream's position: a changed plan must not continue an old one
 CHUNK = 16  # neighbours read together, about 2 MB of ImageNet
 WINDOW = 8  # chunks
 _LANES_AT_ONCE = 64
@@ -56,20 +56,20 @@ class EpochPlan:
         window: samples of a lane that are shuffled together.
     """
 
-    def __init__(self, n: int, left: np.ndarray | None, seed: int, epoch: int, number: int, batch_size: int):
+    def __init__(self, n: int, remaining: np.ndarray | None, seed: int, epoch: int, number: int, batch_size: int):
         self.batch_size = batch_size
-        self._n, self._left, self._seed, self._epoch, self._number = n, left, seed, epoch, number
-        total = n if left is None else int(np.count_nonzero(left))
+        self._n, self._remaining, self._seed, self._epoch, self._number = n, remaining, seed, epoch, number
+        total = n if remaining is None else int(np.count_nonzero(remaining))
         self.steps = steps_per_epoch(total, batch_size)
         self.dropped = dropped(total, batch_size)
         # few samples: smaller chunks, so that a lane still mixes those of many places
         self._chunk = min(CHUNK, max(1, self.steps // WINDOW))
         self.window = self._chunk * WINDOW
         starts = np.arange(0, n, self._chunk)
-        sizes = np.diff(starts, append=n) if left is None else np.add.reduceat(left, starts, dtype=np.int64)
+        sizes = np.diff(starts, append=n) if remaining is None else np.add.reduceat(remaining, starts, dtype=np.int64)
         self._order = _permutation(len(starts), seed, f"chunks/{number}", epoch).astype(np.int32)
         self._ends = np.cumsum(sizes[self._order])
-        self._first = np.cumsum(sizes) - sizes  # of each chunk among the ids that are left
+        self._first = np.cumsum(sizes) - sizes  # of each chunk among the remaining ids
 
     def lanes(self, first: int, count: int) -> np.ndarray:
         """int64 [count, steps]: the ids of slots first .. first + count - 1 in each global batch."""
@@ -79,8 +79,8 @@ class EpochPlan:
         chunk = self._order[piece]
         sizes = np.diff(self._ends, prepend=0)
         ids = self._first[chunk] + places - (self._ends - sizes)[piece]
-        if self._left is not None:
-            ids = np.flatnonzero(self._left)[ids]
+        if self._remaining is not None:
+            ids = np.flatnonzero(self._remaining)[ids]
         bits = [
             numpy_rng(self._seed, f"lane/{self._number}", self._epoch, int(lane)).bit_generator.random_raw(self.steps)
             for lane in numbers
@@ -99,13 +99,13 @@ class EpochPlan:
         """Windows of neighbouring lanes begin far apart (golden section), so that reading is spread over the steps."""
         return lanes * round(self.window * 0.618) % self.window
 
-    def left_after(self, steps: int) -> np.ndarray:
+    def remaining_after(self, steps: int) -> np.ndarray:
         """bool [n]: the ids that are still to be seen after so many global batches."""
-        left = np.ones(self._n, dtype=bool) if self._left is None else self._left.copy()
+        remaining = np.ones(self._n, dtype=bool) if self._remaining is None else self._remaining.copy()
         for first in range(0, self.batch_size, _LANES_AT_ONCE):
             lanes = self.lanes(first, min(_LANES_AT_ONCE, self.batch_size - first))
-            left[lanes[:, :steps]] = False
-        return left
+            remaining[lanes[:, :steps]] = False
+        return remaining
 
 
 def epoch_plan(n: int, seed: int, epoch: int, batch_size: int, done: tuple[Segment, ...] = ()) -> EpochPlan:
@@ -114,10 +114,10 @@ def epoch_plan(n: int, seed: int, epoch: int, batch_size: int, done: tuple[Segme
     A pure function of its arguments; n is the number of samples. What a segment's own tail would have dropped is
     planned again.
     """
-    left = None
+    remaining = None
     for number, segment in enumerate(done):
-        left = EpochPlan(n, left, seed, epoch, number, segment.batch_size).left_after(segment.steps)
-    return EpochPlan(n, left, seed, epoch, len(done), batch_size)
+        remaining = EpochPlan(n, remaining, seed, epoch, number, segment.batch_size).remaining_after(segment.steps)
+    return EpochPlan(n, remaining, seed, epoch, len(done), batch_size)
 
 
 def share(total: int, parts: int, part: int) -> tuple[int, int]:

@@ -12,15 +12,15 @@ from fulllora_dist.data.plan import PLAN_VERSION, EpochPlan, Segment, epoch_plan
 
 
 def check_rank(world: int, rank: int) -> None:
-    """UserError for a rank that is none."""
+    """UserError for a rank outside the world."""
     if not 0 <= rank < world:
-        raise UserError(f"rank {rank} of world {world}: 0 <= rank < world is right")
+        raise UserError(f"rank must be >= 0 and < world={world}, got {rank}")
 
 
 def check_batch_size(batch_size: int, world: int) -> None:
-    """UserError for a global batch that is not one of equal shares."""
+    """UserError for a global batch that does not divide into equal shares."""
     if batch_size < 1 or batch_size % world:
-        raise UserError(f"batch size {batch_size}: a positive multiple of the {world} ranks is right")
+        raise UserError(f"batch size must be a positive multiple of the {world} ranks, got {batch_size}")
 
 
 class Spares(NamedTuple):
@@ -31,7 +31,7 @@ class Spares(NamedTuple):
     step: int
 
     def of(self, first: int, place: int) -> Iterator[int]:
-        """All other samples of the epoch in the order in which they stand in for that of slot `first + place`: those of
+        """All other samples of the epoch in the order in which they replace that of slot `first + place`: those of
         its window, the next ones first, as they have been read already; of its lane; of the lanes after it."""
         start, end = self.plan.window_of(first + place, self.step)
         lane = self.lanes[place]
@@ -49,8 +49,8 @@ class Work(NamedTuple):
         epoch: keys the augmentation.
         slot: global batch slot of the first sample.
         ids: int64 [b], -1 pads.
-        begin: int64, the samples whose reading begins with this work, most urgent first.
-        spares: None where nothing may stand in for a sample.
+        begin: int64, the samples (of this and later works) whose reading begins with this work, most urgent first.
+        spares: None where nothing may replace a sample.
     """
 
     epoch: int
@@ -109,7 +109,7 @@ class StreamPosition:
     def __init__(self, index: Index, seed: int, batch_size: int):
         check_batch_size(batch_size, world=1)
         if batch_size > len(index):
-            raise UserError(f"batch size {batch_size}: the data has only {len(index)} samples")
+            raise UserError(f"batch size {batch_size} exceeds the {len(index)} samples of the data")
         self.batch_size = batch_size
         self._n, self._seed = len(index), seed
         self._identity = {"plan": PLAN_VERSION, "index_hash": index.hash, "seed": seed}
@@ -148,15 +148,15 @@ class StreamPosition:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`: exactly there at the same batch size; at another one with what is left of the epoch.
+        """Resume from `state`: exactly there at the same batch size; at another one with what remains of the epoch.
 
         Raises:
             UserError: it belongs to other data or another seed.
         """
-        for name, mine in self._identity.items():
-            if state.get(name) != mine:
+        for name, value in self._identity.items():
+            if state.get(name) != value:
                 raise UserError(
-                    f"the saved stream has {name} {state.get(name)!r}, this one {mine!r}: "
+                    f"the checkpoint's stream has {name} {state.get(name)!r}, this one {value!r}: "
                     "resume with the data and seed that the run began with"
                 )
         *done, last = (Segment(int(s["batch_size"]), int(s["steps"])) for s in state["segments"])

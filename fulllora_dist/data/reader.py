@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from fsspec.utils import merge_offset_ranges
@@ -15,6 +15,7 @@ from fsspec.utils import merge_offset_ranges
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import CHUNK
+from fulllora_dist.data.position import Work
 from fulllora_dist.storage import store, urls
 from fulllora_dist.storage.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
 
@@ -30,26 +31,8 @@ class DamagedSample(UserError):
     """The bytes or the image of one sample are not what they were; the message names shard, key and offset."""
 
 
-class ToRead(Protocol):
-    """What is read in one go.
-
-    Attributes:
-        ids: int64, the samples that are needed now; -1 is none.
-        begin: int64, those (of this and later works) whose reading should begin by now, most urgent first.
-    """
-
-    @property
-    def ids(self) -> np.ndarray: ...
-
-    @property
-    def begin(self) -> np.ndarray: ...
-
-
 T = TypeVar("T")
-W = TypeVar("W", bound=ToRead)
 Read = Callable[[int], bytes]
-
-
 Pieces = Future[list[bytes | None]]
 
 
@@ -86,19 +69,19 @@ class ShardReader:
             self._check_length(number, self._on_disk(number, lambda file: os.fstat(file).st_size))
         mine = np.flatnonzero(self._remote)[rank::world].tolist()
         with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
-            for number, found in zip(mine, pool.map(lambda n: store.info(self._urls[n]), mine), strict=True):
-                if found.bytes is not None:
-                    self._check_length(number, found.bytes)
+            for number, info in zip(mine, pool.map(lambda n: store.info(self._urls[n]), mine), strict=True):
+                if info.bytes is not None:
+                    self._check_length(number, info.bytes)
                 etag = self._index.shards[number].etag
-                if etag and found.etag and urls.bare_etag(found.etag) != urls.bare_etag(etag):
-                    raise ChangedObject(self._urls[number], f"etag {found.etag}, was {etag}")
+                if etag and info.etag and urls.bare_etag(info.etag) != urls.bare_etag(etag):
+                    raise ChangedObject(self._urls[number], f"etag {info.etag}, was {etag}")
 
     def _check_length(self, number: int, length: int) -> None:
         expected = self._index.shards[number].bytes
         if length != expected:
             raise UserError(
                 f"{urls.redacted(self._urls[number])}: {length} bytes where the index has {expected}; "
-                "copy the shard again or make the index anew"
+                "copy the shard again or rebuild the index"
             )
 
     def read(self, sample_id: int) -> bytes:
@@ -114,11 +97,11 @@ class ShardReader:
         place = block.ids.tolist().index(sample_id)
         return self._sound(sample_id, self._fetch(block).result()[place])
 
-    def ahead(self, works: Iterable[W]) -> Iterator[tuple[W, Read]]:
+    def ahead(self, works: Iterable[Work]) -> Iterator[tuple[Work, Read]]:
         """Each of `works` with a function that gives the bytes of a sample (once for each of its `ids`); it raises as
         `read` does. Remote samples are on their way from the moment at which `works` says so, or AHEAD samples before.
         """
-        coming: deque[tuple[W, dict[int, tuple[Pieces, int]]]] = deque()
+        coming: deque[tuple[Work, dict[int, tuple[Pieces, int]]]] = deque()
         asked: dict[int, tuple[Pieces, int]] = {}
         waiting, source = 0, iter(works)
         depth = AHEAD if self._remote.any() else 0
@@ -127,8 +110,8 @@ class ShardReader:
             if sample_id not in held:
                 return self.read(sample_id)
             pieces, place = held.pop(sample_id)
-            found = pieces.result()
-            data, found[place] = found[place], None  # what has been used is not kept
+            contents = pieces.result()
+            data, contents[place] = contents[place], None  # what has been used is not kept
             return self._sound(sample_id, data)
 
         try:
@@ -153,15 +136,11 @@ class ShardReader:
                 unused.cancel()
 
     def _read_local(self, sample_id: int) -> bytes:
-        columns = self._index.columns
-        size = int(columns["size"][sample_id])
-        number, offset = int(columns["shard"][sample_id]), int(columns["offset"][sample_id])
-        data = self._on_disk(number, lambda file: os.pread(file, size, offset))
-        if len(data) != size:
-            raise DamagedSample(
-                f"{self._index.sample(sample_id)}: got {len(data)} of {size} bytes; the shard is truncated"
-            )
-        return self._sound(sample_id, data if zlib.crc32(data) == columns["crc32"][sample_id] else None)
+        sample = self._index.sample(sample_id)
+        data = self._on_disk(sample.shard, lambda file: os.pread(file, sample.size, sample.offset))
+        if len(data) != sample.size:
+            raise DamagedSample(f"{sample}: got {len(data)} of {sample.size} bytes; the shard is truncated")
+        return self._sound(sample_id, data if zlib.crc32(data) == sample.crc32 else None)
 
     def _sound(self, sample_id: int, data: bytes | None) -> bytes:
         if data is None:

@@ -35,16 +35,16 @@ class DataSettings(Settings):
     interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None
     """Of every resize; null takes the backbone's."""
     num_workers: int = Field(2, ge=0)
-    """Reading and decoding processes a rank; 0 does it in the training process."""
+    """Processes per rank that read and decode; 0 does it in the training process."""
     max_bad_samples: int = Field(10, ge=0)
-    """Damaged training images that others of the same window may replace, over the whole run; one more ends it."""
+    """Unreadable training images that others may replace, over the whole run; one more ends it."""
     connections: int = Field(4, ge=1)
-    """Ranges of remote shards in flight of each process."""
+    """Byte ranges of remote shards in flight per process."""
     request_timeout_s: float = Field(60.0, gt=0)
-    """Until an unanswered request is given up and made again."""
+    """Seconds until an unanswered request is retried."""
     retry_timeout_s: float = Field(600.0, gt=0)
-    """Until a range that the store does not deliver ends the run."""
+    """Seconds of retries until a range that the store does not deliver ends the run."""
     cache_dir: str | None = None
     """Local folder that keeps what was read of remote shards, for all processes of the machine; null keeps nothing."""
     cache_gb: float = Field(100.0, gt=0)
-    """Its largest size, 10**9 bytes; what was used longest ago goes first."""
+    """Its largest size, 10**9 bytes; the least recently used go first."""

@@ -7,26 +7,23 @@ from typing import Any
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.index import Index
-from fulllora_dist.data.plan import steps_per_epoch
-from fulllora_dist.data.position import StreamPosition, check_batch_size, check_rank
-from fulllora_dist.data.reader import ShardReader
+from fulllora_dist.data.loader import PlannedStream
 from fulllora_dist.storage.ranges import ReadPolicy
 
 
-class ShardStream(IterableDataset):
+class ShardStream(PlannedStream, IterableDataset):
     """The first stage of a `webdataset.DataPipeline`: samples without end, in the order of `TrainStream`'s plan.
 
     Each sample is {"__key__", "__url__", "__id__": int, "__epoch__": int, EXT: bytes, "cls": bytes}, EXT being jpg,
-    jpeg, png or webp. Length and crc32 are checked; a damaged sample raises, as nothing here can stand in for it.
+    jpeg, png or webp. Length and crc32 are checked; a damaged sample raises, as nothing here can replace it.
 
     In DataLoader workers each one yields its share of every batch, so the workers must divide the rank's batch, and
     what they yield must be put together into batches in the main process. Then batch b is that of the plan, and
-    `commit(step)` in the main process counts as `TrainStream.commit` does. A state is bound to no number of ranks or
-    workers.
+    `commit(step)` in the main process counts as `TrainStream.commit` does. The position is bound to no number of ranks
+    or workers.
 
     Args:
-        where: folder or URL of shards with their index, or path or URL of an index.
+        address: folder or URL of shards with their index, or path or URL of an index.
         batch_size: of the global batch; a multiple of `world`.
         seed: orders the epochs.
         world, rank: this process among those that share the batch.
@@ -35,7 +32,7 @@ class ShardStream(IterableDataset):
 
     def __init__(
         self,
-        where: str | Path,
+        address: str | Path,
         *,
         batch_size: int,
         seed: int,
@@ -43,21 +40,14 @@ class ShardStream(IterableDataset):
         rank: int = 0,
         policy: ReadPolicy | None = None,
     ):
-        check_rank(world, rank)
-        check_batch_size(batch_size, world)
-        self.index = Index.load(where)
-        self._progress = StreamPosition(self.index, seed, batch_size)
-        self._reader = ShardReader(self.index, policy)
-        self._reader.check(world, rank)
-        self._world, self._rank = world, rank
-        self.steps_per_epoch = steps_per_epoch(len(self.index), batch_size)
+        super().__init__(address, batch_size, seed, world, rank, policy)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        works = self._progress.works(self._world, self._rank)
+        works = self._position.works(self._world, self._rank)
         if works.count % workers:
-            raise UserError(f"{workers} workers: a number that divides the rank's batch of {works.count} is right")
+            raise UserError(f"num_workers must divide the rank's batch of {works.count}, got {workers}")
         for work, read in self._reader.ahead(works(number, workers)):
             for sample_id in work.ids.tolist():
                 sample = self.index.sample(sample_id)
@@ -69,15 +59,3 @@ class ShardStream(IterableDataset):
                     sample.ext: read(sample_id),
                     "cls": str(sample.label).encode(),
                 }
-
-    def commit(self, step: int) -> None:
-        """`step` global batches have been consumed since the beginning of the run; the next iteration begins there."""
-        self._progress.commit(step)
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `StreamPosition.state_dict`."""
-        return self._progress.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `StreamPosition.load_state_dict`."""
-        self._progress.load_state_dict(state)

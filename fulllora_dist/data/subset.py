@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -31,57 +31,54 @@ class Subset:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.n, self.first, self.ids)) > 1:
-            raise UserError("evaluation.num_samples, evaluation.first and evaluation.ids: one of them is right")
+            raise UserError("at most one of evaluation.num_samples, evaluation.first and evaluation.ids may be set")
 
-    def of(self, index: Index, where: str) -> np.ndarray:
+    def of(self, index: Index, name: str) -> np.ndarray:
         """int64 [n], ascending.
 
         Args:
-            where: the index, for messages.
+            name: of the index, for messages.
 
         Raises:
             UserError: more samples than there are, a file that cannot be read, a line that fits no or several samples.
         """
         if self.ids is not None:
-            return _listed(self.ids, index, where)
-        for name, n in (("n", self.n), ("first", self.first)):
+            return _listed(self.ids, index, name)
+        for setting, n in (("num_samples", self.n), ("first", self.first)):
             if n is not None and not 1 <= n <= len(index):
-                raise UserError(f"evaluation.{name}: {n}; {where} has {len(index)} samples to evaluate on")
+                raise UserError(
+                    f"evaluation.{setting} must be between 1 and the {len(index)} samples of {name}, got {n}"
+                )
         if self.first is not None:
             return np.arange(self.first)
         order = plan.stratified_order(index.labels)
         return np.sort(order if self.n is None else order[: self.n])
 
 
-def _listed(file: str, index: Index, where: str) -> np.ndarray:
-    lines = [line.split()[0] for line in _lines(file) if line.strip() and not line.lstrip().startswith("#")]
+def _listed(file: str, index: Index, index_name: str) -> np.ndarray:
+    try:
+        text = store.read(file).decode("utf-8-sig")
+    except UserError as error:
+        raise UserError(f"evaluation.ids: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"evaluation.ids: {urls.redacted(file)} is not a text file with one sample per line") from None
+    lines = [line.split()[0] for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    file = urls.redacted(file)
     if not lines:
-        raise UserError(f"evaluation.ids: {urls.redacted(file)} names no sample")
+        raise UserError(f"evaluation.ids: {file} names no samples")
     numbers = all(line.isascii() and line.isdigit() for line in lines)
     if numbers and index.key(0).isdigit():  # as img2dataset's
         raise UserError(
-            f"evaluation.ids: {urls.redacted(file)}: the images of {where} are named by numbers, so these may be ids "
-            f"or names; give names with their extension, e.g. {index.key(0)}.jpg"
+            f"evaluation.ids: {file}: the images of {index_name} are named by numbers, so these may be ids or names; "
+            f"give names with their extension, e.g. {index.key(0)}.jpg"
         )
-    ids = [int(line) for line in lines] if numbers else _by_name(lines, index, file, where)
+    ids = [int(line) for line in lines] if numbers else _by_name(lines, index, file, index_name)
     if outside := [i for i in ids if i >= len(index)]:
-        raise UserError(f"evaluation.ids: {urls.redacted(file)} has id {outside[0]}; {where} has {len(index)} samples")
+        raise UserError(f"evaluation.ids: {file} has id {outside[0]}; {index_name} has {len(index)} samples")
     if len(set(ids)) < len(ids):
         twice = next(line for i, line in enumerate(lines) if ids.index(ids[i]) < i)
-        raise UserError(f"evaluation.ids: {urls.redacted(file)} names {twice} twice")
+        raise UserError(f"evaluation.ids: {file} names {twice} twice")
     return np.array(sorted(ids), dtype=np.int64)
-
-
-def _lines(file: str) -> list[str]:
-    try:
-        content = store.read(file) if urls.is_remote(file) else Path(file).read_bytes()
-        return content.decode("utf-8-sig").splitlines()
-    except UserError as error:
-        raise UserError(f"evaluation.ids: {error}") from None
-    except OSError as error:
-        raise UserError(f"evaluation.ids: {urls.redacted(file)} cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"evaluation.ids: {urls.redacted(file)} is no text; a sample a line is right") from None
 
 
 def _bare(name: str) -> str:
@@ -90,7 +87,7 @@ def _bare(name: str) -> str:
     return path.stem if path.suffix.lstrip(".").lower() in IMAGE_EXTENSIONS else path.name
 
 
-def _by_name(names: Sequence[str], index: Index, file: str, where: str) -> list[int]:
+def _by_name(names: Sequence[str], index: Index, file: str, index_name: str) -> list[int]:
     """By the key as it is written, or by the image's bare name where that is unique."""
     keys = {index.key(i): i for i in range(len(index))}
     bare: dict[str, int | None] = {}
@@ -98,10 +95,10 @@ def _by_name(names: Sequence[str], index: Index, file: str, where: str) -> list[
         bare[_bare(key)] = None if _bare(key) in bare else i
     ids = []
     for name in names:
-        found = keys.get(name, bare.get(_bare(name)))
-        if found is None:
+        sample_id = keys.get(name, bare.get(_bare(name)))
+        if sample_id is None:
             what = "several samples" if _bare(name) in bare else "no sample"
-            mixed = "; ids beside names are no ids" if name.isdigit() else ""
-            raise UserError(f"evaluation.ids: {name} of {urls.redacted(file)} is {what} of {where}{mixed}")
-        ids.append(found)
+            mixed = "; a file holds either ids or names" if name.isdigit() else ""
+            raise UserError(f"evaluation.ids: {name} of {file} matches {what} of {index_name}{mixed}")
+        ids.append(sample_id)
     return ids

@@ -31,7 +31,7 @@ class Transform(Protocol):
 
 
 class BadSample(NamedTuple):
-    """A sample that could not be used, and why (with shard, key and offset)."""
+    """An unreadable sample, and why (with shard, key and offset)."""
 
     id: int
     why: str
@@ -45,8 +45,8 @@ class Part(NamedTuple):
 
 
 class WorkerDataset(IterableDataset):
-    """The parts of this process. An error that the user can mend comes back as a value: raised in a worker, torch would
-    wrap it into a page of traceback.
+    """The parts of this process. A UserError comes back as a value: raised in a worker, torch would wrap it into a page
+    of traceback.
 
     Args:
         works: (worker, workers) -> its works; picklable.
@@ -78,15 +78,14 @@ class WorkerDataset(IterableDataset):
         """The part of one work without spares: the bytes one after another, the images decoded by `threads`.
 
         Raises:
-            UserError: a sample cannot be used.
+            UserError: a sample is unreadable.
         """
         ids = work.ids.tolist()
         for _, read in self._reader.ahead(iter([work])):
             contents = {sample_id: read(sample_id) for sample_id in ids}
         images = threads.map(lambda sample_id: self._image(work.epoch, sample_id, contents.__getitem__), ids)
-        fields = [torch.from_numpy(array) for array in (self._index.labels[work.ids], work.ids.copy())]
-        mask = torch.ones(len(ids), dtype=torch.bool)
-        return Part(Batch(torch.stack(list(images)), fields[0], fields[1], mask, work.slot), ())
+        labels, mask = self._index.labels[work.ids], np.ones(len(ids), dtype=bool)
+        return Part(_batch(torch.stack(list(images)), labels, work.ids.copy(), mask, work.slot), ())
 
     def _part(self, work: Work, read: Read) -> Part:
         images = torch.zeros(len(work.ids), 3, self._transform.size, self._transform.size, dtype=torch.uint8)
@@ -96,12 +95,11 @@ class WorkerDataset(IterableDataset):
             ids[place], images[place] = self._usable(work, place, read, bad)
         mask = ids >= 0
         labels = np.where(mask, self._index.labels[ids], 0)
-        fields = [torch.from_numpy(array) for array in (labels, ids, mask)]
-        return Part(Batch(images, fields[0], fields[1], fields[2], work.slot), tuple(bad))
+        return Part(_batch(images, labels, ids, mask, work.slot), tuple(bad))
 
     def _usable(self, work: Work, place: int, read: Read, bad: list[BadSample]) -> tuple[int, torch.Tensor]:
-        """The sample in its place, or the next of its spares that can be used. They are the plan's, so the same sample
-        stands in on any number of ranks and workers, and after a restart."""
+        """The sample in its place, or the next of its spares that is readable. They are the plan's, so the same sample
+        replaces it on any number of ranks and workers, and after a restart."""
         sample_id = int(work.ids[place])
         try:
             return sample_id, self._image(work.epoch, sample_id, read)
@@ -109,7 +107,7 @@ class WorkerDataset(IterableDataset):
             if work.spares is None:
                 raise
             bad.append(BadSample(sample_id, str(error)))
-            last = error
+            damage = error
         # one bad spare beyond what is allowed, so that all ranks can count it and stop together; no search through the
         # whole data where nothing is readable
         for spare in itertools.islice(work.spares.of(work.slot, place), self._max_bad + 1):
@@ -117,8 +115,8 @@ class WorkerDataset(IterableDataset):
                 return spare, self._image(work.epoch, spare, self._reader.read)
             except DamagedSample as error:
                 bad.append(BadSample(spare, str(error)))
-                last = error
-        raise last
+                damage = error
+        raise damage
 
     def _image(self, epoch: int, sample_id: int, read: Read) -> torch.Tensor:
         data = read(sample_id)
@@ -126,6 +124,10 @@ class WorkerDataset(IterableDataset):
             return self._transform(data, numpy_rng(self._seed, "augment", epoch, sample_id))
         except UserError as error:
             raise DamagedSample(f"{self._index.sample(sample_id)}: {error}") from error
+
+
+def _batch(images: torch.Tensor, labels: np.ndarray, ids: np.ndarray, mask: np.ndarray, slot: int) -> Batch:
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(ids), torch.from_numpy(mask), slot)
 
 
 def _as_is(item: Any) -> Any:
@@ -137,10 +139,10 @@ def _start_worker(environment: dict[str, str], _: int) -> None:
     settle_in()
 
 
-def read_ahead(parts: WorkerDataset, workers: int, prefetch: int) -> Iterator[Part]:
+def read_ahead(dataset: WorkerDataset, workers: int, prefetch: int) -> Iterator[Part]:
     """The parts of all workers, by turns."""
     loader = DataLoader(
-        parts,
+        dataset,
         batch_size=None,
         num_workers=workers,
         collate_fn=_as_is,

@@ -1,4 +1,4 @@
-"""Worker processes that end with their parent, and never before it wants.
+"""Worker processes that end with their parent, and never before it says so.
 
 A scheduler signals every process of a job. A worker (or the fork server) that dies of that takes the main process along
 in the midst of saving; one that outlives a killed main process keeps memory for good. Neither torch nor

@@ -11,9 +11,9 @@ from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.units import parse_size
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation.evaluator import EvalImages, Evaluator
 from fulllora_dist.models.backbone import BackboneInfo

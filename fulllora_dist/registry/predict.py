@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.data.shards.scan import IMAGE_EXTENSIONS
+from fulllora_dist.data.transforms import EvalTransform
 
 COLUMNS = ("picture", "class", "label", "probability", "error", "adapter")
 Read = Callable[[], bytes]

@@ -1,7 +1,7 @@
 """A local folder that keeps what was read from a store, up to a size, for all processes of a machine.
 
 A file is whole or not there (temporary name, rename). Nobody relies on more: the reader checks the crc32 of every
-sample on a hit too, and drops a file that does not hold. So nothing needs fsync, and a process may be killed anywhere.
+sample on a hit too, and drops a file that does not match. So nothing needs fsync, and a process may be killed anywhere.
 """
 
 import fcntl
@@ -17,14 +17,14 @@ from pathlib import Path
 from fulllora_dist.core.atomic import STALE_SECONDS
 from fulllora_dist.core.errors import UserError
 
-_KEEP = 0.9  # share of the cap that is left after making room, so that it is not made for every file
+_KEEP = 0.9  # share of the cap that stays filled after making room, so that it is not made for every file
 
 
 class RangeCache:
     """Bytes by name. The least recently used go first when `cap` bytes are reached.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
 
     def __init__(self, folder: str | Path, cap: int):
@@ -95,7 +95,7 @@ class RangeCache:
 
     def _size(self) -> int:
         """As counted; by looking where the count is missing. A count that a killed process left a little wrong is
-        mended when room is made."""
+        corrected when room is made."""
         text = os.pread(self._lock, 32, 0)
         return int(text) if text.strip().isdigit() else sum(entry[1] for entry in self._entries())
 
@@ -115,7 +115,7 @@ class RangeCache:
                     yield metadata.st_mtime, metadata.st_size, entry.path
 
     def _make_room(self, needed: int) -> int:
-        """Remove the oldest; the bytes that are left."""
+        """Remove the oldest; the bytes that remain."""
         entries = sorted(self._entries())
         size = sum(length for _, length, _ in entries)
         for _, length, path in entries:

@@ -1,4 +1,4 @@
-"""Byte ranges of objects, several in flight, checked, and tried again while the store is in trouble.
+"""Byte ranges of objects, several in flight, checked, and retried while the store fails.
 
 No client does this alone: fsspec's http retries nothing, and every client takes a short or altered body for the truth.
 """
@@ -23,7 +23,7 @@ from fulllora_dist.storage.cache import RangeCache
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0  # seconds between tries, doubled each time
 _REREADS = 3  # of bytes whose crc32 differs; then the object itself is damaged
-_LOUD_AFTER = 10.0  # seconds without success until people are told
+_LOUD_AFTER = 10.0  # seconds without success until a warning
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -107,8 +107,8 @@ class RangeFetcher:
         return asyncio.run_coroutine_threadsafe(self._wanted(filesystem, wanted, pieces), fsspec.asyn.get_loop())
 
     async def _wanted(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> list[bytes | None]:
-        found = await self._pieces(filesystem, wanted, pieces)
-        return [data if piece.wanted else None for data, piece in zip(found, pieces, strict=True)]
+        contents = await self._pieces(filesystem, wanted, pieces)
+        return [data if piece.wanted else None for data, piece in zip(contents, pieces, strict=True)]
 
     async def _pieces(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> list[bytes | None]:
         if self._cache is None:
@@ -117,23 +117,23 @@ class RangeFetcher:
         async with self._turns.setdefault(name, asyncio.Lock()):  # who wants the same range meanwhile finds it kept
             kept = await asyncio.to_thread(self._cache.get, name)
             if kept is not None:
-                found = _cut(kept, pieces)
-                if len(kept) == wanted.end - wanted.start and None not in found:
-                    return found
-                _logger.warning("%s: the kept copy is damaged; reading it again", wanted)
+                contents = _cut(kept, pieces)
+                if len(kept) == wanted.end - wanted.start and None not in contents:
+                    return contents
+                _logger.warning("%s: the cached copy is damaged; reading it again", wanted)
                 await asyncio.to_thread(self._cache.drop, name)
-            data, found = await self._read(filesystem, wanted, pieces)
-            if None not in found:
+            data, contents = await self._read(filesystem, wanted, pieces)
+            if None not in contents:
                 await asyncio.to_thread(self._cache.put, name, data)
-            return found
+            return contents
 
     async def _read(self, filesystem: Any, wanted: Range, pieces: Sequence[Piece]) -> tuple[bytes, list[bytes | None]]:
         for reread in itertools.count():
             data = await self._fetch(filesystem, wanted)
-            found = _cut(data, pieces)
-            if None not in found or reread == _REREADS:
-                return data, found
-            _logger.warning("%s: other bytes came than were indexed; reading them again", wanted)
+            contents = _cut(data, pieces)
+            if None not in contents or reread == _REREADS:
+                return data, contents
+            _logger.warning("%s: the bytes received differ from the index; reading them again", wanted)
             await asyncio.sleep(_FIRST_WAIT * 2**reread)
         raise AssertionError
 
@@ -141,43 +141,41 @@ class RangeFetcher:
         async def once() -> bytes:
             etag = wanted.etag or self._etags.get(wanted.url)
             try:
-                data, found = await _get(filesystem, wanted, etag)
+                data, new_etag = await _get(filesystem, wanted, etag)
             except Exception as error:
                 if (status := urls.http_status(error)) in (412, 416):
                     raise ChangedObject(wanted.url, f"the store answers {status}") from error
                 raise
-            if etag and found and urls.bare_etag(found) != urls.bare_etag(etag):
-                raise ChangedObject(wanted.url, f"etag {urls.bare_etag(found)}, was {urls.bare_etag(etag)}")
+            if etag and new_etag and urls.bare_etag(new_etag) != urls.bare_etag(etag):
+                raise ChangedObject(wanted.url, f"etag {urls.bare_etag(new_etag)}, was {urls.bare_etag(etag)}")
             if len(data) != wanted.end - wanted.start:
-                raise OSError(f"{wanted}: {len(data)} bytes came")
-            if found:
-                self._etags[wanted.url] = found
+                raise OSError(f"{wanted}: received {len(data)} bytes")
+            if new_etag:
+                self._etags[wanted.url] = new_etag
             return data
 
         return await self._patiently(wanted.url, once)
 
     async def _patiently(self, url: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
-        begun, wait, told = 0.0, _FIRST_WAIT, False
+        begun, wait, warned = 0.0, _FIRST_WAIT, False
         while True:
             try:
                 async with self._places:
-                    begun = begun or time.monotonic()  # waiting for a place is no trouble of the store
+                    begun = begun or time.monotonic()  # waiting for a place is no failure of the store
                     return await asyncio.wait_for(attempt(), self._policy.request_timeout_s)
             except Exception as error:
-                meaning = urls.classify_error(error, url)
-                if isinstance(meaning, UserError):
-                    raise meaning from error
-                trouble = meaning
-            passed = time.monotonic() - begun
-            if passed + wait > self._policy.retry_timeout_s:
-                raise UserError(
-                    f"{trouble}; given up after {passed:.0f} s (data.retry_timeout_s "
-                    f"{self._policy.retry_timeout_s:g}): "
-                    "check the store and the network"
-                )
-            if passed > _LOUD_AFTER and not told:
-                _logger.warning("%s; trying again for %g s", trouble, self._policy.retry_timeout_s)
-                told = True
+                failure = urls.classify_error(error, url)
+                if isinstance(failure, UserError):
+                    raise failure from error
+                passed, limit = time.monotonic() - begun, self._policy.retry_timeout_s
+                if passed + wait > limit:
+                    raise UserError(
+                        f"{failure}; gave up after {passed:.0f} s (data.retry_timeout_s={limit:g}): check the store "
+                        "and the network"
+                    ) from error
+                if passed > _LOUD_AFTER and not warned:
+                    _logger.warning("%s; retrying for %g s", failure, limit)
+                    warned = True
             await asyncio.sleep(wait * self._random.uniform(0.5, 1.0))
             wait = min(2 * wait, _LONGEST_WAIT)
 
@@ -210,7 +208,7 @@ async def _get(filesystem: Any, wanted: Range, etag: str | None) -> tuple[bytes,
         async with session.get(filesystem.encode_url(wanted.url), headers=headers, **options) as answer:
             answer.raise_for_status()
             if answer.status != 206:
-                raise UserError(f"{urls.redacted(wanted.url)}: the server serves no byte ranges; use one that does")
+                raise UserError(f"{urls.redacted(wanted.url)}: no support for byte ranges; use a server that has it")
             return await answer.read(), answer.headers.get("ETag")
     data = await filesystem._cat_file(wanted.url, start=wanted.start, end=wanted.end)
     return data, (await filesystem._info(wanted.url)).get("etag")

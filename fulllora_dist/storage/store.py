@@ -1,6 +1,6 @@
-"""Whole files, local or remote: what makes and indexes shards needs of a store. Training reads through `reader`.
+"""Whole files and objects: read, written, listed, streamed. Training reads shards by `ranges` instead.
 
-Everything is tried again for some minutes where the store does not answer. An upload appears whole or not at all: a
+Everything is retried for some minutes where the store does not answer. An upload appears whole or not at all: a
 local file by rename, an object because a PUT and the completion of a multipart upload are atomic.
 """
 
@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 
 def stop_retrying() -> None:
-    """This process ends soon: from now on nothing is tried again, in other threads too."""
+    """This process ends soon: from now on nothing is retried, in other threads too."""
     _hurry.set()
 
 
@@ -49,14 +49,14 @@ def persistent(call: Callable[[], T], url: str) -> T:
         try:
             return call()
         except Exception as error:
-            meaning = urls.classify_error(error, url)
-            if isinstance(meaning, UserError):
-                raise meaning from error
+            failure = urls.classify_error(error, url)
+            if isinstance(failure, UserError):
+                raise failure from error
             if _hurry.is_set() or time.monotonic() + pause > deadline:
                 tried = PATIENCE_SECONDS - max(0.0, deadline - time.monotonic())
-                raise UserError(f"{meaning} (tried for {tried:.0f} s)") from error
+                raise UserError(f"{failure} (tried for {tried:.0f} s)") from error
             if pause == _FIRST_PAUSE:
-                _logger.warning("%s; trying again for %.0f s", meaning, PATIENCE_SECONDS)
+                _logger.warning("%s; retrying for %.0f s", failure, PATIENCE_SECONDS)
         _hurry.wait(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -92,7 +92,7 @@ def read(url: str) -> bytes:
 
 
 def write(url: str, data: bytes) -> None:
-    """Publish a small file or object, whole or not at all."""
+    """Write a small file or object, whole or not at all."""
     refuse_read_only(url)
     if urls.is_remote(url):
         persistent(lambda: urls.filesystem(url).pipe_file(url, data), url)
@@ -105,25 +105,25 @@ def write(url: str, data: bytes) -> None:
 
 
 def upload(path: Path, url: str) -> None:
-    """Publish a local file as an object, and see that it arrived in full length."""
+    """Upload a local file, and see that it arrived in full length."""
     refuse_read_only(url)
     persistent(lambda: urls.filesystem(url).put_file(str(path), url), url)
-    found, length = info(url).bytes, path.stat().st_size
-    if found != length:
-        raise UserError(f"{urls.redacted(url)}: {found} bytes arrived of {length}")
+    uploaded, length = info(url).bytes, path.stat().st_size
+    if uploaded != length:
+        raise UserError(f"{urls.redacted(url)}: {uploaded} of {length} bytes were uploaded")
 
 
 def refuse_read_only(url: str) -> None:
     """UserError where nothing can be written to."""
     if urls.scheme_of(url) in ("http", "https"):
-        raise UserError(f"{urls.redacted(url)}: nothing can be written there; a path, s3:// or gs:// is right")
+        raise UserError(f"{urls.redacted(url)}: http(s) cannot be written to; use a path, s3:// or gs://")
 
 
 def writable_folder(url: str) -> str:
-    """A local path, made where it is missing, or the URL of a folder that can be written to.
+    """A local path, created where it is missing, or the URL of a folder that can be written to.
 
     Raises:
-        UserError: http, or a path that cannot be made.
+        UserError: http, or a path that cannot be created.
     """
     refuse_read_only(url)
     if urls.is_remote(url):
@@ -132,7 +132,7 @@ def writable_folder(url: str) -> str:
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be made ({error.strerror})") from error
+        raise UserError(f"{path}: cannot be created ({error.strerror})") from error
     return path
 
 
@@ -142,7 +142,7 @@ def expand(patterns: Iterable[str]) -> list[str]:
     Raises:
         UserError: a pattern that matches nothing; a listing over http, which has none.
     """
-    found: list[str] = []
+    paths: list[str] = []
     for pattern in patterns:
         urls.scheme_of(pattern)
         try:
@@ -150,11 +150,11 @@ def expand(patterns: Iterable[str]) -> list[str]:
         except ValueError as error:
             raise UserError(f"{urls.redacted(pattern)}: {error}") from error
         for name in names:
-            found += _listed(name)
-    for url, times in Counter(found).items():
+            paths += _listed(name)
+    for url, times in Counter(paths).items():
         if times > 1:
             raise UserError(f"{urls.redacted(url)}: named {times} times")
-    return found
+    return paths
 
 
 def shards_in(folder: str) -> list[str]:
@@ -176,7 +176,7 @@ def _listed(name: str) -> list[str]:
         path = f"{path.rstrip('/')}/*.tar"
     matches = sorted(persistent(lambda: fs.glob(path), name))
     if not matches:
-        raise UserError(f"{urls.redacted(path)}: no shards there")
+        raise UserError(f"{urls.redacted(path)}: no shards match")
     return [match if scheme == "file" else f"{scheme}://{match}" for match in matches]
 
 
@@ -223,7 +223,7 @@ class ObjectStream:
         def once() -> bytes:
             data: bytes = urls.filesystem(self._url).cat_file(self._url, start=start, end=end)
             if len(data) > end - start:
-                raise UserError(f"{urls.redacted(self._url)}: the server sends more than the range that was asked for")
+                raise UserError(f"{urls.redacted(self._url)}: the server sent more than the requested range")
             if len(data) < end - start:
                 raise OSError(f"{urls.redacted(self._url)}: got {len(data)} of {end - start} bytes at {start}")
             return data

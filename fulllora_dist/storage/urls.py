@@ -23,7 +23,7 @@ READ_SECONDS = 60  # of silence; s3fs alone would wait for ever
 # to the last @ before the path; to the last of all where no port follows a colon, but a password with / ? or # in it
 _CREDENTIALS = re.compile(r"(\w+://)(?:[^/?#\s]*@|[^/?#\s:]*:(?!\d*(?:[/?#\s'\"]|$))\S*@)")
 _QUERY = re.compile(r"(https?://[^\s?]*\?)\S+", re.IGNORECASE)
-# what botocore and google-auth, which may not be installed, call troubles of the network that are no OSError
+# what botocore and google-auth, which may not be installed, call network errors that are no OSError
 _PASSING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"}
 _PASSING |= {"MetadataRetrievalError", "TransportError"}
 # held for good: fsspec drops a parent's clients in a forked process, which would close their connections, and take them
@@ -63,7 +63,7 @@ def scheme_of(url: str) -> str:
     """
     scheme, separator, _ = url.partition("://")
     if url.startswith("pipe:") or "::" in scheme or (separator and scheme.lower() not in SCHEMES):
-        raise UserError(f"{redacted(url)}: a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)} is right")
+        raise UserError(f"{redacted(url)}: must be a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
     refuse_credentials(url)
     return scheme.lower() if separator else "file"
 
@@ -72,7 +72,7 @@ def refuse_credentials(url: str) -> None:
     """UserError for user:password@."""
     if _CREDENTIALS.match(url):
         raise UserError(
-            f"{redacted(url)}: a URL without user:password@ is right; credentials belong into the environment or "
+            f"{redacted(url)}: a URL must not hold user:password@; credentials belong in the environment or "
             "~/.config/fsspec (docs/data.md)"
         )
 
@@ -124,11 +124,11 @@ def filesystem(url: str) -> Any:
 
 
 def object_info(url: str) -> ObjectInfo:
-    """Length and etag, asked anew.
+    """Length and etag, not from any cache.
 
     Raises:
         UserError: it is missing or access is denied.
-        OSError: the store does not answer; trying again may help.
+        OSError: the store does not answer; a retry may help.
     """
     if not is_remote(url):
         try:
@@ -143,7 +143,7 @@ def object_info(url: str) -> ObjectInfo:
 
 
 def bare_etag(etag: str) -> str:
-    """As clients tell it: some with quotes, some without; W/ before it is a web server's."""
+    """Without what clients add: some give it with quotes, some without; W/ before it is a web server's."""
     return etag.removeprefix("W/").strip('"')
 
 
@@ -168,40 +168,40 @@ def classify_error(error: Exception, url: str) -> UserError | OSError:
     """What `error`, raised by a client on `url`, means.
 
     Returns:
-        UserError where only somebody can mend it: says what to check. OSError where trying again may help: after
-        timeouts, errors of the network and answers that say so, and nothing else.
+        UserError where only the user can fix it: says what to check. OSError where a retry may help: after timeouts,
+        network errors and answers that say so, and nothing else.
     """
     if isinstance(error, UserError):
         return error
-    where, status = redacted(url), http_status(error)
-    reason = _reason(error, where)
+    name, status = redacted(url), http_status(error)
+    reason = _reason(error, name)
     # fsspec's http calls everything "not found" that goes wrong while it asks for the length
     cause = error.__cause__
     missing = isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError))
     if status == 404 or (missing and status is None):
-        return UserError(f"{where}: does not exist; check bucket, path and endpoint")
+        return UserError(f"{name}: does not exist; check bucket, path and endpoint")
     denied = isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "TokenRetrievalError")
     if denied or status in (401, 403):
-        return UserError(f"{where}: access denied ({reason}); check the credentials, their rights and the endpoint")
+        return UserError(f"{name}: access denied ({reason}); check the credentials, their rights and the endpoint")
     if isinstance(error, ImportError):
-        return UserError(f"{where}: {reason}")
+        return UserError(f"{name}: {reason}")
     if isinstance(error, (TimeoutError, asyncio.TimeoutError)):
-        return TimeoutError(f"{where}: no answer in time")
+        return TimeoutError(f"{name}: no answer in time")
     if status is not None and 400 <= status < 500 and status not in (408, 412, 416, 429):
-        return UserError(f"{where}: the store refuses the request ({reason}); check the URL and the endpoint")
+        return UserError(f"{name}: the store refuses the request ({reason}); check the URL and the endpoint")
     if status is None and not _may_pass(error):
-        return UserError(f"{where}: {reason} ({type(error).__name__}); check the URL and its client's settings")
-    return OSError(f"{where}: {reason}")
+        return UserError(f"{name}: {reason} ({type(error).__name__}); check the URL and its client's settings")
+    return OSError(f"{name}: {reason}")
 
 
-def _reason(error: BaseException, where: str) -> str:
+def _reason(error: BaseException, name: str) -> str:
     """What `error` says, on one line and without the URL, which stands before it already."""
     if isinstance(error, aiohttp.ClientResponseError):
         return f"{error.status} {error.message}"
     text = " ".join(redacted(error).split())
-    if text == where and error.__cause__ is not None:  # fsspec's http
-        return _reason(error.__cause__, where)
-    return text.removeprefix(where).lstrip(",: ") or type(error).__name__
+    if text == name and error.__cause__ is not None:  # fsspec's http
+        return _reason(error.__cause__, name)
+    return text.removeprefix(name).lstrip(",: ") or type(error).__name__
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -5,12 +5,12 @@ import os
 from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.randaugment import RandAugment
 from fulllora_dist.data.settings import DataSettings
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.schedule import check_batch
 from fulllora_dist.evaluation import Evaluator, eval_transform, parse_attacks

@@ -35,7 +35,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """32 noise images of 24 x 24 in three classes: JPEG, greyscale JPEG, PNG."""
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for name, count in CLASS_SIZES.items():
         (root / name).mkdir()

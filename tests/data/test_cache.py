@@ -121,7 +121,7 @@ def test_damaged_files_are_dropped_and_read_again(
         os.truncate(emptied, 0)
         read_epoch(server.url, tmp_path)
         assert len(server.log) == asked + 3
-        assert len([r for r in caplog.records if "the kept copy is damaged" in r.getMessage()]) == 3
+        assert len([r for r in caplog.records if "the cached copy is damaged" in r.getMessage()]) == 3
         read_epoch(server.url, tmp_path)
         assert len(server.log) == asked + 3
 

@@ -80,12 +80,12 @@ def test_an_epoch_is_what_tarfile_reads_on_more_workers(two: Path, uneven: Path,
     _check_epochs(uneven, world, workers)
 
 
-def _read(index: Index, progress: StreamPosition, world: int, workers: int, steps: int) -> list[list[int]]:
+def _read(index: Index, position: StreamPosition, world: int, workers: int, steps: int) -> list[list[int]]:
     """Ids of global batches, put together from the parts of all workers of all ranks, bytes checked."""
     reader = ShardReader(index)
     parts = []
     for rank in range(world):
-        works = progress.works(world, rank)
+        works = position.works(world, rank)
         for worker in range(min(workers, works.count)):
             part = []
             for work, read in islice(reader.ahead(works(worker, min(workers, works.count))), steps):
@@ -108,22 +108,22 @@ def test_any_chain_of_topologies_repeats_nothing_within_an_epoch(uneven: Path, c
     for (world, workers, batch_size), steps in chain:
         if batch_size % world:
             batch_size = 24
-        progress = StreamPosition(index, 5, batch_size)
+        position = StreamPosition(index, 5, batch_size)
         if state is not None:
-            progress.load_state_dict(json.loads(state))
-        tail[json.loads(state)["epoch"] if state else 0] = progress.dropped
-        batches = _read(index, progress, world, workers, steps)
+            position.load_state_dict(json.loads(state))
+        tail[json.loads(state)["epoch"] if state else 0] = position.dropped
+        batches = _read(index, position, world, workers, steps)
         for ids in batches:
             assert len(ids) == batch_size
-            progress.commit(step)  # where it is before this batch
-            by_epoch.setdefault(progress.epoch, []).extend(ids)
-            tail.setdefault(progress.epoch, len(index) % batch_size)
+            position.commit(step)  # where it is before this batch
+            by_epoch.setdefault(position.epoch, []).extend(ids)
+            tail.setdefault(position.epoch, len(index) % batch_size)
             step += 1
-            progress.commit(step)
-        state = json.dumps(progress.state_dict())
+            position.commit(step)
+        state = json.dumps(position.state_dict())
     for epoch, ids in by_epoch.items():
         assert len(set(ids)) == len(ids)
-        if epoch < progress.epoch:  # whole
+        if epoch < position.epoch:  # whole
             assert len(ids) == len(index) - tail[epoch]
 
 

@@ -45,7 +45,7 @@ def test_a_damaged_download_is_made_again_and_never_kept(
 
 
 @pytest.mark.parametrize("damage", [flipped, lambda data: data[:-40], lambda data: data[:10], lambda data: b""])
-def test_a_damaged_copy_is_fetched_anew(server: FaultServer, own_cache: Path, damage) -> None:
+def test_a_damaged_copy_is_fetched_again(server: FaultServer, own_cache: Path, damage) -> None:
     whole = Index.load(server.url).hash
     (kept,) = (own_cache / "indexes").glob("*.safetensors")
     kept.write_bytes(damage(kept.read_bytes()))

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import EvalTransform, TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.index_file import pack_columns
 from fulllora_dist.data.shards.scan import scan_file, scan_stream
+from fulllora_dist.data.transforms import EvalTransform, TrainTransform
 
 END = bytes(1024)
 ARMED = Path("/tmp/fulllora_dist_was_here")
@@ -62,19 +62,19 @@ SAMPLE = member("k.cls") + member("k.jpg", b"j" * 700)
 SPARSE_PAX = pax(tarfile.XHDTYPE, GNU_sparse_major="1", GNU_sparse_minor="0", GNU_sparse_realsize="9999999999")
 
 SHARDS = {
-    "parent": (member("../../etc/cron.d/k.jpg"), "a name inside the shard"),
-    "parent inside": (member("a/../k.jpg"), "a name inside the shard"),
-    "absolute": (member("/etc/passwd.jpg"), "a name inside the shard"),
-    "newline": (member("k\nerror: all is well.jpg"), "a name inside the shard"),
-    "escape sequence": (member("k\x1b[2J.jpg"), "a name inside the shard"),
-    "symbolic link": (member("k.jpg", b"", tarfile.SYMTYPE, linkname="/etc/passwd"), "no plain file"),
-    "hard link": (member("k.jpg", b"", tarfile.LNKTYPE, linkname="/etc/passwd"), "no plain file"),
-    "character device": (member("k.jpg", b"", tarfile.CHRTYPE, devmajor=1, devminor=5), "no plain file"),
-    "block device": (member("k.jpg", b"", tarfile.BLKTYPE, devmajor=8), "no plain file"),
-    "pipe": (member("k.jpg", b"", tarfile.FIFOTYPE), "no plain file"),
-    "unknown type": (member("k.jpg", b"", b"Z"), "no plain file"),
-    "gnu sparse": (member("k.jpg", b"", tarfile.GNUTYPE_SPARSE), "no plain file"),
-    "pax sparse": (SPARSE_PAX + member("k.jpg", b"1\n0\n1\n".ljust(512, b"\0") + b"x"), "no plain file|truncated"),
+    "parent": (member("../../etc/cron.d/k.jpg"), "a name must stay inside the shard"),
+    "parent inside": (member("a/../k.jpg"), "a name must stay inside the shard"),
+    "absolute": (member("/etc/passwd.jpg"), "a name must stay inside the shard"),
+    "newline": (member("k\nerror: all is well.jpg"), "a name must stay inside the shard"),
+    "escape sequence": (member("k\x1b[2J.jpg"), "a name must stay inside the shard"),
+    "symbolic link": (member("k.jpg", b"", tarfile.SYMTYPE, linkname="/etc/passwd"), "not a plain file"),
+    "hard link": (member("k.jpg", b"", tarfile.LNKTYPE, linkname="/etc/passwd"), "not a plain file"),
+    "character device": (member("k.jpg", b"", tarfile.CHRTYPE, devmajor=1, devminor=5), "not a plain file"),
+    "block device": (member("k.jpg", b"", tarfile.BLKTYPE, devmajor=8), "not a plain file"),
+    "pipe": (member("k.jpg", b"", tarfile.FIFOTYPE), "not a plain file"),
+    "unknown type": (member("k.jpg", b"", b"Z"), "not a plain file"),
+    "gnu sparse": (member("k.jpg", b"", tarfile.GNUTYPE_SPARSE), "not a plain file"),
+    "pax sparse": (SPARSE_PAX + member("k.jpg", b"1\n0\n1\n".ljust(512, b"\0") + b"x"), "not a plain file|truncated"),
     "8 GB octal": (resized(member("k.jpg"), b"77777777777"), "is truncated"),
     "2**60 bytes": (resized(member("k.jpg"), base256(1 << 60)), "is truncated"),
     "negative size": (resized(member("k.jpg"), base256(-512)), "size of -512 bytes"),
@@ -83,7 +83,7 @@ SHARDS = {
     "pax size beyond the end": (pax(tarfile.XHDTYPE, size="99999999999") + member("k.jpg"), "is truncated"),
     "pax size negative": (pax(tarfile.XHDTYPE, size="-512") + member("k.jpg"), "size of -512"),
     "pax size hides a member": (pax(tarfile.XGLTYPE, size="1536") + member("k.jpg") + SAMPLE, "two different sizes"),
-    "pax name": (pax(tarfile.XHDTYPE, path="../k.jpg") + member("k.jpg"), "a name inside the shard"),
+    "pax name": (pax(tarfile.XHDTYPE, path="../k.jpg") + member("k.jpg"), "a name must stay inside the shard"),
     "pax header of 1 GB": (resized(member("pax", b"", tarfile.XHDTYPE), b"10000000000"), "header of"),
     "long name of 1 GB": (resized(member("l", b"", tarfile.GNUTYPE_LONGNAME), b"10000000000"), "header of"),
     "pax header of negative size": (resized(member("pax", b"", tarfile.XHDTYPE), base256(-512)), "header of"),
@@ -123,7 +123,7 @@ def test_pickles_are_never_opened(tmp_path: Path) -> None:
         with pytest.raises(UserError):
             scan_file(path)
     for transform in (EvalTransform(8), TrainTransform(8)):
-        with pytest.raises(UserError, match="no readable"):
+        with pytest.raises(UserError, match="not a readable"):
             transform(armed, np.random.default_rng(0))
     assert not ARMED.exists()
 
@@ -165,9 +165,9 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(transform, data: b
     ("name", "message"),
     [
         ("../../etc/passwd", "outside its folder"),
-        ("pipe:rm -rf ~", "a path or a URL of"),
-        ("simplecache::s3://b/k.tar", "a path or a URL of"),
-        ("ftp://host/k.tar", "a path or a URL of"),
+        ("pipe:rm -rf ~", "must be a path or a URL of"),
+        ("simplecache::s3://b/k.tar", "must be a path or a URL of"),
+        ("ftp://host/k.tar", "must be a path or a URL of"),
     ],
 )
 def test_an_index_cannot_name_what_is_no_shard(shards: Path, tmp_path: Path, name: str, message: str) -> None:

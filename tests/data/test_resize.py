@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.loader import TrainStream
+from fulllora_dist.data.transforms import TrainTransform
 
 
 def test_stream_gives_each_size_from_where_it_stands(shards: Path) -> None:

@@ -20,12 +20,12 @@ import torch
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.data.decode import EvalTransform, TrainTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.reader import DamagedSample
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform, TrainTransform
 
 SIDE = 24
 AS_IT_IS = TrainTransform(SIDE, "none")
@@ -170,10 +170,10 @@ def test_a_disk_that_fails_is_no_traceback(shards, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 7, "world": 2}, "batch size 7: a positive multiple of the 2 ranks"),
-        ({"batch_size": 33}, "has only 32 samples"),
-        ({"world": 2, "rank": 2}, "rank 2 of world 2"),
-        ({"workers": -1}, "workers -1"),
+        ({"batch_size": 7, "world": 2}, "batch size must be a positive multiple of the 2 ranks, got 7"),
+        ({"batch_size": 33}, "batch size 33 exceeds the 32 samples"),
+        ({"world": 2, "rank": 2}, "rank must be >= 0 and < world=2, got 2"),
+        ({"workers": -1}, "num_workers must be >= 0, got -1"),
     ],
 )
 def test_bad_settings_are_refused(shards, settings: dict, message: str) -> None:
@@ -216,7 +216,7 @@ def test_the_global_generators_are_left_alone(shards) -> None:
 JOB = """
 import signal, sys
 from itertools import islice
-from fulllora_dist.data.decode import TrainTransform
+from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.data.loader import TrainStream
 
 caught = set()

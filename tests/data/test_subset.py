@@ -10,17 +10,17 @@ import pytest
 from PIL import Image
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 images of three classes, named as ImageNet's are."""
-    root, folder = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("shards")
+    root, folder = tmp_path_factory.mktemp("images"), tmp_path_factory.mktemp("shards")
     for i in range(12):
         (root / f"n{i % 3}").mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 20 * i, np.uint8)).save(
@@ -74,10 +74,10 @@ def test_a_file_at_a_url(shards: Path, tmp_path: Path) -> None:
     [
         ("12\n", "has id 12; .* has 12 samples"),
         ("1\n1\n", "names 1 twice"),
-        ("ILSVRC2012_val_00000099.JPEG\n", "is no sample"),
-        ("# nothing\n", "names no sample"),
-        (b"\xff\xfe\xfa", "is no text"),
-        ("3\nILSVRC2012_val_00000001.JPEG\n", "3 of .* is no sample of .*; ids beside names are no ids"),
+        ("ILSVRC2012_val_00000099.JPEG\n", "matches no sample"),
+        ("# nothing\n", "names no samples"),
+        (b"\xff\xfe\xfa", "is not a text file"),
+        ("3\nILSVRC2012_val_00000001.JPEG\n", "3 of .* matches no sample of .*; a file holds either ids or names"),
         (b"\xef\xbb\xbf12\n", "has id 12; .* has 12 samples"),
     ],
 )
@@ -104,11 +104,11 @@ def test_names_that_are_numbers_are_no_ids(shards: Path, tmp_path: Path) -> None
 
 
 def test_bad_settings_are_refused(shards: Path) -> None:
-    with pytest.raises(UserError, match="one of them is right"):
+    with pytest.raises(UserError, match=r"at most one of evaluation.num_samples, evaluation.first and evaluation.ids"):
         Subset(3, first=3)
-    with pytest.raises(UserError, match=r"evaluation.first: 13; .* has 12 samples"):
+    with pytest.raises(UserError, match=r"evaluation.first must be between 1 and the 12 samples of .*, got 13"):
         _of(shards, Subset(first=13))
-    with pytest.raises(UserError, match=r"evaluation.ids: nowhere.txt cannot be read"):
+    with pytest.raises(UserError, match=r"evaluation.ids: nowhere.txt: cannot be read"):
         _of(shards, Subset(ids="nowhere.txt"))
 
 

@@ -37,7 +37,7 @@ def test_no_part_of_a_credential_is_shown(text: str, shown: str) -> None:
 @pytest.mark.parametrize("user", ["user:pw", "user", "user:p@w", "user:p/w", "user:p?w"])
 def test_a_url_with_a_password_is_refused(user: str) -> None:
     for use in (urls.is_remote, urls.filesystem, lambda url: urls.join("/folder", url)):
-        with pytest.raises(UserError, match=r"^https://\*\*\*@host/x: a URL without user:password@ is right"):
+        with pytest.raises(UserError, match=r"^https://\*\*\*@host/x: a URL must not hold user:password@"):
             use(f"https://{user}@host/x")
     assert urls.is_remote("https://host:8080/a@b/x")
 

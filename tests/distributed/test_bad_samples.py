@@ -9,10 +9,10 @@ from harness import RankServer
 from PIL import Image
 
 from fulllora_dist.core.errors import SharedUserError
-from fulllora_dist.data.decode import TrainTransform
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.plan import epoch_plan
 from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import Comm
 
 BAD = (2, 13, 21)
@@ -72,6 +72,6 @@ def test_all_ranks_stop_at_the_same_batch(server: RankServer, folder: str) -> No
     found = server.run(2, _train, folder, 2)
     assert [step for step, _, _ in found] == [first[2]] * 2
     assert found[0][1] == found[1][1]
-    assert "data.max_bad_samples: 3 images cannot be used, 2 may be; " in found[0][1]
+    assert "3 unreadable images exceed data.max_bad_samples=2; " in found[0][1]
     assert "at offset" in found[0][1]
     assert "\n" not in found[0][1]

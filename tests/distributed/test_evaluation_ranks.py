@@ -16,9 +16,9 @@ from harness import RankError, RankServer
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack, Evaluator, work_items
 

@@ -1,4 +1,4 @@
-"""Where states go and what a run does when they cannot: full and read-only disks, a bucket that fails, a slow one."""
+"""Where checkpoints go and what a run does when they cannot: full and read-only disks, a failing bucket, a slow one."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def _run(
         run.say = said.append  # type: ignore[method-assign]
         run.states._say = said.append
         for batch in state.batches():
-            run.settle()  # or a state that is due waits for a slow one, and comes a batch later
+            run.settle()  # or a checkpoint that is due waits for a slow one, and comes a batch later
             if ranks.is_main and state.step in events:
                 subprocess.run(events[state.step], shell=True, check=True)
             state.advance(batch)
@@ -75,7 +75,7 @@ EACH = [("run", "checkpoint_every", 1), ("run", "keep_checkpoints", 2)]
 
 
 def test_a_full_disk(server: RankServer, shards: str, disk: Path) -> None:
-    """The training goes on; each state that is not saved is named; older ones stay; with space it saves again."""
+    """The training goes on; each checkpoint that is not saved is named; older ones stay; with space it saves again."""
     output = disk / "run"
     fill = f"cat /dev/zero > {disk}/filler 2>/dev/null; test -s {disk}/filler"
     config = _config(output, shards, "standard", 0, EACH)
@@ -84,14 +84,14 @@ def test_a_full_disk(server: RankServer, shards: str, disk: Path) -> None:
     lost = _warnings(said)
     assert len(lost) == 2
     for step, line in zip((3, 4), lost, strict=True):
-        assert f"the state of batch {step} is not saved: " in line
+        assert f"the checkpoint of batch {step} is not saved: " in line
         assert "No space left on device; the newest is that of batch 2" in line
     assert _steps(output / "checkpoints") == [6, 5]
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["00000005", "00000006"]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, BATCHES + 1)), "points wait for space, and none is half"
 
-    # full for good: the older states outlive it, and the end says what is missing
+    # full for good: the older checkpoints outlive it, and the end says what is missing
     again = _config(disk / "again", shards, "standard", 0, EACH)
     for error, said in server.run(2, _run, again, {2: fill}):
         assert error.startswith(f"run.output_dir: no adapter in {disk}/again, the newest state is that of batch 2 (")
@@ -139,14 +139,14 @@ def _files(*steps: int) -> list[str]:
     return [f"{step:08d}/{name}" for step in steps for name in ("checkpoint.json", "checkpoint.safetensors")]
 
 
-def test_states_in_a_bucket(
+def test_checkpoints_in_a_bucket(
     server: RankServer, shards: str, s3: MockS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Published by the description; found on any machine, damaged ones named; while it fails, they go to the output."""
+    """Complete with the description; found on any machine, damaged ones named; an outage sends them to the output."""
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     place, prefix = f"s3://{BUCKET}/runs/1", "runs/1/"
-    bucket = [*EACH, ("run", "states", place)]
+    bucket = [*EACH, ("run", "checkpoint_dir", place)]
     client = s3.client()
     here, there = (_config(tmp_path / name, shards, "free", 1, bucket) for name in ("here", "there"))
 
@@ -154,12 +154,12 @@ def test_states_in_a_bucket(
         server.run(2, _run, here, {4: "kill -9 $PPID"}, s3.environment)
     assert _keys(s3, prefix) == [*_files(3, 4), "config.yaml"]
     assert not (tmp_path / "here" / "checkpoints").exists()
-    written = [name.removeprefix(prefix) for name in s3.puts if "state." in name]
+    written = [name.removeprefix(prefix) for name in s3.puts if "checkpoint." in name]
     assert len(written) >= 4
     for tensors, description in zip(written[::2], written[1::2], strict=True):
         assert [description, tensors] == _files(int(tensors[:8])), "the description comes last"
 
-    # another machine, the newest state damaged, and a folder that a killed writer left behind
+    # another machine, the newest checkpoint damaged, and a folder that a killed writer left behind
     client.put_object(Bucket=BUCKET, Key=f"{prefix}00000004/checkpoint.safetensors", Body=b"x")  # type: ignore[attr-defined]
     client.put_object(Bucket=BUCKET, Key=f"{prefix}00000005/checkpoint.safetensors", Body=b"x")  # type: ignore[attr-defined]
     found, damaged = read_newest_checkpoint(place)
@@ -174,11 +174,11 @@ def test_states_in_a_bucket(
     failed = _warnings(said)
     assert len(failed) == 2
     for step, line in zip((5, 6), failed, strict=True):
-        assert f"the state of batch {step} is not saved: {place}" in line
+        assert f"the checkpoint of batch {step} is not saved: {place}" in line
         assert f"; it is in {tmp_path}/there/checkpoints" in line
     assert _steps(tmp_path / "there" / "checkpoints") == [6, 5]
 
-    # it does not begin anew because the bucket does not answer
+    # it does not start over because the bucket does not answer
     error, _ = server.run(2, _run, there, {}, s3.environment)[1]
     assert place in error
     assert "\n" not in error
@@ -193,7 +193,7 @@ def test_states_in_a_bucket(
 
 
 def _slow(ranks: Comm, settings: dict) -> list[bool]:
-    """With a disk that takes until the last batch but one for a state: whether each state came so far in time."""
+    """With a disk that takes until the last batch but one for a checkpoint: whether each came so far in time."""
     write, released, in_time = manager.write_checkpoint, threading.Event(), []
 
     def slow(*args: object, **kwargs: object) -> str:
@@ -212,7 +212,7 @@ def _slow(ranks: Comm, settings: dict) -> list[bool]:
 
 
 def test_a_slow_disk_holds_nothing_up(server: RankServer, shards: str, tmp_path: Path) -> None:
-    """By minutes (one is due all the time), on rank 0's word; the end waits for the last state, the batches do not."""
+    """By minutes (one is always due), on rank 0's word; the end waits for the last checkpoint, the batches do not."""
     settings = [("run", "checkpoint_every", 1000), ("run", "checkpoint_minutes", 1e-6)]
     config = _config(tmp_path / "run", shards, "free", 0, settings)
     assert server.run(2, _slow, config) == [[True, True], []]

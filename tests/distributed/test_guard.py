@@ -16,9 +16,9 @@ from test_resume import BATCHES, _config, _start, _train_all
 from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import evaluate
 from fulllora_dist.training.build import build_model, check_inputs

@@ -8,9 +8,9 @@ from eval_cases import IMAGES, train, write_images
 from safetensors.torch import save_file
 
 import fulllora_dist as fd
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.data.transforms import EvalTransform
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, tiny
 
 

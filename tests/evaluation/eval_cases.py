@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 import fulllora_dist as fd
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform
 from tests.tiny import CLASSES, SIDE
 
 IMAGES = 200

@@ -16,10 +16,10 @@ from PIL import Image
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
+from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from tests.tiny import SIDE, stir, tiny
 

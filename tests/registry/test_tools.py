@@ -16,8 +16,8 @@ from PIL import Image
 import fulllora_dist as fd
 from fulllora_dist.commands import adapter_actions, adapters
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.decode import EvalTransform
 from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.models.adapter_diff import layer_differences
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.predict import predict
@@ -168,7 +168,7 @@ def test_predictions_go_on_where_they_were(photos: Path, tmp_path: Path, suffix:
     whole = output.read_bytes()
     if suffix == "jsonl":
         rows = {row["picture"]: row for row in map(json.loads, whole.decode().splitlines())}
-        assert "no readable JPEG, PNG or WebP" in rows["ant/00.png"]["error"]
+        assert "not a readable JPEG, PNG or WebP" in rows["ant/00.png"]["error"]
         for name, row in rows.items():
             if "error" not in row:
                 label, probability = expected(model, photos / name)

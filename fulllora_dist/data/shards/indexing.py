@@ -1,4 +1,4 @@
-"""Shards that are there, to an index: each is read once, and what was found survives an interruption."""
+"""Existing shards to an index: each is read once, and its scan survives an interruption."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ def index_shards(
     workers: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Read every shard strictly (`scan.scan_stream` lists what is refused), publish one index of them all.
+    """Read every shard strictly (`scan.scan_stream` lists what is refused) and write one index of them all.
 
     Args:
         shards: paths and URLs, patterns among them (`store.expand`); their order is that of the sample ids.
@@ -48,22 +48,22 @@ def index_shards(
         index, samples, shards, bytes, classes, empty_classes, index_hash, reused_shards; JSON fits.
 
     Raises:
-        UserError: see above; nothing is published then. What was read stays known: the same command goes on.
+        UserError: see above; no index is written then. What was read is kept: the same command resumes.
     """
     if workers < 1:
-        raise UserError(f"workers {workers}: 1 or more is right")
+        raise UserError(f"workers must be >= 1, got {workers}")
     names = None if classes is None else [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
     first: dict[str, int] = {}
     for label, name in enumerate(names or ()):
         if not name.strip() or first.setdefault(name, label) != label:
-            raise UserError(f"classes: number {label} is {name!r}; a name for each label, no two the same, is right")
-    found = store.expand(shards)
-    base, file_name = split_index(output if output is not None else _common_folder(found))
+            raise UserError(f"classes: number {label} is {name!r}; each label needs a name of its own")
+    shard_urls = store.expand(shards)
+    base, file_name = split_index(output if output is not None else _common_folder(shard_urls))
     base = store.writable_folder(base)
     labels = Labels(label_field, None if names is None else len(names))
     with ThreadPoolExecutor(_ASKING) as pool:
-        versions = list(pool.map(version_of, found))
-    jobs = [ScanJob(url, _recorded_name(url, base), v, labels) for url, v in zip(found, versions, strict=True)]
+        versions = pool.map(version_of, shard_urls)
+        jobs = [ScanJob(url, _recorded_name(url, base), v, labels) for url, v in zip(shard_urls, versions, strict=True)]
     scans = {job.url: scan for job in jobs if (scan := recorded_scan(job)) is not None}
     reused = len(scans)
     missing = [job for job in jobs if job.url not in scans]
@@ -78,23 +78,20 @@ def index_shards(
         forget_scan(job)
     return {
         "index": urls.redacted(urls.join(base, file_name)),
-        "samples": len(index),
-        "shards": len(index.shards),
-        "bytes": sum(shard.bytes for shard in index.shards),
+        **index.summary(),
         "classes": len(index.classes),
         "empty_classes": len(index.classes) - len(np.unique(index.labels)),
-        "index_hash": index.hash,
         "reused_shards": reused,
     }
 
 
-def _common_folder(found: Sequence[str]) -> str:
-    folders = {url.partition("?")[0].rpartition("/")[0] for url in found}
+def _common_folder(shard_urls: Sequence[str]) -> str:
+    folders = {url.partition("?")[0].rpartition("/")[0] for url in shard_urls}
     if len(folders) > 1:
         one, other = sorted(folders)[:2]
         raise UserError(
             f"the shards lie in {len(folders)} folders ({urls.redacted(one)}, {urls.redacted(other)}, ...): "
-            "--output names the place of the index"
+            "give --output for the index"
         )
     return folders.pop() or "."
 
@@ -112,7 +109,7 @@ def _recorded_name(url: str, base: str) -> str:
     if urls.is_remote(url):
         return url
     if urls.is_remote(base):
-        raise UserError(f"{url}: an index in a bucket cannot point to this machine's files; upload the shards first")
+        raise UserError(f"{url}: an index in a bucket cannot point to local files; upload the shards first")
     return url if base == "." and not os.path.isabs(url) else os.path.abspath(url)
 
 
@@ -126,10 +123,10 @@ class Version:
 
 
 def version_of(url: str) -> Version:
-    """Asked anew. UserError where the shard is missing or the server does not tell its length."""
+    """As the store reports it now. UserError where the shard is missing or the server does not report its length."""
     info = store.info(url)
     if info.bytes is None:
-        raise UserError(f"{urls.redacted(url)}: the server does not tell the length; ranges could not be read there")
+        raise UserError(f"{urls.redacted(url)}: the server does not report its length, so byte ranges cannot be read")
     mtime = None if urls.is_remote(url) else os.stat(urls.local_path(url)).st_mtime_ns
     return Version(info.bytes, info.etag, mtime)
 
@@ -158,14 +155,14 @@ def scan_and_record(job: ScanJob) -> ShardScan:
     else:
         scan = scan_file(Path(urls.local_path(job.url)), job.url, job.labels)
     if version_of(job.url) != job.version:
-        raise UserError(f"{urls.redacted(job.url)}: has changed while it was read")
+        raise UserError(f"{urls.redacted(job.url)}: changed while it was read")
     scan = ShardScan(replace(scan.shard, url=job.name), scan.columns)
     record_scan(job, scan)
     return scan
 
 
 def recorded_scan(job: ScanJob) -> ShardScan | None:
-    """What an earlier pass over the same version of the shard found."""
+    """The scan of an earlier pass over the same version of the shard."""
     path = _record(job)
     if not path.exists():
         return None
@@ -177,7 +174,7 @@ def recorded_scan(job: ScanJob) -> ShardScan | None:
 
 
 def record_scan(job: ScanJob, scan: ShardScan) -> None:
-    """Keep a scan in the user's cache folder until an index is published."""
+    """Keep a scan in the user's cache folder until an index is written."""
     path = _record(job)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,6 +190,6 @@ def forget_scan(job: ScanJob) -> None:
 
 
 def _record(job: ScanJob) -> Path:
-    where = job.url if urls.is_remote(job.url) else os.path.abspath(urls.local_path(job.url))
-    name = hashlib.sha256(repr((where, job.version, job.labels)).encode()).hexdigest()
+    address = job.url if urls.is_remote(job.url) else os.path.abspath(urls.local_path(job.url))
+    name = hashlib.sha256(repr((address, job.version, job.labels)).encode()).hexdigest()
     return cache_folder() / "scans" / f"{name}.safetensors"

@@ -25,23 +25,23 @@ def read_labels(path: Path) -> dict[str, str]:
     """
     try:
         if path.is_dir():
-            found = {file.name: file for file in path.rglob("*") if file.name in (_TRUTH, _META)}
-            return _devkit({name: file.read_bytes() for name, file in found.items()}, path)
+            files = [file for file in path.rglob("*") if file.name in (_TRUTH, _META)]
+            return _devkit({file.name: file.read_bytes() for file in files}, path)
         if path.name.endswith((".tar.gz", ".tgz", ".tar")):
             return _devkit(_members(path), path)
         return _table(path.read_text(), path)
     except (OSError, UnicodeDecodeError, tarfile.TarError) as error:
-        raise UserError(f"{path}: no labels can be read there ({error})") from error
+        raise UserError(f"{path}: cannot read labels ({error})") from error
 
 
 def _members(path: Path) -> dict[str, bytes]:
-    found = {}
+    contents = {}
     with tarfile.open(path) as tar:
         for member in tar:
             name = PurePosixPath(member.name).name
             if name in (_TRUTH, _META) and (file := tar.extractfile(member)) is not None:
-                found[name] = file.read()
-    return found
+                contents[name] = file.read()
+    return contents
 
 
 def _devkit(files: dict[str, bytes], path: Path) -> dict[str, str]:
@@ -67,9 +67,9 @@ def _table(text: str, path: Path) -> dict[str, str]:
         if fields in ([""], ["ImageId", "PredictionString"]):
             continue
         if len(fields) < 2:
-            raise UserError(f"{path}, line {number}: {line[:40]!r}; a file name and its class are right")
+            raise UserError(f"{path}, line {number}: {line[:40]!r} is not a file name and its class")
         name = PurePosixPath(fields[0])
         stem = name.stem if name.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp") else name.name
         if labels.setdefault(stem, fields[1]) != fields[1]:
-            raise UserError(f"{path}, line {number}: {stem} has a second class")
+            raise UserError(f"{path}, line {number}: {stem} already has another class")
     return labels

@@ -33,7 +33,7 @@ def run_jobs(function: Callable[[J], R], jobs: Sequence[J], workers: int, done: 
                 future.result()
                 done(futures[future])
         except BrokenProcessPool as error:
-            raise UserError("a worker died (out of memory?); the same command goes on with what is missing") from error
+            raise UserError("a worker died (out of memory?); re-run the same command to resume") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

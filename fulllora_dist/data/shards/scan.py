@@ -113,24 +113,24 @@ def scan_stream(
 
     Raises:
         UserError: what `walk_tar` refuses; a key that occurs twice; a sample without an image or without a label, or
-            whose label is no class index; a member that is no plain file, has no extension, or a name that leaves its
-            folder. The message names the shard and the offset.
+            whose label is not a class index; a member that is not a plain file, has no extension, or a name that leaves
+            its folder. The message names the shard and the offset.
     """
     digest = _Digest(stream)
     rows: dict[str, list[Any]] = {column: [] for column in COLUMNS}
     keys = bytearray()
     seen: dict[str, int] = {}
     for key, fields in _samples(walk_tar(digest, url, length), url):
-        offset = min(found.offset for found in fields.values())
+        offset = min(field.offset for field in fields.values())
         if (first := seen.setdefault(key, offset)) != offset:
             raise UserError(f"{url}: key {key} occurs twice, at offsets {first} and {offset}")
-        where = f"{url}: sample {key} at offset {offset}"
+        sample = f"{url}: sample {key} at offset {offset}"
         keys += key.encode("utf-8", "surrogateescape")
-        row = {**_image(fields, where).row(), "label": _label(fields, where, labels), "key_end": len(keys)}
+        row = {**_image(fields, sample).row(), "label": _label(fields, sample, labels), "key_end": len(keys)}
         for column, value in row.items():
             rows[column].append(value)
     if length is not None and digest.length != length:
-        raise UserError(f"{url}: {digest.length} bytes were read of {length}; it has changed meanwhile")
+        raise UserError(f"{url}: read {digest.length} of {length} bytes; it changed meanwhile")
     columns = {column: np.array(values, dtype=COLUMNS[column]) for column, values in rows.items()}
     columns["keys"] = np.frombuffer(bytes(keys), dtype=np.uint8)
     return ShardScan(Shard(url, digest.length, etag, digest.sha256.hexdigest(), len(seen)), columns)
@@ -157,25 +157,25 @@ def _samples(members: Iterator[Member], name: str) -> Iterator[tuple[str, dict[s
     for member in members:
         if member.is_folder:
             continue
-        where = f"{name}: member {member.name!r} at offset {member.offset}"
+        described = f"{name}: member {member.name!r} at offset {member.offset}"
         match = _MEMBER_NAME.fullmatch(member.name)
         if not member.is_file or match is None:
-            raise UserError(f"{where} is no plain file named KEY.EXTENSION")
+            raise UserError(f"{described} is not a plain file named KEY.EXTENSION")
         if member.name.startswith("/") or ".." in member.name.split("/") or _CONTROL.search(member.name):
-            raise UserError(f"{where}: a name inside the shard, without .. and control characters, is right")
+            raise UserError(f"{described}: a name must stay inside the shard and have no control characters")
         key, extension = match[1], match[2].lower()
         if key != current:
             if fields:
                 yield current, fields
             current, fields = key, {}
         if extension in fields:
-            raise UserError(f"{where} occurs twice in its sample")
-        fields[extension] = _read_field(member, extension, where)
+            raise UserError(f"{described} occurs twice in its sample")
+        fields[extension] = _read_field(member, extension, described)
     if fields:
         yield current, fields
 
 
-def _read_field(member: Member, extension: str, where: str) -> _Field:
+def _read_field(member: Member, extension: str, described: str) -> _Field:
     field = _Field(extension, member.offset_data, member.size)
     if extension in IMAGE_EXTENSIONS:
         crc32 = 0
@@ -184,38 +184,38 @@ def _read_field(member: Member, extension: str, where: str) -> _Field:
         return replace(field, crc32=crc32)
     if extension in ("cls", "json"):
         if member.size > _MAX_LABEL_BYTES:
-            raise UserError(f"{where} has {member.size} bytes; a label of at most {_MAX_LABEL_BYTES} is right")
+            raise UserError(f"{described} has {member.size} bytes; a label may have at most {_MAX_LABEL_BYTES}")
         return replace(field, text=b"".join(member.chunks()))
     return field
 
 
-def _image(fields: dict[str, _Field], where: str) -> _Field:
+def _image(fields: dict[str, _Field], sample: str) -> _Field:
     images = [field for extension, field in fields.items() if extension in IMAGE_EXTENSIONS]
     if len(images) != 1:
-        raise UserError(f"{where} has {len(images)} images; exactly one of {', '.join(IMAGE_EXTENSIONS)} is right")
+        raise UserError(f"{sample} must have one image ({', '.join(IMAGE_EXTENSIONS)}), has {len(images)}")
     return images[0]
 
 
-def _label(fields: dict[str, _Field], where: str, labels: Labels) -> int:
+def _label(fields: dict[str, _Field], sample: str, labels: Labels) -> int:
     if "cls" in fields:
         text = fields["cls"].text.decode("ascii", "replace").strip()
     elif "json" in fields:
-        text = _json_label(fields["json"].text, where, labels.field)
+        text = _json_label(fields["json"].text, sample, labels.field)
     else:
-        raise UserError(f"{where} has no label: neither .cls nor .json")
+        raise UserError(f"{sample} has no label: neither .cls nor .json")
     if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise UserError(f"{where} has the label {text[:40]!r}; a class index is right")
+        raise UserError(f"{sample} has the label {text[:40]!r}, which is not a class index")
     if labels.classes is not None and int(text) >= labels.classes:
-        raise UserError(f"{where} has label {text}; there are {labels.classes} classes")
+        raise UserError(f"{sample} has label {text}; there are {labels.classes} classes")
     return int(text)
 
 
-def _json_label(data: bytes, where: str, field: str) -> str:
+def _json_label(data: bytes, sample: str, field: str) -> str:
     try:
         holder = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: its .json cannot be read ({error})") from error
+        raise UserError(f"{sample}: its .json cannot be read ({error})") from error
     value = holder.get(field) if isinstance(holder, dict) else None
     if value is None:
-        raise UserError(f"{where}: its .json has no field {field!r}; --label-field names the one that holds the label")
+        raise UserError(f"{sample}: its .json has no field {field!r}; --label-field names the one that holds the label")
     return value.strip() if isinstance(value, str) else json.dumps(value)

@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NoReturn
 
@@ -37,7 +37,7 @@ class SourceImage:
         except OSError as error:
             raise UserError(f"{self.name}: cannot be read ({error.strerror})") from error
         if len(data) != self.size:
-            raise UserError(f"{self.name}: has changed since it was listed")
+            raise UserError(f"{self.name}: changed since it was listed")
         return data
 
 
@@ -70,7 +70,7 @@ def list_images(source: Path, labels: Mapping[str, str] | None = None) -> tuple[
             others.append(file.name)
     images.sort(key=lambda image: image.key)
     if not images:
-        raise UserError(f"{source}: no {', '.join(_SUFFIXES)} files there")
+        raise UserError(f"{source}: no {', '.join(_SUFFIXES)} files")
     if labels is None:
         roots = sorted({str(PurePosixPath(image.name).parent.parent) for image in images})
         if not images[0].class_name or len(roots) > 1:
@@ -88,7 +88,7 @@ def _labelled(image: SourceImage, labels: Mapping[str, str]) -> SourceImage:
     stem = PurePosixPath(image.name).stem
     if stem not in labels:
         raise UserError(f"{image.name}: the labels file has no class for {stem}")
-    return SourceImage(image.name, image.path, image.offset, image.size, labels[stem])
+    return replace(image, class_name=labels[stem])
 
 
 def _image(name: str, path: Path, offset: int, size: int) -> SourceImage:
@@ -110,7 +110,7 @@ def _in_folder(source: Path) -> Iterator[SourceImage]:
 
 
 def _unreadable(path: str | Path, error: OSError) -> UserError:
-    return UserError(f"{path}: cannot be read ({error.strerror}); mend its rights or its link, or take it away")
+    return UserError(f"{path}: cannot be read ({error.strerror}); fix its permissions or link, or remove it")
 
 
 def _in_tar(source: Path) -> Iterator[SourceImage]:
@@ -129,7 +129,7 @@ def _in_inner_tar(source: Path, name: str, start: int, size: int) -> Iterator[So
     """Its images, as if they lay in a folder of the tar's name."""
     folder = name.removesuffix(".tar")
     with open(source, "rb") as file:
-        for member in _plain_files(_Part(file, start, size), f"{source}: {name}", size):
+        for member in _plain_files(_Section(file, start, size), f"{source}: {name}", size):
             inner = f"{folder}/{PurePosixPath(member.name).name}".removeprefix("./")
             yield _image(inner, source, start + member.offset_data, member.size)
 
@@ -143,7 +143,7 @@ def _plain_files(stream: Readable, name: str, length: int) -> Iterator[Member]:
         yield member
 
 
-class _Part:
+class _Section:
     """Bytes [start, start + size) of a file, as a file."""
 
     def __init__(self, file: BinaryIO, start: int, size: int):
@@ -154,5 +154,5 @@ class _Part:
         return self._file.seek(self._start + position) - self._start
 
     def read(self, size: int) -> bytes:
-        left = self._start + self._size - self._file.tell()
-        return self._file.read(max(0, min(size, left)))
+        remaining = self._start + self._size - self._file.tell()
+        return self._file.read(max(0, min(size, remaining)))

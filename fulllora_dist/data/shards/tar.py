@@ -50,7 +50,7 @@ class _Forward:
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _MAX_HEADER:
             raise UserError(
-                f"{self._name}: header of {size} bytes at offset {self._position}; at most {_MAX_HEADER} are read"
+                f"{self._name}: header of {size} bytes at offset {self._position} exceeds the limit of {_MAX_HEADER}"
             )
         self.last = self._stream.read(size)
         self._position += len(self.last)
@@ -69,8 +69,8 @@ class Member:
     def chunks(self) -> Iterator[bytes]:
         """Its data, at most 1 MiB at a time; ends early where the tar does."""
         end = self.offset_data + self.size
-        while (left := end - self._forward.tell()) > 0:
-            if not (data := self._forward.read(min(_CHUNK, left))):
+        while (remaining := end - self._forward.tell()) > 0:
+            if not (data := self._forward.read(min(_CHUNK, remaining))):
                 return
             yield data
 
@@ -91,14 +91,14 @@ def walk_tar(stream: Readable, name: str, length: int | None = None) -> Iterator
         with tarfile.open(fileobj=forward, mode="r:") as tar:  # type: ignore[call-overload]
             while (info := tar.next()) is not None:
                 tar.members = []  # it keeps all it has seen: gigabytes on a large tar
-                where = f"{name}: member {info.name!r} at offset {info.offset}"
+                member = f"{name}: member {info.name!r} at offset {info.offset}"
                 padded = -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if info.size < 0:
-                    raise UserError(f"{where} has a size of {info.size} bytes")
+                    raise UserError(f"{member} has a size of {info.size} bytes")
                 if info.isreg() and not info.issparse() and tar.offset != info.offset_data + padded:
-                    raise UserError(f"{where} has two different sizes in its headers")
+                    raise UserError(f"{member} has two different sizes in its headers")
                 if info.isreg() and length is not None and info.offset_data + info.size > length:
-                    raise UserError(f"{where} is truncated: its data ends beyond the {length} bytes of the shard")
+                    raise UserError(f"{member} is truncated: its data ends beyond the {length} bytes of the shard")
                 yield Member(info, forward)
                 offset = tar.offset
     except (UserError, OSError):

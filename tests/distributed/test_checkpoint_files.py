@@ -1,4 +1,4 @@
-"""States on disk: whole or not there, whatever happens while they are written and whatever befalls them later."""
+"""Checkpoints on disk: whole or not there, whatever happens while they are written and whatever befalls them later."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def _write(folder: Path, step: int, keep: int = 2) -> str:
     return write_checkpoint(str(folder), step, *_content(step), keep=keep)
 
 
-def _is_state(found: tuple[dict[str, Tensor], dict[str, Any]] | None, step: int) -> bool:
+def _is_checkpoint(found: tuple[dict[str, Tensor], dict[str, Any]] | None, step: int) -> bool:
     assert found is not None
     tensors, metadata = _content(step)
     same = found[0].keys() == tensors.keys() and all(torch.equal(found[0][n], t) for n, t in tensors.items())
@@ -50,7 +50,7 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
         _write(tmp_path, step)
     assert [int(Path(path).name) for path in list_checkpoints(str(tmp_path))] == [100, 90]
     found, damaged = read_newest_checkpoint(str(tmp_path))
-    assert _is_state(found, 100)
+    assert _is_checkpoint(found, 100)
     assert not damaged
     assert sorted(os.listdir(tmp_path)) == ["00000090", "00000100"]
 
@@ -75,7 +75,7 @@ def _die_at(event: int, folder: Path) -> None:
 
 
 def test_killed_while_writing(tmp_path: Path) -> None:
-    """At every moment the newest state is the one before or the new one, and whole; the next write cleans up."""
+    """At every moment the newest checkpoint is the one before or the new one, and whole; the next write cleans up."""
     outcomes = []
     for event in range(1, 100):
         folder = tmp_path / str(event)
@@ -89,8 +89,8 @@ def test_killed_while_writing(tmp_path: Path) -> None:
                 os._exit(0)
         status = os.waitpid(child, 0)[1]
         found, _ = read_newest_checkpoint(str(folder))
-        outcomes.append(3 if _is_state(found, 3) else 2)
-        assert outcomes[-1] == 3 or _is_state(found, 2)
+        outcomes.append(3 if _is_checkpoint(found, 3) else 2)
+        assert outcomes[-1] == 3 or _is_checkpoint(found, 2)
         _write(folder, 4)
         assert sorted(os.listdir(folder)) == ["00000003" if outcomes[-1] == 3 else "00000002", "00000004"]
         if os.WIFEXITED(status):
@@ -120,7 +120,7 @@ DAMAGES: dict[str, tuple[str, Callable[[bytes], bytes] | None]] = {
     "description gone": (DESCRIPTION, None),
     "description no object": (DESCRIPTION, lambda _: b"[1]"),
     "description in no encoding": (DESCRIPTION, lambda _: b'{"a": "\xff"}'),
-    "one digit of a fact": (DESCRIPTION, lambda content: content.replace(b'"updates": 4', b'"updates": 5')),
+    "one digit of the metadata": (DESCRIPTION, lambda content: content.replace(b'"updates": 4', b'"updates": 5')),
 }
 
 
@@ -138,7 +138,7 @@ def test_damaged_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
     with pytest.raises(DamagedCheckpoint):
         read_checkpoint(newest)
     found, damaged = read_newest_checkpoint(str(tmp_path))
-    assert _is_state(found, 1)
+    assert _is_checkpoint(found, 1)
     ((path, line),) = damaged.items()
     assert path == newest
     assert newest in line
@@ -146,18 +146,18 @@ def test_damaged_is_named_and_passed_over(tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_damaged_states_push_no_whole_one_out(tmp_path: Path, keep: int) -> None:
-    """A run whose states are all damaged begins anew: what it then writes has a lower step, and must stay."""
+def test_damaged_checkpoints_push_no_whole_one_out(tmp_path: Path, keep: int) -> None:
+    """A run whose checkpoints are all damaged starts over: what it then writes has a lower step, and must stay."""
     for step in (20, 30):
         (Path(_write(tmp_path, step, keep)) / TENSORS).write_bytes(b"")
     for step in (10, 15, 20, 25):
         _write(tmp_path, step, keep)
-        assert _is_state(read_newest_checkpoint(str(tmp_path))[0], step)
+        assert _is_checkpoint(read_newest_checkpoint(str(tmp_path))[0], step)
     _write(tmp_path, 30, keep)
     assert [int(Path(path).name) for path in list_checkpoints(str(tmp_path))] == [30, 25][:keep]
 
 
-def test_every_state_damaged(tmp_path: Path) -> None:
+def test_every_checkpoint_damaged(tmp_path: Path) -> None:
     for step in (1, 2):
         os.truncate(Path(_write(tmp_path, step)) / TENSORS, 7)
     found, damaged = read_newest_checkpoint(str(tmp_path))
@@ -166,7 +166,7 @@ def test_every_state_damaged(tmp_path: Path) -> None:
 
 
 def test_unknown_version_is_refused(tmp_path: Path) -> None:
-    """Not passed over: an older state would silently throw away what a newer program trained."""
+    """Not passed over: an older checkpoint would silently throw away what a newer program trained."""
     _write(tmp_path, 1)
     path = Path(_write(tmp_path, 2)) / DESCRIPTION
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
