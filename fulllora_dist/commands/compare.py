@@ -12,7 +12,8 @@ import json
 import sys
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation.compare import compare, comparison_table, read_evaluation
+from fulllora_dist.evaluation.compare import compare, comparison_table
+from fulllora_dist.evaluation.report import read_evaluation
 
 MOST_SAMPLES = 10_000_000  # some hundred MB
 
