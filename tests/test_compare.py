@@ -11,13 +11,8 @@ import pytest
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import paired_score
-from fulllora_dist.evaluation.compare import (
-    check_replaced,
-    compare,
-    comparison_table,
-    paired_difference,
-    read_evaluation,
-)
+from fulllora_dist.evaluation.compare import compare, comparison_table, paired_difference
+from fulllora_dist.evaluation.report import check_replaced, read_evaluation
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,7 +134,7 @@ def test_shared_ids_are_paired_by_id() -> None:
         ({"precision": "bf16"}, "precision of A is fp32, of B bf16"),
         ({"data": "other"}, "data of A is hash, of B other"),
         ({"ids": list(range(100, 200))}, "0 of them are the same"),
-        ({"ids": [0, *range(99)]}, "B: 1 of 100 ids stand there already; evaluate each image once"),
+        ({"ids": [0, *range(99)]}, "B: 1 of 100 ids are repeated; evaluate each image once"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(metadata: dict[str, Any], message: str) -> None:

@@ -30,7 +30,8 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm, Counters, free_port
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
-from fulllora_dist.evaluation.work_items import WorkQueue
+from fulllora_dist.evaluation.progress import Progress
+from fulllora_dist.evaluation.work_items import WorkItem, work_items
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.registry.publish import publish
 from fulllora_dist.registry.registry import Registry
@@ -185,7 +186,7 @@ def test_cw_moves_along_the_margin() -> None:
 
 @pytest.mark.parametrize("n", [12, 14, 33])
 def test_n_is_balanced_and_wilson_is_the_formula(shards: Path, model: fd.AdaptedModel, n: int) -> None:
-    results = fd.evaluate(model, shards, attacks=("pgd2",), eps="4/255", n=n, batch_size=5)
+    results = fd.evaluate(model, shards, attacks=("pgd2",), eps="4/255", num_samples=n, batch_size=5)
     score = results["attacks"]["pgd2"]
     assert results["n"] == n == len(set(results["ids"])) == len(score["correct"])
     counts = [count for _, count in score["per_class"].values()]
@@ -317,7 +318,7 @@ def test_two_ranks_equal_one(experiment: Path, shards: Path) -> None:
     port = free_port()
     processes = [start(*arguments, rank=rank, world=2, port=port) for rank in (0, 1)]
     model = fd.load(adapter)
-    expected = evaluate(model, stream(shards), attacks=("clean", "pgd4"), eps=EPS, seed=7, check=50)
+    expected = evaluate(model, stream(shards), attacks=("clean", "pgd4"), eps=EPS, seed=7, gradient_masking_samples=50)
     outputs = [process.communicate(timeout=180) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert json.loads(output.read_text()) == {**expected, "adapter": adapter, "adapter_sha256": adapter_sha256(model)}
@@ -332,9 +333,14 @@ def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, mode
     process = start("--config", str(experiment / "config.yaml"), *arguments)
     _, errors = process.communicate(timeout=180)
     assert process.returncode == 0, errors
-    here = evaluate(model, stream(shards, 13), attacks=("cw3",), eps=0.5, norm="l2", seed=7, check=50)
+    here = evaluate(
+        model, stream(shards, 13), attacks=("cw3",), eps=0.5, norm="l2", seed=7, gradient_masking_samples=50
+    )
     assert (here["norm"], here["eps"]) == ("l2", 0.5)
-    assert here != {**evaluate(model, stream(shards, 13), attacks=("cw3",), eps=0.5, seed=7, check=50), "norm": "l2"}
+    assert here != {
+        **evaluate(model, stream(shards, 13), attacks=("cw3",), eps=0.5, seed=7, gradient_masking_samples=50),
+        "norm": "l2",
+    }
     assert here["pictures"] == {"size": SIDE, "crop_pct": 1.0, "interpolation": "bicubic", "crop_mode": "center"} | {
         "batch_size": 4
     }
@@ -378,7 +384,7 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--attacks", "clean,fsgm"], r"evaluation.attacks: 'fsgm' is no attack"),
+        (["--attacks", "clean,fsgm"], r"evaluation.attacks: unknown attack 'fsgm'"),
         (["--eps", "4"], r"threat.eps: .*4/255"),
         (["--eps", "4/255,400/255"], r"evaluation.eps: .*"),
         (["--first", "40"], r"evaluation.first: 40; .* has 33 samples"),
@@ -399,7 +405,7 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> Non
         (["--output", "."], r"--output: \. is a folder; name a file, e\.g\. evaluation\.json"),
         (
             ["--output", "/proc/none/evaluation.json"],
-            r"--output: /proc/none cannot be made \(No such file",
+            r"--output: cannot create /proc/none \(No such file",
         ),
     ],
 )
@@ -443,26 +449,35 @@ def test_another_norm_has_sizes_of_its_own(experiment: Path) -> None:
     assert config.evaluation.eps == (1,)
 
 
-def test_clean_and_checks_come_first_and_the_bar_moves_within_a_piece(shards: Path, model: fd.AdaptedModel) -> None:
-    ranks = Comm(0, 1, torch.device("cpu"), None)
+def _autoattack_after_clean(shards: Path) -> list[WorkItem]:
     images = stream(shards)
-    items = Evaluator(["pgd4", "clean", "autoattack"], Linf(EPS), ranks, check=8)._work_items([""], images, images.ids)
-    order = list(dict.fromkeys(item.attack.name if item.attack else "checks" for item in items))
-    assert order == ["clean", "checks", "autoattack", "pgd4"]
-    half = [item for item in items if item.attack and item.attack.name == "autoattack"][:2]
-    progress = WorkQueue(half, half, {}, Counters(None), ["4/255"], shows=False)
-    most = [item.passes for item in half]
-    assert progress.reckoned() == (0, sum(most))
-    done = []
-    with progress, progress.seen(model):
-        for number in range(6):
-            progress._shown_at -= 2  # shown two seconds ago
-            with torch.set_grad_enabled(number > 1):
-                model(torch.rand(10, 3, SIDE, SIDE))
-            done.append(progress.reckoned())
-        progress.add(half[0], [1] * len(half[0].ids))
-    assert done == [(passes, sum(most)) for passes in (10, 20, 40, 60, 80, 100)]
-    assert progress.reckoned() == (100, 200), "the other one is taken to need as few"
+    attacks = [EvalAttack.parse(name) for name in ("pgd4", "clean", "autoattack")]
+    return work_items([""], attacks, [Linf(EPS)], images, checked=8)
+
+
+def test_clean_and_checks_come_first_then_the_costliest(shards: Path) -> None:
+    items = _autoattack_after_clean(shards)
+    assert list(dict.fromkeys(item.kind for item in items)) == ["clean", "checks", "autoattack", "pgd4"]
+    assert len({item.name for item in items}) == len(items)
+
+
+def test_progress_counts_all_ranks_and_tells_the_time_left(shards: Path) -> None:
+    """By passes until an item of a kind is finished, then by what it took; resumed items count, but take no time."""
+    items = [item for item in _autoattack_after_clean(shards) if item.kind in ("clean", "autoattack")]
+    clean, resumed, *other_clean = [item for item in items if item.kind == "clean"]
+    first, *autoattack = [item for item in items if item.kind == "autoattack"]
+    counters, before = Counters(None), {resumed.name: [1] * len(resumed.ids)}
+    main, other = (Progress(items, before, counters, 2, ["4/255"], shows=shows) for shows in (True, False))
+    main.finished(clean, [0, 1, 1, 1], 0.4)  # 4 passes of 0.1 s
+    passes = sum(item.passes for item in (*other_clean, first, *autoattack))
+    assert main.seconds_left() == pytest.approx(0.1 * passes / 2)
+    assert "2 of 18 work items" in main.line()
+    assert main.line().endswith("; clean 87.5%")
+    other.finished(first, [0] * len(first.ids), 10.0)  # far less than all its passes
+    clean_left, autoattack_left = (sum(len(item.ids) for item in some) for some in (other_clean, autoattack))
+    assert main.seconds_left() == pytest.approx((0.1 * clean_left + 10 / len(first.ids) * autoattack_left) / 2)
+    assert "3 of 18 work items" in main.line()
+    assert main.line().endswith("; clean 87.5%, autoattack 0.0%")
 
 
 def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:
@@ -476,9 +491,11 @@ def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedMode
         Evaluator(["pgd2"], Linf(EPS), ranks, progress=False).run(model, stream(shards), tmp_path, fail)
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
-    Evaluator(["pgd2"], Linf(EPS), ranks, check=2, progress=False).run(model, stream(shards), tmp_path)
+    Evaluator(["pgd2"], Linf(EPS), ranks, gradient_masking_samples=2, progress=False).run(
+        model, stream(shards), tmp_path
+    )
     with_checks = len(passes)
-    Evaluator(["clean"], Linf(EPS), ranks, check=2, progress=False).run(model, stream(shards))
+    Evaluator(["clean"], Linf(EPS), ranks, gradient_masking_samples=2, progress=False).run(model, stream(shards))
     handle.remove()
     assert with_checks == len(passes) - with_checks - len(stream(shards).batches)
 

@@ -48,7 +48,7 @@ PAIRS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "the same figures": (CHAMPION, CHAMPION, ()),
     "the same figures, of 20 images": (FEW, FEW, (r"-16.11 to \+16.11\): a loss of more than 1 point is not",)),
     "the same figures, of 300 images": (FAIR, FAIR, ("a loss of more than 1 point is not excluded",)),
-    "an image twice": (flipped(50, 0, ids=[0, *range(N - 1)]), CHAMPION, ("1 of 1000 ids stand there already",)),
+    "an image twice": (flipped(50, 0, ids=[0, *range(N - 1)]), CHAMPION, ("1 of 1000 ids are repeated",)),
     "clearly better": (flipped(50, 0), CHAMPION, ()),
     "better, and paired": (flipped(60, 30), CHAMPION, ()),
     "a little worse, surely within the margin": (flipped(0, 2), CHAMPION, ()),

@@ -15,7 +15,8 @@ import torch
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.evaluation import eval_transform
-from fulllora_dist.evaluation.compare import compare, comparison_table, read_evaluation
+from fulllora_dist.evaluation.compare import Comparison, compare, comparison_table
+from fulllora_dist.evaluation.report import read_evaluation
 from fulllora_dist.models.adapter_description import TrainingData
 from fulllora_dist.models.adapter_diff import differing_settings, layer_differences, summed
 from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
@@ -101,7 +102,7 @@ def diff_command(args: Namespace) -> Answer:
     layers = layer_differences(a, b)
     total = summed(layers)
     evaluations = [registry.evaluation(version) for version in versions]
-    accuracy: dict[str, Any] | None = None
+    accuracy: Comparison | None = None
     try:
         if evaluations[0] is None or evaluations[1] is None:
             raise UserError("one of them was never evaluated")

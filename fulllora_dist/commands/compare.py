@@ -31,7 +31,8 @@ def main() -> None:
         raise UserError(f"--samples must be between 1 and {MAX_SAMPLES:,}, got {args.samples}")
     if args.seed < 0:
         raise UserError(f"--seed must be >= 0, got {args.seed}")
-    from fulllora_dist.evaluation.compare import compare, comparison_table, read_evaluation  # --help need not wait
+    from fulllora_dist.evaluation.compare import compare, comparison_table
+    from fulllora_dist.evaluation.report import read_evaluation  # --help need not wait
 
     settings = {"attacks": args.attack, "shared": args.shared, "samples": args.samples, "seed": args.seed}
     comparison = compare(read_evaluation(args.a), read_evaluation(args.b), **settings)

@@ -9,15 +9,14 @@ of, and a config of another one is refused. Prints a table, and writes the count
 import argparse
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from fulllora_dist.commands.arguments import add_num_samples, parser
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.distributed.comm import start_comm, stop_comm
-from fulllora_dist.evaluation import check_output, table, write_evaluation, write_figures
-from fulllora_dist.evaluation.compare import check_replaced, read_replaced
+from fulllora_dist.evaluation import EvaluationReport, check_output, table, write_evaluation, write_figures
+from fulllora_dist.evaluation.report import check_replaced, read_replaced
 from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
@@ -77,9 +76,12 @@ def _check_backbone(settings: ModelSettings, info: BackboneInfo, adapter: str) -
     arch, _, tag = settings.backbone.partition(".")
     its_arch, _, its_tag = info.name.partition(".")
     same = arch == its_arch and (not tag or not its_tag or tag == its_tag)
-    others = ("num_classes", "classes", "image_size", "mean", "std", "architecture")
+    others = {name: name for name in ("num_classes", "image_size", "mean", "std")}
+    others |= {"class_indices": "classes", "model_kwargs": "architecture"}
     pairs = {"backbone": (settings.backbone, settings.backbone if same else info.name)}
-    pairs |= {key: (getattr(settings, key), getattr(info, key)) for key in others if getattr(settings, key)}
+    pairs |= {
+        key: (getattr(settings, key), getattr(info, its)) for key, its in others.items() if getattr(settings, key)
+    }
     for key, (ours, its) in pairs.items():
         if (list(ours) if isinstance(ours, tuple) else ours) != (list(its) if isinstance(its, tuple) else its):
             raise SharedUserError(
@@ -169,11 +171,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         new = [(0.0 if name == "clean" else eps, name) for name in names for eps in sizes]
         ranks.run_on_rank0(lambda: check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256))
 
-    def write(results: dict[str, Any]) -> None:
-        print(table(results), flush=True)
+    def write(report: EvaluationReport) -> None:
+        print(table(report), flush=True)
         if args.output:
-            write_evaluation(results, args.output)
-            write_figures(results, args.output)
+            write_evaluation(report, args.output)
+            write_figures(report, args.output)
 
-    evaluator.run(model, stream, partial=args.output and f"{args.output}.partial", write=write)
+    evaluator.run(model, stream, resume_dir=args.output and f"{args.output}.partial", write=write)
     stop_comm()

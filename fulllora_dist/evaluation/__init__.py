@@ -2,13 +2,16 @@
 
 from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.evaluation.attacks import EvalAttack, is_right, parse_attacks
-from fulllora_dist.evaluation.evaluator import EvalImages, Evaluator
+from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.evaluation.function import eval_transform, evaluate
-from fulllora_dist.evaluation.report import check_output, table, write_evaluation, write_figures
+from fulllora_dist.evaluation.images import EvalImages
+from fulllora_dist.evaluation.report import EvaluationReport, check_output, write_evaluation
+from fulllora_dist.evaluation.summary import table, write_figures
 
 __all__ = [
     "EvalAttack",
     "EvalImages",
+    "EvaluationReport",
     "Evaluator",
     "check_output",
     "eval_transform",

@@ -17,14 +17,14 @@ from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.core.rng import base_key
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""The four parts of the standard AutoAttack, in its order."""
+"""The four parts of the standard AutoAttack, in order."""
 _PARTS: dict[str, int] = {"apgd-ce": 200, "apgd-t": 1800, "fab-t": 1800, "square": 5000}  # forward and backward passes
 _PARTS |= {"apgd-dlr": 200, "fab": 200}
 _ITERATED = re.compile(r"(pgd|cw|dlr)([1-9]\d*)(?:x([1-9]\d*))?")
 _LOSSES: dict[str, LossName] = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
 _KNOWN = (
-    "clean, fgsm, autoattack, parts of it (apgd-ce, apgd-t, fab-t, square; several: apgd-ce+square), and pgdK, cwK and "
-    "dlrK for K steps, with restarts pgdKxR, e.g. clean,pgd20,cw20,pgd50x5,autoattack"
+    "clean, fgsm, autoattack, parts of it (apgd-ce, apgd-t, fab-t, square, or several: apgd-ce+square), and pgdK, cwK "
+    "and dlrK for K steps, with R restarts pgdKxR, e.g. clean,pgd20,cw20,pgd50x5,autoattack"
 )
 
 
@@ -51,23 +51,21 @@ class EvalAttack:
 
     @classmethod
     def parse(cls, name: str) -> "EvalAttack":
-        """Raises UserError for a name that means nothing."""
-        if name == "clean":
-            return cls(name, "clean")
-        if name == "fgsm":
-            return cls(name, "fgsm")
+        """Raises UserError: the name is unknown."""
+        if name in ("clean", "fgsm"):
+            return cls(name, name)  # type: ignore[arg-type]
         parts = STANDARD if name == "autoattack" else tuple(name.split("+"))
         if all(part in _PARTS for part in parts) and len(set(parts)) == len(parts):
             return cls(name, "autoattack", parts=parts)
         match = _ITERATED.fullmatch(name)
         if match is None:
-            raise UserError(f"evaluation.attacks: {name!r} is no attack; known: {_KNOWN}")
+            raise UserError(f"evaluation.attacks: unknown attack {name!r}; known: {_KNOWN}")
         kind, steps, restarts = match.groups()
         return cls(name, "pgd", int(steps), _LOSSES[kind], int(restarts or 1))
 
     @property
     def passes(self) -> int:
-        """Forward and backward passes an image, at most, the prediction included; the measure of progress."""
+        """Forward and backward passes of an image, at most, the prediction included; the measure of its cost."""
         if self.kind == "autoattack":
             return 1 + sum(_PARTS[part] for part in self.parts)
         if self.kind == "clean":
@@ -77,12 +75,12 @@ class EvalAttack:
         return 2 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
 
     def check_classes(self, classes: int) -> None:
-        """Raises SharedUserError: the attack's loss looks at more logits than there are."""
+        """Raises SharedUserError: the attack's loss needs more logits than there are."""
         needed = 4 if "apgd-t" in self.parts else 3 if "apgd-dlr" in self.parts or self.loss == "dlr" else 2
         if classes < needed:
             raise SharedUserError(
-                f"evaluation.attacks: {self.name} needs {needed} classes or more, there are {classes}; "
-                "pgd20, cw20 or apgd-ce+square do without"
+                f"evaluation.attacks: {self.name} needs at least {needed} classes, got {classes}; pgd20, cw20 and "
+                "apgd-ce+square need two"
             )
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
@@ -92,9 +90,9 @@ class EvalAttack:
         return self._examples(model, x, y, threat, seed, ids)[0]
 
     def right(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
-        """bool [B]: whether the prediction is right for the image and for its adversarial example: the image is in
-        the ball, too. For AutoAttack that is its own verdict: it may end at the very boundary, where another batch
-        would round to the other side."""
+        """bool [B]: whether the model classifies the image and its adversarial example correctly: the image is in the
+        ball, too. For AutoAttack that is its own verdict: it may end at the very boundary, where another batch would
+        round to the other side."""
         examples, right = self._examples(model, x, y, threat, seed, ids)
         if right is None:
             with torch.no_grad(), attack_mode(model):
@@ -106,6 +104,7 @@ class EvalAttack:
     def _examples(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, ids: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        """The examples, and AutoAttack's own verdict."""
         if self.kind == "clean" or threat.eps == 0:
             return x, None
         if self.kind == "fgsm":
@@ -114,7 +113,7 @@ class EvalAttack:
         if self.kind == "autoattack":
             return _autoattack(self, model, x, y, threat, seed, ids)
         step_size = min(2.5 * threat.eps / self.steps, threat.eps)
-        found = pgd(
+        examples = pgd(
             model,
             x,
             y,
@@ -128,11 +127,11 @@ class EvalAttack:
             ids=ids,
             purpose=f"eval/{self.name}",
         )
-        return found, None
+        return examples, None
 
 
 def is_right(logits: Tensor, y: Tensor) -> Tensor:
-    """bool [B]: the largest logit is the label's. Where all are NaN, argmax would call the first class right."""
+    """bool [B]: the largest logit is the label's, and all are finite: of NaN alone, argmax is the first class."""
     return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
 
 
@@ -140,12 +139,12 @@ def parse_attacks(names: Sequence[str]) -> list[EvalAttack]:
     """The attacks by their names. Raises UserError for unknown, repeated or no attacks."""
     parsed = [EvalAttack.parse(name) for name in names]
     if not names or len(set(names)) < len(names):
-        raise UserError(f"evaluation.attacks: {','.join(names) or 'nothing'}; name each attack once, e.g. clean,pgd20")
+        raise UserError(f"evaluation.attacks: name each attack once, e.g. clean,pgd20, got {','.join(names) or 'none'}")
     return parsed
 
 
 def autoattack_seed(name: str, threat: Threat, seed: int, ids: Tensor) -> int:
-    """What torch's generator is seeded with for this attack on the batch of these ids."""
+    """The seed of torch's generator for this attack on the batch of these ids, int64 [B]."""
     batch = ",".join(map(str, ids.tolist()))
     return base_key(seed, f"eval/{name}/{threat.norm}/{threat.eps!r}/{batch}", 0) >> 1  # torch takes 63 bits
 
@@ -156,7 +155,9 @@ def _autoattack(
     """The official code on one batch: (examples, whether each image survives)."""
     number = autoattack_seed(attack.name, threat, seed, ids)
     with own_generator(x.device), attack_mode(model), _silent():
-        adversary = official_autoattack(model, threat, attack.parts, number, x.device, _outputs(model, x))
+        with torch.no_grad():
+            classes = model(x[:1]).shape[1]
+        adversary = official_autoattack(model, threat, attack.parts, number, x.device, classes)
         examples, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
     return examples, predicted == y
 
@@ -185,15 +186,10 @@ def own_generator(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """pyautoattack's remarks on each batch; `checks` looks at the whole."""
+    """Without pyautoattack's remarks on each batch: `checks` looks at the whole evaluation."""
     logger = logging.getLogger("auto-attack")
     before, logger.disabled = logger.disabled, True
     try:
         yield
     finally:
         logger.disabled = before
-
-
-def _outputs(model: nn.Module, x: Tensor) -> int:
-    with torch.no_grad():
-        return model(x[:1]).shape[1]

@@ -2,14 +2,14 @@
 win in the wrong order, logits that change by themselves (Athalye et al., arXiv 1802.00420; Carlini et al., arXiv
 1902.06705; Croce and Hein, arXiv 2003.01690).
 
-A check measures some numbers (`CHECKS`), which are kept in evaluation.json; `warnings` puts those that are a symptom
-into words. Each looks at images that the model has right without an attack.
+A check (`CHECKS`) measures some numbers on a batch, which are kept in evaluation.json, and warns where those of all
+batches together are a symptom. Each looks at images that the model classifies correctly without an attack.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -35,11 +35,11 @@ SURE = 0.01  # of a one-sided sign test
 
 
 @dataclass(frozen=True)
-class Examined:
+class CheckBatch:
     """What a check looks at.
 
     Attributes:
-        model: fp32 pixels [B, 3, H, W] in [0, 1] -> logits.
+        model: fp32 pixels [B, 3, H, W] in [0, 1] -> logits [B, classes].
         x, y, ids: images, labels int64 [B] and ids int64 [B].
         threat: the ball of the evaluation.
         seed: of all that is random.
@@ -52,19 +52,19 @@ class Examined:
     threat: Threat
     seed: int
 
-    def standing(self, attack: str, threat: Threat | None = None) -> Tensor:
-        """bool [B]: what an attack leaves right."""
-        made = EvalAttack.parse(attack)
-        return made.right(self.model, self.x, self.y, threat=threat or self.threat, seed=self.seed, ids=self.ids)
+    def standing(self, attack: str, threat: Threat | None = None, seed: int | None = None) -> Tensor:
+        """bool [B]: the images that an attack leaves correct."""
+        threat, seed = threat or self.threat, self.seed if seed is None else seed
+        return EvalAttack.parse(attack).right(self.model, self.x, self.y, threat=threat, seed=seed, ids=self.ids)
 
     @cached_property
     def right(self) -> Tensor:
-        """bool [B]: right without an attack."""
+        """bool [B]: correct without an attack."""
         return is_right(self.logits(self.x), self.y)
 
     @cached_property
     def many(self) -> Tensor:
-        """bool [B]: what PGD with many steps leaves right."""
+        """bool [B]: correct under PGD with many steps."""
         return self.standing(MANY_STEPS)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -72,187 +72,145 @@ class Examined:
             return self.model(x)
 
 
-def _pixels(of: Examined) -> Numbers:
-    return {"lowest": float(of.x.min()), "highest": float(of.x.max())}
+@dataclass(frozen=True)
+class Check:
+    """One symptom.
+
+    Attributes:
+        name: under which its numbers and warnings are known.
+        measure: its numbers of a batch; `joined` says how those of several batches become one.
+        warn: the symptom in words, from the numbers of all batches; None where there is none.
+    """
+
+    name: str
+    measure: Callable[[CheckBatch], Numbers]
+    warn: Callable[[Numbers], str | None]
 
 
-def _determinism(of: Examined) -> Numbers:
-    first, second = of.logits(of.x), of.logits(of.x)
+def _pixels(batch: CheckBatch) -> Numbers:
+    return {"lowest": float(batch.x.min()), "highest": float(batch.x.max())}
+
+
+def _warn_pixels(n: Numbers) -> str | None:
+    if n["lowest"] >= 0 and n["highest"] <= 1:
+        return None
+    return (
+        f"pixels range from {n['lowest']:.3g} to {n['highest']:.3g}, outside [0, 1]: normalise inside the model, "
+        "or eps is not in the units that it claims"
+    )
+
+
+def _determinism(batch: CheckBatch) -> Numbers:
+    first, second = batch.logits(batch.x), batch.logits(batch.x)
     spread = float((first - first.mean(dim=1, keepdim=True)).abs().mean())
     return {"change": float((first - second).abs().max()) / max(spread, 1e-12)}
 
 
-def _probabilities(of: Examined) -> Numbers:
-    logits = of.logits(of.x)
-    share = (logits.min(dim=1).values >= 0) & ((logits.sum(dim=1) - 1).abs() < 1e-3)
-    return {"n": len(logits), "sum_to_one": int(share.sum())}
-
-
-def _zero_gradients(of: Examined) -> Numbers:
-    with attack_mode(of.model):
-        gradient = input_gradient(of.model, of.x, of.y, cross_entropy)
-    rows = gradient.flatten(1)
-    zero = (rows == 0).all(dim=1) | ~rows.isfinite().all(dim=1)
-    right = of.right
-    return {"n": int(right.sum()), "zero": int((zero & right).sum())}
-
-
-def _against_many_steps(of: Examined, other: Tensor) -> Numbers:
-    """How many images only the other attack fools, and how many only PGD with many steps does."""
-    return {"other_alone": int((of.many & ~other).sum()), "many_alone": int((~of.many & other).sum())}
-
-
-def _single_step(of: Examined) -> Numbers:
-    return _against_many_steps(of, of.standing("fgsm"))
-
-
-def _square(of: Examined) -> Numbers:
-    right = of.right
-    if not right.any():
-        return {"other_alone": 0, "many_alone": 0}
-    seed = autoattack_seed("check/square", of.threat, of.seed, of.ids)
-    classes = of.logits(of.x[:1]).shape[1]
-    with own_generator(of.x.device), attack_mode(of.model):
-        adversary = official_autoattack(of.model, of.threat, ("square",), seed, of.x.device, classes).square
-        adversary.n_queries = SQUARE_QUERIES
-        examples = adversary.perturb(of.x[right], of.y[right])
-    standing = right.clone()
-    standing[right] = is_right(of.logits(examples), of.y[right])
-    return _against_many_steps(of, standing)
-
-
-def _huge_eps(of: Examined) -> Numbers:
-    # any image can become grey
-    radius = 0.5 if of.threat.norm == "linf" else 0.5 * math.sqrt(of.x[0].numel())
-    huge = of.threat.scaled(radius / of.threat.eps)
-    return {"eps": radius, "n": int(of.right.sum()), "standing": int(of.standing(MANY_STEPS, huge).sum())}
-
-
-def _restarts(of: Examined) -> Numbers:
-    """Images that each restart is the first to fool."""
-    standing, wins = of.right, {}
-    n = int(standing.sum())
-    for restart in range(RESTARTS):
-        again = EvalAttack.parse("pgd10")
-        seed = base_key(of.seed, f"check/restarts/{restart}", 0)
-        left = standing & again.right(of.model, of.x, of.y, threat=of.threat, seed=seed, ids=of.ids)
-        wins[f"restart_{restart + 1}"] = int(standing.sum()) - int(left.sum())
-        standing = left
-    return {"n": n, **wins}
-
-
-CHECKS: dict[str, Callable[[Examined], Numbers]] = {
-    "pixels": _pixels,
-    "determinism": _determinism,
-    "probabilities": _probabilities,
-    "zero_gradients": _zero_gradients,
-    "single_step": _single_step,
-    "huge_eps": _huge_eps,
-    "restarts": _restarts,
-    "square": _square,
-}
-
-
-def joined(parts: Sequence[Mapping[str, Numbers]]) -> dict[str, Numbers]:
-    """What was measured on several batches, as of one: extremes and counts."""
-
-    def join(name: str, key: str) -> float:
-        numbers = [part[name][key] for part in parts]
-        how = {"lowest": min, "highest": max, "change": max, "eps": max}.get(key, sum)
-        return how(numbers)
-
-    return {name: {key: join(name, key) for key in parts[0][name]} for name in CHECKS} if parts else {}
-
-
-def _surely_more(numbers: Numbers) -> bool:
-    """Whether the other attack is the stronger one, by a one-sided sign test over the images."""
-    alone, both = int(numbers["other_alone"]), int(numbers["other_alone"] + numbers["many_alone"])
-    return both > 0 and binomtest(alone, both, 0.5, alternative="greater").pvalue < SURE
-
-
-def _say_pixels(n: Numbers) -> str | None:
-    if n["lowest"] >= 0 and n["highest"] <= 1:
-        return None
-    return (
-        f"images reach from {n['lowest']:.3g} to {n['highest']:.3g}, outside of [0, 1]: normalise inside the model, "
-        "or eps means something else than it says"
-    )
-
-
-def _say_determinism(n: Numbers) -> str | None:
+def _warn_determinism(n: Numbers) -> str | None:
     if n["change"] <= CHANGE_OF_LOGITS:
         return None
     return (
         f"the same images give different logits (by {n['change']:.1%} of their spread): against a random model these "
-        "attacks see one draw; average gradients over draws (EOT), or switch the randomness off"
+        "attacks see one draw; average gradients over draws (EOT), or disable the randomness"
     )
 
 
-def _say_probabilities(n: Numbers) -> str | None:
+def _probabilities(batch: CheckBatch) -> Numbers:
+    logits = batch.logits(batch.x)
+    share = (logits.min(dim=1).values >= 0) & ((logits.sum(dim=1) - 1).abs() < 1e-3)
+    return {"n": len(logits), "sum_to_one": int(share.sum())}
+
+
+def _warn_probabilities(n: Numbers) -> str | None:
     if n["sum_to_one"] < n["n"]:
         return None
     return (
-        "the model gives probabilities: cross-entropy takes a softmax of them again, and its gradient vanishes where "
-        "the model is sure; give logits"
+        "the model returns probabilities: cross-entropy applies softmax to them again, and its gradient vanishes where "
+        "the model is confident; return logits"
     )
 
 
-def _say_zero_gradients(n: Numbers) -> str | None:
+def _zero_gradients(batch: CheckBatch) -> Numbers:
+    with attack_mode(batch.model):
+        gradient = input_gradient(batch.model, batch.x, batch.y, cross_entropy)
+    rows = gradient.flatten(1)
+    zero = (rows == 0).all(dim=1) | ~rows.isfinite().all(dim=1)
+    return {"n": int(batch.right.sum()), "zero": int((zero & batch.right).sum())}
+
+
+def _warn_zero_gradients(n: Numbers) -> str | None:
     if n["zero"] <= ZERO_GRADIENT_SHARE * n["n"]:
         return None
     return (
-        f"the gradient is zero or no number at {n['zero']:.0f} of {n['n']:.0f} images: cross-entropy attacks do not "
-        "move there, and what they leave right is not robust; look at cw20, dlr20 and square"
+        f"the gradient is zero or not finite on {n['zero']:.0f} of {n['n']:.0f} images: cross-entropy attacks do not "
+        "move there, and what they leave correct is not robust; look at cw20, dlr20 and square"
     )
 
 
-def _say_order(weaker: str, stronger: str, n: Numbers) -> str | None:
-    if not _surely_more(n):
+def _against_many_steps(batch: CheckBatch, other: Tensor) -> Numbers:
+    """How many images only the other attack fools, and how many only PGD with many steps does."""
+    return {"other_alone": int((batch.many & ~other).sum()), "many_alone": int((~batch.many & other).sum())}
+
+
+def _warn_order(weaker: str, stronger: str, n: Numbers) -> str | None:
+    """Where the attack meant to be weaker is surely the stronger one, by a one-sided sign test over the images."""
+    alone, both = int(n["other_alone"]), int(n["other_alone"] + n["many_alone"])
+    if both == 0 or binomtest(alone, both, 0.5, alternative="greater").pvalue >= SURE:
         return None
     return (
         f"{weaker} fools {n['other_alone']:.0f} images that {stronger} does not, and {n['many_alone']:.0f} are the "
-        f"other way round: gradients are masked, and what {stronger} leaves right is not robust; trust autoattack"
+        f"other way round: gradients are masked, and what {stronger} leaves correct is not robust; trust autoattack"
     )
 
 
-def _say_single_step(n: Numbers) -> str | None:
-    return _say_order("one step (fgsm)", MANY_STEPS, n)
+def _single_step(batch: CheckBatch) -> Numbers:
+    return _against_many_steps(batch, batch.standing("fgsm"))
 
 
-def _say_square(n: Numbers) -> str | None:
-    return _say_order(f"square, which sees no gradient, in {SQUARE_QUERIES} queries", MANY_STEPS, n)
+def _square(batch: CheckBatch) -> Numbers:
+    right = batch.right
+    if not right.any():
+        return {"other_alone": 0, "many_alone": 0}
+    seed = autoattack_seed("check/square", batch.threat, batch.seed, batch.ids)
+    classes = batch.logits(batch.x[:1]).shape[1]
+    with own_generator(batch.x.device), attack_mode(batch.model):
+        adversary = official_autoattack(batch.model, batch.threat, ("square",), seed, batch.x.device, classes).square
+        adversary.n_queries = SQUARE_QUERIES
+        examples = adversary.perturb(batch.x[right], batch.y[right])
+    standing = right.clone()
+    standing[right] = is_right(batch.logits(examples), batch.y[right])
+    return _against_many_steps(batch, standing)
 
 
-def order_warnings(columns: Mapping[EvalAttack, np.ndarray], where: str) -> list[str]:
-    """Of the reported figures themselves: attacks that are to be the weaker ones, and are surely stronger.
-
-    Args:
-        columns: bool [n], what each attack leaves right; the same images in the same order.
-        where: what a line begins with.
-    """
-    lines = []
-    for check, name in (("single_step", "fgsm"), ("square", "square")):
-        by_weaker = columns.get(EvalAttack.parse(name))
-        for attack, left in columns.items():
-            iterated = attack.steps >= FEWEST_STEPS or any(part.startswith("apgd") for part in attack.parts)
-            if by_weaker is None or not iterated:
-                continue
-            alone: Numbers = {"other_alone": (left & ~by_weaker).sum(), "many_alone": (~left & by_weaker).sum()}
-            if line := _say_order(name, attack.name, alone):
-                lines.append(f"{check}: {where}{line}")
-    return lines
+def _huge_eps(batch: CheckBatch) -> Numbers:
+    # any image can become grey
+    radius = 0.5 if batch.threat.norm == "linf" else 0.5 * math.sqrt(batch.x[0].numel())
+    huge = batch.threat.scaled(radius / batch.threat.eps)
+    return {"eps": radius, "n": int(batch.right.sum()), "standing": int(batch.standing(MANY_STEPS, huge).sum())}
 
 
-def _say_huge_eps(n: Numbers) -> str | None:
+def _warn_huge_eps(n: Numbers) -> str | None:
     if n["standing"] <= HUGE_SHARE * n["n"]:
         return None
     return (
-        f"{n['standing']:.0f} of {n['n']:.0f} images stay right at eps = {n['eps']:.3g}, where any image may "
+        f"{n['standing']:.0f} of {n['n']:.0f} images stay correct at eps = {n['eps']:.3g}, where any image may "
         "become grey: the attack does not work on this model"
     )
 
 
-def _say_restarts(n: Numbers) -> str | None:
+def _restarts(batch: CheckBatch) -> Numbers:
+    """Images that each restart is the first to fool."""
+    standing, wins = batch.right, {}
+    n = int(standing.sum())
+    for restart in range(RESTARTS):
+        seed = base_key(batch.seed, f"check/restarts/{restart}", 0)
+        still = standing & batch.standing("pgd10", seed=seed)
+        wins[f"restart_{restart + 1}"] = int(standing.sum()) - int(still.sum())
+        standing = still
+    return {"n": n, **wins}
+
+
+def _warn_restarts(n: Numbers) -> str | None:
     late = n[f"restart_{RESTARTS - 1}"] + n[f"restart_{RESTARTS}"]
     if late < 3 or late <= LATE_WINS * n["n"]:
         return None
@@ -263,23 +221,64 @@ def _say_restarts(n: Numbers) -> str | None:
     )
 
 
-_SAY: dict[str, Callable[[Numbers], str | None]] = {
-    "pixels": _say_pixels,
-    "determinism": _say_determinism,
-    "probabilities": _say_probabilities,
-    "zero_gradients": _say_zero_gradients,
-    "single_step": _say_single_step,
-    "huge_eps": _say_huge_eps,
-    "restarts": _say_restarts,
-    "square": _say_square,
-}
+CHECKS: tuple[Check, ...] = (
+    Check("pixels", _pixels, _warn_pixels),
+    Check("determinism", _determinism, _warn_determinism),
+    Check("probabilities", _probabilities, _warn_probabilities),
+    Check("zero_gradients", _zero_gradients, _warn_zero_gradients),
+    Check("single_step", _single_step, partial(_warn_order, "one step (fgsm)", MANY_STEPS)),
+    Check("huge_eps", _huge_eps, _warn_huge_eps),
+    Check("restarts", _restarts, _warn_restarts),
+    Check(
+        "square",
+        _square,
+        partial(_warn_order, f"square, which sees no gradient, in {SQUARE_QUERIES} queries", MANY_STEPS),
+    ),
+)
+
+
+def measure(batch: CheckBatch) -> dict[str, Numbers]:
+    """{check: its numbers} of a batch."""
+    return {check.name: check.measure(batch) for check in CHECKS}
+
+
+def joined(batches: Sequence[Mapping[str, Numbers]]) -> dict[str, Numbers]:
+    """What was measured on several batches, as of one: extremes and counts. Empty where nothing was measured."""
+
+    def join(name: str, key: str) -> float:
+        return {"lowest": min, "highest": max, "change": max, "eps": max}.get(key, sum)([b[name][key] for b in batches])
+
+    return {name: {key: join(name, key) for key in numbers} for name, numbers in batches[0].items()} if batches else {}
 
 
 def warnings(measured: Mapping[str, Numbers]) -> list[str]:
-    """What is wrong, a line each; nothing for a healthy model.
+    """A line for each symptom; none for a healthy model.
 
     Args:
-        measured: {check: its numbers}.
+        measured: {check: its numbers}, as `joined` returns them.
     """
-    lines = ((name, _SAY[name](numbers)) for name, numbers in measured.items())
+    lines = ((check.name, check.warn(measured[check.name])) for check in CHECKS if check.name in measured)
     return [f"{name}: {line}" for name, line in lines if line is not None]
+
+
+def order_warnings(columns: Mapping[EvalAttack, np.ndarray], prefix: str) -> list[str]:
+    """Of the reported figures themselves: attacks that are to be the weaker ones, and are surely stronger.
+
+    Args:
+        columns: bool [n], what each attack leaves correct; the same images in the same order.
+        prefix: of each line, behind the name of its check.
+    """
+    lines = []
+    for check, name in (("single_step", "fgsm"), ("square", "square")):
+        by_weaker = columns.get(EvalAttack.parse(name))
+        for attack, standing in columns.items():
+            iterated = attack.steps >= FEWEST_STEPS or any(part.startswith("apgd") for part in attack.parts)
+            if by_weaker is None or not iterated:
+                continue
+            alone: Numbers = {
+                "other_alone": (standing & ~by_weaker).sum(),
+                "many_alone": (~standing & by_weaker).sum(),
+            }
+            if line := _warn_order(name, attack.name, alone):
+                lines.append(f"{check}: {prefix}{line}")
+    return lines

@@ -1,14 +1,14 @@
-"""Robust accuracy: every sample attacked once, counted exactly over all ranks, with its uncertainty."""
+"""Robust accuracy: every sample attacked once, counted exactly over all ranks, with its uncertainty.
 
-import hashlib
-import sys
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+An evaluation is cut into work items (`work_items`), each one attack on one batch. Ranks take one after the other, keep
+the results in a log (`resume_log`) and exchange them at the end; of all of them the report is made (`report`).
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,58 +18,37 @@ from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.attacks.threat import Threat, number_in
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.data.index import Index
-from fulllora_dist.data.plan import stratified_order
-from fulllora_dist.distributed.comm import Comm, Counters
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import checks
-from fulllora_dist.evaluation.attacks import EvalAttack, parse_attacks
-from fulllora_dist.evaluation.resume_log import ResumeLog
-from fulllora_dist.evaluation.score import score
-from fulllora_dist.evaluation.work_items import WorkItem, WorkQueue
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.evaluation.attacks import parse_attacks
+from fulllora_dist.evaluation.images import EvalImages
+from fulllora_dist.evaluation.progress import Progress, heartbeat, wait_for_all
+from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, score
+from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
+from fulllora_dist.evaluation.work_items import WorkItem, take_turns, work_items
 from fulllora_dist.models.precision import in_full_fp32
 
-_KEPT = 4096  # decoded images of each rank: attacks come to the same batches one after the other
-_CHECK_BATCH = 16  # passes of Square an image make a small batch worth while
-
-
-class EvalImages(Protocol):
-    """What is evaluated: `data.loader.EvalStream`, or anything alike.
-
-    Attributes:
-        batches: int64 arrays, the ids of each batch; every sample in one of them.
-        index: class names and the labels by id.
-        digest: differs where the images of these ids or the batches do.
-        settings: how they are made of the data, for the report; JSON-able.
-    """
-
-    batches: list[np.ndarray]
-    index: Index
-    digest: str
-    settings: Mapping[str, Any]
-
-    def read(self, ids: np.ndarray) -> Batch:
-        """The images of these ids."""
+Results = dict[str, Any]
+"""By the name of a work item: of an attack 0 or 1 for each id of its batch, of the checks {check: its numbers}."""
 
 
 class Evaluator:
-    """Accuracy under each attack, in the form of evaluation.json (docs/evaluation.md).
+    """Accuracy under each attack (docs/evaluation.md).
 
-    Ranks take piece after piece, each an attack on a batch: clean images and the checks first, as they show what
-    is wrong before hours of attacks, then the costliest attacks first. None waits for another, and what a piece
-    gives depends on its own name alone. Each rank has a full replica of the model, in which a forward pass is no
-    collective.
+    No rank waits for another before the end: each has a full replica of the model, in which a forward pass is no
+    collective, and what an item gives depends on its own name alone.
 
     Args:
         attacks: names, see `EvalAttack`.
         threat: the ball of perturbations.
         ranks: those that share the work.
-        more: further balls, for robust accuracy against eps.
+        more_threats: further balls, for robust accuracy against eps.
         seed: of the random starts.
-        check: on how many images, drawn evenly over the classes, symptoms are looked for; 0 looks for none.
+        gradient_masking_samples: on how many images, drawn evenly over the classes, symptoms of masked gradients are
+            looked for; 0 looks for none.
         backbone, adapter, adapter_sha256: names for the report.
         precision: what the model computes in, for the report.
-        progress: whether rank 0 shows a bar.
+        progress: whether rank 0 prints how far all ranks are.
 
     Raises:
         UserError: unknown or repeated attacks.
@@ -81,9 +60,9 @@ class Evaluator:
         threat: Threat,
         ranks: Comm,
         *,
-        more: Sequence[Threat] = (),
+        more_threats: Sequence[Threat] = (),
         seed: int = 0,
-        check: int = 0,
+        gradient_masking_samples: int = 0,
         backbone: str | None = None,
         adapter: str | None = None,
         adapter_sha256: str | None = None,
@@ -91,56 +70,49 @@ class Evaluator:
         progress: bool = True,
     ):
         self._attacks = parse_attacks(attacks)
-        self._threats = [threat, *(other for other in more if other != threat)]
+        self._threats = [threat, *(other for other in more_threats if other != threat)]
         self._ranks = ranks
         self._seed = seed
-        self._check = check
+        self._checked = gradient_masking_samples
         self._shows = progress and ranks.is_main
-        self._metadata = {"precision": precision, "backbone": backbone, "adapter": adapter}
-        self._metadata["adapter_sha256"] = adapter_sha256
+        self._precision = precision
+        self._evaluated = {"backbone": backbone, "adapter": adapter, "adapter_sha256": adapter_sha256}
 
     def run(
         self,
         predict: nn.Module,
         images: EvalImages,
-        partial: str | Path | None = None,
-        write: Callable[[dict[str, Any]], None] | None = None,
-    ) -> dict[str, Any]:
-        """Evaluate, on all ranks together.
+        resume_dir: str | Path | None = None,
+        write: Callable[[EvaluationReport], None] | None = None,
+    ) -> EvaluationReport:
+        """Evaluate, on all ranks together; every rank gets the same report.
 
         Args:
             predict: fp32 pixels [B, 3, H, W] in [0, 1] -> logits [B, classes], on `ranks.device`; put into evaluation
                 mode for the time.
-            partial: folder for what is done, from which a run that was killed goes on; emptied at the end.
-            write: called with what is returned, on rank 0, before `partial` is emptied.
-
-        Returns:
-            On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "adapter_sha256", "seed",
-            "ids": [n], "data": hash of the index, "pictures": how they were made of the data, and the batch size,
-            "attacks": {name: {"accuracy", "low", "high", "correct": [n of 0/1 in the order of ids], "per_class":
-            {class name: [correct, n]}}}, "more_eps": [{"eps", "attacks"}], "checks": {check: its numbers}, "warnings":
-            [lines]}. low and high bound Wilson's 95 % interval.
+            resume_dir: folder for finished work, from which a run that was killed resumes; emptied at the end.
+            write: called with the report, on rank 0, before `resume_dir` is emptied.
 
         Raises:
             SharedUserError: the model has not as many outputs as the data has classes, or too few for an attack; or
                 `write` raises a UserError or an OSError.
         """
-        whole = None if write is None else lambda found: write(found[""])
-        return self.run_variants(predict, {"": nullcontext}, images, partial, whole)[""]
+        write_all = None if write is None else lambda reports: write(reports[""])
+        return self.run_variants(predict, {"": nullcontext}, images, resume_dir, write_all)[""]
 
     def run_variants(
         self,
         predict: nn.Module,
         variants: Mapping[str, Callable[[], AbstractContextManager[None]]],
         images: EvalImages,
-        partial: str | Path | None = None,
-        write: Callable[[dict[str, dict[str, Any]]], None] | None = None,
-    ) -> dict[str, dict[str, Any]]:
-        """`run` for each of several variants of one model, whose pieces the ranks take from one pool.
+        resume_dir: str | Path | None = None,
+        write: Callable[[dict[str, EvaluationReport]], None] | None = None,
+    ) -> dict[str, EvaluationReport]:
+        """`run` for each of several variants of one model, whose work items the ranks take from one pool.
 
         Args:
             variants: {name: opens a context in which `predict` is that variant}; outside it the model is as it was. A
-                partial result is known by this name: with the same weights it must stand for the same variant.
+                result in `resume_dir` is known by this name: with the same weights it must stand for the same variant.
 
         Returns:
             {name: what `run` returns}.
@@ -149,32 +121,21 @@ class Evaluator:
         if len(np.unique(ids)) < len(ids):
             raise UserError("evaluation: a sample is in two batches")
         self._check_outputs(predict, images)
-        done = ResumeLog(partial, self._fingerprint(predict, images, partial), self._ranks.rank)
-        known = dict(self._ranks.all_gather_list(list(done.found().items())))
-        items = self._work_items(variants, images, ids)
-        left = [item for item in items if item.name not in known]
-        own: dict[str, Any] = {}
-        sizes = [number_in(threat.norm, threat.eps) for threat in self._threats]
-        progress = WorkQueue(items, left, known, self._ranks.counters(), sizes, self._shows)
-        if known and self._shows:
-            print(f"evaluation: {len(items) - len(left)} of {len(items)} pieces are done; going on", file=sys.stderr)
-        with progress, attack_mode(predict), in_full_fp32(), progress.seen(predict):
-            for item, batch in self._turns(left, images, progress.counters):
-                with variants[item.variant]():
-                    own[item.name] = result = self._do(predict, item, batch.to(self._ranks.device))
-                done.keep(item.name, result)
-                progress.add(item, result)
-            progress.await_all(self._ranks.world)  # a collective has a limit, and the last pieces may be long
-        known |= dict(self._ranks.all_gather_list(list(own.items())))
-        results = {
-            name: self._results(images, ids, [p for p in items if p.variant == name], known) for name in variants
+        ranks, items = self._ranks, work_items(variants, self._attacks, self._threats, images, self._checked)
+        digest = "" if resume_dir is None else fingerprint(predict, images, self._seed)
+        log = ResumeLog(resume_dir, digest, ranks.rank)
+        results: Results = dict(ranks.all_gather_list(list(log.results().items())))
+        results |= self._finish(predict, variants, images, items, results, log)
+        reports = {
+            name: self._report(images, ids, [item for item in items if item.variant == name], results)
+            for name in variants
         }
         if write is None:
-            self._ranks.barrier()  # every rank has the results
+            ranks.barrier()  # every rank has the results
         else:
-            self._ranks.run_on_rank0(lambda: write(results), "the evaluation cannot be written")
-        done.forget()
-        return results
+            ranks.run_on_rank0(lambda: write(reports), "the evaluation cannot be written")
+        log.forget()
+        return reports
 
     def _check_outputs(self, predict: nn.Module, images: EvalImages) -> None:
         batch = images.read(images.batches[0][:1]).to(self._ranks.device)
@@ -189,119 +150,70 @@ class Evaluator:
         for attack in self._attacks:
             attack.check_classes(outputs)
 
-    def _fingerprint(self, predict: nn.Module, images: EvalImages, partial: str | Path | None) -> str:
-        """Of all that a piece's result depends on besides its name."""
-        if partial is None:
-            return ""
-        digest = hashlib.sha256(f"{images.digest} {self._seed}".encode())
-        if isinstance(predict, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
-            digest.update(f"{predict.info} {predict.spec}".encode())
-        for name, tensor in chain(predict.named_parameters(), predict.named_buffers()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    def _finish(
+        self,
+        predict: nn.Module,
+        variants: Mapping[str, Callable[[], AbstractContextManager[None]]],
+        images: EvalImages,
+        items: list[WorkItem],
+        known: Results,
+        log: ResumeLog,
+    ) -> Results:
+        """Do what is not known yet, on all ranks together."""
+        ranks, counters, own = self._ranks, self._ranks.counters(), Results()
+        sizes = [number_in(threat.norm, threat.eps) for threat in self._threats]
+        progress = Progress(items, known, counters, ranks.world, sizes, self._shows)
+        todo = [item for item in items if item.name not in known]
+        with attack_mode(predict), in_full_fp32(), heartbeat(predict, counters):
+            for item, batch in take_turns(todo, images, counters, ranks.world):
+                start = time.monotonic()
+                with variants[item.variant]():
+                    own[item.name] = self._result(predict, item, batch.to(ranks.device))
+                log.keep(item.name, own[item.name])
+                progress.finished(item, own[item.name], time.monotonic() - start)
+            wait_for_all(counters, ranks.world)
+        return dict(ranks.all_gather_list(list(own.items())))
 
-    def _work_items(self, variants: Iterable[str], images: EvalImages, ids: np.ndarray) -> list[WorkItem]:
-        """All of them in their order: the last ones, which some ranks may have to wait for, are short."""
-        items = []
-        for variant in variants:
-            prefix = f"{variant}: " if variant else ""
-            for attack in self._attacks:
-                threats = self._threats[:1] if attack.kind == "clean" else self._threats
-                for number, threat in enumerate(threats):
-                    for batch in images.batches:
-                        name = f"{prefix}{attack.name} {threat.norm} {threat.eps!r} {int(batch[0])}"
-                        items.append(WorkItem(name, variant, attack, number, batch))
-            if self._check and self._threats[0].eps:
-                chosen = ids[stratified_order(images.index.labels[ids])[: self._check]]
-                cut = [chosen[i : i + _CHECK_BATCH] for i in range(0, len(chosen), _CHECK_BATCH)]
-                name = f"{prefix}checks of {self._check} {self._threats[0].norm} {self._threats[0].eps!r}"
-                items += [WorkItem(f"{name} {i}", variant, None, 0, np.sort(batch)) for i, batch in enumerate(cut)]
-
-        early = ("clean", "checks")
-
-        def turn(item: WorkItem) -> tuple[int, float]:
-            first = early.index(item.kind) if item.kind in early else len(early)
-            return first, -item.passes / len(item.ids)
-
-        return sorted(items, key=turn)
-
-    def _turns(self, items: list[WorkItem], images: EvalImages, counters: Counters) -> Iterator[tuple[WorkItem, Batch]]:
-        """The pieces that this rank gets, with their images; the next ones are read meanwhile,
-        while there are many."""
-        kept: OrderedDict[bytes, Batch] = OrderedDict()
-
-        def take() -> tuple[WorkItem, Batch] | None:
-            turn = counters.add("taken", 1) - 1
-            if turn >= len(items):
-                return None
-            item = items[turn]
-            key = item.ids.tobytes()
-            batch = kept.pop(key, None) or images.read(item.ids)
-            kept[key] = batch
-            while sum(map(len, kept.values())) > _KEPT:
-                kept.popitem(last=False)
-            return item, batch
-
-        with ThreadPoolExecutor(1, "images") as reader:
-            coming = reader.submit(take)
-            while (taken := coming.result()) is not None:
-                # towards the end a rank takes none that it does not begin yet: another one may be free before
-                early = len(items) - counters.add("taken", 0) > 2 * self._ranks.world
-                if early:
-                    coming = reader.submit(take)
-                yield taken
-                if not early:
-                    coming = reader.submit(take)
-
-    def _do(self, predict: nn.Module, item: WorkItem, batch: Batch) -> Any:
-        """Of an attack 0 or 1 for each id; of the checks their numbers."""
+    def _result(self, predict: nn.Module, item: WorkItem, batch: Batch) -> Any:
         threat, x = self._threats[item.radius], batch.pixels()
         if item.attack is None:
-            examined = checks.Examined(predict, x, batch.labels, batch.ids, threat, self._seed)
-            return {name: check(examined) for name, check in checks.CHECKS.items()}
+            return checks.measure(checks.CheckBatch(predict, x, batch.labels, batch.ids, threat, self._seed))
         right = item.attack.right(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
         return right.int().tolist()
 
-    def _results(
-        self, images: EvalImages, ids: np.ndarray, items: list[WorkItem], known: dict[str, Any]
-    ) -> dict[str, Any]:
-        index = images.index
-        scores: list[dict[str, Any]] = [{} for _ in self._threats]
-        columns: list[dict[EvalAttack, np.ndarray]] = [{} for _ in self._threats]
-        for number, attacks in enumerate(scores):
-            for attack in self._attacks:
-                correct = np.full(len(ids), -1)
-                for item in items:
-                    if (item.attack, item.radius) == (attack, number):
-                        correct[np.searchsorted(ids, item.ids)] = known[item.name]
-                if number == 0 or attack.kind != "clean":
-                    assert (correct >= 0).all(), f"{attack.name}: {(correct < 0).sum()} of {len(ids)} samples not seen"
-                    columns[number][attack] = correct == 1
-                    attacks[attack.name] = score(correct, index.labels[ids], index.classes)
-        measured = checks.joined([known[item.name] for item in items if item.attack is None])
+    def _report(self, images: EvalImages, ids: np.ndarray, items: list[WorkItem], results: Results) -> EvaluationReport:
+        labels, classes = images.index.labels[ids], images.index.classes
+        points: list[EpsPoint] = []
+        measured = checks.joined([results[item.name] for item in items if item.attack is None])
         warnings = checks.warnings(measured)
-        for number, threat in enumerate(self._threats):
-            warnings += checks.order_warnings(columns[number], f"eps = {threat.eps:.4g}: ")
-        if self._metadata["precision"] not in ("fp32", "fp64"):
-            warnings.append(
-                f"precision: computed in {self._metadata['precision']}; a figure to report is computed in fp32"
-            )
-        first = self._threats[0]
+        for radius, threat in enumerate(self._threats):
+            correct = {}
+            for attack in self._attacks if radius == 0 else [a for a in self._attacks if a.kind != "clean"]:
+                correct[attack] = np.full(len(ids), -1)
+                for item in items:
+                    if (item.attack, item.radius) == (attack, radius):
+                        correct[attack][np.searchsorted(ids, item.ids)] = results[item.name]
+                assert (correct[attack] >= 0).all(), f"{attack.name}: not every sample was seen"
+            scored = {attack.name: score(hits, labels, classes) for attack, hits in correct.items()}
+            points.append({"eps": threat.eps, "attacks": scored})
+            standing = {attack: hits == 1 for attack, hits in correct.items()}
+            warnings += checks.order_warnings(standing, f"eps = {threat.eps:.4g}: ")
+        if self._precision not in ("fp32", "fp64"):
+            warnings.append(f"precision: computed in {self._precision}; a figure to report is computed in fp32")
         return {
             "n": len(ids),
-            "eps": first.eps,
-            "norm": first.norm,
-            **self._metadata,
+            "eps": points[0]["eps"],
+            "norm": self._threats[0].norm,
+            "precision": self._precision,
+            "backbone": self._evaluated["backbone"],
+            "adapter": self._evaluated["adapter"],
+            "adapter_sha256": self._evaluated["adapter_sha256"],
             "seed": self._seed,
-            "data": index.hash,
+            "data": images.index.hash,
             "pictures": dict(images.settings),
             "ids": ids.tolist(),
-            "attacks": scores[0],
-            "more_eps": [
-                {"eps": threat.eps, "attacks": attacks}
-                for threat, attacks in zip(self._threats[1:], scores[1:], strict=True)
-            ],
+            "attacks": points[0]["attacks"],
+            "more_eps": points[1:],
             "checks": measured,
             "warnings": warnings,
         }

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,9 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation.evaluator import EvalImages, Evaluator
+from fulllora_dist.evaluation.evaluator import Evaluator
+from fulllora_dist.evaluation.images import EvalImages
+from fulllora_dist.evaluation.report import EvaluationReport
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -44,7 +45,7 @@ def evaluate(
     seed: int = 0,
     gradient_masking_samples: int = 0,
     workers: int = 0,
-) -> dict[str, Any]:
+) -> EvaluationReport:
     """Accuracy of `model` under each attack, in this process, on the device where the model lies.
 
     Args:
@@ -55,16 +56,18 @@ def evaluate(
         norm: "linf" or "l2".
         num_samples: how many images, drawn evenly over the classes; None takes all.
         gradient_masking_samples: on how many images symptoms of masked gradients are looked for; 0 looks for none.
-        workers: decoding threads.
+        batch_size: images a batch, where `data` is a folder.
+        seed: of the attacks' random starts.
+        workers: decoding threads, where `data` is a folder.
 
     Returns:
-        See `Evaluator.run`.
+        The content of evaluation.json, a plain dict: report["attacks"]["pgd20"]["accuracy"].
 
     Raises:
         UserError: unknown attacks, no shards there, classes that do not fit the model.
     """
     if isinstance(attacks, str):
-        raise UserError(f"attacks: {attacks!r} is one name; a list is right, e.g. [{attacks!r}]")
+        raise UserError(f"attacks must be a list of names, e.g. [{attacks!r}], got {attacks!r}")
     info = model.info if isinstance(model, AdaptedModel) else None
     if isinstance(data, (str, Path)):
         if info is None:
@@ -87,7 +90,13 @@ def evaluate(
     precision = model.precision if isinstance(model, AdaptedModel) else _precision(model)
     threat = threat_model(norm, radius)
     evaluator = Evaluator(
-        attacks, threat, ranks, seed=seed, check=gradient_masking_samples, backbone=name, precision=precision
+        attacks,
+        threat,
+        ranks,
+        seed=seed,
+        gradient_masking_samples=gradient_masking_samples,
+        backbone=name,
+        precision=precision,
     )
     return evaluator.run(model, data)
 

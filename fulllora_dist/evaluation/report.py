@@ -1,56 +1,188 @@
-"""evaluation.json, and what people read of it: a table, and figures beside the file."""
+"""evaluation.json: what it holds, and how it is written, read and checked."""
 
 import json
+import math
 import os
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from timm.data import ImageNetInfo
+import numpy as np
 
-from fulllora_dist.attacks.threat import size_in
+from fulllora_dist.attacks.settings import Norm
+from fulllora_dist.attacks.threat import number_in
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import wilson
-from fulllora_dist.plots.figures import Curve, least_and_most, per_class_bars, robustness_curve
 
 
-def write_evaluation(results: Mapping[str, Any], path: str | Path) -> None:
-    """evaluation.json, whole or not at all; its folder is made where there is none."""
+class Score(TypedDict):
+    """Accuracy under one attack at one eps.
+
+    Attributes:
+        accuracy: share of the images that the model classifies correctly.
+        low, high: bounds of its 95 % Wilson interval.
+        correct: 0 or 1 for each image, in the order of the report's ids.
+        per_class: {class name: [correct, n]}.
+    """
+
+    accuracy: float
+    low: float
+    high: float
+    correct: list[int]
+    per_class: dict[str, list[int]]
+
+
+class EpsPoint(TypedDict):
+    """Every attack but `clean` at one eps, in pixels of [0, 1]."""
+
+    eps: float
+    attacks: dict[str, Score]
+
+
+class EvaluationReport(TypedDict):
+    """The content of evaluation.json. What is not required may be missing from a report that others wrote.
+
+    Attributes:
+        n: number of images.
+        eps: radius of the ball of `attacks`, in pixels of [0, 1].
+        norm: of all balls, "linf" or "l2".
+        precision: what the model computes in: "fp32", "fp64", "bf16" or "fp16".
+        ids: of the images, ascending.
+        attacks: {name: its score at `eps`}.
+        warnings: what makes the figures doubtful, one line each.
+        more_eps: the attacks at further eps.
+        checks: {check for masked gradients: the numbers that it measured}; empty where none was made.
+        backbone, adapter, adapter_sha256: what was evaluated.
+        seed: of the attacks' random starts.
+        data: hash of the data set's index.
+        pictures: how the images were made from the data, and the batch size.
+    """
+
+    n: int
+    eps: float
+    norm: Norm
+    precision: str
+    ids: list[int]
+    attacks: dict[str, Score]
+    warnings: list[str]
+    more_eps: NotRequired[list[EpsPoint]]
+    checks: NotRequired[dict[str, dict[str, float]]]
+    backbone: NotRequired[str | None]
+    adapter: NotRequired[str | None]
+    adapter_sha256: NotRequired[str | None]
+    seed: NotRequired[int]
+    data: NotRequired[str]
+    pictures: NotRequired[dict[str, Any]]
+
+
+def score(correct: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Score:
+    """The score of one attack.
+
+    Args:
+        correct: 0 or 1 [n].
+        labels: int64 [n].
+        classes: their names.
+    """
+    hits, n = int(correct.sum()), len(correct)
+    low, high = wilson(hits, n)
+    per_class = {
+        name: [int(correct[labels == label].sum()), int((labels == label).sum())] for label, name in enumerate(classes)
+    }
+    return {"accuracy": hits / n, "low": low, "high": high, "correct": correct.tolist(), "per_class": per_class}
+
+
+def eps_points(report: EvaluationReport) -> list[EpsPoint]:
+    """The report's own eps, then the further ones; `clean` stands at the first."""
+    return [{"eps": report["eps"], "attacks": report["attacks"]}, *report.get("more_eps", ())]
+
+
+def scores(report: EvaluationReport) -> dict[tuple[float, str], Score]:
+    """{(eps, attack): score}; `clean` has eps 0."""
+    return {
+        (0.0 if name == "clean" else float(point["eps"]), name): score
+        for point in eps_points(report)
+        for name, score in point["attacks"].items()
+    }
+
+
+def attack_names(norm: str, attacks: Sequence[tuple[float, str]]) -> list[str]:
+    """(eps, attack) for messages: "pgd20 at 4/255"."""
+    return [name if eps == 0 else f"{name} at {number_in(norm, eps)}" for eps, name in attacks]
+
+
+def read_evaluation(path: str | Path) -> EvaluationReport:
+    """An evaluation.json.
+
+    Raises:
+        UserError: it cannot be read, or is no evaluation.json.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    return parse_evaluation(content, str(path))
+
+
+def parse_evaluation(content: bytes, name: str) -> EvaluationReport:
+    """The content of an evaluation.json, unchanged.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        UserError: it is no evaluation.json.
+    """
+    try:
+        report = json.loads(content)
+        n = len(report["ids"])
+        whole = all(len(s["correct"]) == n and {*s["correct"]} <= {0, 1} for s in scores(report).values())
+        listed = isinstance(report["warnings"], list)
+        if n and whole and listed and {"eps", "norm", "precision"} <= report.keys():
+            return report
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(f"{name} is no evaluation.json; evaluate.py --output writes one")
+
+
+def write_evaluation(report: EvaluationReport | Mapping[str, Any], path: str | Path) -> None:
+    """Write a report, of where robustness sits too: whole or not at all. Its folder is made where there is none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
-        file.write((json.dumps(results) + "\n").encode())
+        file.write((json.dumps(report) + "\n").encode())
 
 
-def write_figures(results: Mapping[str, Any], path: str | Path) -> list[Path]:
-    """Figures beside evaluation.json: accuracy of each class, and robust accuracy against eps where there are several.
+def check_unique_ids(report: EvaluationReport, name: str) -> None:
+    """Raises UserError: an image counts twice."""
+    repeated = len(report["ids"]) - len(set(report["ids"]))
+    if repeated:
+        raise UserError(f"{name}: {repeated} of {len(report['ids'])} ids are repeated; evaluate each image once")
+
+
+def check_accuracies(report: EvaluationReport, name: str) -> None:
+    """Refuse accuracies that do not follow from the images beside them, NaN among them, and images that count twice.
 
     Args:
-        path: of evaluation.json.
+        name: of the file, for messages.
 
-    Returns:
-        The files: evaluation_classes.png, evaluation_eps.png.
+    Raises:
+        UserError: naming the first of them.
     """
-    path, attacks = Path(path), results["attacks"]
-    files = [path.with_name(f"{path.stem}_classes.png")]
-    names = {label: _described(label) for label in next(iter(attacks.values()))["per_class"]}
-    strongest = _strongest(attacks)
-    per_class = {
-        name: {names[label]: counts for label, counts in attacks[name]["per_class"].items()}
-        for name in sorted(attacks, key=lambda name: name == strongest)  # that one last, the others as they stand
-    }
-    per_class_bars(per_class, caption(results)).savefig(files[0])
-    against_eps = path.with_name(f"{path.stem}_eps.png")
-    if results["more_eps"]:
-        figure = robustness_curve(_curves(results), trained_eps=None, attack="attack", norm=results["norm"])
-        figure.suptitle(f"n = {results['n']}, {results['precision']}", fontsize=10)
-        figure.savefig(against_eps)
-        files.append(against_eps)
-    else:
-        against_eps.unlink(missing_ok=True)  # of an evaluation that this one replaces
-    return files
+    check_unique_ids(report, name)
+    n = len(report["ids"])
+    for (eps, attack), score in scores(report).items():
+        hits = sum(score["correct"])
+        accuracy, low, high = score.get("accuracy", math.nan), score.get("low", math.nan), score.get("high", math.nan)
+        try:
+            fits = abs(accuracy - hits / n) < 1e-9 and low - 1e-9 <= accuracy <= high + 1e-9
+        except TypeError:
+            fits = False
+        if not fits:
+            raise UserError(
+                f"{name}: {attack} at eps {eps:.4g} has accuracy {accuracy} ({low} to {high}), but {hits} of {n} "
+                "images are correct; evaluate again"
+            )
 
 
 def check_output(path: str | Path) -> None:
@@ -65,74 +197,44 @@ def check_output(path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output: {path.parent} cannot be made ({error.strerror or error})") from None
+        raise UserError(f"--output: cannot create {path.parent} ({error.strerror or error})") from None
     if not os.access(path.parent, os.W_OK):
-        raise UserError(f"--output: {path.parent} cannot be written to; name a file in another folder")
+        raise UserError(f"--output: {path.parent} is not writable; name a file in another folder")
 
 
-_imagenet_names = cache(lambda: ImageNetInfo("imagenet-22k"))  # a table of 22,000 rows
+def read_replaced(path: str | Path) -> EvaluationReport | None:
+    """The evaluation that a new one would overwrite; None where there is none.
 
-
-def _described(label: str) -> str:
-    """A WordNet id of ImageNet with the first of its names; other classes as they are."""
-    names = _imagenet_names()
+    Raises:
+        UserError: the file there is no evaluation, naming --output.
+    """
+    if not Path(path).exists():
+        return None
     try:
-        return f"{names.label_name_to_description(label).split(',')[0]} ({label})"
-    except KeyError:
-        return label
+        return read_evaluation(path)
+    except UserError as error:
+        raise UserError(f"--output: {error}; name another file") from None
 
 
-def _curves(results: Mapping[str, Any]) -> list[Curve]:
-    """Of each attack, from its accuracy without one."""
-    points = [{"eps": results["eps"], "attacks": results["attacks"]}, *results["more_eps"]]
-    clean = results["attacks"].get("clean")
-    at_zero = {} if clean is None else {0.0: clean}
-    return [
-        Curve(name, at_zero | {point["eps"]: point["attacks"][name] for point in points})
-        for name in results["attacks"]
-        if name != "clean"
-    ]
+def check_replaced(
+    path: str | Path, attacks: Sequence[tuple[float, str]], norm: str, n: int, sha256: str | None
+) -> None:
+    """Refuse to overwrite an evaluation that has what the new one would not have, or a file that is no evaluation.
 
+    Args:
+        path: where the new one is to be written.
+        attacks: (eps, name) of the new one; `clean` at eps 0.
+        norm, n, sha256: its norm, number of images, and adapter.
 
-def caption(results: Mapping[str, Any]) -> str:
-    """What the figures are of, in a line."""
-    return f"n = {results['n']}, {size_in(results['norm'], results['eps'])}, {results['precision']}"
-
-
-def _strongest(attacks: Mapping[str, Any]) -> str:
-    """The one that leaves the fewest images right, the last of equal ones."""
-    return min(reversed(list(attacks)), key=lambda name: attacks[name]["accuracy"])
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """The results for people: each attack with its interval, other eps, the classes, and the warnings."""
-    attacks: Mapping[str, Any] = results["attacks"]
-    width = max(len("attack"), *(len(name) for name in attacks))
-    lines = [caption(results), ""]
-    lines.append(f"{'attack':<{width}}  accuracy %  95 % interval")
-    for name, score in attacks.items():
-        lines.append(f"{name:<{width}}  {with_interval(score)}")
-    for point in results["more_eps"]:
-        lines += ["", size_in(results["norm"], point["eps"])]
-        lines += [f"{name:<{width}}  {with_interval(score)}" for name, score in point["attacks"].items()]
-    per_class = {name: score["per_class"] for name, score in attacks.items()}
-    strongest = _strongest(attacks)
-    seen = {label: n for label, (_, n) in per_class[strongest].items() if n}
-    shown = least_and_most(per_class[strongest])
-    wide = max(len("class"), *(len(str(label)) for label in shown))
-    header = "  ".join(f"{name:>{max(6, len(name))}}" for name in attacks)
-    lines += ["", f"{'class':<{wide}}      n  {header}  95 % interval of {strongest}"]
-    for label, n in ((label, n) for label, n in seen.items() if label in shown):
-        cells = (f"{100 * per_class[name][label][0] / n:>{max(6, len(name))}.1f}" for name in attacks)
-        low, high = wilson(per_class[strongest][label][0], n)
-        lines.append(f"{label:<{wide}}  {n:>5}  {'  '.join(cells)}  {100 * low:.1f} to {100 * high:.1f}")
-    if len(shown) < len(seen):
-        lines.append(f"... and {len(seen) - len(shown)} classes between these, the least and the most robust ones")
-    if results.get("checks") and not results["warnings"]:
-        lines += ["", f"{len(results['checks'])} checks for masked gradients, no warning"]
-    return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])
-
-
-def with_interval(score: Mapping[str, Any]) -> str:
-    """Accuracy and 95 % interval in per cent, as columns of a table."""
-    return f"{100 * score['accuracy']:>10.2f}  {100 * score['low']:.1f} to {100 * score['high']:.1f}"
+    Raises:
+        UserError: naming --output.
+    """
+    old = read_replaced(path)
+    if old is None:
+        return
+    lost = attack_names(old["norm"], [key for key in scores(old) if key not in attacks])
+    lost += [] if len(old["ids"]) <= n else [f"{len(old['ids'])} images"]
+    lost += [] if old["norm"] == norm else [old["norm"]]
+    lost += [] if old.get("adapter_sha256") == sha256 else ["another adapter"]
+    if lost:
+        raise UserError(f"--output: {path} holds an evaluation of {', '.join(lost)}; name another file, or delete it")

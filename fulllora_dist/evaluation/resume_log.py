@@ -1,39 +1,57 @@
-"""What is done of an evaluation, on the disk of each rank, so that one that was killed goes on at its batch."""
+"""Finished work items of an evaluation, on the disk of each rank, so that one that was killed resumes at its batch."""
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation.images import EvalImages
+from fulllora_dist.models.finetune import AdaptedModel
 
 
 def items_done(output: str | Path) -> int:
-    """Lines of all evaluations under way whose evaluation*.json is to lie in a folder: whether they get on."""
+    """Finished work items of the evaluations under way whose evaluation*.json is to lie in a folder."""
     files = Path(output).glob("evaluation*.json.partial/*/rank-*.jsonl")
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
-class ResumeLog:
-    """Results of finished pieces of work by their names, a line each in a file of this rank alone.
+def fingerprint(predict: nn.Module, images: EvalImages, seed: int) -> str:
+    """Hash of all that the result of a work item depends on besides its name."""
+    digest = hashlib.sha256(f"{images.digest} {seed}".encode())
+    if isinstance(predict, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
+        digest.update(f"{predict.info} {predict.spec}".encode())
+    for name, tensor in chain(predict.named_parameters(), predict.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
-    A line that was cut short by a kill is passed over. Files of other evaluations (another `fingerprint`) lie in other
-    folders and are not looked at.
+
+class ResumeLog:
+    """Results of finished work items by their names, a line each in a file of this rank alone.
+
+    A line that was cut short by a kill is skipped. Files of other evaluations (another `fingerprint`) lie in other
+    folders and are not touched.
 
     Args:
-        place: folder; made with the first result. None keeps nothing.
-        fingerprint: hash of all that a result depends on besides its name.
+        folder: made with the first result. None keeps nothing.
+        fingerprint: see the function of that name.
         rank: of this process.
     """
 
-    def __init__(self, place: str | Path | None, fingerprint: str, rank: int):
-        self._folder = None if place is None else Path(place, fingerprint[:16])
+    def __init__(self, folder: str | Path | None, fingerprint: str, rank: int):
+        self._folder = None if folder is None else Path(folder, fingerprint[:16])
         self._main = rank == 0
         self._file = None if self._folder is None else self._folder / f"rank-{rank}.jsonl"
 
-    def found(self) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         """Results of all ranks whose files this machine sees."""
         return dict(self._lines())
 
@@ -62,7 +80,7 @@ class ResumeLog:
                     line = b"\n" + line  # what a kill cut short ends here
                 file.write(line)
         except OSError as error:
-            raise UserError(f"--output: {self._file} cannot be written ({error.strerror or error})") from None
+            raise UserError(f"--output: cannot write {self._file} ({error.strerror or error})") from None
 
     def forget(self) -> None:
         """The evaluation is written: remove this rank's file, on rank 0 also those of ranks that are no more, and the

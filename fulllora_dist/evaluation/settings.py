@@ -14,10 +14,10 @@ class EvaluationSettings(Settings):
     num_samples: int | None = Field(None, ge=1)
     """How many images, drawn evenly over the classes; null takes all."""
     first: int | None = Field(None, ge=1)
-    """Instead of n, so many from the beginning of the index."""
+    """Instead of num_samples, so many from the beginning of the index."""
     ids: str | None = None
-    """Instead of n, a text file (path or URL) with an id or an image's name a line, as RobustBench's 5,000."""
+    """Instead of num_samples, a text file (path or URL) with one id or image name a line, as RobustBench's 5,000."""
     gradient_masking_samples: int = Field(50, ge=0)
-    """On how many images symptoms of masked gradients are looked for; 0 looks for none."""
+    """How many images are checked for symptoms of masked gradients; 0 checks none."""
     batch_size: int = Field(64, ge=1)
     """Images a rank and batch."""

@@ -4,13 +4,15 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial as bind
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.compare import compare
-from fulllora_dist.evaluation.evaluator import EvalImages, Evaluator
+from fulllora_dist.evaluation.evaluator import Evaluator
+from fulllora_dist.evaluation.images import EvalImages
+from fulllora_dist.evaluation.report import EvaluationReport
 from fulllora_dist.models.branches import Branch, branches_of, disable_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 
@@ -20,7 +22,7 @@ _SHARED = ("n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids"
 
 @dataclass(frozen=True)
 class _Group:
-    """Branches that are switched off together."""
+    """Branches that are disabled together."""
 
     by: str
     name: str
@@ -28,6 +30,7 @@ class _Group:
 
     @property
     def variant(self) -> str:
+        """Name of the model without them."""
         return f"without {self.by} {self.name}".rstrip()
 
 
@@ -41,7 +44,7 @@ def parse_by(names: str) -> tuple[By, ...]:
     for name in names.split(","):
         known = [by for by in get_args(By) if by == name]
         if not known:
-            raise UserError(f"--by: {name!r} is unknown; known: {', '.join(get_args(By))}, several as component,block")
+            raise UserError(f"--by: {name!r} is unknown; known: {', '.join(get_args(By))}; several: component,block")
         chosen += known
     return tuple(dict.fromkeys(chosen))
 
@@ -51,25 +54,25 @@ def where_robustness_sits(
     evaluator: Evaluator,
     images: EvalImages,
     by: Sequence[By] = ("component", "block"),
-    partial: str | Path | None = None,
+    resume_dir: str | Path | None = None,
     write: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The norm of each branch relative to W, and what each group of branches is worth.
 
-    A group is worth what is lost when it is switched off and the adversarial examples are made anew, against the model
-    without it: the same images, the same random starts, the attack's full knowledge of what is left. Losses of groups
+    A group is worth what is lost when it is disabled and the adversarial examples are made anew, against the model
+    without it: the same images, the same random starts, the attack's full knowledge of what remains. Losses of groups
     need not add up.
 
     Args:
         evaluator: its attacks; all ranks together, as in `Evaluator.run`.
-        by: what is switched off at a time: every branch of a component, of a block, or each branch alone.
-        partial, write: see `Evaluator.run`.
+        by: what is disabled at a time: every branch of a component, of a block, or each branch alone.
+        resume_dir, write: see `Evaluator.run`.
 
     Returns:
         On every rank the same: {"n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids", "data",
         "warnings": as in evaluation.json; "branches": [{"name", "component", "block", "norm": of (alpha / r) B A,
         "weight_norm", "relative": their ratio, None where W is zero}]; "always_on": names of the backbone's own tensors
-        that were trained, which no branch switches; "intact": {attack: score}; "off": [{"by": "all" or one of `by`,
+        that were trained, which belong to no branch; "intact": {attack: score}; "off": [{"by": "all" or one of `by`,
         "name", "branches": [their names], "relative": of all of them together, "attacks": {attack: score and "lost",
         "lost_low", "lost_high": intact minus this, with the 95 % interval of a paired bootstrap, "p": McNemar's}}]}.
 
@@ -79,25 +82,17 @@ def where_robustness_sits(
     branches = branches_of(model)
     groups = _groups(branches, by)
     variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"intact": nullcontext}
-    variants |= {group.variant: bind(disable_adapter, group.branches) for group in groups}
+    variants |= {group.variant: partial(disable_adapter, group.branches) for group in groups}
     norms = {branch.name: (branch.norm(), branch.weight_norm()) for branch in branches}
 
     def relative(some: Iterable[Branch]) -> float | None:
-        ours, theirs = (math.hypot(*(norms[branch.name][i] for branch in some)) for i in (0, 1))
-        return ours / theirs if theirs else None
+        added, frozen = (math.hypot(*(norms[branch.name][i] for branch in some)) for i in (0, 1))
+        return added / frozen if frozen else None
 
-    def losses(without: dict[str, Any], intact: dict[str, Any]) -> dict[str, Any]:
-        rows = compare(without, intact)["rows"]
-        named = {"lost": "difference", "lost_low": "low", "lost_high": "high", "p": "p"}
+    def results(reports: dict[str, EvaluationReport]) -> dict[str, Any]:
+        intact = reports["intact"]
         return {
-            row["attack"]: without["attacks"][row["attack"]] | {ours: row[key] for ours, key in named.items()}
-            for row in rows
-        }
-
-    def described(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        intact = found["intact"]
-        return {
-            **{key: intact[key] for key in _SHARED},
+            **{key: value for key, value in intact.items() if key in _SHARED},
             "branches": [
                 {
                     "name": branch.name,
@@ -117,23 +112,37 @@ def where_robustness_sits(
                     "name": group.name,
                     "branches": [branch.name for branch in group.branches],
                     "relative": relative(group.branches),
-                    "attacks": losses(found[group.variant], intact),
+                    "attacks": _losses(reports[group.variant], intact),
                 }
                 for group in groups
             ],
         }
 
-    whole = None if write is None else lambda found: write(described(found))
-    return described(evaluator.run_variants(model, variants, images, partial, whole))
+    write_all = None if write is None else lambda reports: write(results(reports))
+    return results(evaluator.run_variants(model, variants, images, resume_dir, write_all))
+
+
+def _losses(without: EvaluationReport, intact: EvaluationReport) -> dict[str, Any]:
+    """{attack: score, and what is lost against the intact model}."""
+    return {
+        row["attack"]: {
+            **without["attacks"][row["attack"]],
+            "lost": row["difference"],
+            "lost_low": row["low"],
+            "lost_high": row["high"],
+            "p": row["p"],
+        }
+        for row in compare(without, intact)["rows"]
+    }
 
 
 def _groups(branches: Sequence[Branch], by: Sequence[By]) -> list[_Group]:
     """All at once, and those of each name in forward order."""
     groups = [_Group("all", "", tuple(branches))]
-    for way in by:
+    for grouping in by:
         together: dict[str, list[Branch]] = {}
         for branch in branches:
-            key = branch.name.replace(".lnlora", "") if way == "branch" else getattr(branch, way)
+            key = branch.name.replace(".lnlora", "") if grouping == "branch" else getattr(branch, grouping)
             together.setdefault(key, []).append(branch)
-        groups += [_Group(way, name, tuple(some)) for name, some in together.items()]
+        groups += [_Group(grouping, name, tuple(some)) for name, some in together.items()]
     return groups

@@ -4,65 +4,58 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.evaluation.report import caption, with_interval
+from fulllora_dist.attacks.threat import size_in
+from fulllora_dist.core.text_table import text_table
+from fulllora_dist.evaluation.summary import accuracy_cells
 from fulllora_dist.models.branches import by_place
 from fulllora_dist.plots.branch_figure import Loss, branch_figure
 
+Results = Mapping[str, Any]
+"""What `where_robustness_sits` returns."""
 
-def where_table(results: Mapping[str, Any]) -> str:
+
+def where_table(results: Results) -> str:
     """The norms by block and component, and what is lost without each group of branches."""
-    attacks = list(results["intact"])
-    intact = ", ".join(f"{name} {with_interval(score).strip()}" for name, score in results["intact"].items())
-    lines = [caption(results), f"intact, %: {intact}", ""]
-    lines += ["norm of (alpha / r) B A over that of W, %", *_columns(_norm_rows(results)), ""]
-    head = ["switched off", "B A / W %"]
-    for name in attacks:
-        head += [f"{name} %", "lost (95 %)", "p"]
-    rows = [head]
+    intact = (f"{name} {'  '.join(accuracy_cells(score))}" for name, score in results["intact"].items())
+    rows = [["disabled", "B A / W %"]]
+    for name in results["intact"]:
+        rows[0] += [f"{name} %", "lost (95 %)", "p"]
     for group in results["off"]:
-        row = [f"{group['by']} {group['name']}".rstrip(), _percent(group["relative"])]
-        for name in attacks:
-            score = group["attacks"][name]
-            lost, low, high = (100 * score[key] for key in ("lost", "lost_low", "lost_high"))
-            row += [f"{100 * score['accuracy']:.1f}", f"{lost:+.1f} ({low:+.1f} to {high:+.1f})", f"{score['p']:.2g}"]
-        rows.append(row)
-    lines += _columns(rows)
+        rows.append([f"{group['by']} {group['name']}".rstrip(), _percent(group["relative"])])
+        for score in group["attacks"].values():
+            lost, low, high = (100 * share for share in _loss(score))
+            rows[-1] += [_percent(score["accuracy"]), f"{lost:+.1f} ({low:+.1f} to {high:+.1f})", f"{score['p']:.2g}"]
+    sections = [
+        f"{_caption(results)}\nintact, %: {', '.join(intact)}",
+        f"norm of (alpha / r) B A over that of W, %\n{text_table(_norm_rows(results), 'lr')}",
+        text_table(rows, "lr"),
+    ]
     if results["always_on"]:
-        lines += ["", f"trained without a branch, and never off: {', '.join(results['always_on'])}"]
-    return "\n".join([*lines, *(f"warning: {text}" for text in results["warnings"])])
+        sections.append(f"trained without a branch, and never disabled: {', '.join(results['always_on'])}")
+    return "\n".join(["\n\n".join(sections), *(f"warning: {line}" for line in results["warnings"])])
 
 
-def cells(results: Mapping[str, Any]) -> dict[tuple[str, ...], float | None]:
-    """{(block, component): relative norm}, in forward order."""
+def _caption(results: Results) -> str:
+    return f"n = {results['n']}, {size_in(results['norm'], results['eps'])}, {results['precision']}"
+
+
+def relative_norms(results: Results) -> dict[tuple[str, ...], float | None]:
+    """{(block, component): norm of (alpha / r) B A relative to that of W}, in forward order."""
     return by_place((branch["block"], branch["component"], branch["relative"]) for branch in results["branches"])
 
 
-def _norm_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    placed = cells(results)
-    components = list(dict.fromkeys(component for _, component in placed))
-    rows = [["block", *components]]
-    for block in dict.fromkeys(block for block, _ in placed):
-        rows.append([block, *(_percent(placed.get((block, component))) for component in components)])
-    return rows
+def _norm_rows(results: Results) -> list[list[str]]:
+    norms = relative_norms(results)
+    blocks, components = (list(dict.fromkeys(names)) for names in zip(*norms, strict=True))
+    rows = ([block, *(_percent(norms.get((block, component))) for component in components)] for block in blocks)
+    return [["block", *components], *rows]
 
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _columns(rows: list[list[str]]) -> list[str]:
-    """Aligned: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.rjust(width) if i else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def where_figure(results: Mapping[str, Any], path: str | Path) -> Path:
+def where_figure(results: Results, path: str | Path) -> Path:
     """Draw the results beside where.json.
 
     Args:
@@ -76,22 +69,22 @@ def where_figure(results: Mapping[str, Any], path: str | Path) -> Path:
     losses: dict[str, list[Loss]] = {}
     for group in results["off"]:
         name = places[group["branches"][0]] if group["by"] == "branch" else group["name"]
-        losses.setdefault(group["by"], []).append(Loss(name, *(_loss(group, name) for name in (attack, "clean"))))
-    (everything,) = (group for group in results["off"] if group["by"] == "all")
+        loss = Loss(name, *(_loss(group["attacks"][which]) for which in (attack, "clean")))
+        losses.setdefault(group["by"], []).append(loss)
     del losses["all"]
+    (everything,) = (group for group in results["off"] if group["by"] == "all")
     figure = branch_figure(
-        cells(results),
+        relative_norms(results),
         losses,
         attack=attack,
         intact=results["intact"][attack]["accuracy"],
         all_off=everything["attacks"][attack]["accuracy"],
-        caption=caption(results),
+        caption=_caption(results),
     )
     file = Path(path).with_suffix(".png")
     figure.savefig(file)
     return file
 
 
-def _loss(group: Mapping[str, Any], attack: str) -> tuple[float, float, float]:
-    score = group["attacks"][attack]
+def _loss(score: Mapping[str, float]) -> tuple[float, float, float]:
     return score["lost"], score["lost_low"], score["lost_high"]

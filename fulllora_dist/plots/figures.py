@@ -7,6 +7,7 @@ marks, too.
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -56,7 +57,7 @@ class Curve:
     """
 
     name: str
-    scores: Mapping[float, Mapping[str, float]]
+    scores: Mapping[float, Mapping[str, Any]]
 
 
 def in_255ths(eps: float) -> str:
@@ -191,7 +192,7 @@ def robustness_curve(
     return figure
 
 
-def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], caption: str) -> Figure:
+def per_class_bars(per_class: Mapping[str, Mapping[str, Sequence[int]]], caption: str) -> Figure:
     """Accuracy of each class, the least robust on top: a bar with its 95 % interval for the last attack, a mark for
     each of the others. Of many classes the 20 least and the 20 most robust ones.
 
@@ -238,7 +239,7 @@ def per_class_bars(per_class: Mapping[str, Mapping[str, tuple[int, int]]], capti
     return figure
 
 
-def least_and_most(per_class: Mapping[str, tuple[int, int]]) -> set[str]:
+def least_and_most(per_class: Mapping[str, Sequence[int]]) -> set[str]:
     """The classes to show: all, or of many the least and the most robust ones, equally many of each.
 
     Args:

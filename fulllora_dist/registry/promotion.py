@@ -5,15 +5,14 @@ lies above minus the margin, so that a loss of more than the margin is excluded.
 interval, and the less can be excluded.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation.compare import check_accuracies, compare
+from fulllora_dist.evaluation.compare import compare
+from fulllora_dist.evaluation.report import EvaluationReport, Score, check_accuracies
 
-Evaluation = Mapping[str, Any]
+Evaluation = EvaluationReport
 _SHOWN = {"precision": "precision", "norm": "norm", "data": "data (digest of the index)"}
 
 
@@ -100,7 +99,7 @@ def _alone(candidate: Evaluation, rules: Rules, threat: str | None) -> tuple[lis
     return reasons, [f"{attack}: {_percent(score)}" for attack, score in attacks.items()]
 
 
-def _percent(score: Mapping[str, float]) -> str:
+def _percent(score: Score) -> str:
     return f"{score['accuracy']:.2%} ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation.compare import check_accuracies
+from fulllora_dist.evaluation.report import EvaluationReport, check_accuracies
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.card import model_card
@@ -51,7 +51,7 @@ def publish(
     registry: Registry,
     folder: str,
     *,
-    evaluation: Mapping[str, Any] | None = None,
+    evaluation: EvaluationReport | None = None,
     name: str | None = None,
     data: str | None = None,
     lineage: Lineage | None = None,
@@ -89,16 +89,17 @@ def publish(
     return version
 
 
-def _check_evaluation(evaluation: Mapping[str, Any], description: AdapterDescription) -> None:
+def _check_evaluation(evaluation: EvaluationReport, description: AdapterDescription) -> None:
     check_accuracies(evaluation, "evaluation.json")
     if evaluation.get("backbone") not in (None, description.backbone.name):
         raise UserError(
             f"evaluation.json is of the backbone {evaluation['backbone']}, the adapter's is "
             f"{description.backbone.name}; give its own evaluation"
         )
-    if evaluation.get(SHA256) not in (None, description.sha256):
+    sha256 = evaluation.get("adapter_sha256")
+    if sha256 not in (None, description.sha256):
         raise UserError(
-            f"evaluation.json is of the adapter {evaluation[SHA256][:12]}, this one is {description.sha256[:12]}; "
+            f"evaluation.json is of the adapter {str(sha256)[:12]}, this one is {description.sha256[:12]}; "
             "give its own evaluation"
         )
 

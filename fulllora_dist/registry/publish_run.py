@@ -3,7 +3,7 @@
 import os
 import shlex
 
-from fulllora_dist.evaluation.compare import read_evaluation
+from fulllora_dist.evaluation.report import read_evaluation
 from fulllora_dist.registry.publish import publish
 from fulllora_dist.registry.registry import Registry
 from fulllora_dist.registry.version_tags import Lineage

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation.compare import parse_evaluation
+from fulllora_dist.evaluation.report import EvaluationReport, parse_evaluation
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.mlflow_client import Store, StoreError
@@ -202,7 +202,7 @@ class Registry:
         with tempfile.TemporaryDirectory() as folder:
             self.fetch(version.address, folder)
 
-    def evaluation(self, version: Version) -> dict[str, Any] | None:
+    def evaluation(self, version: Version) -> EvaluationReport | None:
         """Its evaluation.json; None where it was never evaluated.
 
         Raises:

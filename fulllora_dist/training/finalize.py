@@ -6,7 +6,7 @@ from typing import Any
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import table, write_evaluation, write_figures
+from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
 from fulllora_dist.registry.registry import data_name
 from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
@@ -111,14 +111,14 @@ def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None
     evaluator = build_evaluator(config, model.info, run.ranks, adapter, adapter_sha256(model))
     stream = build_eval_stream(config, validation, model.info, run.ranks, subset=check_evaluation(config))
 
-    def write(results: dict[str, Any]) -> None:
-        print(table(results), file=sys.stdout, flush=True)
-        write_evaluation(results, path)
-        run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in results["attacks"].items()}, step)
+    def write(report: EvaluationReport) -> None:
+        print(table(report), file=sys.stdout, flush=True)
+        write_evaluation(report, path)
+        run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in report["attacks"].items()}, step)
         run.tracker.commit(step)
-        for file in (path, *write_figures(results, path)):
+        for file in (path, *write_figures(report, path)):
             run.tracker.artifact(str(file))
         show_end(run.tracker, config, model, stream)
 
-    evaluator.run(model, stream, partial=f"{path}.partial", write=write)
+    evaluator.run(model, stream, resume_dir=f"{path}.partial", write=write)
     run.gather_samples()

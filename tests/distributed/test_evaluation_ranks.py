@@ -20,7 +20,7 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import EvalAttack, Evaluator, work_items
+from fulllora_dist.evaluation import EvalAttack, Evaluator, progress
 
 EPS = 0.2 / 255
 ATTACKS = ["clean", "fgsm", "pgd3x2", "apgd-ce"]
@@ -75,7 +75,8 @@ def _evaluate(
     _log_turns(ranks.rank, log, kill[1] if ranks.rank == kill[0] else 0, pauses[ranks.rank])
     before = torch.get_rng_state()
     more = [Linf(EPS / 2), Linf(2 * EPS)]
-    evaluator = Evaluator(attacks, Linf(EPS), ranks, more=more, seed=3, check=check, progress=False)
+    samples = {"gradient_masking_samples": check}
+    evaluator = Evaluator(attacks, Linf(EPS), ranks, more_threats=more, seed=3, progress=False, **samples)
     results = evaluator.run(Sensitive(), _stream(shards), partial)
     assert torch.equal(torch.get_rng_state(), before)
     return results
@@ -186,7 +187,7 @@ class Slow(nn.Module):
 
 def _outlast(ranks: Comm, shards: str, seconds: float) -> int:
     dataclasses.replace(ranks, patience=timedelta(seconds=seconds)).limit_waiting()
-    work_items.STILL_SECONDS = 2.0
+    progress.STILL_SECONDS = 2.0
     evaluator = Evaluator(["pgd10"], Linf(EPS), ranks, progress=False)
     return evaluator.run(Slow(ranks.rank), _stream(shards, 10))["n"]
 

@@ -33,7 +33,7 @@ def experiment(shards: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {"num_classes": 3, "image_size": SIDE, "model_kwargs": ARCHITECTURE, "mean": [0.5] * 3, "std": [0.5] * 3}
     bare = fd.create_model(BACKBONE, pretrained=False, finetune="full", **model)
     save_file(bare.backbone.state_dict(), folder / "backbone.safetensors")
-    model["checkpoint"] = str(folder / "backbone.safetensors")
+    model["checkpoint_path"] = str(folder / "backbone.safetensors")
     for finetune in ("fulllora", "full", "head"):
         settings = {"rank": 2} if finetune == "fulllora" else {}
         adapted = stir(fd.create_model(BACKBONE, finetune=finetune, **model, **settings))
@@ -130,7 +130,7 @@ def test_two_ranks_equal_one_also_after_a_kill(server: RankServer, experiment: P
             ["--attack", "clean"],
             "--attack: clean; clean is always measured, name one that changes images",
         ),
-        (["--attack", "pdg10"], "'pdg10' is no attack"),
+        (["--attack", "pdg10"], "unknown attack 'pdg10'"),
         (["--num-samples", "0"], "evaluation.num_samples: "),
         (["data.validation=null"], "data.validation is not set"),
     ],

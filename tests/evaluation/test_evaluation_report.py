@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from fulllora_dist.evaluation import table, write_figures
-from fulllora_dist.evaluation.score import score
+from fulllora_dist.evaluation.report import score
 from fulllora_dist.plots.figures import Curve, per_class_bars, robustness_curve
 
 

@@ -148,7 +148,7 @@ def test_a_weight_of_zeros_and_a_head_that_was_trained(images: Path) -> None:
     assert none == ["blocks.0.attn.proj.lnlora"]
     json.dumps(found, allow_nan=False)
     assert found["always_on"] == ["head.weight", "head.bias"]
-    assert where_table(found).splitlines()[-1] == "trained without a branch, and never off: head.weight, head.bias"
+    assert where_table(found).splitlines()[-1] == "trained without a branch, and never disabled: head.weight, head.bias"
 
 
 def test_ways_to_group() -> None:

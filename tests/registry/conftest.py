@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fulllora_dist as fd
-from fulllora_dist.evaluation.score import score
+from fulllora_dist.evaluation.report import score
 from fulllora_dist.registry.registry import Registry
 from tests.services.mlflow_server import MlflowServer
 from tests.tiny import CLASSES, stir, tiny

@@ -144,7 +144,7 @@ def examine(adapter: Path, broken: str | None = None) -> dict[str, Any]:
     images: EvalImages = EvalStream(DEMO / "shards" / "val", batch_size=50, transform=transform)
     around, other = (None, None) if broken is None else BROKEN[broken]
     predict, seen = around(model) if around else model, other(images) if other else images
-    return evaluate(predict, seen, attacks=("clean", "pgd20"), eps=EPS, check=IMAGES)
+    return evaluate(predict, seen, attacks=("clean", "pgd20"), eps=EPS, gradient_masking_samples=IMAGES)
 
 
 def cell(check: str, numbers: Numbers) -> str:
@@ -180,7 +180,7 @@ def main() -> None:
     train_full()
     rows = [row(name, examine(adapter)) for name, adapter in HEALTHY.items()]
     rows += [row(name, examine(HEALTHY["FullLoRA"], name)) for name in BROKEN]
-    head = HEAD.format(n=IMAGES, checks=" | ".join(CHECKS), lines="---|" * len(CHECKS))
+    head = HEAD.format(n=IMAGES, checks=" | ".join(check.name for check in CHECKS), lines="---|" * len(CHECKS))
     PAGE.write_text(head + "".join(rows) + LEGEND)
 
 

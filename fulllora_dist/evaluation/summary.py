@@ -1,0 +1,114 @@
+"""What people read of an evaluation: a table, and figures beside evaluation.json."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from timm.data import ImageNetInfo
+
+from fulllora_dist.attacks.threat import size_in
+from fulllora_dist.core.stats import wilson
+from fulllora_dist.core.text_table import text_table
+from fulllora_dist.evaluation.report import EvaluationReport, Score, eps_points
+from fulllora_dist.plots.figures import Curve, least_and_most, per_class_bars, robustness_curve
+
+
+def table(report: EvaluationReport) -> str:
+    """Each attack with its interval at each eps, the classes, and the warnings."""
+    attacks = report["attacks"]
+    width = max(map(len, ("attack", *attacks)))
+    blocks = [caption(report), ""]
+    for k, point in enumerate(eps_points(report)):
+        blocks += ["", size_in(report["norm"], point["eps"])] if k else []
+        rows = [(name.ljust(width), *accuracy_cells(score)) for name, score in point["attacks"].items()]
+        blocks.append(text_table([("attack", "accuracy %", "95 % interval"), *rows], "lrl"))
+    blocks += ["", _class_table(attacks)]
+    if report.get("checks") and not report["warnings"]:
+        blocks += ["", f"{len(report['checks'])} checks for masked gradients, no warning"]
+    return "\n".join([*blocks, *(f"warning: {line}" for line in report["warnings"])])
+
+
+def _class_table(attacks: Mapping[str, Score]) -> str:
+    """The accuracy of each class under each attack; of many classes the least and the most robust ones."""
+    strongest = _strongest(attacks)
+    counts = attacks[strongest]["per_class"]
+    seen = {label: n for label, (_, n) in counts.items() if n}
+    shown = least_and_most(counts)
+    rows = [("class", "n", *attacks, f"95 % interval of {strongest}")]
+    for label in (label for label in seen if label in shown):
+        accuracies = (score["per_class"][label][0] / seen[label] for score in attacks.values())
+        cells = (f"{100 * accuracy:.1f}" for accuracy in accuracies)
+        rows.append((label, str(seen[label]), *cells, interval(*wilson(counts[label][0], seen[label]))))
+    text = text_table(rows, "l" + "r" * (1 + len(attacks)) + "l")
+    if len(shown) < len(seen):
+        text += f"\n... and {len(seen) - len(shown)} classes between these, the least and the most robust ones"
+    return text
+
+
+def caption(report: EvaluationReport) -> str:
+    """What the figures are of, in a line."""
+    return f"n = {report['n']}, {size_in(report['norm'], report['eps'])}, {report['precision']}"
+
+
+def interval(low: float, high: float) -> str:
+    """Bounds in per cent."""
+    return f"{100 * low:.1f} to {100 * high:.1f}"
+
+
+def accuracy_cells(score: Score) -> tuple[str, str]:
+    """Accuracy and 95 % interval in per cent, as cells of a table."""
+    return f"{100 * score['accuracy']:.2f}", interval(score["low"], score["high"])
+
+
+def write_figures(report: EvaluationReport, path: str | Path) -> list[Path]:
+    """Figures beside evaluation.json: accuracy of each class, and robust accuracy against eps where there are several.
+
+    Args:
+        path: of evaluation.json.
+
+    Returns:
+        The files: evaluation_classes.png, evaluation_eps.png.
+    """
+    path, attacks = Path(path), report["attacks"]
+    strongest = _strongest(attacks)
+    per_class = {
+        name: {_class_name(label): counts for label, counts in attacks[name]["per_class"].items()}
+        for name in sorted(attacks, key=lambda name: name == strongest)  # that one last, the others in their order
+    }
+    of_classes, against_eps = (path.with_name(f"{path.stem}_{what}.png") for what in ("classes", "eps"))
+    per_class_bars(per_class, caption(report)).savefig(of_classes)
+    if not report.get("more_eps"):
+        against_eps.unlink(missing_ok=True)  # of an evaluation that this one replaces
+        return [of_classes]
+    figure = robustness_curve(_curves(report), trained_eps=None, attack="attack", norm=report["norm"])
+    figure.suptitle(f"n = {report['n']}, {report['precision']}", fontsize=10)
+    figure.savefig(against_eps)
+    return [of_classes, against_eps]
+
+
+_imagenet_names = cache(lambda: ImageNetInfo("imagenet-22k"))  # a table of 22,000 rows
+
+
+@cache
+def _class_name(label: str) -> str:
+    """A WordNet id of ImageNet with the first of its names; other classes as they are."""
+    try:
+        return f"{_imagenet_names().label_name_to_description(label).split(',')[0]} ({label})"
+    except KeyError:
+        return label
+
+
+def _curves(report: EvaluationReport) -> list[Curve]:
+    """One of each attack, from the clean accuracy on."""
+    attacks = report["attacks"]
+    at_zero = {0.0: attacks["clean"]} if "clean" in attacks else {}
+    return [
+        Curve(name, at_zero | {point["eps"]: point["attacks"][name] for point in eps_points(report)})
+        for name in attacks
+        if name != "clean"
+    ]
+
+
+def _strongest(attacks: Mapping[str, Score]) -> str:
+    """The one that leaves the fewest images correct, the last of equal ones."""
+    return min(reversed(list(attacks)), key=lambda name: attacks[name]["accuracy"])
