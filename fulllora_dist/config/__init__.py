@@ -1,0 +1,1 @@
+"""One YAML file and key=value overrides, checked into a `Config`."""

@@ -1,0 +1,1 @@
+"""Ranks, DeepSpeed's engine at any ZeRO stage, the learning rate schedule, signals."""

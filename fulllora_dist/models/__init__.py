@@ -1,0 +1,1 @@
+"""The frozen timm backbone, LNLoRA branches beside its layers, adapter files."""

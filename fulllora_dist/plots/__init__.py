@@ -1,0 +1,1 @@
+"""Figures: examples, robustness curves, training curves, maps of branches."""

@@ -1,0 +1,1 @@
+"""Adapters in MLflow's model registry: published, promoted, rolled back, loaded."""

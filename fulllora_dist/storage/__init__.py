@@ -1,0 +1,1 @@
+"""Files and byte ranges on disks, in buckets and over HTTP; retries and a local cache."""

@@ -1,0 +1,1 @@
+"""The training run: loop, phases, guard, resume, and what it leaves behind."""
