@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from fulllora_dist.attacks.pgd import pgd
     from fulllora_dist.core.errors import UserError
     from fulllora_dist.evaluation import evaluate
+    from fulllora_dist.models.adapt import create_model
+    from fulllora_dist.models.adapted_model import AdaptedModel
     from fulllora_dist.models.adapter_file import save_adapter
-    from fulllora_dist.models.finetune import AdaptedModel, create_model
     from fulllora_dist.registry.address import MultiAdapter, load
 
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ from fulllora_dist.commands.plan import IMAGENET, estimate
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.finetune import create_model
+from fulllora_dist.models.adapt import create_model
 from fulllora_dist.training.build import build_model, check_inputs
 from fulllora_dist.training.phases import Phases, build_phases
 from tests.methods.test_methods import PlainEngine, start

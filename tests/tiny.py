@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.models.adapt import create_model
+from fulllora_dist.models.adapted_model import AdaptedModel
 
 SIDE = 16
 CLASSES = 4

@@ -25,8 +25,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fulllora_dist.models.adapt import create_model
 from fulllora_dist.models.adapter_file import save_adapter
-from fulllora_dist.models.finetune import create_model
 from fulllora_dist.models.multi_adapter import MultiAdapter
 from fulllora_dist.registry.address import load
 

@@ -31,8 +31,9 @@ from fulllora_dist.distributed.comm import Comm, start_comm, stop_comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.methods import METHODS
+from fulllora_dist.models.adapt import create_model
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.families import family_of
-from fulllora_dist.models.finetune import AdaptedModel, create_model
 from fulllora_dist.models.precision import compute_in_bf16
 
 EPS = 4 / 255

@@ -35,8 +35,8 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import load, read_adapter
-from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.plots.figures import Attacked, Curve, demo_image, in_255ths
 from fulllora_dist.registry.champion import promote
 from fulllora_dist.registry.promotion import Rules

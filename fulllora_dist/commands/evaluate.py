@@ -17,9 +17,9 @@ from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.evaluation import EvaluationReport, check_output, table, write_evaluation, write_figures
 from fulllora_dist.evaluation.report import check_replaced, read_replaced
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
 from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings
 from fulllora_dist.registry.address import in_mlflow, load, resolved
 from fulllora_dist.storage.urls import redacted

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import size_in
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training.build import build_model, check_files, check_settings, load_index
 from fulllora_dist.training.phases import build_phases
 

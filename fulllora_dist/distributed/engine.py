@@ -22,7 +22,7 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.schedule import check_batch, learning_rate
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.distributed.zero_state import MOMENTS, TrainableState, ZeroState
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 
 
 def deepspeed_settings(

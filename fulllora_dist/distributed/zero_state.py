@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

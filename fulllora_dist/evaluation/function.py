@@ -17,8 +17,8 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.report import EvaluationReport
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.finetune import AdaptedModel
 
 
 def eval_transform(

@@ -14,7 +14,7 @@ from torch import nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.images import EvalImages
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 
 
 def items_done(output: str | Path) -> int:

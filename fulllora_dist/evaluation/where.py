@@ -13,8 +13,8 @@ from fulllora_dist.evaluation.compare import compare
 from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.report import EvaluationReport
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.branches import Branch, branches_of, disable_adapter
-from fulllora_dist.models.finetune import AdaptedModel
 
 By = Literal["component", "block", "branch"]
 _SHARED = ("n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids", "data", "warnings")

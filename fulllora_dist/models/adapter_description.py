@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fulllora_dist.models.adapted_model import AdapterSpec
 from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.finetune import AdapterSpec
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.adapt import build_adapted
+from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, set_tensors
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import FAMILIES
-from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, build_adapted, set_tensors
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings, Precision
 from fulllora_dist.storage.urls import classify_error, redacted
 

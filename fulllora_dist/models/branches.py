@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import SharedUserError
-from fulllora_dist.models.finetune import WITH_BRANCHES, AdaptedModel
+from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
 from fulllora_dist.models.lnlora import LNLoRABranch
 from fulllora_dist.models.placement import FUSED
 

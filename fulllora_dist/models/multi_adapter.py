@@ -6,105 +6,24 @@ that an adapter trained itself (a head, LayerNorm) take the place of the backbon
 The backbone's own tensors are never written.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.adapt import attach_at
+from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec
 from fulllora_dist.models.adapter_file import build, check_backbone, described, read_adapter
+from fulllora_dist.models.adapter_switch import AdapterSwitch, Choice, OwnTensors, choosing
 from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.finetune import AdaptedModel, AdapterSpec, attach_at
 from fulllora_dist.models.placement import Site
 from fulllora_dist.models.settings import Precision
 
 _SAME = ("name", "architecture", "image_size", "mean", "std", "num_classes", "classes", "sha256")
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """Of one forward pass: the adapter of every sample, or [(adapter, int64 samples)] in a batch of `batch`. `inside`
-    a module that has got the adapter's own tensors already."""
-
-    whole: str | None
-    parts: tuple[tuple[str | None, Tensor], ...] = ()
-    batch: int = 0
-    inside: bool = False
-
-    def rows(self, samples: Tensor, total: int) -> Tensor:
-        """The rows of these samples, where each has total / batch rows one after the other (Swin's windows)."""
-        each, rest = divmod(total, self.batch)
-        assert rest == 0, f"{total} rows for {self.batch} samples"
-        if each == 1:
-            return samples
-        return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
-
-
-_NONE = _Choice(None)
-_chosen: ContextVar[_Choice] = ContextVar("adapter", default=_NONE)  # of this thread
-
-
-@contextmanager
-def _choosing(choice: _Choice) -> Iterator[None]:
-    token = _chosen.set(choice)
-    try:
-        yield
-    finally:
-        _chosen.reset(token)
-
-
-class _Switch(nn.Module):
-    """Branches of several adapters beside one layer: in place of a branch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branches = nn.ModuleDict()
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [N, ..., d_in], y [N, ..., d_out] -> [N, ..., d_out]."""
-        choice = _chosen.get()
-        if not choice.parts:
-            alone = choice.whole
-            return y if alone is None or alone not in self.branches else self.branches[alone](x, y)
-        for name, samples in choice.parts:
-            if name is not None and name in self.branches:
-                rows = choice.rows(samples, len(x))
-                y = y.index_copy(0, rows, self.branches[name](x[rows], y[rows]))
-        return y
-
-
-class _OwnTensors(nn.Module):
-    """Tensors of several adapters in place of one module's own; a forward hook of that module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tensors = nn.ModuleDict()
-
-    def add(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors[name] = nn.ParameterDict({key: nn.Parameter(value.clone()) for key, value in tensors.items()})
-
-    def hook(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        choice = _chosen.get()
-        if choice.inside:
-            return output
-        if not choice.parts:
-            alone = choice.whole
-            return output if alone is None or alone not in self.tensors else self._call(alone, module, args)
-        for name, samples in choice.parts:
-            if name is not None and name in self.tensors:
-                rows = choice.rows(samples, len(output))
-                part = self._call(name, module, tuple(a[rows] if isinstance(a, Tensor) else a for a in args))
-                output = output.index_copy(0, rows, part)
-        return output
-
-    def _call(self, name: str, module: nn.Module, args: tuple) -> Tensor:
-        with _choosing(_Choice(name, inside=True)):
-            return functional_call(module, dict(self.tensors[name].named_parameters()), args)
 
 
 class MultiAdapter(nn.Module):
@@ -140,7 +59,7 @@ class MultiAdapter(nn.Module):
             raise UserError("adapters: there is none; give {name: folder} of one at least")
         self._local_folder = local_folder
         self._specs: dict[str, AdapterSpec] = {}
-        self._own: dict[str, _OwnTensors] = {}
+        self._own: dict[str, OwnTensors] = {}
         self.own = nn.ModuleList()
         for name, where in adapters.items():
             if not self._specs:
@@ -214,15 +133,15 @@ class MultiAdapter(nn.Module):
         for path, tensors in by_module.items():
             self._own_tensors(path).add(name, tensors)
 
-    def _switch(self, site: Site) -> _Switch:
+    def _switch(self, site: Site) -> AdapterSwitch:
         layer: Any = self._base.backbone.get_submodule(site.path)
         if not hasattr(layer, "lnlora"):
-            attach_at(self._base.backbone, self._base.family, site, _Switch())
+            attach_at(self._base.backbone, self._base.family, site, AdapterSwitch())
         return layer.lnlora
 
-    def _own_tensors(self, path: str) -> _OwnTensors:
+    def _own_tensors(self, path: str) -> OwnTensors:
         if path not in self._own:
-            self._own[path] = own = _OwnTensors()
+            self._own[path] = own = OwnTensors()
             self.own.append(own)
             self._base.backbone.get_submodule(path).register_forward_hook(own.hook)
         return self._own[path]
@@ -235,7 +154,7 @@ class MultiAdapter(nn.Module):
         """
         self._check_known([name])
         del self._specs[name]
-        holders = [m.branches for m in self.modules() if isinstance(m, _Switch)]
+        holders = [m.branches for m in self.modules() if isinstance(m, AdapterSwitch)]
         for holder in [*holders, *(own.tensors for own in self._own.values())]:
             if name in holder:
                 del holder[name]
@@ -254,20 +173,20 @@ class MultiAdapter(nn.Module):
         Raises:
             UserError: an adapter that there is not, a list of another length than the batch.
         """
-        with _choosing(self._choice(adapter, pixels)):
+        with choosing(self._choice(adapter, pixels)):
             return self._base(pixels)
 
-    def _choice(self, adapter: str | Sequence[str | None] | None, pixels: Tensor) -> _Choice:
+    def _choice(self, adapter: str | Sequence[str | None] | None, pixels: Tensor) -> Choice:
         names = [adapter] if adapter is None or isinstance(adapter, str) else list(adapter)
         self._check_known(names)
         if adapter is not None and not isinstance(adapter, str) and len(names) != len(pixels):
             raise UserError(f"adapter: {len(names)} names for {len(pixels)} samples; one for each is right")
         different = list(dict.fromkeys(names))
         if len(different) == 1:
-            return _Choice(different[0])
+            return Choice(different[0])
         places = [[i for i, name in enumerate(names) if name == one] for one in different]
         parts = [(one, torch.tensor(place, device=pixels.device)) for one, place in zip(different, places, strict=True)]
-        return _Choice(None, tuple(parts), len(names))
+        return Choice(None, tuple(parts), len(names))
 
     def select(self, adapter: str | Sequence[str | None] | None) -> "SelectedAdapter":
         """The model under that choice, as attacks and evaluations take it. It shares all memory with this one."""

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.finetune import create_model
+from fulllora_dist.models.adapt import create_model
 
 MODULES = (
     "vision_transformer",

@@ -7,8 +7,8 @@ from functools import partial
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models import multi_adapter
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import load as load_folder
-from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.models.settings import Precision
 
 

@@ -21,9 +21,9 @@ from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
 from mlflow.types import Schema, TensorSpec
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import copy_adapter, load, read_adapter, save_adapter
 from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.registry.address import load as load_address
 from fulllora_dist.registry.card import model_card

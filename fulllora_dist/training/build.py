@@ -14,8 +14,9 @@ from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.schedule import check_batch
 from fulllora_dist.evaluation import Evaluator, eval_transform, parse_attacks
+from fulllora_dist.models.adapt import build_adapted
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.finetune import AdaptedModel, build_adapted
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.tracking.run import Tracker

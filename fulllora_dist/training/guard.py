@@ -16,8 +16,8 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.evaluation import EvalAttack, is_right
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.training.build import build_eval_stream, load_index
 
 _SHOWN = 4  # images that people get to see

@@ -5,8 +5,8 @@ from typing import Any
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.zero_state import TrainableState
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import read_adapter
-from fulllora_dist.models.finetune import AdaptedModel
 
 # what may change between the attempts of one run: the adapter it makes does not depend on it, or (paths) its content is
 # checked by fingerprint

@@ -11,8 +11,8 @@ from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.evaluation import EvalAttack
+from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
 from fulllora_dist.models.branches import branches_of, by_place
-from fulllora_dist.models.finetune import WITH_BRANCHES, AdaptedModel
 from fulllora_dist.plots.branch_figure import branch_sizes
 from fulllora_dist.plots.figures import Attacked, adversarial_examples
 from fulllora_dist.plots.training_curves import training_curves

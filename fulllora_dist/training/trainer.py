@@ -15,7 +15,7 @@ from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.zero_state import TrainableState
 from fulllora_dist.evaluation import size_in
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training import rollback
 from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import Check, Guard

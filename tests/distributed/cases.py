@@ -17,7 +17,8 @@ from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.distributed.zero_state import TrainableState
 from fulllora_dist.methods import Method
-from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.models.adapt import create_model
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.settings import Finetune
 from fulllora_dist.training.phases import Phases
 from tests import recipes

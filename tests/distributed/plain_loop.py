@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
 from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 from tests.recipes import Recipe, plain_loss
 
 WRITTEN_OUT = ("standard", "pgd", "free", "fgsm_rs", "n_fgsm")

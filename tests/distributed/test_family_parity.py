@@ -14,7 +14,7 @@ from plain_loop import Result, plain_training
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 from tests.tiny import FAMILIES, roughen, softmax_ignores, stir, tiny
 
 Checkpointing = Literal["off", "weight_step", "all"]

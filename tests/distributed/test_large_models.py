@@ -17,8 +17,8 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import load, read_adapter, save_adapter
-from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.training.build import build_model
 from fulllora_dist.training.phases import Phase, build_phases
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.models.backbone import fingerprint
+from fulllora_dist.models.weights import fingerprint
 
 SCALARS = 256  # bytes: norms, flags, barriers
 

@@ -19,9 +19,10 @@ import fulllora_dist as fd
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import Comm, free_port
+from fulllora_dist.models.adapt import create_model
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.adapter_file import merge
-from fulllora_dist.models.finetune import AdaptedModel, create_model
 from fulllora_dist.registry.card import model_card
 from fulllora_dist.training.build import build_evaluator
 from tests.tiny import ARCHITECTURE, architecture, images, roughen, stir, tiny

@@ -14,8 +14,9 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.backbone import fingerprint
-from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.models.adapt import create_model
+from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.weights import fingerprint
 from tests.tiny import ARCHITECTURE, images
 
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -209,7 +210,7 @@ def test_another_image_size_resamples_the_position_embedding_as_timm_does(
 FROM_HUB = f"""
 import json
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.finetune import create_model
+from fulllora_dist.models.adapt import create_model
 settings = dict(model_kwargs={ARCHITECTURE!r}, image_size={SIDE}, rank=1)
 sha256 = create_model({TAG!r}, **settings).info.sha256
 try:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.branches import Branch, branches_of, disable_adapter
-from fulllora_dist.models.finetune import AdaptedModel
 from tests.tiny import CLASSES, FAMILIES, SIDE, architecture, branches, images, roughen, stir, tiny
 
 CASES = [

@@ -12,7 +12,8 @@ from timm.models.convit import GPSA
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.models.adapt import create_model
+from fulllora_dist.models.adapted_model import AdaptedModel
 from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, architecture, branches, images, roughen, stir, tiny
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.finetune import AdaptedModel, create_model
+from fulllora_dist.models.adapt import create_model
+from fulllora_dist.models.adapted_model import AdaptedModel
 from tests.tiny import (
     CLASSES,
     FAMILIES,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 from tests.tiny import CLASSES, FAMILIES, images, stir, tiny
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from fulllora_dist.models.finetune import create_model
+from fulllora_dist.models.adapt import create_model
 from fulllora_dist.models.survey import NEW_CLASSES, Backbone, Refusal, architectures, examine, page, rows
 
 ROOT = Path(__file__).parents[2]

@@ -29,7 +29,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation.compare import paired_difference
-from fulllora_dist.models.finetune import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training.build import build_model
 from fulllora_dist.training.phases import build_phases
 

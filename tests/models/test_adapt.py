@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.finetune import create_model
+from fulllora_dist.models.adapt import create_model
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, branches, images, stir, tiny
 
 NORMLESS = ARCHITECTURE | {"norm_layer": torch.nn.Identity}

@@ -1,159 +1,29 @@
 """A frozen backbone made trainable: adapters placed, rank found from the budget, normaliser inside."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import timm
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import base_key
 from fulllora_dist.core.settings import Settings, explain
-from fulllora_dist.models.backbone import BackboneInfo, build_backbone
+from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel, AdapterSpec
+from fulllora_dist.models.backbone import build_backbone
 from fulllora_dist.models.families import Family, family_of
 from fulllora_dist.models.families.family import check_forward
 from fulllora_dist.models.lnlora import QKV, LNLoRABranch, LNLoRASplit, attach
 from fulllora_dist.models.placement import FUSED, Adapted, PlacementReport, Site
 from fulllora_dist.models.precision import compute_in_bf16
-from fulllora_dist.models.settings import COMPONENTS, AdapterSettings, Finetune, Head, ModelSettings, Precision, Qkv
+from fulllora_dist.models.settings import COMPONENTS, AdapterSettings, Finetune, Head, ModelSettings
 
-WITH_BRANCHES = ("fulllora", "lora")
 TOKEN_NORM_EPS = 1e-6
 LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm, timm.layers.RmsNorm)
 """What `finetune: layernorm` trains: timm's RmsNorm stands in for LayerNorm in AIMv2, Sapiens2 and others."""
-
-
-@dataclass(frozen=True)
-class AdapterSpec:
-    """How a backbone is made trainable, as written into an adapter file.
-
-    Attributes:
-        finetune: fulllora (branches with LN), lora (without), full, head or layernorm.
-        rank: rank of every branch; None where there are none.
-        alpha: branches are scaled by alpha / rank.
-        placement: components with a branch, of `COMPONENTS`.
-        qkv: "separate", one branch each for q, k and v, or "shared", one for the fused projection.
-        patch_norm_eps: eps of the LN over flattened patches, in squared units of the normalised pixels.
-        head: "frozen", "trained" or "adapted".
-        seed: start of the branches' A.
-    """
-
-    finetune: Finetune
-    rank: int | None
-    alpha: float | None
-    placement: tuple[str, ...]
-    qkv: Qkv
-    patch_norm_eps: float
-    head: Literal["frozen", "trained", "adapted"]
-    seed: int
-
-
-class AdaptedModel(nn.Module):
-    """pixels [B, 3, H, W] in [0, 1], fp32 -> logits [B, classes], fp32.
-
-    Attributes:
-        backbone: the timm model, branches in place, under timm's own keys.
-        family: what the backbone's family says about it.
-        info: what the backbone is.
-        spec: what of it trains.
-        report: where the branches are, and what the trainable share is.
-        precision: what the blocks compute in.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self,
-        backbone: nn.Module,
-        family: Family,
-        info: BackboneInfo,
-        spec: AdapterSpec,
-        report: PlacementReport,
-        precision: Precision,
-    ):
-        super().__init__()
-        self.backbone = backbone
-        self.family = family
-        self.info = info
-        self.spec = spec
-        self.report = report
-        self.precision = precision
-        self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
-        self.register_buffer("mean", torch.tensor(info.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(info.std).view(1, 3, 1, 1), persistent=False)
-        self.register_load_state_dict_pre_hook(_accept_timm_keys)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.backbone((pixels - self.mean) / self.std)
-
-    def train(self, mode: bool = True) -> "AdaptedModel":
-        """Training mode, except for BatchNorm: its statistics are the backbone's.
-
-        A batch's own would change the backbone, and make the result depend on how a batch is split over ranks.
-        """
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        return self
-
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute the blocks in backward instead of keeping what is inside them.
-
-        Raises:
-            UserError: the family's models cannot do that.
-        """
-        if self.family.checkpointing:
-            self.backbone.set_grad_checkpointing(enabled)  # type: ignore[operator]
-        elif enabled:
-            raise UserError(
-                f"distributed.activation_checkpointing: {self.info.name} of the family {self.family.name} has none; "
-                "set it to off"
-            )
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """The tensors of the adapter by their names in the timm model, also while an attack has frozen them."""
-        parameters = dict(self.backbone.named_parameters())
-        return {name: parameters[name] for name in self._trainable}
-
-    def load_trainable(self, state: Mapping[str, Tensor]) -> None:
-        """Set the adapter's tensors.
-
-        Raises:
-            UserError: names or shapes differ from this model's.
-        """
-        set_tensors(self.trainable(), state)
-
-
-def set_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Set a model's tensors to those of an adapter.
-
-    Raises:
-        UserError: names or shapes differ.
-    """
-    if wrong := sorted(own.keys() ^ state.keys()):
-        raise UserError(f"adapter: {wrong[0]} is {'missing' if wrong[0] in own else 'not in this model'}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise UserError(f"adapter: {name} is {tuple(state[name].shape)}, the model's {tuple(tensor.shape)}")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
-
-
-def _accept_timm_keys(model: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    """A timm checkpoint loads strictly into the adapted model as it is, without the prefix `backbone.`."""
-    own = prefix + "backbone."
-    if any(key.startswith(own) for key in state_dict):
-        return
-    for key in [k for k in state_dict if k.startswith(prefix)]:
-        state_dict[own + key.removeprefix(prefix)] = state_dict.pop(key)
 
 
 def _branch_sizes(site: Site, layer: nn.Module, placement: Sequence[str], qkv: str) -> dict[str, tuple[int, int]]:
