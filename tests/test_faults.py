@@ -38,7 +38,7 @@ def test_signals_stop_it_and_a_second_one_ends_it_at_once(config: Path) -> None:
     assert len(workers) >= 4, "two servers and their workers"
     os.killpg(launched.pid, signal.SIGUSR1)  # SLURM's --signal reaches every process of the step; the launcher dies
     said = end(launched, code=-signal.SIGUSR1)
-    assert "the same command goes on from here" in said
+    assert "re-run the same command to resume from here" in said
     assert "Traceback" not in said
     stopped_at = int(said.partition("stopped at batch ")[2].split()[0])
     assert stopped_at == newest(output)

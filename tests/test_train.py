@@ -112,7 +112,7 @@ def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Pa
         interrupted = end(launched, code=None)
         assert launched.returncode != 0
         assert "run_entry" not in interrupted, "no traceback of ours (the launcher, interrupted too, prints its own)"
-        assert "the same command goes on from here" in interrupted
+        assert "re-run the same command to resume from here" in interrupted
         stopped_at = max(int(p.name) for p in (output / "checkpoints").iterdir())
         assert after <= stopped_at < STEPS
 

@@ -1,6 +1,6 @@
 """Adversarial finetuning: `deepspeed --num_gpus N fulllora_dist/train.py --config FILE [key=value ...]`.
 
-One process: `python fulllora_dist/train.py --config FILE`. A run that is started again goes on where it was.
+One process: `python fulllora_dist/train.py --config FILE`. Re-running the same command resumes an interrupted run.
 """
 
 import os
@@ -14,10 +14,11 @@ from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.distributed.comm import is_main_process
 from fulllora_dist.training.build import build_model, build_stream, check_inputs, track_data
 from fulllora_dist.training.context import start_run
-from fulllora_dist.training.finalize import finish, save_best
+from fulllora_dist.training.finalize import finalize, save_best
 from fulllora_dist.training.guard import build_guard
 from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.rollback import Collapsed
+from fulllora_dist.training.summary import summarize
 from fulllora_dist.training.trainer import Trainer
 
 
@@ -40,22 +41,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.say(str(model.report))
         track_data(config, run.tracker)
         stream = build_stream(config, model.info, run.ranks)
-        run.say(f"{stream.steps_per_epoch} batches an epoch; {stream.dropped} images left over, other ones each epoch")
+        run.say(f"{stream.steps_per_epoch} batches an epoch, {stream.dropped} images left over in each")
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
         guard = build_guard(config, model.info, run.ranks)
-        state = Trainer(run, model, stream, phases, guard)  # resumes where there is something to resume
+        trainer = Trainer(run, model, stream, phases, guard)  # resumes where there is something to resume
         try:
-            state.train()
+            trainer.train()
         except Collapsed:
             try:
-                save_best(run, state)
+                save_best(run, summarize(config, trainer))
             except SharedUserError as error:  # why the run ends is worth more
                 run.say(f"warning: {error}")
             raise
-        if not state.stopped:
-            finish(run, state)
+        if not trainer.stopped:
+            finalize(run, summarize(config, trainer))
             return 0
-        where = "here" if run.states.newest == state.step else f"its newest state: {run.states.described()}"
-        run.say(f"stopped at batch {state.step} of {state.total_steps}; the same command goes on from {where}")
+        place = "here" if run.states.newest == trainer.step else f"its newest checkpoint, {run.states.described()}"
+        run.say(
+            f"stopped at batch {trainer.step} of {trainer.total_steps}; re-run the same command to resume from {place}"
+        )
         return 128 + (run.stop.signal or signal.SIGTERM)  # the signal may have come to another rank

@@ -47,7 +47,7 @@ def lost_contact(error: BaseException) -> str | None:
     ended = [rank for rank, (host, pid) in enumerate(processes()) if host == socket.gethostname() and not _lives(pid)]
     which = f"rank {', '.join(map(str, ended))} has died" if ended else "another rank has died or does not answer"
     said = reason[1] if reason else str(error).split("\n")[0][:200]
-    return f"{which} ({said}); the same command goes on from the newest state"
+    return f"{which} ({said}); re-run the same command to resume from the newest checkpoint"
 
 
 def _lives(pid: int) -> bool:

@@ -2,40 +2,60 @@
 
 import os
 import sys
-from typing import Any
 
-from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
-from fulllora_dist.registry.registry import data_name
 from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
 from fulllora_dist.training.context import RunContext
-from fulllora_dist.training.guard import Guard
 from fulllora_dist.training.run_plots import show_end
-from fulllora_dist.training.trainer import Trainer
+from fulllora_dist.training.summary import TrainingSummary
 
 
-def finish(run: RunContext, state: Trainer) -> None:
+def finalize(run: RunContext, summary: TrainingSummary) -> None:
     """Save the adapter, and the one that the guard found best; evaluate the first as it was saved, log all. Safe to
     repeat. A collective."""
     output = run.config.run.output_dir
     adapter = os.path.join(output, "adapter")
-    tensors = state.engine.adapter()
 
     def save() -> None:
-        save_adapter(state.engine.model, adapter, state=tensors, training=_provenance(run.config, state))
+        save_adapter(summary.model, adapter, state=summary.tensors, training=summary.training)
         run.tracker.artifact(adapter, "adapter")
 
     run.ranks.run_on_rank0(
-        save, f"run.output_dir: no adapter in {output}, the newest state is {run.states.described()}"
+        save, f"run.output_dir: no adapter in {output}, the newest checkpoint is {run.states.described()}"
     )
-    run.say(f"adapter: {adapter}, {state.engine.model.report.share:.2%} of the model")
-    save_best(run, state)
+    run.say(f"adapter: {adapter}, {summary.model.report.share:.2%} of the model")
+    save_best(run, summary)
     if run.config.data.validation is not None:
-        _evaluate(run, adapter, run.config.data.validation, state.step)
+        _evaluate(run, adapter, run.config.data.validation, summary.step)
     if run.config.tracking.enabled and run.config.tracking.publish:
         run.ranks.run_on_rank0(lambda: run.say(_publish(run)))
+
+
+def save_best(run: RunContext, summary: TrainingSummary) -> None:
+    """The adapter of the checkpoint with the highest robust accuracy on held-out images, in a folder of its own;
+    nothing where no images are held out. A collective."""
+    best = summary.best
+    if best is None:
+        return
+    folder = os.path.join(run.config.run.output_dir, "adapter_best")
+
+    def save() -> None:
+        try:
+            saved, metadata = run.states.read(best.step)
+        except UserError as error:
+            run.say(f"warning: no {folder}: {error}")
+            return
+        kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
+        tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
+        then = {key: metadata[key] for key in ("updates", "rollbacks")}  # later rollbacks are none of its own
+        save_adapter(summary.model, folder, state=tensors, training={**best.training, **then})
+        run.tracker.artifact(folder, "adapter_best")
+
+    run.ranks.run_on_rank0(save, f"run.output_dir: no adapter_best in {run.config.run.output_dir}")
+    run.say(f"adapter_best: {folder}, of batch {best.step}")
+    run.say(best.comparison)
 
 
 def _publish(run: RunContext) -> str:
@@ -43,64 +63,6 @@ def _publish(run: RunContext) -> str:
 
     run.tracker.settle()  # the run that the version comes from is made by then
     return publish_run(run.config.tracked_run(), run.settings, run.tracker.run_id)
-
-
-def _best_and_last(guard: Guard) -> str:
-    why = "catastrophic overfitting" if guard.fallen else "robust overfitting"
-    better = f"; adapter_best/ is the more robust one ({why})" if guard.overfitted else ""
-    return f"adapter: {guard.described()}{better}"
-
-
-def save_best(run: RunContext, state: Trainer) -> None:
-    """The adapter of the state with the highest robust accuracy on held-out images, in a folder of its own; nothing
-    where no images are held out. A collective."""
-    guard = state.guard
-    if guard is None or guard.best is None:
-        return
-    best, folder = guard.best, os.path.join(run.config.run.output_dir, "adapter_best")
-    step = best["step"]
-
-    def save() -> None:
-        try:
-            saved, metadata = run.states.read(step)
-        except UserError as error:
-            run.say(f"warning: no {folder}: {error}")
-            return
-        kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
-        tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
-        then = _provenance(run.config, state) | {"batches": step, "updates": metadata["updates"], "held_out": best}
-        then["rollbacks"] = metadata.get("rollbacks", [])  # later ones are none of its own
-        then["made"] = state.phases.made(step)
-        save_adapter(state.engine.model, folder, state=tensors, training=then)
-        run.tracker.artifact(folder, "adapter_best")
-
-    run.ranks.run_on_rank0(save, f"run.output_dir: no adapter_best in {run.config.run.output_dir}")
-    run.say(f"adapter_best: {folder}, of batch {step}")
-    run.say(_best_and_last(guard))
-
-
-def _provenance(config: Config, state: Trainer) -> dict[str, Any]:
-    return {
-        "threat": config.threat.model_dump(mode="json"),
-        "method": config.method.model_dump(mode="json"),
-        "phases": [phase.model_dump(mode="json") for phase in config.phases],
-        "made": state.phases.made(state.step),
-        "targets": config.targets.model_dump(mode="json"),
-        "optim": config.optim.model_dump(mode="json"),
-        "seed": config.run.seed,
-        "batches": state.step,
-        "updates": state.engine.updates,
-        "rollbacks": state.rollbacks,
-        "data": {
-            "name": data_name(config.data.train),
-            "index": state.stream.index.hash,
-            "classes": list(state.stream.index.classes),
-            "augment": config.data.augment,
-            "crop_pct": config.data.crop_pct,
-            "interpolation": config.data.interpolation,
-            "decode": config.data.decode,
-        },
-    }
 
 
 def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None:

@@ -32,10 +32,11 @@ from fulllora_dist.methods.pgd import PGDSettings
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.card import model_card
 from fulllora_dist.training.build import build_model
-from fulllora_dist.training.finalize import finish
+from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Check, Guard, least_that_counts
 from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.rollback import check_settings
+from fulllora_dist.training.summary import summarize
 
 # {factor of the learning rate, which tells the attempts apart: {batch: robust accuracy}}; looks at even batches
 ONCE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.6, 6: 0.65}}
@@ -100,7 +101,7 @@ def _run(ranks: Comm, settings: dict, script: Script, until: int | None = None, 
                 state.advance(batch)
                 seen.append(state.step)
             if with_end:
-                finish(run, state)
+                finalize(run, summarize(run.config, state))
             run.settle()
     except SharedUserError as error:
         return str(error)

@@ -18,7 +18,8 @@ from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint, 
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.storage import store
-from fulllora_dist.training.finalize import finish
+from fulllora_dist.training.finalize import finalize
+from fulllora_dist.training.summary import summarize
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
 Said = list[str]
@@ -40,7 +41,7 @@ def _run(
             if ranks.is_main and state.step in events:
                 subprocess.run(events[state.step], shell=True, check=True)
             state.advance(batch)
-        finish(run, state)
+        finalize(run, summarize(run.config, state))
     except SharedUserError as error:
         return str(error), said
     return "", said

@@ -22,8 +22,9 @@ from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import evaluate
 from fulllora_dist.training.build import build_model, check_inputs
-from fulllora_dist.training.finalize import finish
+from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Guard
+from fulllora_dist.training.summary import summarize
 
 ALL_STATES = [("run", "checkpoint_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
 STEPS = 3
@@ -50,7 +51,8 @@ def _guarded(output: Path, shards: str, held_out: str, stage: int, every: int, *
 
 
 def _finish(ranks: Comm, settings: dict) -> None:
-    finish(*_start(ranks, settings))
+    run, trainer = _start(ranks, settings)
+    finalize(run, summarize(run.config, trainer))
 
 
 def _states(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:

@@ -53,7 +53,9 @@ def test_a_rank_that_died_on_this_machine_is_named(monkeypatch: pytest.MonkeyPat
     try:
         os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # a zombie, as a killed rank is for a second
         monkeypatch.setattr(ranks_module, "_processes", [(here, os.getpid()), (here, child), ("elsewhere", child)])
-        end = "(Connection closed by peer [10.0.0.2]:19078); the same command goes on from the newest state"
+        end = (
+            "(Connection closed by peer [10.0.0.2]:19078); re-run the same command to resume from the newest checkpoint"
+        )
         assert lost_contact(gone) == f"rank 1 has died {end}"
     finally:
         os.waitpid(child, 0)

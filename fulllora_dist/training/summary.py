@@ -1,0 +1,88 @@
+"""What a training hands over when it ends: the adapter's tensors, and where they come from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fulllora_dist.config.schema import Config
+from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.registry.registry import data_name
+from fulllora_dist.training.guard import Guard
+from fulllora_dist.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The checkpoint with the highest robust accuracy on held-out images.
+
+    Attributes:
+        step: batches that it was trained on.
+        training: for its adapter.json; `updates` and `rollbacks` are in the checkpoint itself.
+        comparison: of the best and the last one, for people.
+    """
+
+    step: int
+    training: Mapping[str, Any]
+    comparison: str
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """A training at its end.
+
+    Attributes:
+        model: what was trained.
+        tensors: the adapter to ship, {timm name: fp32, full shape, host}.
+        step: batches trained on.
+        training: how it was trained, for adapter.json.
+        best: None where no images are held out.
+    """
+
+    model: AdaptedModel
+    tensors: Mapping[str, Tensor]
+    step: int
+    training: Mapping[str, Any]
+    best: BestCheckpoint | None
+
+
+def summarize(config: Config, trainer: Trainer) -> TrainingSummary:
+    """The summary of a training as it is now. A collective."""
+    training = _provenance(config, trainer)
+    best = None
+    if trainer.guard is not None and trainer.guard.best is not None:
+        step = trainer.guard.best["step"]
+        then = {"batches": step, "made": trainer.phases.made(step), "held_out": trainer.guard.best}
+        best = BestCheckpoint(step, training | then, _best_and_last(trainer.guard))
+    return TrainingSummary(trainer.engine.model, trainer.engine.adapter(), trainer.step, training, best)
+
+
+def _best_and_last(guard: Guard) -> str:
+    why = "catastrophic overfitting" if guard.fallen else "robust overfitting"
+    better = f"; adapter_best/ is the more robust one ({why})" if guard.overfitted else ""
+    return f"adapter: {guard.described()}{better}"
+
+
+def _provenance(config: Config, trainer: Trainer) -> dict[str, Any]:
+    return {
+        "threat": config.threat.model_dump(mode="json"),
+        "method": config.method.model_dump(mode="json"),
+        "phases": [phase.model_dump(mode="json") for phase in config.phases],
+        "made": trainer.phases.made(trainer.step),
+        "targets": config.targets.model_dump(mode="json"),
+        "optim": config.optim.model_dump(mode="json"),
+        "seed": config.run.seed,
+        "batches": trainer.step,
+        "updates": trainer.engine.updates,
+        "rollbacks": trainer.rollbacks,
+        "data": {
+            "name": data_name(config.data.train),
+            "index": trainer.stream.index.hash,
+            "classes": list(trainer.stream.index.classes),
+            "augment": config.data.augment,
+            "crop_pct": config.data.crop_pct,
+            "interpolation": config.data.interpolation,
+            "decode": config.data.decode,
+        },
+    }
