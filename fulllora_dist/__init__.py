@@ -23,10 +23,10 @@ __version__ = "0.1.0"
 __all__ = ["AdaptedModel", "MultiAdapter", "UserError", "create_model", "evaluate", "load", "pgd", "save_adapter"]
 
 _HOMES = {
-    "AdaptedModel": "models.finetune",
+    "AdaptedModel": "models.adapted_model",
     "MultiAdapter": "registry.address",
     "UserError": "core.errors",
-    "create_model": "models.finetune",
+    "create_model": "models.adapt",
     "evaluate": "evaluation",
     "load": "registry.address",
     "pgd": "attacks.pgd",

@@ -53,7 +53,7 @@ def test_a_method_from_outside_trains(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "noise_method.py").write_text(example("noise_method.py"))
     (tmp_path / "run.yaml").write_text(CONFIG + f"plugins: [{plugin}]\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="'noise' is no method"):
+    with pytest.raises(UserError, match="unknown method 'noise'"):
         load_config("run.yaml", ["plugins=[]"])
     config = load_config("run.yaml")
     assert load_config("run.yaml") == config  # a second time, as tests and notebooks do

@@ -155,7 +155,7 @@ def test_bad_input_is_one_line_and_exit_code_2(config: Path, ranks: int) -> None
     output = end(start(config, "run.output_dir=x", "optim.batch_size=7", "data.train=/nowhere", ranks=ranks), code=2)
     line = "data.train: /nowhere/index.safetensors: no index there; tools/make_shards.py"
     if ranks == 2:
-        line = "optim.batch_size: 7 does not divide by 2 ranks"
+        line = "optim.batch_size must be a multiple of 2 (2 ranks"
     assert output.count(f"error: {line}") == 1, "rank 0 speaks for all"
     assert output.count("error: ") == 1
     assert "Traceback" not in output

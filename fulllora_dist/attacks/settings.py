@@ -12,13 +12,13 @@ Norm = Literal["linf", "l2"]
 
 class ThreatSettings(Settings):
     norm: Norm = "linf"
-    """Norm of the perturbation: linf (of each pixel and channel) or l2 (of the whole image)."""
+    """Norm of the perturbation: linf or l2 (over the whole image)."""
     eps: Size
-    """Its size in pixels of [0, 1]: 4/255 or a number."""
+    """Radius of the ball, for pixels in [0, 1]: a number or a fraction such as 4/255."""
     eps_warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    """Share of the batches over which the eps of training rises linearly from 0 to its full size."""
+    """Fraction of the batches over which the training eps rises linearly from 0."""
     step_size_warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    """Share of the batches over which the attack's step size rises linearly from 0 to its full size."""
+    """Fraction of the batches over which the attack's step size rises linearly from 0."""
 
     @field_validator("eps")
     @classmethod

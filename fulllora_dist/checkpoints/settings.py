@@ -7,23 +7,23 @@ from fulllora_dist.core.settings import Settings
 
 class RunSettings(Settings):
     output_dir: str
-    """Folder of the run: checkpoints, adapter, evaluation, metrics. A run found there is resumed."""
+    """Output folder: checkpoints, adapter, evaluation, metrics. A run that is found there is resumed."""
     checkpoint_dir: str | None = None
-    """Where checkpoints lie instead: a folder or bucket (s3://, gs://). While a bucket fails, they go to output_dir."""
+    """Another folder or bucket (s3://, gs://) for checkpoints; while a bucket fails they go to output_dir."""
     seed: int = 0
-    """Of everything random."""
+    """Random seed."""
     checkpoint_every: int = Field(500, ge=1)
-    """Batches between checkpoints."""
+    """Save a checkpoint every so many batches."""
     checkpoint_minutes: float | None = Field(10.0, gt=0)
-    """And minutes; null goes by batches alone."""
+    """Also save a checkpoint after so many minutes; null disables this."""
     keep_checkpoints: int = Field(2, ge=1)
-    """How many checkpoints are kept."""
+    """Number of recent checkpoints to keep."""
     max_nonfinite_steps: int = Field(10, ge=0)
-    """Updates in a row that may be skipped, on all ranks together, as the loss or its gradient is not finite."""
+    """Consecutive updates with a non-finite loss or gradient that are skipped before the run is ended."""
     resume_from: str | None = None
-    """Folder or URL of a checkpoint to start from where the run has none yet."""
+    """Checkpoint (folder or URL) to start from when output_dir holds none."""
     log_every: int = Field(10, ge=1)
-    """Batches between logged metrics."""
+    """Log metrics every so many batches."""
 
     @field_validator("output_dir")
     @classmethod

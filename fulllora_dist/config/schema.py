@@ -1,6 +1,6 @@
 """Every setting of a run, typed, with its meaning under it.
 
-`config_file.py` reads a YAML file and the command line into a `Config`; `--help` prints this page.
+`load.py` reads a YAML file and the command line into a `Config`; `--help` prints every setting with its meaning.
 """
 
 import os
@@ -60,22 +60,22 @@ class Config(Settings):
     """The whole run."""
 
     finetune: Finetune = "fulllora"
-    """What trains: fulllora (LNLoRA branches), lora (the same without LN), full, head, layernorm."""
+    """What is trained: fulllora (LNLoRA branches), lora (without LN), full, head or layernorm."""
     model: ModelSettings
     adapter: AdapterSettings = AdapterSettings()
     threat: ThreatSettings
     method: MethodChoice
-    """How it trains: a name, or name and settings (below)."""
+    """Training method: a name, or a name with its settings (below)."""
     phases: tuple[PhaseSettings, ...] = ()
-    """The run in parts, e.g. most of it with small images and a single-step method, the end with PGD at full size."""
+    """Parts of the run with other settings, e.g. small images and a single-step method first, then PGD at full size."""
     targets: TargetSettings = TargetSettings()
     plugins: tuple[str, ...] = ()
-    """Modules (or .py files) that are imported first: methods and families of one's own (docs/extending.md)."""
+    """Modules or .py files to import first, which register methods and families (docs/extending.md)."""
     data: DataSettings
     optim: OptimSettings = OptimSettings()
     distributed: DistributedSettings = DistributedSettings()
     deepspeed: dict[str, Any] = Field({})
-    """More of DeepSpeed's own settings; those that follow from ours are refused here."""
+    """Further DeepSpeed settings; those that are derived from ours are refused."""
     run: RunSettings
     guard: GuardSettings = GuardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -89,19 +89,19 @@ class Config(Settings):
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, Mapping):
             raise ValueError(
-                f"deepspeed.zero_optimization: {zero!r} is no section; its stage is distributed.zero_stage"
+                f"deepspeed.zero_optimization: must be a section, got {zero!r}; its stage is distributed.zero_stage"
             )
         if "stage" in zero:
             raise ValueError("deepspeed.zero_optimization.stage follows from distributed.zero_stage; set that instead")
         if self.optim.batch_size % self.distributed.gradient_accumulation_steps:
             raise ValueError(
-                f"optim.batch_size: {self.optim.batch_size} does not divide by distributed.gradient_accumulation_steps "
-                f"{self.distributed.gradient_accumulation_steps}"
+                "optim.batch_size must be divisible by distributed.gradient_accumulation_steps, got "
+                f"{self.optim.batch_size} and {self.distributed.gradient_accumulation_steps}"
             )
         self._check_phases()
         if self.guard.on_collapse != "warn" and self.data.held_out is None:
             raise ValueError(
-                f"guard.on_collapse: {self.guard.on_collapse} needs data.held_out, images to notice a collapse on; "
+                f"guard.on_collapse: {self.guard.on_collapse} needs data.held_out, images to detect a collapse on; "
                 "make them with make_shards.py --holdout"
             )
         if self.finetune == "full" and self.adapter.init_from:
@@ -111,14 +111,14 @@ class Config(Settings):
     def _check_phases(self) -> None:
         total = sum(phase.fraction for phase in self.phases)
         if self.phases and abs(total - 1) > 1e-6:
-            raise ValueError(f"phases: their shares add up to {total:g}; 1 is right")
+            raise ValueError(f"phases: their fractions must sum to 1, got {total:g}")
         chosen = {"method": self.method}
         chosen |= {f"phases.{i}.method": phase.method for i, phase in enumerate(self.phases) if phase.method}
         if self.guard.rollback_method is not None:
             chosen["guard.rollback_method"] = self.guard.rollback_method
         for name, method in chosen.items():
             if METHODS[method.name].needs_labels and self.targets.mixes:
-                raise ValueError(f"{name}: {method.name} needs one label an image; leave out targets.mixup and cutmix")
+                raise ValueError(f"{name}: {method.name} needs one label per image; remove targets.mixup and cutmix")
         if self.threat.norm == "linf":
             sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in PIXELS}
             sizes |= {f"phases.{i}.eps": phase.eps for i, phase in enumerate(self.phases)}
@@ -132,8 +132,8 @@ class Config(Settings):
         rollback_eps = self.guard.rollback_eps
         if self.guard.on_collapse == "rollback" and rollback_eps is not None and rollback_eps >= max(trained):
             raise ValueError(
-                f"guard.rollback_eps: {rollback_eps:g} is no smaller size, nothing is trained at more than "
-                f"{max(trained):g}"
+                f"guard.rollback_eps: must be smaller than the largest training eps {max(trained):g}, got "
+                f"{rollback_eps:g}"
             )
 
     def tracking_uri(self) -> str:

@@ -24,7 +24,7 @@ def check_batch(settings: OptimSettings, accumulation: int, world: int) -> int:
     parts = world * accumulation
     if settings.batch_size % parts:
         raise UserError(
-            f"optim.batch_size: {settings.batch_size} does not divide by {world} ranks x "
-            f"distributed.gradient_accumulation_steps {accumulation}; take a multiple of {parts}"
+            f"optim.batch_size must be a multiple of {parts} ({world} ranks x distributed.gradient_accumulation_steps="
+            f"{accumulation}), got {settings.batch_size}"
         )
     return settings.batch_size // parts

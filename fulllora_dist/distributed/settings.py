@@ -8,34 +8,34 @@ from fulllora_dist.core.settings import Decay, Settings
 
 
 class OptimSettings(Settings):
-    """AdamW, linear warm-up, then a cosine; one value an optimizer update."""
+    """AdamW with linear warmup and cosine decay, per optimizer update."""
 
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
     min_lr: float = Field(0.0, ge=0)
     """Learning rate at the end of the cosine."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
-    """Share of the updates in which the learning rate rises linearly."""
+    """Fraction of the updates over which the learning rate warms up linearly."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """AdamW's averaging of gradient and squared gradient."""
+    """AdamW betas."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled, on matrices; norms and biases are left out."""
+    """Decoupled weight decay of matrices; norms and biases are not decayed."""
     grad_clip: float = Field(1.0, ge=0)
-    """Largest norm of the whole gradient; 0 does not clip."""
+    """Maximum global gradient norm; 0 disables clipping."""
     ema_decay: float = Field(0.0, ge=0, lt=1)
-    """Decay of an average of the adapter, which is then what is saved and evaluated; 0 keeps none."""
+    """Decay of the exponential moving average of the adapter, which is then saved and evaluated; 0 disables it."""
     batch_size: int = Field(256, ge=1)
-    """Images an optimizer update, over all ranks and micro-batches."""
+    """Global batch size per optimizer update, over all ranks and micro-batches."""
     epochs: float = Field(10, gt=0)
-    """Passes over the data in optimizer updates: Free with m replays draws 1 / m as many batches."""
+    """Epochs, counted in optimizer updates: Free with m replays draws 1 / m as many batches."""
 
 
 class DistributedSettings(Settings):
     zero_stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage: 1 shards the optimizer, 2 the gradients, 3 the weights too (gathered in each attack pass)."""
+    """ZeRO stage: 1 shards optimizer states, 2 also gradients, 3 also weights (gathered in every attack pass)."""
     gradient_accumulation_steps: int = Field(1, ge=1)
-    """Micro-batches an optimizer update and rank."""
+    """Micro-batches per optimizer update."""
     activation_checkpointing: Literal["off", "weight_step", "all"] = "off"
-    """Recompute the blocks in backward: in the weight step alone, or in the attack's passes too."""
+    """Recompute blocks in the backward pass: off, in the weight step only, or in attack passes too."""
     timeout_minutes: float = Field(30.0, gt=0)
-    """Until a rank gives up that waits for another one, and ends the run; longer than data.retry_timeout_s."""
+    """Timeout of collectives in minutes, after which the run is ended; must exceed data.retry_timeout_s."""

@@ -10,14 +10,14 @@ class EvaluationSettings(Settings):
     attacks: tuple[str, ...] = ("clean", "pgd20")
     """clean, fgsm, autoattack, parts of it (apgd-ce+square), pgdK, cwK, dlrK for K steps; 5 restarts: pgd20x5."""
     eps: tuple[Size, ...] = ()
-    """Further sizes of the perturbation beside threat.eps, for robust accuracy against eps."""
+    """Further eps beside threat.eps, for robust accuracy against eps."""
     num_samples: int | None = Field(None, ge=1)
     """How many images, drawn evenly over the classes; null takes all."""
     first: int | None = Field(None, ge=1)
-    """Instead of num_samples, so many from the beginning of the index."""
+    """Instead of num_samples, the first so many of the index."""
     ids: str | None = None
     """Instead of num_samples, a text file (path or URL) with one id or image name a line, as RobustBench's 5,000."""
     gradient_masking_samples: int = Field(50, ge=0)
     """How many images are checked for symptoms of masked gradients; 0 checks none."""
     batch_size: int = Field(64, ge=1)
-    """Images a rank and batch."""
+    """Batch size per rank."""

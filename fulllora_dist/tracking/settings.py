@@ -7,18 +7,18 @@ from fulllora_dist.core.settings import Settings
 
 class TrackingSettings(Settings):
     enabled: bool = True
-    """false logs to the output folder alone; `tracking: none` in place of the section says the same."""
+    """false logs to the output folder only; `tracking: none` is short for it."""
     uri: str | None = None
-    """MLflow's tracking store; null takes MLFLOW_TRACKING_URI, else sqlite in mlflow.db beside the output folder."""
+    """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else sqlite in mlflow.db beside the output folder."""
     experiment_name: str = "fulllora"
-    """MLflow experiment."""
+    """MLflow experiment name."""
     run_name: str | None = None
-    """Name of the run; null takes the output folder's."""
+    """MLflow run name; null takes the output folder's."""
     flush_timeout_s: float = Field(60.0, ge=0)
-    """How long the end of a run waits for a store that does not answer; the rest is sent later (docs/tracking.md)."""
+    """Seconds to wait at the end for a server that does not answer; the rest is sent later (docs/tracking.md)."""
     system_metrics_interval_s: float | None = Field(15.0, gt=0)
-    """Seconds between samples of each node's CPU, memory, disk, network and GPUs; null takes none."""
+    """Seconds between system metrics (CPU, memory, disk, network, GPUs of each node); null disables them."""
     publish: bool = False
-    """true makes the adapter a version in MLflow's model registry at the end (docs/registry.md)."""
+    """Register the adapter in the MLflow model registry at the end (docs/registry.md)."""
     registered_model_name: str | None = None
-    """Name of the registered model; null takes BACKBONE-DATA-NORM-EPS."""
+    """Registered model name; null takes BACKBONE-DATA-NORM-EPS."""

@@ -161,7 +161,7 @@ def test_a_server_that_is_killed(
             shards,
             mlflow.uri,
             data={"held_out": held_out, "validation": validation},
-            guard={"every": 100, "n": 8, "steps": 1},
+            guard={"every": 100, "num_samples": 8, "steps": 1},
         )
         batches = [50, 150, 250] if late else [150]
         gates = {batch: tmp_path / "a" / f"gate.{batch}" for batch in batches}

@@ -59,7 +59,7 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
         (["--time", "soon"], "--time: a time is 240, 4:00:00 or 1-12:00:00 (got 'soon')"),
         (["--time", "1", "--signal-seconds", "60"], "--signal-seconds: 60 leave nothing of --time 1 minutes"),
         (["--profile", "nowhere"], "--profile: "),
-        (["--gpus-per-node", "3"], "optim.batch_size: 8 does not divide by 3 ranks"),
+        (["--gpus-per-node", "3"], r"optim.batch_size must be a multiple of 3 \(3 ranks"),
         (["optim.lr=-1"], "config.yaml: optim.lr: "),
         (["--evaluate"], "data.validation is not set"),
         (["--evaluate", "optim.lr=1"], "--evaluate: 'optim.lr=1' is not an option of evaluate.py; put settings before"),
@@ -84,7 +84,7 @@ def test_bad_input_is_refused_before_anything_is_queued(
 
 def test_a_mistake_is_one_line_and_exit_code_2(site: Site) -> None:
     said = site.launch(*CONFIG, "run.output_dir=unused", "--executor", "slurm", "--nodes", "3", code=2)
-    assert said.startswith("error: optim.batch_size: 8 does not divide by 3 ranks")
+    assert said.startswith("error: optim.batch_size must be a multiple of 3 (3 ranks")
     assert len(said.splitlines()) == 1
 
 
