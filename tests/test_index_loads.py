@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.distributed.comm import free_port
 
 TRAIN = Path(__file__).parents[1] / "fulllora_dist" / "train.py"
 COUNT = """
@@ -38,7 +39,7 @@ optim: {{lr: 1.0e-3, batch_size: 8, epochs: 1}}
 guard: {{steps: 1}}
 run: {{output_dir: {folder}/run}}
 evaluation: {{attacks: [clean]}}
-tracking: {{uri: "sqlite:///{folder}/mlflow.db"}}
+tracking: {{uri: "http://127.0.0.1:{port}", flush_timeout_s: 0}}
 plugins: [{folder}/count.py]
 """
 
@@ -55,7 +56,7 @@ def test_a_run_reads_each_index_once(tmp_path: Path) -> None:
         make_shards(tmp_path / "images" / split, tmp_path / split, progress=False)
     log = tmp_path / "reads.txt"
     (tmp_path / "count.py").write_text(COUNT.format(log=str(log)))
-    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path))
+    (tmp_path / "config.yaml").write_text(CONFIG.format(folder=tmp_path, port=free_port()))
     done = subprocess.run([sys.executable, TRAIN, "--config", tmp_path / "config.yaml"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "evaluation.json").exists()

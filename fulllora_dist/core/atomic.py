@@ -17,12 +17,12 @@ STALE_SECONDS = 600.0
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears as `path` only once it is whole and on disk (temporary name, fsync, rename).
 
-    Several may write it at once: the last that ends stays. What killed ones left is removed.
+    Several may write it at once: the last that ends stays. What killed processes left is removed.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                left.unlink()
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                stale.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -128,19 +128,15 @@ class Index:
         path, checksum = self._mapped
         return Index._map, (path, self.base, checksum)
 
-    def packed(self) -> bytes:
-        """The bytes of the index file. The same index always gives the same bytes."""
+    def save(self, name: str = INDEX_NAME) -> None:
+        """Write the index file in `base`, whole or not at all. The same index always gives the same bytes."""
         meta = {
             "version": FORMAT_VERSION,
             "hash": self.hash,
             "classes": self.classes,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        return pack_columns(meta, self.columns)
-
-    def save(self, name: str = INDEX_NAME) -> None:
-        """Publish the index in `base`, whole or not at all."""
-        store.write(urls.join(self.base, name), self.packed())
+        store.write(urls.join(self.base, name), pack_columns(meta, self.columns))
 
     def _check(self) -> None:
         """Refuse columns that do not fit each other, the classes or the shards."""

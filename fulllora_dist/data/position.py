@@ -20,7 +20,7 @@ def check_rank(world: int, rank: int) -> None:
 def check_batch_size(batch_size: int, world: int) -> None:
     """UserError for a global batch that does not divide into equal shares."""
     if batch_size < 1 or batch_size % world:
-        raise UserError(f"batch size must be a positive multiple of the {world} ranks, got {batch_size}")
+        raise UserError(f"batch size must be >= 1 and a multiple of world={world}, got {batch_size}")
 
 
 class Spares(NamedTuple):

@@ -132,6 +132,16 @@ def test_a_missing_index_or_another_format_is_refused(shards: Path, tmp_path: Pa
             Index.load(path)
 
 
+def test_a_file_is_read_once_until_it_changes(shards: Path, tmp_path: Path) -> None:
+    shutil.copytree(shards, tmp_path, dirs_exist_ok=True)
+    first = Index.load(tmp_path)
+    assert Index.load(str(tmp_path)) is first
+    assert Index.load(tmp_path / "index.safetensors") is first
+    replace(first, classes=("a", "b", "c"), hash=content_hash(("a", "b", "c"), first.columns)).save()
+    assert Index.load(tmp_path).classes == ("a", "b", "c")
+    assert first.classes == ("ant", "bee", "cat")
+
+
 def test_an_index_may_lie_elsewhere(shards: Path, tmp_path: Path) -> None:
     index = Index.load(shards)
     absolute = tuple(replace(shard, url=str(shards / shard.url)) for shard in index.shards)

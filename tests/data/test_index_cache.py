@@ -52,6 +52,10 @@ def test_a_damaged_copy_is_fetched_again(server: FaultServer, own_cache: Path, d
     assert Index.load(server.url).hash == whole
 
 
+def test_a_remote_index_is_read_once(server: FaultServer) -> None:
+    assert Index.load(server.url) is Index.load(server.url)
+
+
 def test_a_short_answer_is_asked_for_again(server: FaultServer, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = iter([ObjectInfo(7, None)])
     real = urls.object_info

@@ -87,11 +87,11 @@ def test_batches_and_state_are_those_of_the_plan(folder: Path, world: int, worke
 def test_workers_must_divide_the_batch(folder: Path) -> None:
     with pytest.raises(UserError, match="num_workers must divide the rank's batch of 12, got 5"):
         next(iter(DataLoader(stream(folder), batch_size=None, num_workers=5)))
-    with pytest.raises(UserError, match="batch size must be a positive multiple of the 5 ranks, got 12"):
+    with pytest.raises(UserError, match="batch size must be >= 1 and a multiple of world=5, got 12"):
         stream(folder, world=5)
     with pytest.raises(UserError, match="rank must be >= 0 and < world=2, got 2"):
         stream(folder, world=2, rank=2)
-    with pytest.raises(UserError, match="batch size must be a positive multiple"):
+    with pytest.raises(UserError, match="batch size must be >= 1 and a multiple"):
         stream(folder, batch_size=0)
 
 

@@ -170,7 +170,7 @@ def test_a_disk_that_fails_is_no_traceback(shards, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"batch_size": 7, "world": 2}, "batch size must be a positive multiple of the 2 ranks, got 7"),
+        ({"batch_size": 7, "world": 2}, "batch size must be >= 1 and a multiple of world=2, got 7"),
         ({"batch_size": 33}, "batch size 33 exceeds the 32 samples"),
         ({"world": 2, "rank": 2}, "rank must be >= 0 and < world=2, got 2"),
         ({"workers": -1}, "num_workers must be >= 0, got -1"),
