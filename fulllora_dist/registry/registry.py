@@ -127,7 +127,7 @@ class Registry:
         try:
             return self.store.get_registered_model(name)
         except StoreError as error:
-            if error.code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             known = ", ".join(self.names()) or "none"
             raise UserError(f"there is no registered model {name}; there are: {known}") from None
@@ -161,7 +161,7 @@ class Registry:
         try:
             return _version(self.store.get_model_version(name, str(wanted)), aliases)
         except StoreError as error:
-            if error.code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise UserError(f"{name} has no version {wanted}; it has {self._numbers(name)}") from None
 
