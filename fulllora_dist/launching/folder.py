@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.tracking.provenance import git
 
 RESTARTS = "restarts.jsonl"
 LAUNCHES = "launches"
@@ -101,7 +102,6 @@ def _fill(folder: Path, config: Config) -> None:
 
 def _write_git(folder: Path) -> None:
     """Nothing if the package is not in a git checkout."""
-
     try:
         commit = git("rev-parse", "HEAD").strip()
         changed = git("status", "--porcelain", "--", ".").splitlines()
