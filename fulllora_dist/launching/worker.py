@@ -1,4 +1,4 @@
-"""What every task of a job runs: its rank, then train.py or evaluate.py; and how it leaves when it is told to.
+"""What every task of a job runs: joins the ranks, runs train.py or evaluate.py, ends as the batch script expects.
 
 submitit's own way, a `checkpoint` that is called in a signal handler on rank 0, does not fit: saving is a collective,
 and a run that is requeued from outside is not asked. So a signal only asks the run to stop (GracefulStop). It saves

@@ -198,12 +198,12 @@ class Registry:
         return downloaded
 
     def check(self, version: Version) -> None:
-        """UserError where its adapter cannot be fetched whole."""
+        """Raises UserError if its adapter cannot be downloaded, or is damaged."""
         with tempfile.TemporaryDirectory() as folder:
             self.fetch(version.address, folder)
 
     def evaluation(self, version: Version) -> dict[str, Any] | None:
-        """Its evaluation.json; None where it was never evaluated.
+        """Its evaluation.json; None if it was never evaluated.
 
         Raises:
             UserError: it is damaged.
@@ -224,7 +224,7 @@ class Registry:
 
 
 def accuracy_tag(attack: str) -> str:
-    """Name of the tag with an attack's accuracy: MLflow takes no + in it (apgd-ce+square)."""
+    """Name of the tag with an attack's accuracy; MLflow does not accept a + in it (apgd-ce+square)."""
     return ACCURACY + allowed_name(attack)
 
 
