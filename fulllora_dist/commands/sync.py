@@ -39,10 +39,7 @@ def sync(output: str, uri: str | None, seconds: float, say: Callable[[str], None
 
     if not os.path.isdir(os.path.join(output, FOLDER)):
         raise UserError(f"{output} has no {FOLDER}/; give the output folder of a run with tracking.enabled=true")
-    config = read_frame(Path(output, "config.yaml"))
-    # seen from here: its folder may be mounted elsewhere
-    config = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output})})
-    run = config.tracked_run()
+    run = read_frame(Path(output, "config.yaml"), output_dir=output).tracked_run()
     outbox = Outbox(output)
     shipper = Shipper(outbox, uri or run.uri, run.settings.experiment_name, run.name, say)
     shipper.start()

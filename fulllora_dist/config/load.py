@@ -51,16 +51,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: {explain(error, lambda section: _known_keys(section, values))}") from None
 
 
-def read_frame(path: Path) -> Config:
+def read_frame(path: Path, output_dir: str | None = None) -> Config:
     """`run` and `tracking` alone of a resolved config; its plugins, which the rest may need, are not imported.
+
+    Args:
+        output_dir: path of the run's output folder from here, where it may be mounted elsewhere.
 
     Raises:
         UserError: it cannot be read.
     """
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        moved = {} if output_dir is None else {"output_dir": output_dir}
         parts: dict[str, Any] = {
-            "run": RunSettings.model_validate(values["run"]),
+            "run": RunSettings.model_validate(values["run"] | moved),
             "tracking": TrackingSettings.model_validate(values["tracking"]),
         }
         return Config.model_construct(**parts)

@@ -23,9 +23,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fulllora_dist.config.load import read_frame
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.tracking.provenance import git
 
 RESTARTS = "restarts.jsonl"
 LAUNCHES = "launches"
@@ -102,10 +102,6 @@ def _fill(folder: Path, config: Config) -> None:
 
 def _write_git(folder: Path) -> None:
     """Nothing if the package is not in a git checkout."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(_PACKAGE), *command], capture_output=True, text=True, check=True).stdout
-
     try:
         commit = git("rev-parse", "HEAD").strip()
         changed = git("status", "--porcelain", "--", ".").splitlines()
@@ -137,12 +133,3 @@ def read_restarts(folder: Path, job: str) -> list[dict[str, Any]]:
             if isinstance(entry, dict) and entry.get("job") == job:
                 entries.append(entry)
     return entries
-
-
-def read_settings(folder: Path) -> Config:
-    """Only `run` and `tracking` of a launch's config: its plugins are code of that launch, which is not imported.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    return read_frame(folder / CONFIG)

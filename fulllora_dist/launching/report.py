@@ -7,11 +7,13 @@ from pathlib import Path
 
 from fulllora_dist.checkpoints.format import list_checkpoints, step_of
 from fulllora_dist.checkpoints.manager import checkpoint_places
+from fulllora_dist.config.load import read_frame
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.text_table import text_table
-from fulllora_dist.launching.folder import LAUNCHES, launch_folders, read_restarts, read_settings
+from fulllora_dist.launching.folder import CONFIG, LAUNCHES, launch_folders, read_restarts
 from fulllora_dist.launching.jobs import RunJob, newest_launch, run_jobs
+from fulllora_dist.tracking.mlflow_run import patient_client
 from fulllora_dist.tracking.outbox import METRICS
 
 _COLUMNS = ("launch", "job", "what", "state", "restarts", "time", "nodes", "last")
@@ -34,9 +36,7 @@ def status(output: str) -> str:
     """A line on the run's progress, a table of its jobs, and a line on each problem."""
     jobs = run_jobs(output)
     try:
-        config = read_settings(jobs[-1].folder)
-        # seen from here: it may have been launched from another folder
-        config = config.model_copy(update={"run": config.run.model_copy(update={"output_dir": output})})
+        config = read_frame(jobs[-1].folder / CONFIG, output_dir=output)
         progress, problems = _progress(config), _problems(config, jobs)
     except (UserError, OSError) as error:  # a bucket that does not answer costs this line, not the table
         progress, problems = str(error), []
@@ -104,10 +104,8 @@ def _cancelled(job: RunJob) -> bool:
 def _tracked_as_running(config: Config) -> str | None:
     if not config.tracking.enabled:
         return None
-    from mlflow import MlflowClient
-
     try:
-        client = MlflowClient(config.tracking_uri())
+        client = patient_client(config.tracking_uri())
         experiment = client.get_experiment_by_name(config.tracking.experiment_name)
         query = f"tags.output = '{os.path.abspath(config.run.output_dir)}' and attributes.status = 'RUNNING'"
         runs = client.search_runs([experiment.experiment_id], query) if experiment else []

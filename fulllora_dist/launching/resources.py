@@ -70,7 +70,7 @@ class Resources(Settings):
 
 
 def read_profile(name: str, folder: str) -> dict[str, Any]:
-    """The settings of a site: of a YAML file, or of NAME.yaml in `folder`.
+    """The settings of a site, from a YAML file or from NAME.yaml in `folder`.
 
     Raises:
         UserError: there is none, or it is not a mapping.
@@ -93,7 +93,7 @@ def read_profile(name: str, folder: str) -> dict[str, Any]:
 
 
 def resources(profile: Mapping[str, Any], given: Mapping[str, Any]) -> Resources:
-    """Settings of the command line over those of a profile; sbatch's are joined by name, srun's one after the other.
+    """Settings of the command line override those of a profile; sbatch options are merged by name, srun's appended.
 
     Raises:
         UserError: one line that names the setting.

@@ -1,4 +1,4 @@
-"""What every task of a job runs: its rank, then train.py or evaluate.py; and how it leaves when it is told to.
+"""What every task of a job runs: joins the ranks, runs train.py or evaluate.py, ends as the batch script expects.
 
 submitit's own way, a `checkpoint` that is called in a signal handler on rank 0, does not fit: saving is a collective,
 and a run that is requeued from outside is not asked. So a signal only asks the run to stop (GracefulStop). It saves
@@ -24,10 +24,11 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from fulllora_dist.checkpoints.format import list_checkpoints, step_of
 from fulllora_dist.checkpoints.manager import checkpoint_places
+from fulllora_dist.config.load import read_frame
 from fulllora_dist.distributed.failures import exit_answer
 from fulllora_dist.distributed.signals import GracefulStop
 from fulllora_dist.evaluation.resume_log import items_done
-from fulllora_dist.launching.folder import RESTARTS, read_restarts, read_settings
+from fulllora_dist.launching.folder import CONFIG, RESTARTS, read_restarts
 from fulllora_dist.storage import store
 
 MAX_STALLED_RESTARTS = 3
@@ -143,7 +144,7 @@ def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
         return {}
     store.stop_retrying()  # the scheduler does not wait
     try:
-        run = read_settings(environment.paths.folder).run
+        run = read_frame(environment.paths.folder / CONFIG).run
         evaluated = items_done(run.output_dir)
         checkpoints = list_checkpoints(*checkpoint_places(run)) if entry == "train" else []
     except Exception as error:  # of a bucket, say: the run is saved, and the record can do without

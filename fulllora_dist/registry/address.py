@@ -12,58 +12,57 @@ from fulllora_dist.models.adapter_file import load as load_folder
 from fulllora_dist.models.settings import Precision
 
 
-def in_mlflow(where: str) -> bool:
+def in_mlflow(address: str) -> bool:
     """Whether it is an address of MLflow: models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-ID, runs:/ID/PATH."""
-    return where.startswith(("models:", "runs:"))
+    return address.startswith(("models:", "runs:"))
 
 
-def resolved(where: str, uri: str | None = None) -> str:
-    """An address without an alias, which may move: models:/NAME@champion -> models:/NAME/3. Others as they are."""
-    if not in_mlflow(where):
-        return where
+def resolved(address: str, uri: str | None = None) -> str:
+    """An address without an alias, which may move: models:/NAME@champion -> models:/NAME/3. Others are unchanged."""
+    if not in_mlflow(address):
+        return address
     from fulllora_dist.registry.registry import Registry  # mlflow takes a second to import
 
-    return Registry(uri).resolved(where)
+    return Registry(uri).resolved(address)
 
 
 @contextmanager
-def local_folder(where: str, uri: str | None = None) -> Iterator[str]:
-    """The adapter's folder for the time inside, fetched from MLflow where it lies there. Errors name the address.
+def local_folder(address: str, uri: str | None = None) -> Iterator[str]:
+    """The adapter's folder; one in MLflow is downloaded for the duration of the context. Errors name the address.
 
     Args:
-        where: see `load`.
-        uri: see `load`.
+        address, uri: see `load`.
     """
-    if not in_mlflow(where):
-        yield where
+    if not in_mlflow(address):
+        yield address
         return
     from fulllora_dist.registry.registry import Registry  # mlflow takes a second to import
 
-    with tempfile.TemporaryDirectory(prefix="adapter-") as folder:
-        found = Registry(uri).fetch(where, folder)
+    with tempfile.TemporaryDirectory(prefix="adapter-") as temporary:
+        folder = Registry(uri).fetch(address, temporary)
         try:
-            yield found
+            yield folder
         except UserError as error:
-            raise UserError(str(error).replace(found, where)) from error
+            raise UserError(str(error).replace(folder, address)) from error
 
 
 def load(
-    where: str, *, checkpoint_path: str | None = None, precision: Precision = "fp32", uri: str | None = None
+    address: str, *, checkpoint_path: str | None = None, precision: Precision = "fp32", uri: str | None = None
 ) -> AdaptedModel:
     """The adapted model of an adapter: its backbone is built from timm or `checkpoint_path`, and checked.
 
     Args:
-        where: what `save_adapter` wrote, a local path or fsspec URL; or an address of MLflow: "models:/NAME@champion",
-            "models:/NAME/3", "runs:/ID/adapter".
-        checkpoint_path: where the backbone's weights lie now, if not where they were at training.
+        address: what `save_adapter` wrote, a local path or fsspec URL; or an address of MLflow:
+            "models:/NAME@champion", "models:/NAME/3", "runs:/ID/adapter".
+        checkpoint_path: the backbone's weights, if they have moved since training.
         precision: see `create_model`.
-        uri: MLflow's tracking store, which is its `set_tracking_uri` from then on; None takes the one that is set
+        uri: MLflow's tracking store, which becomes its `set_tracking_uri`; None takes the one that is set
             (MLFLOW_TRACKING_URI).
 
     Raises:
         UserError: missing or damaged files, an unknown version or alias, another backbone, other shapes.
     """
-    with local_folder(where, uri) as folder:
+    with local_folder(address, uri) as folder:
         return load_folder(folder, checkpoint_path=checkpoint_path, precision=precision)
 
 
@@ -71,7 +70,7 @@ class MultiAdapter(multi_adapter.MultiAdapter):
     """Several adapters on one backbone, each by its address; see `models.multi_adapter`.
 
     Args:
-        adapters: {name of one's own: address}; see `load`.
+        adapters: {name: address}; see `load`.
         checkpoint_path, precision, uri: see `load`.
 
     Raises:

@@ -78,7 +78,7 @@ def _recipe(description: AdapterDescription) -> list[str]:
     settings, training = vars(description.spec), description.training
     lines = [f"- {key}: {settings[key]}" for key in _SHOWN_SETTINGS if settings[key] is not None]
     lines.append(f"- trainable: {description.trainable:,} parameters, {description.trainable_share:.2%}")
-    if "made" not in training and training.get("method"):  # of an earlier version: as it was planned
+    if "made" not in training and training.get("method"):  # not trained by our Trainer: as planned
         lines.append(f"- method: {_listed(training['method'])}")
         lines += [f"- in {len(training['phases'])} phases"] if training.get("phases") else []
     for phase in training.get("made", ()):

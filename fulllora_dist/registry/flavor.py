@@ -32,14 +32,14 @@ FLAVOR_NAME = "fulllora_dist"
 CARD = "README.md"
 REQUIREMENTS = "requirements.txt"
 CHECKPOINT = "FULLLORA_CHECKPOINT"
-"""Environment variable: where the backbone's weights lie for a served model."""
+"""Environment variable: path of the backbone's weights for a served model."""
 _NEEDED = ("fulllora-dist", "mlflow", "torch", "timm", "safetensors", "numpy")
 _CONDA, _PYTHON = "conda.yaml", "python_env.yaml"
 _BATCH = 64  # images of one pyfunc pass
 
 
 def requirements() -> list[str]:
-    """What a model needs, at the versions here. By hand: MLflow's inference takes seconds and misses timm."""
+    """What a model needs, pinned to the installed versions. MLflow's own inference takes seconds and misses timm."""
     return [f"{name}=={version(name).partition('+')[0]}" for name in _NEEDED]
 
 
@@ -137,7 +137,7 @@ def load_model(model_uri: str, *, checkpoint: str | None = None, precision: Prec
 
 
 class PixelModel:
-    """What `mlflow.pyfunc.load_model` gives: uint8 pixels [N, H, W, 3] -> fp32 logits [N, classes].
+    """What `mlflow.pyfunc.load_model` wraps: uint8 pixels [N, H, W, 3] -> fp32 logits [N, classes].
 
     The images are of the model's own size; [0, 1] and the backbone's normalisation happen inside.
     """
@@ -160,8 +160,8 @@ class PixelModel:
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> PixelModel:
-    """What MLflow calls. `model_config={"checkpoint": ...}`, or else FULLLORA_CHECKPOINT, says where the backbone's
-    weights lie, if not where they were at training; MLFLOW_DEFAULT_PREDICTION_DEVICE where it computes."""
+    """Called by MLflow. `model_config={"checkpoint": ...}`, or else FULLLORA_CHECKPOINT, is the path of the backbone's
+    weights, if they have moved since training; MLFLOW_DEFAULT_PREDICTION_DEVICE is the device."""
     settings = dict(model_config or {})
     model = load(path, checkpoint_path=settings.get("checkpoint") or os.environ.get(CHECKPOINT))
     device = os.environ.get("MLFLOW_DEFAULT_PREDICTION_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -7,7 +7,7 @@ from typing import Any
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage.urls import one_line, redacted
-from fulllora_dist.tracking.mlflow_run import artifact_location, first_use_alone, set_defaults
+from fulllora_dist.tracking.mlflow_run import experiment_id, first_use_alone, set_defaults
 
 _CLIENTS = {"mlflow", "sqlalchemy", "alembic", "botocore", "boto3", "google", "azure"}
 """Packages whose exceptions are the store's; those of requests are OSErrors."""
@@ -17,12 +17,12 @@ class StoreError(UserError):
     """A call to an MLflow store failed.
 
     Attributes:
-        code: MLflow's name of the error, e.g. RESOURCE_DOES_NOT_EXIST; "IO" where it is not MLflow's own.
+        error_code: MLflow's name of the error, e.g. RESOURCE_DOES_NOT_EXIST; "IO" where it is not MLflow's own.
     """
 
-    def __init__(self, message: str, code: str):
+    def __init__(self, message: str, error_code: str):
         super().__init__(message)
-        self.code = code
+        self.error_code = error_code
 
 
 class Store:
@@ -74,15 +74,7 @@ class Store:
 
     def experiment_id(self, name: str) -> str:
         """Of the experiment of that name, which is created if it does not exist."""
-        experiment = self.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return self.create_experiment(name, artifact_location(self.uri))
-            except StoreError as error:
-                if error.code != "RESOURCE_ALREADY_EXISTS":  # another process has created it meanwhile
-                    raise
-                experiment = self.get_experiment_by_name(name)
-        return experiment.experiment_id
+        return experiment_id(self, name, self.uri)
 
     def download(self, location: str, folder: str) -> str:
         """Artifacts at `location` (an artifact URI, or runs:/ID/PATH) into `folder`; returns where they are."""

@@ -1,4 +1,4 @@
-"""Predictions for a folder of images or for shards, one line each, that a second call goes on with."""
+"""Predictions for a folder of images or for shards, one line each; a second call resumes."""
 
 import csv
 import io
@@ -40,28 +40,28 @@ def predict(
 ) -> dict[str, int]:
     """Write the most likely class of each image to `output`.
 
-    Lines of images that are there already stay, and those images are passed over; a line that a kill cut short is
-    made again. An image that cannot be read gets a line with the error.
+    Images that have a line already are skipped; a line that a kill cut short is written again. An unreadable image
+    gets a line with the error.
 
     Args:
         model: pixels in [0, 1] -> logits, in evaluation mode, on the device where its parameters are.
-        source: folder of images, searched with all folders below, or folder or URL of shards with an index.
-        output: .jsonl, or .csv; columns are `COLUMNS`: name of the image, of its class, its number, the softmax
+        source: folder of images, searched recursively, or folder or URL of shards with an index.
+        output: .jsonl or .csv with the columns `COLUMNS`: name of the image, name and number of its class, softmax
             probability, why it could not be read, and `adapter`.
         transform: the model's evaluation crop.
         classes: names of the outputs.
         workers: decoding threads.
-        adapter: what tells the model from others (its sha256), kept with each line; no output has lines of two.
+        adapter: sha256 that identifies the model, kept with each line; one output never mixes two.
 
     Returns:
-        {"pictures": all of the source, "predicted": by this call, "unreadable": of those}.
+        {"pictures": number of images of the source, "predicted": by this call, "unreadable": of those}.
 
     Raises:
-        UserError: no images there; an output of another form or adapter, or that cannot be written.
+        UserError: no images; an output of another format or adapter, or that cannot be written.
     """
     table = _Table(output, adapter)
     images = _images(source)
-    left = [(name, read) for name, read in images if name not in table.done]
+    remaining = [(name, read) for name, read in images if name not in table.done]
     device = next(model.parameters()).device
     unreadable = 0
 
@@ -72,11 +72,13 @@ def predict(
         except UserError as error:
             return name, None, str(error)
 
-    bar = tqdm(total=len(images), initial=len(images) - len(left), unit="img", desc="predict", disable=not progress)
+    bar = tqdm(
+        total=len(images), initial=len(images) - len(remaining), unit="img", desc="predict", disable=not progress
+    )
     with table, bar, ThreadPoolExecutor(max(1, workers)) as threads:
-        for batch in _ahead(left, batch_size, lambda part: threads.map(decode, part)):
-            good = [pixels for _, pixels, _ in batch if pixels is not None]
-            scores = iter(_probabilities(model, good, device))
+        for batch in _ahead(remaining, batch_size, lambda part: threads.map(decode, part)):
+            readable = [pixels for _, pixels, _ in batch if pixels is not None]
+            scores = iter(_probabilities(model, readable, device))
             rows: list[tuple[Any, ...]] = []
             for name, pixels, error in batch:
                 if pixels is None:
@@ -88,16 +90,16 @@ def predict(
                     rows.append((name, classes[label], label, round(float(score[label]), 6), None, adapter))
             table.write(rows)
             bar.update(len(batch))
-    return {"pictures": len(images), "predicted": len(left), "unreadable": unreadable}
+    return {"pictures": len(images), "predicted": len(remaining), "unreadable": unreadable}
 
 
 def _ahead(items: list, size: int, start: Callable[[list], Iterator]) -> Iterator[list]:
-    """Batches; the next one is being decoded while one is used."""
+    """Batches; the next one is decoded while one is used."""
     parts = (items[i : i + size] for i in range(0, len(items), size))
-    coming = [start(part) for part in islice(parts, 2)]
-    while coming:
-        batch = list(coming.pop(0))
-        coming += [start(part) for part in islice(parts, 1)]
+    started = [start(part) for part in islice(parts, 2)]
+    while started:
+        batch = list(started.pop(0))
+        started += [start(part) for part in islice(parts, 1)]
         yield batch
 
 
@@ -110,7 +112,7 @@ def _probabilities(model: nn.Module, images: list[Tensor], device: torch.device)
 
 
 def _images(source: str) -> list[tuple[str, Read]]:
-    """(name, what reads its bytes), in the order of names or of the index."""
+    """(name, function that reads its bytes), in the order of names or of the index."""
     if Path(source).is_dir():
         files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
         if files:
@@ -118,7 +120,7 @@ def _images(source: str) -> list[tuple[str, Read]]:
     try:
         index = Index.load(source)
     except UserError as error:
-        raise UserError(f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}), nor shards: {error}") from None
+        raise UserError(f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}) and no shards: {error}") from None
     shards = ShardReader(index)
     return [(index.key(i), lambda i=i: shards.read(i)) for i in range(len(index))]  # type: ignore[misc]
 
@@ -134,46 +136,42 @@ def _reader(path: Path) -> Read:
 
 
 class _Table:
-    """The output, appended to batch by batch. A file of something else is not touched.
+    """The output, appended to batch by batch. A file with other content is not touched.
 
     Attributes:
-        done: names of the images that it has whole lines of.
+        done: names of the images with a whole line.
     """
 
     def __init__(self, path: str, adapter: str | None):
         self._path, self._adapter = path, adapter
         self._csv = path.endswith(".csv")
         if not self._csv and not path.endswith(".jsonl"):
-            raise UserError(f"--output: {path} is neither .jsonl nor .csv; one of them is right")
+            raise UserError(f"--output must end in .jsonl or .csv, got {path}")
         with self._writable():
             os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
             content = Path(path).read_bytes() if os.path.exists(path) else b""
         whole = content[: content.rfind(b"\n") + 1]
         self._length = len(whole)
-        self.done = self._found(whole.decode(errors="surrogateescape"), content[len(whole) :])
+        self.done = self._read_names(whole.decode(errors="surrogateescape"), content[len(whole) :])
 
-    def _found(self, whole: str, cut: bytes) -> set[str]:
-        """Names in whole lines; `cut`: what a kill left of the next one."""
+    def _read_names(self, whole: str, cut: bytes) -> set[str]:
+        """Names in whole lines; `cut` is what a kill left of the next one."""
         try:
             rows = self._rows(whole)
             if not whole and not self._begins_a_line(cut):
                 raise ValueError
         except (ValueError, csv.Error):
-            raise UserError(
-                f"--output: {self._path} holds something else than predictions; choose another file"
-            ) from None
+            raise UserError(f"--output: {self._path} does not hold predictions; choose another file") from None
         for row in rows:
-            if (found := row.get("adapter") or None) != self._adapter:
-                shown = [str(one)[:12] for one in (found, self._adapter)]
+            if (adapter := row.get("adapter") or None) != self._adapter:
                 raise UserError(
-                    "--output: {} holds predictions of the adapter {}, this one is {}; choose another file".format(
-                        self._path, *shown
-                    )
+                    f"--output: {self._path} holds predictions of the adapter {str(adapter)[:12]}, this one is "
+                    f"{str(self._adapter)[:12]}; choose another file"
                 )
         return {row["picture"] for row in rows}
 
     def _rows(self, whole: str) -> list[dict[str, Any]]:
-        """Raises ValueError where one is none of ours."""
+        """Raises ValueError if a line is not a prediction."""
         if self._csv:
             head, *cells = list(csv.reader(io.StringIO(whole, newline=""))) or [list(COLUMNS)]
             rows = [dict(zip(COLUMNS, row, strict=True)) for row in cells]
@@ -210,7 +208,7 @@ class _Table:
             self._file.close()
 
     def write(self, rows: list[tuple[Any, ...]]) -> None:
-        """Whole lines, on their way to the disk when it returns."""
+        """Append whole lines and flush."""
         with self._writable():
             if self._csv:
                 csv.writer(self._file).writerows(rows)

@@ -136,7 +136,7 @@ class _Publication:
             self.registry.store.create_registered_model(self.name, tags=identity | {"backbone": backbone.name})
             return
         except StoreError as error:
-            if error.code != "RESOURCE_ALREADY_EXISTS":
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         tags = self.registry.model(self.name).tags
         for key, value in identity.items():
@@ -161,7 +161,7 @@ class _Publication:
                     if version.source != kept.source:
                         self.registry.store.delete_logged_model(version.source.removeprefix("models:/"))
                 except StoreError as error:
-                    if error.code != "RESOURCE_DOES_NOT_EXIST":  # another process has deleted it
+                    if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # another process has deleted it
                         raise
         return kept
 

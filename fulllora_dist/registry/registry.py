@@ -127,7 +127,7 @@ class Registry:
         try:
             return self.store.get_registered_model(name)
         except StoreError as error:
-            if error.code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             known = ", ".join(self.names()) or "none"
             raise UserError(f"there is no registered model {name}; there are: {known}") from None
@@ -161,7 +161,7 @@ class Registry:
         try:
             return _version(self.store.get_model_version(name, str(wanted)), aliases)
         except StoreError as error:
-            if error.code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             raise UserError(f"{name} has no version {wanted}; it has {self._numbers(name)}") from None
 
@@ -198,12 +198,12 @@ class Registry:
         return downloaded
 
     def check(self, version: Version) -> None:
-        """UserError where its adapter cannot be fetched whole."""
+        """Raises UserError if its adapter cannot be downloaded, or is damaged."""
         with tempfile.TemporaryDirectory() as folder:
             self.fetch(version.address, folder)
 
     def evaluation(self, version: Version) -> EvaluationReport | None:
-        """Its evaluation.json; None where it was never evaluated.
+        """Its evaluation.json; None if it was never evaluated.
 
         Raises:
             UserError: it is damaged.
@@ -224,7 +224,7 @@ class Registry:
 
 
 def accuracy_tag(attack: str) -> str:
-    """Name of the tag with an attack's accuracy: MLflow takes no + in it (apgd-ce+square)."""
+    """Name of the tag with an attack's accuracy; MLflow does not accept a + in it (apgd-ce+square)."""
     return ACCURACY + allowed_name(attack)
 
 

@@ -46,18 +46,16 @@ class MlflowRun:
         """
         with first_use_alone(uri):
             client = patient_client(uri)  # this, too, is a use
-            existing = client.get_experiment_by_name(experiment)
-            location = artifact_location(uri)
-            experiment_id = existing.experiment_id if existing else client.create_experiment(experiment, location)
+            number = experiment_id(client, experiment, uri)
         self._client = client
         self._refused: set[str] = set()  # names of metrics
         self.id = self._existing(run_id)
         if self.id is None:
-            same_key = client.search_runs([experiment_id], f"tags.{KEY} = '{key}'")
+            same_key = client.search_runs([number], f"tags.{KEY} = '{key}'")
             self.id = same_key[0].info.run_id if same_key else None
         self.is_new = self.id is None
         if self.id is None:
-            self.id = client.create_run(experiment_id, run_name=name, tags={KEY: key}).info.run_id
+            self.id = client.create_run(number, run_name=name, tags={KEY: key}).info.run_id
 
     def _existing(self, run_id: str | None) -> str | None:
         """None for one that this store does not have."""
@@ -194,6 +192,19 @@ def patient_client(uri: str) -> Any:
     from mlflow import MlflowClient
 
     return MlflowClient(uri)
+
+
+def experiment_id(client: Any, name: str, uri: str) -> str:
+    """Of the experiment of that name, which is created if it does not exist."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name, artifact_location(uri))
+        except Exception as error:
+            if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":  # another process has created it
+                raise
+            experiment = client.get_experiment_by_name(name)
+    return experiment.experiment_id
 
 
 def set_defaults(retries: int) -> None:

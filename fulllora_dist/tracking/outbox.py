@@ -43,17 +43,17 @@ class Outbox:
         self.store: str | None = saved.get("store")
         self.ended: dict[str, str] = saved.get("ended", {})
         self._times: dict[str, int] = saved.get("times", {})
-        sent = {name: Position(*position) for name, position in saved.get("sent", {}).items()}
-        self.metrics = Spool(self.output / METRICS, sent.get("metrics", Position()))
-        self.system = Spool(self._folder / "system.jsonl", sent.get("system", Position()))
-        self.events = Spool(self._folder / "events.jsonl", sent.get("events", Position()))
+        sent = saved.get("sent", {})
+
+        def spool(name: str, folder: Path) -> Spool:
+            return Spool(folder / f"{name}.jsonl", Position(*sent.get(name, ())))
+
+        self.metrics = spool("metrics", self.output)
+        self.system, self.events = spool("system", self._folder), spool("events", self._folder)
+        self._spools = {"metrics": self.metrics, "system": self.system, "events": self.events}
         self.covered = 0
         with suppress(OSError, ValueError):
             self.covered = int((self._folder / "covered").read_text())
-
-    @property
-    def _spools(self) -> dict[str, Spool]:
-        return {"metrics": self.metrics, "system": self.system, "events": self.events}
 
     def begin(self, run_id: str | None, step: int) -> None:
         """A process of the run resumes from its checkpoint after batch `step`, 0 where there is none.
@@ -62,18 +62,17 @@ class Outbox:
             run_id: of MLflow, as recorded in the checkpoint.
         """
         self._folder.mkdir(exist_ok=True)
-        if run_id is None and step == 0 and self.metrics.sent.size:
+        anew = run_id is None and step == 0 and self.metrics.sent.size > 0
+        if anew:
             # the checkpoints that covered what was sent are lost: that run has failed, and this is another
             if self.run_id is not None:
                 self.ended[self.run_id] = "FAILED"
             self.key, self.run_id = secrets.token_hex(16), None
             self._times = {}
-            self.events.cut(lambda line: False, lambda dropped: None)
-            self.system.cut(lambda line: False, lambda dropped: None)
         else:
             self.run_id = run_id or self.run_id
-            self.events.cut(lambda line: True, lambda dropped: None)  # but for half a line
-            self.system.cut(lambda line: True, lambda dropped: None)
+        for spool in (self.events, self.system):
+            spool.cut(lambda line: not anew)  # half a line goes anyway
         self.cut_back(step)
 
     def cut_back(self, step: int, keep: Callable[[list[str]], None] = lambda dropped: None) -> None:

@@ -6,6 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+_PACKAGE = Path(__file__).parents[1]
 _PACKAGES = ("fulllora-dist", "torch", "deepspeed", "timm", "mlflow")
 CHANGED = " with changes"
 """End of the commit of a checkout that differs from it."""
@@ -20,17 +21,22 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def git(*command: str) -> str:
+    """stdout of a git command in the package's folder.
+
+    Raises:
+        OSError, CalledProcessError: there is no git, or the folder is not in a checkout.
+    """
+    return subprocess.run(["git", "-C", _PACKAGE, *command], capture_output=True, text=True, check=True).stdout
+
+
 def git_commit() -> str | None:
-    """Of the running code, with a note where it has changes; None where it is unknown. A launched run
-    (jobs/launch.py) has a copy of the code, and a record of its commit."""
-    package = Path(__file__).parents[1]
+    """Of the running code, with a note if it has changes; None if it is unknown. A launched run (jobs/launch.py) has
+    a copy of the code, and a record of its commit."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        record = json.loads((package.parents[1] / "code.json").read_text())
+        record = json.loads((_PACKAGE.parents[1] / "code.json").read_text())
         return record["commit"] + (CHANGED if record["changed"] else "")
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit, changes = (
-            subprocess.run(["git", "-C", package, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no", "--", "."))
-        )
-        return commit + (CHANGED if changes else "")
+        commit = git("rev-parse", "HEAD").strip()
+        return commit + (CHANGED if git("status", "--porcelain", "--untracked-files=no", "--", ".") else "")
     return None

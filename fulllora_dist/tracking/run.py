@@ -60,7 +60,7 @@ class Tracker:
         output, settings = run.output_dir, run.settings
         if not settings.enabled:
             self._metrics = Spool(Path(output) / METRICS)
-            self._metrics.cut(lambda line: belongs(line, step), lambda dropped: None)
+            self._metrics.cut(lambda line: belongs(line, step))
             return
         self.uri, self._wait = run.uri, settings.flush_timeout_s
         self._outbox = Outbox(output)

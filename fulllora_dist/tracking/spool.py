@@ -115,7 +115,9 @@ class Spool:
         with self._lock:
             self.sent, self._cuts = Position(), self._cuts + 1
 
-    def cut(self, stays: Callable[[Line], bool], before: Callable[[list[tuple[str, bool]]], None]) -> None:
+    def cut(
+        self, stays: Callable[[Line], bool], before: Callable[[list[tuple[str, bool]]], None] = lambda dropped: None
+    ) -> None:
         """Drop lines, and the torn one that a kill left.
 
         Args:

@@ -206,7 +206,7 @@ def test_predictions_go_on_where_they_were(photos: Path, tmp_path: Path, suffix:
 def test_predictions_over_another_file_are_refused(photos: Path, tmp_path: Path, name: str, content: bytes) -> None:
     output = tmp_path / name
     output.write_bytes(content)
-    with pytest.raises(UserError, match=f"--output: .*{name} holds something else than predictions") as caught:
+    with pytest.raises(UserError, match=f"--output: .*{name} does not hold predictions") as caught:
         predict(tiny(), str(photos), str(output), EvalTransform(size=SIDE, crop_pct=1.0), CLASSES, progress=False)
     assert "\n" not in str(caught.value)
     assert output.read_bytes() == content
@@ -246,7 +246,7 @@ def test_predictions_for_shards(sqlite: str, adapter: Callable[..., str], photos
         assert (row["label"], row["class"]) == (by_name[row["picture"]]["label"], by_name[row["picture"]]["class"])
     label, _ = expected(fd.load(folder), photos / "bee" / "01.png")
     assert by_name["bee/01"]["label"] == label
-    with pytest.raises(UserError, match=r"out\.txt is neither .jsonl nor .csv"):
+    with pytest.raises(UserError, match=r"--output must end in .jsonl or .csv, got .*out\.txt"):
         call(sqlite, "predict", folder, str(photos), "--output", str(tmp_path / "out.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no images"):
