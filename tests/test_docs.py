@@ -1,14 +1,16 @@
-"""What docs/*.md and README.md name in `code` is there: files, and classes, functions and constants as `path.py:name`."""
+"""Files and names in the pages' `code` are there (`path.py:name`), and what a config's first lines say of it holds."""
 
 import ast
 import re
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RUNS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if path.name != "imagenet.yaml"]
 NAMED = re.compile(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|yaml|md)|[\w-]+\.py(?=:))(?::([\w.]+))?`")
 
 
@@ -54,3 +56,33 @@ def test_the_map_names_every_room_and_twenty_changes() -> None:
     changes = text.partition("## Where do I change")[2].partition("\n## ")[0]
     assert changes.count("\n| ") >= 22  # two of them are the table's head
     assert len(named(ROOT / "docs" / "architecture.md")) > 80
+
+
+def head(config: Path) -> str:
+    """The comment that a config opens with."""
+    lines = takewhile(lambda line: line.startswith("#"), config.read_text().split("\n"))
+    return " ".join(line.removeprefix("#").strip() for line in lines)
+
+
+@pytest.mark.parametrize("config", RUNS, ids=lambda config: config.stem)
+def test_a_config_opens_with_its_command_hours_and_score(config: Path) -> None:
+    opening = head(config)
+    assert f" fulllora_dist/train.py --config configs/{config.name} " in opening
+    assert re.search(r" Hours: .*\d.* Score: (.*\d|not trained yet)", opening)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "config", [c for c in RUNS if "counted by --dry-run" in head(c)], ids=lambda config: config.stem
+)
+def test_the_hours_are_those_that_are_counted(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fulllora_dist.commands.plan import estimate
+    from fulllora_dist.config.load import load_config
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    counted, opening = estimate(load_config(str(config), ["data.train=/nowhere"])), head(config)
+    for said in (r"[\d.]+ GPU-hours", r"[\d.]+ EFLOP", r"[\d,]+ batches", r"[\d.]+ GiB"):
+        (figure,) = re.findall(said, opening)
+        assert figure in counted
+    (rank,) = re.findall(r"rank (\d+)", opening)
+    assert f"rank of the branches: {rank}" in counted
