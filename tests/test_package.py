@@ -57,7 +57,7 @@ def test_the_readme_s_python_lines_run(tmp_path: Path, monkeypatch) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for printed, here in (
         ('"vit_base_patch16_224.augreg2_in21k_ft_in1k"', '"vit_tiny_patch16_224", pretrained=False, num_classes=2'),
-        ("n=200", "n=4"),
+        ("num_samples=200", "num_samples=4"),
         ("trainable_fraction=0.05", "trainable_fraction=0.05, image_size=32"),
     ):
         assert printed in block

@@ -68,7 +68,8 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
 
 
 def input_gradient(model: nn.Module, pixels: Tensor, target: Tensor, loss: Loss) -> Tensor:
-    """The gradient of the loss by the pixels; inside `attack_mode`. One forward and one backward pass."""
+    """The gradient of the loss with respect to the pixels, both [B, C, H, W]; inside `attack_mode`. One forward and one
+    backward pass."""
     leaf = pixels.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss(model(leaf), target), leaf)
@@ -97,7 +98,7 @@ def ascend(
     loss: Loss,
     hook: StepHook | None = None,
 ) -> Tensor:
-    """`steps` projected steps up the loss, from `x_adv` in the ball around `x`; inside `attack_mode`."""
+    """`steps` projected steps up the loss, from `x_adv` in the ball around `x`, both [B, C, H, W]; in `attack_mode`."""
     for k in range(steps):
         if hook is None:
             gradient = input_gradient(model, x_adv, target, loss)

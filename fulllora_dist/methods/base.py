@@ -185,7 +185,7 @@ class PerturbedStep(Method):
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
         means = MetricAverager()
         for micro in engine.accumulate(batch):
-            x, y = self.mix(micro, step, engine.classes)
+            x, y = self.mix(micro, step, engine.classes)  # [B, C, H, W] in [0, 1]; [B] or [B, K]
             x_adv = self.perturb(engine.attack_view, x, y, self.threat_at(step), step, micro.ids)
             loss, logits = self.loss(engine, x, x_adv, y)
             engine.backward(loss)

@@ -46,7 +46,7 @@ class Free(Method):
         for _ in range(self.updates_per_batch):
             means = MetricAverager()
             for micro in engine.accumulate(batch):
-                part = delta[micro.slot - batch.slot :][: len(micro)]
+                part = delta[micro.slot - batch.slot :][: len(micro)]  # [B, C, H, W] of the micro-batch's slots
                 x, y = self.mix(micro, step, engine.classes)
                 # the leaf is the image itself: a clamp behind the leaf would zero the gradient of saturated pixels
                 x = in_box(x + part).requires_grad_()

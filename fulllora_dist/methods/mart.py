@@ -41,9 +41,9 @@ class MART(MultiStep):
         return gaussian_start(self.settings.start, threat, rng, x)
 
     def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)
+        clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)  # logits, [B, K] each
         log_clean, log_perturbed = F.log_softmax(clean, dim=1), F.log_softmax(perturbed, dim=1)
-        runner_up = perturbed.scatter(1, y[:, None], float("-inf")).argmax(dim=1, keepdim=True)
+        runner_up = perturbed.scatter(1, y[:, None], float("-inf")).argmax(dim=1, keepdim=True)  # [B, 1]
         # log(1 - p_k) as the log of all other probabilities together: exact also where p_k rounds to 1
         all_others = log_perturbed.scatter(1, runner_up, float("-inf")).logsumexp(dim=1)
         boosted = self.cross_entropy(perturbed, y) - all_others.mean()

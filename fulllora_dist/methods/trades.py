@@ -50,6 +50,6 @@ class TRADES(MultiStep):
             return self.attack(model, x, start, clean, threat=threat, step=step, ids=ids, loss=kl_divergence)
 
     def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)
+        clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)  # logits, [B, K] each
         divergence = kl_divergence(perturbed, clean) / len(x)
         return self.cross_entropy(clean, y) + self.settings.beta * divergence, perturbed

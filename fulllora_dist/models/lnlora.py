@@ -7,6 +7,8 @@ layer equals the frozen one exactly at first. Without LN the branch is plain LoR
 
 The learnable affine of LN is folded into A: A (w * x_hat + c) = (A * w) x_hat + A c. So q, k and v share one
 normalised input x_hat, and no normalised-and-scaled copy of the activations is kept for backward.
+
+Shapes in comments: B images, N tokens of each, D their width, P values of a patch, r the rank (docs/architecture.md).
 """
 
 import math
@@ -80,8 +82,8 @@ class LNLoRABranch(nn.Module):
             x = x if standardised else standardise(x, self.eps)
             down, shift = self.norm(self.A)
             shift = shift.to(x.dtype)
-        hidden = F.linear(x, down.to(x.dtype), shift).flatten(0, -2)
-        up = (self.B * self.scale).to(x.dtype)
+        hidden = F.linear(x, down.to(x.dtype), shift).flatten(0, -2)  # [B N, r]
+        up = (self.B * self.scale).to(x.dtype)  # [d_out, r]
         return torch.addmm(y.flatten(0, -2), hidden, up.t()).view_as(y)
 
 
@@ -105,7 +107,7 @@ class LNLoRASplit(nn.Module):
         first = next(iter(branches.values()))
         if first.norm is not None:
             x = standardise(x, first.eps)
-        parts = y.split(y.shape[-1] // len(self.parts), dim=-1)
+        parts = y.split(y.shape[-1] // len(self.parts), dim=-1)  # each [..., d_out]
         return torch.cat(
             [
                 branches[n](x, part, standardised=True) if n in branches else part
@@ -146,9 +148,9 @@ class LNLoRAConv2d(nn.Conv2d):
     lnlora: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        y = super().forward(x)  # [B, D, rows, columns]
         patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
-        tokens = self.lnlora(patches.transpose(1, 2), y.flatten(2).transpose(1, 2))
+        tokens = self.lnlora(patches.transpose(1, 2), y.flatten(2).transpose(1, 2))  # [B, N, P] and [B, N, D]
         # in the layout of y: sums over channels behind it then round as the bare model's do
         return tokens.transpose(1, 2).contiguous().view_as(y)
 

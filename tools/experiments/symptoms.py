@@ -94,23 +94,23 @@ BROKEN: dict[str, tuple[Callable[[nn.Module], nn.Module] | None, Callable[[EvalI
     "images normalised before": (None, Shifted),
 }
 
-HEAD = """# Symptoms of robust accuracy that is none
+HEAD = """# Symptoms of masked gradients
 
-What the checks of an evaluation ([evaluation.md](evaluation.md)) find on {n} images of the demo's digits at Linf
+Results of the checks of an evaluation ([evaluation.md](evaluation.md)) on {n} images of the demo's digits at Linf
 12/255: the demo's backbone, the same fully finetuned by N-FGSM, and with its FullLoRA adapter. Below them the last one
-again, broken in ways in which evaluations have gone wrong. What a check warns of is **bold**.
-`tests/evaluation/test_checks.py` has models for the other symptoms, whose loss had to be built for them.
+again, broken in ways in which evaluations have gone wrong. A result with a warning is **bold**.
+`tests/evaluation/test_checks.py` has models with the other symptoms.
 `make demo && python tools/experiments/symptoms.py` writes this page.
 
 | model | clean % | PGD-20 % | {checks} |
 |---|---|---|{lines}
 """
 LEGEND = """
-- Clean and PGD-20 as a report would have them, of all 400 images.
-- pixels: lowest and highest. determinism: change of logits between two passes, in % of their spread.
+- Clean and PGD-20: accuracy on all 400 images, as reported.
+- pixels: lowest and highest value. determinism: change of the logits between two passes, in % of their spread.
 - probabilities, zero_gradients, huge_eps: images whose outputs are probabilities, where the gradient is zero, that
-  stay right at eps = 0.5.
-- single_step, square: images that only FGSM, or only Square in 300 queries, fools : that only PGD-20 does.
+  stay correct at eps = 0.5.
+- single_step, square: images that only FGSM, or only Square in 300 queries, fools : images that only PGD-20 fools.
 - restarts: images that each of five restarts of PGD-10 is the first to fool.
 """
 
