@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from cases import SIDE, build_model, noise_shards
-from harness import RankError, RankServer
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Linf
@@ -21,6 +20,7 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack, Evaluator, work_items
+from tests.ranks import RankError, RankServer
 
 EPS = 0.2 / 255
 ATTACKS = ["clean", "fgsm", "pgd3x2", "apgd-ce"]

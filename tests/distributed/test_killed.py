@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from harness import RankError, RankServer
 from safetensors.torch import load_file
 from test_resume import ALL, BATCHES, _config, _expected_tensors, _last, _train, _train_all
 
@@ -27,6 +26,7 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.evaluation import Evaluator
 from fulllora_dist.training.trainer import Trainer
+from tests.ranks import RankError, RankServer
 
 TRAINING = ("attack", "backward", "before rename", "after rename")
 FIRST_STATE = 2

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RankServer
 from torch import Tensor
 
 from fulllora_dist.config.load import load_config
@@ -21,6 +20,7 @@ from fulllora_dist.models.adapter_file import load, read_adapter, save_adapter
 from fulllora_dist.models.finetune import AdaptedModel
 from fulllora_dist.training.build import build_model
 from fulllora_dist.training.phases import Phase, build_phases
+from tests.ranks import RankServer
 
 pytestmark = pytest.mark.long
 

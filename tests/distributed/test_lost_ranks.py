@@ -8,11 +8,11 @@ from datetime import timedelta
 
 import pytest
 from cases import STAGES, Case, batches, build_engine, build_method, train
-from harness import RankServer
 
 from fulllora_dist.distributed import comm as ranks_module
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.failures import lost_contact
+from tests.ranks import RankServer
 
 PATIENCE = 2.0
 

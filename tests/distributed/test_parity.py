@@ -23,11 +23,11 @@ from cases import (
     build_phases,
     train,
 )
-from harness import RankServer
 from plain_loop import Result, plain_training
 from torch import Tensor
 
 from fulllora_dist.distributed.comm import Comm
+from tests.ranks import RankServer
 
 SPLITS = (2, 4, 8)
 IN_PAIRS = (2, 4)  # where images are mixed
