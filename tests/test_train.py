@@ -100,9 +100,9 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
 
 
 @pytest.mark.long
-def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Path) -> None:
+def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(rank_server: RankServer, config: Path) -> None:
     folder = config.parent
-    whole = end(start(config, f"run.output_dir={folder}/whole"))
+    whole = launch(rank_server, config, f"run.output_dir={folder}/whole", ranks=2)
     assert "Traceback" not in whole
     assert "clean" in whole, "the table of the final evaluation"
 

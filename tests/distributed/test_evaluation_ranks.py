@@ -99,9 +99,14 @@ def test_the_standard_autoattack_on_two_ranks(server: RankServer, tmp_path: Path
     assert clean > autoattack > 0
 
 
-def test_two_ranks_equal_one(server: RankServer, shards: str) -> None:
+@pytest.fixture(scope="module")
+def one(server: RankServer, shards: str) -> dict[str, Any]:
+    """The evaluation on one rank."""
+    return server.run(1, _evaluate, shards, ATTACKS, 6)[0]
+
+
+def test_two_ranks_equal_one(server: RankServer, shards: str, one: dict[str, Any]) -> None:
     """Sample for sample, at each eps, and in what the checks measure."""
-    (one,) = server.run(1, _evaluate, shards, ATTACKS, 6)
     two = server.run(2, _evaluate, shards, ATTACKS, 6)
     assert two == [one, one]
     assert one["ids"] == list(range(24))
@@ -125,8 +130,9 @@ def test_a_slow_rank_gets_less(server: RankServer, shards: str, tmp_path: Path) 
     assert next(turn[1] for turn in turns if turn[0] == 0) == "pgd2", "the costliest first"
 
 
-def test_on_after_a_kill_at_the_batch_where_it_was(server: RankServer, shards: str, tmp_path: Path) -> None:
-    (whole,) = server.run(1, _evaluate, shards, ATTACKS, 6)
+def test_on_after_a_kill_at_the_batch_where_it_was(
+    server: RankServer, shards: str, one: dict[str, Any], tmp_path: Path
+) -> None:
     log, partial = tmp_path / "log", str(tmp_path / "evaluation.json.partial")
     for kill in ((0, 14), (1, 8)):  # the checks have 8 attacks of their own
         with pytest.raises(RankError):
@@ -137,7 +143,7 @@ def test_on_after_a_kill_at_the_batch_where_it_was(server: RankServer, shards: s
     before = _turns(log)
     log.unlink()
     results = server.run(2, _evaluate, shards, ATTACKS, 6, partial, log)
-    assert results == [whole, whole]
+    assert results == [one, one]
     kept = {json.dumps(turn[1:]) for turn in before if turn[1] in ATTACKS}
     again = {json.dumps(turn[1:]) for turn in _turns(log)} & kept
     assert len(kept) >= 6
