@@ -1,8 +1,6 @@
 """The paired comparison against a bootstrap written out, a simulation of its coverage, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import paired_score
 from fulllora_dist.evaluation.compare import compare, comparison_table, paired_difference
 from fulllora_dist.evaluation.report import check_replaced, read_evaluation
+from tests.ranks import RankServer
 
 ROOT = Path(__file__).parents[1]
 
@@ -191,13 +190,13 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
         read_evaluation(tmp_path / "b.json")
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(rank_server: RankServer, tmp_path: Path) -> None:
     for name, side in zip("ab", pair(200), strict=True):
         (tmp_path / f"{name}.json").write_text(json.dumps(evaluation(side)))
-    command = [sys.executable, str(ROOT / "tools" / "compare_evaluations.py"), "a.json", "b.json"]
-    done = subprocess.run([*command, "--json"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    command = [ROOT / "tools" / "compare_evaluations.py", "a.json", "b.json"]
+    done = rank_server.launch(*command, "--json", cwd=tmp_path).wait()
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["n"] == 200
     for wrong in (["--attack", "cw"], ["--seed", "-1"], ["--samples", "100000000000"]):
-        failed = subprocess.run([*command, *wrong], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        failed = rank_server.launch(*command, *wrong, cwd=tmp_path).wait()
         assert (failed.returncode, len(failed.stderr.splitlines())) == (2, 1), failed.stderr

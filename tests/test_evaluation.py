@@ -3,10 +3,12 @@
 import copy
 import json
 import math
-import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,13 +30,15 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
-from fulllora_dist.distributed.comm import Comm, Counters, free_port
+from fulllora_dist.distributed.comm import Comm, Counters
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
 from fulllora_dist.evaluation.progress import Progress
 from fulllora_dist.evaluation.work_items import WorkItem, work_items
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.registry.publish import publish
 from fulllora_dist.registry.registry import Registry
+from tests.ranks import RankServer
+from tests.scripts import Launched
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, stir, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -301,38 +305,34 @@ def experiment(shards: Path, model: fd.AdaptedModel, tmp_path_factory: pytest.Te
     return folder
 
 
-def start(*arguments: str, rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen[str]:
-    """evaluate.py from the sources, in another folder than theirs, as a launcher starts a rank."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    launched = {key: str(value) for key, value in names.items()} if world > 1 else {}
-    environment = {**os.environ, **launched, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "fulllora_dist" / "evaluate.py"), *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, cwd=ROOT / "tests")
+@pytest.fixture
+def start(rank_server: RankServer) -> Callable[..., Launched]:
+    """evaluate.py from the sources, in another folder than theirs, as a launcher starts it."""
+    return partial(rank_server.launch, ROOT / "fulllora_dist" / "evaluate.py", cwd=ROOT / "tests")
 
 
-def test_two_ranks_equal_one(experiment: Path, shards: Path) -> None:
+def test_two_ranks_equal_one(start: Callable[..., Launched], experiment: Path, shards: Path) -> None:
     """33 images in batches of 4 on 2 ranks: one rank's last batch is short, the other's is padding throughout."""
     adapter, output = str(experiment / "adapter"), experiment / "two.json"
     arguments = ["--config", str(experiment / "config.yaml"), "--adapter", adapter, "--output", str(output)]
-    port = free_port()
-    processes = [start(*arguments, rank=rank, world=2, port=port) for rank in (0, 1)]
+    launched = start(*arguments, ranks=2)
     model = fd.load(adapter)
     expected = evaluate(model, stream(shards), attacks=("clean", "pgd4"), eps=EPS, seed=7, gradient_masking_samples=50)
-    outputs = [process.communicate(timeout=180) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    done = launched.wait()
+    assert done.returncode == 0, done.stderr
     assert json.loads(output.read_text()) == {**expected, "adapter": adapter, "adapter_sha256": adapter_sha256(model)}
-    assert outputs[0][0] == table(expected) + "\n"
-    assert outputs[1][0] == ""
+    assert launched.stdout(0) == table(expected) + "\n"
+    assert launched.stdout(1) == ""
 
 
-def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, model: fd.AdaptedModel) -> None:
+def test_without_adapter_it_is_the_backbone(
+    start: Callable[..., Launched], experiment: Path, shards: Path, model: fd.AdaptedModel
+) -> None:
     output = experiment / "bare.json"
     arguments = ["--attacks", "cw3", "--num-samples", "13", "--norm", "l2", "--eps", "0.5", "--output", str(output)]
     arguments.append("evaluation.batch_size=5")
-    process = start("--config", str(experiment / "config.yaml"), *arguments)
-    _, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
+    done = start("--config", str(experiment / "config.yaml"), *arguments).wait()
+    assert done.returncode == 0, done.stderr
     here = evaluate(
         model, stream(shards, 13), attacks=("cw3",), eps=0.5, norm="l2", seed=7, gradient_masking_samples=50
     )
@@ -348,13 +348,12 @@ def test_without_adapter_it_is_the_backbone(experiment: Path, shards: Path, mode
     assert json.loads(output.read_text()) == {**here, "backbone": "vit_tiny_patch16_224.augreg_in21k", "pictures": made}
 
 
-def test_listed_images_at_several_eps(experiment: Path, shards: Path) -> None:
+def test_listed_images_at_several_eps(start: Callable[..., Launched], experiment: Path, shards: Path) -> None:
     (experiment / "ids.txt").write_text("31\n2\n17\n5\n")
     adapter, output = str(experiment / "adapter"), experiment / "listed.json"
     arguments = ["--adapter", adapter, "--ids", str(experiment / "ids.txt"), "--eps", "4/255,8/255", "--output"]
-    process = start("--config", str(experiment / "config.yaml"), *arguments, str(output))
-    _, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
+    done = start("--config", str(experiment / "config.yaml"), *arguments, str(output)).wait()
+    assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     assert found["ids"] == [2, 5, 17, 31]
     listed = EvalStream(
@@ -372,13 +371,25 @@ def test_listed_images_at_several_eps(experiment: Path, shards: Path) -> None:
     assert not (experiment / "listed.json.partial").exists()
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_a_script_does_not_stand_in_for_the_package_evaluate(script: str) -> None:
+NO_PACKAGE = "import importlib.util; print('found', importlib.util.find_spec('evaluate'))"
+
+
+def test_a_script_does_not_stand_in_for_the_package_evaluate(rank_server: RankServer, tmp_path: Path) -> None:
     """Others import a package of that name; a script's own folder comes first on sys.path."""
-    command = [sys.executable, "-i", str(ROOT / "fulllora_dist" / script), "--help"]
-    ask = "import importlib.util; print('found', importlib.util.find_spec('evaluate'))"
-    done = subprocess.run(command, input=ask, capture_output=True, text=True, cwd=ROOT / "tests", timeout=180)
+    evaluate_py, train_py = (str(ROOT / "fulllora_dist" / name) for name in ("evaluate.py", "train.py"))
+    command = [sys.executable, "-i", evaluate_py, "--help"]
+    done = subprocess.run(command, input=NO_PACKAGE, capture_output=True, text=True, cwd=ROOT / "tests", timeout=180)
     assert "found None" in done.stdout, done.stderr[-500:]
+
+    as_python_does = "import contextlib, runpy, sys\nsys.path[0], sys.argv = sys.argv[1], sys.argv[2:]\n"
+    run = "with contextlib.suppress(SystemExit):\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    (tmp_path / "script.py").write_text(as_python_does + run + NO_PACKAGE)
+    launched = rank_server.launch(
+        tmp_path / "script.py", ROOT / "fulllora_dist", train_py, "--help", cwd=ROOT / "tests"
+    )
+    done = launched.wait()
+    assert "usage: train.py" in done.stdout, done.stderr[-500:]
+    assert done.stdout.endswith("found None\n")
 
 
 @pytest.mark.parametrize(
@@ -500,9 +511,11 @@ def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedMode
     assert with_checks == len(passes) - with_checks - len(stream(shards).batches)
 
 
-def test_an_adapter_by_its_alias(experiment: Path, shards: Path, tmp_path: Path) -> None:
+def test_an_adapter_by_its_alias(
+    start: Callable[..., Launched], experiment: Path, shards: Path, database: Path, tmp_path: Path
+) -> None:
     """The version that @champion points to, from the store that the config names; an alias that is not there."""
-    store = f"sqlite:///{tmp_path}/mlflow.db"
+    store = f"sqlite:///{shutil.copy(database, tmp_path)}"
     registry = Registry(store, create=True)
     adapter = tmp_path / "adapter"
     fd.save_adapter(
@@ -512,9 +525,9 @@ def test_an_adapter_by_its_alias(experiment: Path, shards: Path, tmp_path: Path)
     registry.store.set_registered_model_alias("robust", "champion", "1")
     common = ["--config", str(experiment / "config.yaml"), f"tracking.uri={store}"]
     wrong = start(*common, "--adapter", "models:/robust@best")
-    process = start(*common, "--adapter", "models:/robust@champion", "--output", str(tmp_path / "evaluation.json"))
-    _, errors = process.communicate(timeout=180)
-    assert process.returncode == 0, errors
+    output = str(tmp_path / "evaluation.json")
+    done = start(*common, "--adapter", "models:/robust@champion", "--output", output).wait()
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert (found["adapter"], found["adapter_sha256"]) == ("models:/robust/1", version.tags["adapter_sha256"])
     model = fd.load(str(experiment / "adapter"))
@@ -523,14 +536,15 @@ def test_an_adapter_by_its_alias(experiment: Path, shards: Path, tmp_path: Path)
         name: score["correct"] for name, score in here["attacks"].items()
     }
     assert publish(registry, str(adapter), name="robust", evaluation=found).tags["n"] == "33"
-    _, errors = wrong.communicate(timeout=180)
-    assert wrong.returncode == 2
-    assert errors.strip().splitlines()[-1] == "error: robust has no alias best; it has @champion (1), versions 1"
+    refused = wrong.wait()
+    assert refused.returncode == 2
+    assert (
+        refused.stderr.strip().splitlines()[-1] == "error: robust has no alias best; it has @champion (1), versions 1"
+    )
 
 
-def test_bad_input_is_one_line_and_exit_2(experiment: Path) -> None:
-    process = start("--config", str(experiment / "config.yaml"), "model.num_classes=7")
-    out, errors = process.communicate(timeout=180)
-    assert (process.returncode, out) == (2, "")
-    assert len(errors.strip().splitlines()) == 1, errors
-    assert "4 classes, the model 7" in errors
+def test_bad_input_is_one_line_and_exit_2(start: Callable[..., Launched], experiment: Path) -> None:
+    done = start("--config", str(experiment / "config.yaml"), "model.num_classes=7").wait()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "4 classes, the model 7" in done.stderr

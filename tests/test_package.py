@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import fulllora_dist as fd
+from fulllora_dist.data.shards.make import make_shards
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,8 +53,7 @@ def test_the_readme_s_python_lines_run(tmp_path: Path, monkeypatch) -> None:
         for i in range(3):
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / str(label) / f"{i}.png")
-    make = [sys.executable, str(ROOT / "tools" / "make_shards.py"), "pictures", "shards/val", "--workers", "1"]
-    subprocess.run(make, cwd=tmp_path, check=True, capture_output=True)
+    make_shards(tmp_path / "pictures", tmp_path / "shards" / "val", workers=1, progress=False)
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for printed, here in (
         ('"vit_base_patch16_224.augreg2_in21k_ft_in1k"', '"vit_tiny_patch16_224", pretrained=False, num_classes=2'),

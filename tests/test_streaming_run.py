@@ -3,8 +3,6 @@
 import io
 import json
 import os
-import signal
-import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
@@ -19,7 +17,8 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.transforms import TrainTransform
-from fulllora_dist.distributed.comm import local_launcher
+from tests.ranks import RankServer
+from tests.scripts import Launched
 from tests.services.mock_s3 import MockS3, mock_s3
 
 TRAIN = Path(__file__).parent / "traced_train.py"
@@ -72,49 +71,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Job:
     """A folder for one run and all its restarts."""
 
-    def __init__(self, folder: Path, s3: MockS3, data: str):
-        self.folder, self.trace = folder, folder / "trace"
+    def __init__(self, server: RankServer, folder: Path, s3: MockS3, data: str):
+        self._server, self.folder, self.trace = server, folder, folder / "trace"
         (folder / "config.yaml").write_text(CONFIG.format(data=data))
         here = {"TRACE": str(self.trace), "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         self._environment = os.environ | s3.environment | here
 
-    def start(self, ranks: int) -> subprocess.Popen:
-        with open(self.folder / "output", "ab") as output:
-            return subprocess.Popen(
-                [*local_launcher(ranks), str(TRAIN), "--config", str(self.folder / "config.yaml")],
-                cwd=self.folder,
-                env=self._environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def output(self) -> str:
-        return (self.folder / "output").read_text()
+    def start(self, ranks: int) -> Launched:
+        config = self.folder / "config.yaml"
+        return self._server.launch(TRAIN, "--config", config, ranks=ranks, cwd=self.folder, env=self._environment)
 
     def traced(self) -> list[tuple[int, int, list[int], list[int]]]:
         return [json.loads(line) for line in self.trace.read_text().splitlines()] if self.trace.exists() else []
 
-    def kill_after(self, step: int, process: subprocess.Popen) -> None:
-        """SIGKILL to every process of the run at once."""
+    def kill_after(self, step: int, attempt: Launched) -> str:
+        """SIGKILL to every process of the attempt at once; what it said."""
         deadline = time.monotonic() + LIMIT
         while not any(line[0] >= step for line in self.traced()):
-            assert process.poll() is None, self.output()
+            assert attempt.poll() is None, attempt.stderr()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        attempt.kill()
+        return attempt.stdout()
 
 
 @pytest.mark.long
-def test_a_killed_run_on_s3_goes_on_where_it_was(s3: MockS3, folder: Path, tmp_path: Path) -> None:
-    job = Job(tmp_path, s3, s3.upload(folder, "train"))
+def test_a_killed_run_on_s3_goes_on_where_it_was(
+    rank_server: RankServer, s3: MockS3, folder: Path, tmp_path: Path
+) -> None:
+    job = Job(rank_server, tmp_path, s3, s3.upload(folder, "train"))
     job.kill_after(90, job.start(ranks=2))
-    job.kill_after(150, job.start(ranks=2))
+    assert "resuming at batch 80 of 200" in job.kill_after(150, job.start(ranks=2))
     second = len(s3.log)
-    assert job.start(ranks=1).wait(LIMIT) == 0, job.output()
-    assert "resuming at batch 80 of 200" in job.output()
-    assert "resuming at batch 120 of 200" in job.output()
+    last = job.start(ranks=1).wait()
+    assert last.returncode == 0, last.stderr
+    assert "resuming at batch 120 of 200" in last.stdout
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["n"] == 12
 
     # the same samples with the same pixels in the same slots as in a stream that nobody interrupted

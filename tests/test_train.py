@@ -1,10 +1,12 @@
-"""train.py as users start it: under the deepspeed launcher, killed, interrupted, resumed, and as one plain process."""
+"""train.py as users start it: under the deepspeed launcher, killed, interrupted, resumed, and as one plain process.
+
+`start` is the real launcher; `launch` runs the same script on forked ranks, without the imports' half a minute.
+"""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.distributed.comm import local_launcher
+from tests.ranks import RankServer
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fulllora_dist" / "train.py")
@@ -50,8 +54,7 @@ def config(tmp_path_factory) -> Path:
             pixels = rng.integers(0, 128, (16, 16, 3), dtype=np.uint8)
             pixels[..., label] += 100
             Image.fromarray(pixels).save(folder / "pictures" / f"class{label}" / f"{i}.png")
-    make = [sys.executable, ROOT / "tools" / "make_shards.py", folder / "pictures", folder / "shards", "--workers", "1"]
-    subprocess.run(make, check=True, capture_output=True)
+    make_shards(folder / "pictures", folder / "shards", workers=1, progress=False)
     path = folder / "config.yaml"
     path.write_text(CONFIG.format(data=folder / "shards", folder=folder))
     return path
@@ -76,6 +79,12 @@ def end(process: subprocess.Popen, code: int | None = 0) -> str:
     return output
 
 
+def launch(server: RankServer, config: Path, *settings: str, ranks: int = 1, code: int = 0) -> str:
+    done = server.launch(TRAIN, "--config", config, *settings, ranks=ranks, cwd=config.parent).wait()
+    assert done.returncode == code, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
 def wait_for_state(output: Path, step: int) -> None:
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
@@ -91,9 +100,9 @@ def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:
 
 
 @pytest.mark.long
-def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Path) -> None:
+def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(rank_server: RankServer, config: Path) -> None:
     folder = config.parent
-    whole = end(start(config, f"run.output_dir={folder}/whole"))
+    whole = launch(rank_server, config, f"run.output_dir={folder}/whole", ranks=2)
     assert "Traceback" not in whole
     assert "clean" in whole, "the table of the final evaluation"
 
@@ -139,20 +148,30 @@ def test_a_killed_and_interrupted_run_ends_like_the_uninterrupted_one(config: Pa
     assert {file.path for file in client.list_artifacts(runs[0].info.run_id)} >= {"adapter", "config.yaml"}
 
 
-def test_one_plain_process_trains_what_two_ranks_train(config: Path) -> None:
+def test_one_plain_process_trains_what_two_ranks_train(rank_server: RankServer, config: Path) -> None:
     folder = config.parent
     short = ["optim.epochs=4", "method=pgd", "tracking.enabled=false"]
     end(start(config, f"run.output_dir={folder}/two", *short))
-    end(start(config, f"run.output_dir={folder}/one", *short, ranks=1))
+    launch(rank_server, config, f"run.output_dir={folder}/one", *short)
     one, two = (load_file(folder / name / "adapter" / "adapter.safetensors") for name in ("one", "two"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
-    again = end(start(config, f"run.output_dir={folder}/one", *short, ranks=1))
+    again = launch(rank_server, config, f"run.output_dir={folder}/one", *short)
     assert "resuming at batch 24 of 24" in again, "a finished run is not trained again"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_bad_input_is_one_line_and_exit_code_2(config: Path, ranks: int) -> None:
-    output = end(start(config, "run.output_dir=x", "optim.batch_size=7", "data.train=/nowhere", ranks=ranks), code=2)
+def test_bad_input_is_one_line_and_exit_code_2(rank_server: RankServer, config: Path, ranks: int) -> None:
+    wrong = ["run.output_dir=x", "optim.batch_size=7", "data.train=/nowhere"]
+    said_by_one_line(launch(rank_server, config, *wrong, ranks=ranks, code=2), ranks)
+
+
+@pytest.mark.long
+def test_the_launcher_passes_the_exit_code_on(config: Path) -> None:
+    wrong = ["run.output_dir=x", "optim.batch_size=7", "data.train=/nowhere"]
+    said_by_one_line(end(start(config, *wrong), code=2), 2)
+
+
+def said_by_one_line(output: str, ranks: int) -> None:
     line = "data.train: /nowhere/index.safetensors: no index there; tools/make_shards.py"
     if ranks == 2:
         line = "optim.batch_size must be a multiple of 2 (2 ranks"
@@ -161,15 +180,15 @@ def test_bad_input_is_one_line_and_exit_code_2(config: Path, ranks: int) -> None
     assert "Traceback" not in output
 
 
-def test_another_run_in_the_output_folder_is_not_overwritten(config: Path) -> None:
+def test_another_run_in_the_output_folder_is_not_overwritten(rank_server: RankServer, config: Path) -> None:
     settings = [f"run.output_dir={config.parent}/mine", "optim.epochs=1", "method=standard", "tracking.enabled=false"]
-    end(start(config, *settings, ranks=1))
-    output = end(start(config, *settings, "optim.lr=0.5", ranks=1), code=2)
+    launch(rank_server, config, *settings)
+    output = launch(rank_server, config, *settings, "optim.lr=0.5", code=2)
     assert "holds a run with optim.lr=0.001, now it is 0.5" in output
 
 
-def test_check_estimates_without_training(config: Path) -> None:
-    output = end(start(config, "run.output_dir=unused", "--dry-run", ranks=1))
+def test_check_estimates_without_training(rank_server: RankServer, config: Path) -> None:
+    output = launch(rank_server, config, "run.output_dir=unused", "--dry-run")
     assert (
         "free at 16 pixels, linf eps = 8/255: 2 forward, 2 backward passes a batch; 180 batches, 360 updates" in output
     )

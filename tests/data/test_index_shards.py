@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.storage import store
+from tests.ranks import RankServer
 from tests.services.fault_server import FaultServer
 from tests.services.mock_s3 import MockS3, mock_s3
 
@@ -197,23 +196,25 @@ def test_a_shard_that_was_replaced_is_read_again(shards: Path, tmp_path: Path) -
     assert Index.load(folder).shards[1].sha256 == hashlib.sha256(other).hexdigest()
 
 
-def test_killed_at_any_time_it_goes_on_without_rereading(shards: Path, tmp_path: Path) -> None:
+def test_killed_at_any_time_it_goes_on_without_rereading(rank_server: RankServer, shards: Path, tmp_path: Path) -> None:
     """Over http, each answer late: the server's log tells what was read."""
     with FaultServer(copied(shards, tmp_path / "d"), lambda request: "late") as server:
         server.late = 0.5
-        command = [sys.executable, str(TOOLS / "index_shards.py"), f"{server.url}/train-{{000000..000004}}.tar"]
+        command = [str(TOOLS / "index_shards.py"), f"{server.url}/train-{{000000..000004}}.tar"]
         command += ["--output", str(tmp_path / "out"), "--workers", "1", "--json"]
         (tmp_path / "out").mkdir()
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as killed:
-            while len(server.log) < 3:
-                assert killed.poll() is None
-                time.sleep(0.02)
-            os.kill(killed.pid, signal.SIGKILL)
+        killed = rank_server.launch(*command)
+        while len(server.log) < 3:
+            assert killed.poll() is None
+            time.sleep(0.02)
+        killed.rank(0).kill()
+        assert killed.wait().returncode == -signal.SIGKILL
         finished = {request.name for request, _ in server.log[:2]}
         assert len(finished) == 2
         assert not list((tmp_path / "out").iterdir())
         server.log.clear()
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = rank_server.launch(*command).wait()
+        assert done.returncode == 0, done.stderr
         read = [request.name for request, _ in server.log]
     assert sorted(read) == sorted({f"train-{i:06d}.tar" for i in range(5)} - finished)
     result = json.loads(done.stdout)
@@ -254,20 +255,19 @@ def test_braces() -> None:
     ]  # fmt: skip
 
 
-def test_the_command(shards: Path, tmp_path: Path) -> None:
+def test_the_command(rank_server: RankServer, shards: Path, tmp_path: Path) -> None:
     folder = copied(shards, tmp_path / "d")
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\n")
-    command = [sys.executable, str(TOOLS / "index_shards.py"), str(folder), "--workers", "2"]
-    done = subprocess.run(
-        [*command, "--classes", str(tmp_path / "names.txt")], capture_output=True, text=True, check=True
-    )
+    command = [TOOLS / "index_shards.py", folder, "--workers", "2"]
+    done = rank_server.launch(*command, "--classes", tmp_path / "names.txt").wait()
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{folder}/index.safetensors: 32 samples of 3 classes in 5 shards")
     assert Index.load(folder).classes == ("ant", "bee", "cat")
     for names, number in (("ant\n\nbee\ncat\n", "1 is ''"), ("ant\nbee\nant\n", "2 is 'ant'")):
         (tmp_path / "names.txt").write_text(names)
-        done = subprocess.run([*command, "--classes", str(tmp_path / "names.txt")], capture_output=True, text=True)
+        done = rank_server.launch(*command, "--classes", tmp_path / "names.txt").wait()
         assert done.stderr == f"error: classes: number {number}; each label needs a name of its own\n"
-    done = subprocess.run([*command, "--classes", "2"], capture_output=True, text=True)
+    done = rank_server.launch(*command, "--classes", "2").wait()
     assert (done.returncode, done.stdout) == (2, "")
     assert "label 2; there are 2 classes" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -22,6 +20,7 @@ from fulllora_dist.data.shards import indexing
 from fulllora_dist.data.shards import write as shard_writer
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.shards.scan import scan_file
+from tests.ranks import RankServer
 
 TOOL = Path(__file__).parents[2] / "tools" / "make_shards.py"
 
@@ -437,14 +436,15 @@ def test_bad_settings_are_refused(image_folder, tmp_path, settings: dict, messag
         make(image_folder, tmp_path / "d", **settings)
 
 
-def test_the_command(image_folder, shards, tmp_path) -> None:
-    command = [sys.executable, str(TOOL), str(image_folder), str(tmp_path / "d"), "--samples-per-shard", "7"]
-    done = subprocess.run([*command, "--workers", "2", "--json"], capture_output=True, text=True, check=True)
+def test_the_command(rank_server: RankServer, image_folder, shards, tmp_path) -> None:
+    command = [TOOL, image_folder, tmp_path / "d", "--samples-per-shard", "7"]
+    done = rank_server.launch(*command, "--workers", "2", "--json").wait()
+    assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["splits"][0]["samples"] == 32
     assert "32/32" in done.stderr
     assert_same_files(tmp_path / "d", shards)
-    done = subprocess.run([*command, "--limit", "12", "--workers", "1"], capture_output=True, text=True)
+    done = rank_server.launch(*command, "--limit", "12", "--workers", "1").wait()
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1

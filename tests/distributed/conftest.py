@@ -1,16 +1,13 @@
-from collections.abc import Iterator
-
 import pytest
 from cases import noise_shards
-from harness import RankServer
+
+from tests.ranks import RankServer
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[RankServer]:
+def server(rank_server: RankServer) -> RankServer:
     """Forks real ranks."""
-    server = RankServer()
-    yield server
-    server.close()
+    return rank_server
 
 
 @pytest.fixture(scope="session")

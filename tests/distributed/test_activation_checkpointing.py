@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CHECKPOINTING, Case, batches, build_engine, build_method, build_model, train
-from harness import RankServer
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.distributed.comm import Comm
+from tests.ranks import RankServer
 
 DEPTH = 6
 PLACEMENTS = {"with the patch embedding": ("patch_embed", "q", "k", "v", "proj", "fc1", "fc2"), "without": ("q", "fc2")}

@@ -5,7 +5,6 @@ import tarfile
 
 import numpy as np
 import pytest
-from harness import RankServer
 from PIL import Image
 
 from fulllora_dist.core.errors import SharedUserError
@@ -14,6 +13,7 @@ from fulllora_dist.data.plan import epoch_plan
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import Comm
+from tests.ranks import RankServer
 
 BAD = (2, 13, 21)
 

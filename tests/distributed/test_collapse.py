@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from cases import EPS, noise_shards
-from harness import RankServer
 from test_guard import _guarded, _states
 from test_resume import BATCHES, _start, _train
 
@@ -37,6 +36,7 @@ from fulllora_dist.training.guard import Check, Guard, least_that_counts
 from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.rollback import check_settings
 from fulllora_dist.training.summary import summarize
+from tests.ranks import RankServer
 
 # {factor of the learning rate, which tells the attempts apart: {batch: robust accuracy}}; looks at even batches
 ONCE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.6, 6: 0.65}}

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from cases import SIDE, build_model, noise_shards
-from harness import RankError, RankServer
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Linf
@@ -21,6 +20,7 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack, Evaluator, progress
+from tests.ranks import RankError, RankServer
 
 EPS = 0.2 / 255
 ATTACKS = ["clean", "fgsm", "pgd3x2", "apgd-ce"]
@@ -100,9 +100,14 @@ def test_the_standard_autoattack_on_two_ranks(server: RankServer, tmp_path: Path
     assert clean > autoattack > 0
 
 
-def test_two_ranks_equal_one(server: RankServer, shards: str) -> None:
+@pytest.fixture(scope="module")
+def one(server: RankServer, shards: str) -> dict[str, Any]:
+    """The evaluation on one rank."""
+    return server.run(1, _evaluate, shards, ATTACKS, 6)[0]
+
+
+def test_two_ranks_equal_one(server: RankServer, shards: str, one: dict[str, Any]) -> None:
     """Sample for sample, at each eps, and in what the checks measure."""
-    (one,) = server.run(1, _evaluate, shards, ATTACKS, 6)
     two = server.run(2, _evaluate, shards, ATTACKS, 6)
     assert two == [one, one]
     assert one["ids"] == list(range(24))
@@ -126,8 +131,9 @@ def test_a_slow_rank_gets_less(server: RankServer, shards: str, tmp_path: Path) 
     assert next(turn[1] for turn in turns if turn[0] == 0) == "pgd2", "the costliest first"
 
 
-def test_on_after_a_kill_at_the_batch_where_it_was(server: RankServer, shards: str, tmp_path: Path) -> None:
-    (whole,) = server.run(1, _evaluate, shards, ATTACKS, 6)
+def test_on_after_a_kill_at_the_batch_where_it_was(
+    server: RankServer, shards: str, one: dict[str, Any], tmp_path: Path
+) -> None:
     log, partial = tmp_path / "log", str(tmp_path / "evaluation.json.partial")
     for kill in ((0, 14), (1, 8)):  # the checks have 8 attacks of their own
         with pytest.raises(RankError):
@@ -138,7 +144,7 @@ def test_on_after_a_kill_at_the_batch_where_it_was(server: RankServer, shards: s
     before = _turns(log)
     log.unlink()
     results = server.run(2, _evaluate, shards, ATTACKS, 6, partial, log)
-    assert results == [whole, whole]
+    assert results == [one, one]
     kept = {json.dumps(turn[1:]) for turn in before if turn[1] in ATTACKS}
     again = {json.dumps(turn[1:]) for turn in _turns(log)} & kept
     assert len(kept) >= 6

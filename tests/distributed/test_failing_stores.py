@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from harness import RankError, RankServer
 from test_resume import BATCHES, _config, _start, _train
 
 from fulllora_dist.checkpoints import manager
@@ -20,6 +19,7 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.storage import store
 from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.summary import summarize
+from tests.ranks import RankError, RankServer
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
 Said = list[str]

@@ -9,12 +9,12 @@ from typing import Literal
 
 import pytest
 from cases import CHECKPOINTING, OPTIM, Case, batches, build_engine, build_method, train
-from harness import RankServer
 from plain_loop import Result, plain_training
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.models.adapted_model import AdaptedModel
+from tests.ranks import RankServer
 from tests.tiny import FAMILIES, roughen, softmax_ignores, stir, tiny
 
 Checkpointing = Literal["off", "weight_step", "all"]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from cases import EPS, STAGES, noise_shards
-from harness import RankServer
 from safetensors.torch import load_file
 from test_resume import BATCHES, _config, _start, _train_all
 
@@ -25,6 +24,7 @@ from fulllora_dist.training.build import build_model, check_inputs
 from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Guard
 from fulllora_dist.training.summary import summarize
+from tests.ranks import RankServer
 
 ALL_STATES = [("run", "checkpoint_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
 STEPS = 3

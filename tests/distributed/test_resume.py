@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from cases import ARCHITECTURE, BATCH, EPS, RECIPES, STAGES, largest_difference
-from harness import RankServer
 from torch import Tensor
 
 from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint
@@ -24,6 +23,7 @@ from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import build_guard
 from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.trainer import Trainer
+from tests.ranks import RankServer
 
 BATCHES = 6
 CUT = 4  # batches until the run is cut short; its last state is that of the third

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import RankServer
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
@@ -15,6 +14,7 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.training.build import build_eval_stream, build_stream
+from tests.ranks import RankServer
 
 INFO = BackboneInfo(
     "none", None, False, 0, None, 3, None, True, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.9, "bicubic", {}

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import EPS, SEED, STAGES, Case, batches, build_engine
-from harness import RankServer
 from test_resume import BATCHES, _config, _start
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.zero_state import TrainableState
 from fulllora_dist.methods import METHODS
+from tests.ranks import RankServer
 
 Change = Callable[[Tensor, Tensor], Tensor]
 # what becomes of the loss; `p` is a parameter

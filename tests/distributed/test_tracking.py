@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 from cases import ARCHITECTURE, BATCH, noise_shards
-from harness import RankError, RankServer
 from mlflow import MlflowClient
 from omegaconf import OmegaConf
 
@@ -24,6 +23,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
 from fulllora_dist.distributed.comm import Comm, free_port
 from fulllora_dist.training.trainer import Trainer
+from tests.ranks import RankError, RankServer
 from tests.services.mlflow_server import MlflowServer
 
 BATCHES = 300

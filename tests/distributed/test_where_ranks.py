@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import yaml
 from cases import ARCHITECTURE, SIDE
-from harness import RankError, RankServer
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +17,7 @@ import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack
+from tests.ranks import RankError, RankServer
 from tests.tiny import stir
 
 TOOL = Path(__file__).parents[2] / "tools" / "where_robustness_sits.py"

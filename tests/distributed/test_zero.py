@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from cases import EPS, STAGES, Case, batches, build_engine, build_method, build_model, train
-from harness import RankServer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.models.weights import fingerprint
+from tests.ranks import RankServer
 
 SCALARS = 256  # bytes: norms, flags, barriers
 

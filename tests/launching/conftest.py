@@ -15,7 +15,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.launching.jobs import run_jobs
+from tests.ranks import RankServer
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "jobs" / "launch.py")
@@ -48,8 +50,8 @@ class Site:
         environment: of the launches and their jobs.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, server: RankServer):
+        self.folder, self.server = folder, server
         self.environment = {
             "ORDERS": str(folder / "orders.json"),
             "OMP_NUM_THREADS": "1",
@@ -63,17 +65,33 @@ class Site:
         temporary.write_text(json.dumps(orders))
         os.replace(temporary, self.folder / "orders.json")
 
-    def launch(self, *arguments: str, code: int | None = 0, timeout: float = 240, cwd: Path | None = None) -> str:
-        """launch.py's stdout and stderr."""
-        done = subprocess.run(
-            [sys.executable, LAUNCH, *arguments],
-            cwd=cwd or self.folder,
-            env=os.environ | self.environment,
-            stdin=subprocess.DEVNULL,  # the debug executor opens a debugger on what fails
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+    def launch(
+        self,
+        *arguments: str,
+        code: int | None = 0,
+        timeout: float = 240,
+        cwd: Path | None = None,
+        imports_done: bool = True,
+    ) -> str:
+        """launch.py's stdout and stderr.
+
+        Args:
+            imports_done: in a forked process; False is a new interpreter.
+        """
+        done: subprocess.CompletedProcess
+        cwd, environment = cwd or self.folder, os.environ | self.environment
+        if imports_done:
+            done = self.server.launch(LAUNCH, *arguments, cwd=cwd, env=environment, timeout=timeout).wait()
+        else:
+            done = subprocess.run(
+                [sys.executable, LAUNCH, *arguments],
+                cwd=cwd,
+                env=environment,
+                stdin=subprocess.DEVNULL,  # the debug executor opens a debugger on what fails
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
         said = done.stdout + done.stderr
         assert code is None or done.returncode == code, said[-3000:]
         return said
@@ -94,7 +112,7 @@ class Site:
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+def site(rank_server: RankServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """With shards of 48 coloured noise images."""
     folder = tmp_path_factory.mktemp("site")
     rng = np.random.default_rng(0)
@@ -104,11 +122,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
             pixels = rng.integers(0, 128, (16, 16, 3), dtype=np.uint8)
             pixels[..., label] += 100
             Image.fromarray(pixels).save(folder / "pictures" / f"class{label}" / f"{i}.png")
-    make = [sys.executable, ROOT / "tools" / "make_shards.py", folder / "pictures", folder / "shards", "--workers", "1"]
-    subprocess.run(make, check=True, capture_output=True)
+    make_shards(folder / "pictures", folder / "shards", workers=1, progress=False)
     (folder / "config.yaml").write_text(CONFIG.format(folder=folder))
     shutil.copy(Path(__file__).with_name("paced.py"), folder)
-    yield Site(folder)
+    yield Site(folder, rank_server)
     for launches in folder.glob("*/launches"):  # what a failed test left running in the background
         for job in run_jobs(str(launches.parent)):
             if job.alive:

@@ -216,7 +216,7 @@ def test_a_local_run_is_cancelled_resumed_and_requeued(site: Site) -> None:
     store = f"tracking.uri=sqlite:///{site.folder}/mlflow.db"
     two = [*CONFIG, "--executor", "local", "--gpus-per-node", "2", "--no-gpus"]
     run = [*two, "run.output_dir=local", "tracking.enabled=true", store]
-    site.launch(*run)
+    site.launch(*run, imports_done=False)
     wait_for(site, 2)
     snapshot = site.folder / "local" / "launches" / "001"
     note = json.loads((snapshot / "restarts.jsonl").read_text())

@@ -34,7 +34,8 @@ def cluster(site: Site) -> Iterator[Cluster]:
 def reference(cluster: Cluster, site: Site) -> str:
     """The run that nothing interrupts, and an evaluation after it."""
     site.order()
-    site.launch(*TWO_NODES, "run.output_dir=whole", f"data.validation={site.folder}/shards", "--evaluate", "--wait")
+    evaluated = [f"data.validation={site.folder}/shards", "--evaluate", "--wait"]
+    site.launch(*TWO_NODES, "run.output_dir=whole", *evaluated, imports_done=False)
     return "whole"
 
 

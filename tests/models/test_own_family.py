@@ -2,10 +2,8 @@
 
 import dataclasses
 import importlib
-import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.families import FAMILIES, Family, register_family
+from tests.ranks import RankServer
 from tests.tiny import branches, images, patches, roughen, stir
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +117,9 @@ except fd.UserError as error:
 
 
 @pytest.mark.parametrize("plugin", ["import", "file", "neither"])
-def test_its_adapter_loads_where_its_module_is_imported(own: ModuleType, plugin: str, tmp_path: Path) -> None:
+def test_its_adapter_loads_where_its_module_is_imported(
+    rank_server: RankServer, own: ModuleType, plugin: str, tmp_path: Path
+) -> None:
     model = stir(fd.create_model("toy_transformer", **SETTINGS))
     fd.save_adapter(model, str(tmp_path))
     again = fd.load(str(tmp_path))
@@ -126,8 +127,9 @@ def test_its_adapter_loads_where_its_module_is_imported(own: ModuleType, plugin:
     module = Path(own.__file__ or "")
     paths = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     paths += f"sys.path.insert(0, {str(module.parent)!r})\n" if plugin == "import" else ""
-    command = [sys.executable, "-c", paths + LOAD, str(tmp_path), plugin, str(module)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120)
+    (tmp_path / "load.py").write_text(paths + LOAD)
+    done = rank_server.launch(tmp_path / "load.py", tmp_path, plugin, module, cwd=tmp_path).wait()
+    assert done.returncode == 0, done.stderr
     said = done.stdout.strip().splitlines()[-1]
     if plugin == "neither":
         assert said == (
@@ -139,16 +141,27 @@ def test_its_adapter_loads_where_its_module_is_imported(own: ModuleType, plugin:
         assert (tmp_path / "again" / "adapter.json").read_text() == (tmp_path / "adapter.json").read_text()
 
 
-def test_a_file_beside_the_others_is_found(own: ModuleType, tmp_path: Path) -> None:
+KNOWN = """
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "fulllora_dist"]:
+    del sys.modules[name]
+sys.path.insert(0, sys.argv[1])
+import fulllora_dist
+from fulllora_dist.models.families import FAMILIES
+print(fulllora_dist.__file__, *FAMILIES)
+"""
+
+
+def test_a_file_beside_the_others_is_found(rank_server: RankServer, own: ModuleType, tmp_path: Path) -> None:
     package = ROOT / "fulllora_dist"
     shutil.copytree(package, tmp_path / package.name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(own.__file__ or "", tmp_path / package.name / "models" / "families" / "toy.py")
-    command = [sys.executable, "-c", "from fulllora_dist.models.families import FAMILIES; print(*FAMILIES)"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=120
-    )
-    assert sorted(done.stdout.split()) == sorted(FAMILIES)  # here the fixture has registered it
+    (tmp_path / "known.py").write_text(KNOWN)
+    done = rank_server.launch(tmp_path / "known.py", tmp_path, cwd=tmp_path).wait()
+    assert done.returncode == 0, done.stderr
+    imported, *names = done.stdout.split()
+    assert imported == str(tmp_path / package.name / "__init__.py")
+    assert sorted(names) == sorted(FAMILIES)  # here the fixture has registered it
 
 
 @pytest.mark.filterwarnings("ignore:Overwriting toy_transformer in registry")

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 
 from fulllora_dist.models.adapt import create_model
 from fulllora_dist.models.survey import NEW_CLASSES, Backbone, Refusal, architectures, examine, page, rows
+from tests.ranks import RankServer
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "backbones.md").read_text()
@@ -80,14 +79,15 @@ def test_a_row_holds_for_each_name_in_it() -> None:
     assert {"vit_tiny_patch16_224", "samvit_base_patch16", "xcit_nano_12_p8_224"} <= set(architectures())
 
 
-def test_a_name_on_the_command_line() -> None:
-    command = [sys.executable, "tools/backbones.py", "--json", "convit_tiny", "resnet18"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
+def test_a_name_on_the_command_line(rank_server: RankServer) -> None:
+    command = [ROOT / "tools" / "backbones.py", "--json", "convit_tiny", "resnet18"]
+    done = rank_server.launch(*command).wait()
+    assert done.returncode == 0, done.stderr
     metadata = json.loads(done.stdout)
     assert metadata["convit_tiny"]["family"] == "ConViT"
     assert metadata["convit_tiny"]["branches"] == 1 + 12 * 6
     assert "resnet18 has the model class ResNet" in metadata["resnet18"]["reason"]
-    unknown = subprocess.run([*command, "convitt_tiny"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    unknown = rank_server.launch(*command, "convitt_tiny").wait()
     assert unknown.returncode == 2
     assert "timm has no 'convitt_tiny'; nearest: convit_tiny" in unknown.stderr
 
@@ -110,10 +110,11 @@ def test_a_name_on_the_command_line() -> None:
         (["--budget", "nan", "convit_tiny"], "--budget: nan is no share"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_and_writes_nothing(arguments: list[str], words: str, tmp_path: Path) -> None:
+def test_a_wrong_command_line_is_one_line_and_writes_nothing(
+    rank_server: RankServer, arguments: list[str], words: str, tmp_path: Path
+) -> None:
     (tmp_path / "page.md").write_text("mine\n")
-    command = [sys.executable, str(ROOT / "tools" / "backbones.py"), *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = rank_server.launch(ROOT / "tools" / "backbones.py", *arguments, cwd=tmp_path).wait()
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {words}")
     assert done.stderr.count("\n") == 1

@@ -35,14 +35,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running.uri
 
 
-@pytest.fixture(scope="session")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store in sqlite with nothing in it: making one takes seconds."""
-    file = tmp_path_factory.mktemp("database") / "mlflow.db"
-    Registry(f"sqlite:///{file}", create=True)
-    return file
-
-
 @pytest.fixture(scope="module")
 def sqlite(database: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of a store in a file."""

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.models.adapter_diff import layer_differences
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.predict import predict
+from tests.ranks import RankServer
 from tests.registry.conftest import TRAINING, evaluation, right
 from tests.tiny import SIDE, stir, tiny
 
@@ -94,15 +93,15 @@ def test_from_publishing_to_rolling_back(sqlite: str, adapter: Callable[..., str
     assert result == {"champion": 1, "left": 2}
 
 
-def test_the_command_line(sqlite: str) -> None:
+def test_the_command_line(rank_server: RankServer, sqlite: str) -> None:
     """Exit codes, one line for a mistake, one JSON object."""
-    tool = [sys.executable, "tools/adapters.py"]
-    fd_uri = os.environ | {"MLFLOW_TRACKING_URI": sqlite, "PYTHONPATH": str(ROOT)}
-    wrong = subprocess.run([*tool, "show", "no@champion"], cwd=ROOT, env=fd_uri, capture_output=True, text=True)
+    tool, environment = ROOT / "tools" / "adapters.py", os.environ | {"MLFLOW_TRACKING_URI": sqlite}
+    wrong = rank_server.launch(tool, "show", "no@champion", env=environment).wait()
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[-1].startswith("error: there is no registered model no; there are: ")
     assert "Traceback" not in wrong.stderr
-    fine = subprocess.run([*tool, "list", "--json"], cwd=ROOT, env=fd_uri, capture_output=True, text=True, check=True)
+    fine = rank_server.launch(tool, "list", "--json", env=environment).wait()
+    assert fine.returncode == 0, fine.stderr
     assert json.loads(fine.stdout).keys() == {"models"}
 
 

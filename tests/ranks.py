@@ -1,19 +1,26 @@
-"""Real ranks for tests.
+"""Real ranks and scripts for tests.
 
-Importing torch, timm and deepspeed takes longer than most tests run. A server process does it once and forks the ranks
-of every call; it computes nothing itself, so that its forks are safe, and what a test does to a rank ends with it.
+Importing torch, timm, deepspeed and mlflow takes longer than most tests run. A server process does it once and forks
+the ranks of every call; it computes nothing itself, so that its forks are safe, and what a test does to a rank ends
+with it.
 """
 
+import contextlib
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import pickle
+import pkgutil
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
+
+from tests.scripts import Launched, Order, run_script
 
 GRACE = 30  # seconds that the server gets beyond the ranks' own limit
 
@@ -23,7 +30,7 @@ class RankError(AssertionError):
 
 
 class RankServer:
-    """Forks ranks on demand: `run(world, work, *args)`."""
+    """Forks ranks on demand: `run(world, work, *args)`, and scripts: `launch(script, *arguments)`."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -51,7 +58,7 @@ class RankServer:
         Raises:
             RankError: a rank raised, died or took too long.
         """
-        self._pipe.send((world, work, args, timeout, prepare))
+        self._pipe.send(("ranks", world, work, args, timeout, prepare))
         if not self._pipe.poll(timeout + GRACE + (600 if prepare else 0)):
             self.close()
             raise RankError("the rank server does not answer")
@@ -60,27 +67,81 @@ class RankServer:
             raise RankError(outcome)
         return [pickle.loads(result) for result in outcome]
 
+    def launch(
+        self,
+        script: str | Path,
+        *arguments: str | Path,
+        ranks: int = 1,
+        cwd: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 240,
+    ) -> Launched:
+        """Start `python script arguments...`, as a launcher starts it on so many ranks, with all imports done.
+
+        Args:
+            ranks: 1 is a plain process, without RANK and the like in its environment.
+            cwd, env: the caller's if left out.
+            timeout: seconds until a rank ends; it prints where it hangs.
+        """
+        order = Order(
+            script=str(script),
+            arguments=tuple(map(str, arguments)),
+            ranks=ranks,
+            cwd=str(cwd or os.getcwd()),
+            env=dict(os.environ if env is None else env),
+            timeout=timeout,
+        )
+        self._pipe.send(("script", order))
+        return Launched(order, self._pipe.recv())
+
     def close(self) -> None:
         if self._process.is_alive():
             self._process.kill()
         self._process.join()
 
 
+PRELOADED = (
+    "PIL.JpegImagePlugin",
+    "PIL.PngImagePlugin",
+    "aiobotocore.session",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # all of torch.compile, for a decorator
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "matplotlib.pyplot",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "s3fs",
+    "scipy.stats",
+    "setuptools",  # DeepSpeed asks for it later
+    "timm",
+)
+"""What the package and DeepSpeed import where it is needed."""
+
+
 def _serve(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is pytest's
-    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    import deepspeed.runtime.zero.stage3
-    import deepspeed.runtime.zero.stage_1_and_2  # noqa: F401
-    import setuptools  # noqa: F401  # DeepSpeed asks for it later
-    import timm  # noqa: F401
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "MPLBACKEND": "agg"}
     import torch
 
+    import fulllora_dist
+
+    modules = [found.name for found in pkgutil.walk_packages(fulllora_dist.__path__, "fulllora_dist.")]
+    for name in (*PRELOADED, *modules):
+        importlib.import_module(name)
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     while True:
         try:
-            request = pipe.recv()
+            kind, *request = pipe.recv()
         except EOFError:  # pytest is gone
             return
+        with contextlib.suppress(ChildProcessError):  # scripts that have ended
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if kind == "script":
+            pipe.send(run_script(*request))
+            continue
         try:
             outcome: list[bytes] | str = _fork(*request)
         except BaseException:
