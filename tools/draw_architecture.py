@@ -35,6 +35,8 @@ LAYERS = (
 TITLES = {"__init__": "fulllora_dist", "train": "train.py", "evaluate": "evaluate.py"}
 COLOURS = ("#eef2f7", "#eef2f7", "#eef2f7", "#e3f1ec", "#fdf1e3", "#fdf1e3", "#f3eefa", "#fdf1e3") + ("#e6f0fb",) * 4
 WIDTH, MARGIN, GAP, BETWEEN, SINGLE = 900, 20, 18, 30, 470
+LANES = (0.0, -5.0, 5.0, -2.5, 2.5, -7.5, 7.5)
+"""Where arrows that pass one gap between two rooms run, from its middle."""
 
 
 def module_name(path: Path) -> str:
@@ -147,17 +149,19 @@ def _rows() -> list[list[Box]]:
     return rows
 
 
-def _path(start: Box, end: Box, rows: list[list[Box]], out: float, into: float, nudge: float) -> str:
-    """From the bottom of a box to the top of a lower one, through the gaps of the rows between them."""
-    points = [(out, start.y + start.height)]
-    for row in rows:
-        if not start.y < row[0].y < end.y:
-            continue
-        done = (row[0].y - start.y) / (end.y - start.y)
-        straight = out + (into - out) * done
+def _path(start: Box, end: Box, rows: list[list[Box]], out: float, into: float, taken: set[tuple[float, ...]]) -> str:
+    """From the bottom of a box to the top of a lower one, through gaps of the rows between them. `taken`: (row, gap,
+    lane) of the arrows before."""
+    passed = []
+    for row in (row for row in rows if start.y < row[0].y < end.y):
+        straight = out + (into - out) * (row[0].y - start.y) / (end.y - start.y)
         gaps = [row[0].x - GAP / 2, *(box.x + box.width + GAP / 2 for box in row)]
-        x = min(gaps, key=lambda gap: abs(gap - straight)) + nudge
-        points += [(x, row[0].y), (x, row[0].y + row[0].height)]
+        passed.append((row[0], min(gaps, key=lambda gap: abs(gap - straight))))
+    lane = next(lane for lane in LANES if not taken & {(box.y, gap, lane) for box, gap in passed})
+    taken |= {(box.y, gap, lane) for box, gap in passed}
+    points = [(out, start.y + start.height)]
+    for box, gap in passed:
+        points += [(gap + lane, box.y), (gap + lane, box.y + box.height)]
     points.append((into, end.y - 5))
     d = f"M{points[0][0]:.1f} {points[0][1]:.1f}"
     for (x1, y1), (x2, y2) in pairwise(points):
@@ -175,10 +179,10 @@ def _arrows(rows: list[list[Box]], edges: Counter[tuple[str, str]]) -> list[str]
     def port(box: Box, edge: tuple[str, str], among: list[tuple[str, str]]) -> float:
         return box.x + box.width * (among.index(edge) + 1) / (len(among) + 1)
 
-    lines = []
-    for i, (a, b) in enumerate(drawn):
+    lines, taken = [], set()
+    for a, b in drawn:
         out, into = port(boxes[a], (a, b), leaving[a]), port(boxes[b], (a, b), coming[b])
-        d = _path(boxes[a], boxes[b], rows, out, into, nudge=(i % 3 - 1) * 4)
+        d = _path(boxes[a], boxes[b], rows, out, into, taken)
         lines.append(f'<path d="{d}" class="arrow" stroke-width="{1 + edges[a, b] ** 0.5 / 2:.1f}"/>')
         lines.append(f'<path d="M{into - 4:.1f} {boxes[b].y - 7:g} h8 l-4 7 z" fill="#5b7089"/>')
     return lines
