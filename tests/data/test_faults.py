@@ -104,7 +104,7 @@ def test_a_bad_image_is_replaced_in_the_same_way_everywhere(
         streams = [train(server.url, world=world, rank=rank, max_bad_samples=3) for rank in range(world)]
         rows = [list(islice(stream, 10)) for stream in streams]
         found[world] = [[i for row in rows for i in row[step].ids.tolist()] for step in range(10)]
-        lines = [record.getMessage() for record in caplog.records if "stands in" in record.getMessage()]
+        lines = [record.getMessage() for record in caplog.records if "replaced by" in record.getMessage()]
         assert lines == [
             f"unreadable image replaced by another: {server.url}/{name}: sample {victim.key} at offset "
             f"{victim.offset}: crc32 differs from the index; the shard is damaged"
