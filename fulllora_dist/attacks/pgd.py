@@ -76,6 +76,11 @@ def input_gradient(model: nn.Module, pixels: Tensor, target: Tensor, loss: Loss)
     return gradient
 
 
+def default_step_size(eps: float, steps: int) -> float:
+    """2.5 eps / steps, as Madry et al. do, at most eps; in the units of eps."""
+    return min(2.5 * eps / steps, eps)
+
+
 class StepHook(Protocol):
     """What a training method may change in the steps of an attack."""
 
@@ -148,7 +153,7 @@ def pgd(
     threat = threat_model(norm, eps)
     ids = torch.arange(len(x), device=x.device) if ids is None else ids
     x = x.detach()
-    found: Tensor | None = None
+    kept: Tensor | None = None
     label = y if y.ndim == 1 else y.argmax(dim=1)
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
     with attack_mode(model):
@@ -158,9 +163,9 @@ def pgd(
                 rng = sample_rng(seed, f"{purpose}/start/{restart}", step, ids)
                 x_adv = in_box(x + threat.random_start(rng, x))
             x_adv = ascend(model, x, x_adv, y, threat=threat, steps=steps, step_size=step_size, loss=LOSSES[loss])
-            found = x_adv if found is None else torch.where(fooled.view(-1, 1, 1, 1), found, x_adv)
+            kept = x_adv if kept is None else torch.where(fooled.view(-1, 1, 1, 1), kept, x_adv)
             if restarts > 1:
                 with torch.no_grad():
                     fooled |= model(x_adv).argmax(dim=1) != label
-    assert found is not None
-    return found
+    assert kept is not None
+    return kept

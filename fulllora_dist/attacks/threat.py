@@ -26,7 +26,7 @@ class Threat(ABC):
 
     def __post_init__(self) -> None:
         if not 0 <= self.eps < float("inf"):
-            raise UserError(f"eps: {self.eps:g} is no radius; 0 or more is right")
+            raise UserError(f"eps must be >= 0 and finite, got {self.eps:g}")
 
     def scaled(self, factor: float) -> Self:
         """The ball of `factor` times the radius."""

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.core.settings import Settings
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.targets import Mixer, TargetSettings
 from fulllora_dist.methods.warmup import WarmupSchedule, ramp
@@ -36,17 +36,15 @@ class WeightStep(Protocol):
         """The micro-batches of one optimizer update, which is made when the loop ends."""
 
 
-class MethodSettings(BaseModel):
+class MethodSettings(Settings):
     """Settings every method has. Subclasses narrow `name` to one value."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     name: str
     """Which method."""
 
 
 class Method(ABC):
-    """One way to train. Made once a run or phase; `step` is called once a batch.
+    """One way to train. Built once a run or phase; `step` is called once a batch.
 
     Args:
         settings: an instance of `Settings`.
@@ -58,7 +56,7 @@ class Method(ABC):
     Attributes:
         Settings: its settings.
         needs_labels: whether it needs each image's one label, so that images cannot be mixed.
-        pictures_in_weight_step: that a weight step sees of each image of the batch: clean and perturbed are 2.
+        images_in_weight_step: how many versions of each image a weight step sees: clean and perturbed are 2.
     """
 
     Settings: ClassVar[type[MethodSettings]]
@@ -147,7 +145,7 @@ def register_method(method: type[Method]) -> type[Method]:
         raise ValueError(f'{method.__name__}.Settings has no default name; write name: Literal["x"] = "x"')
     known = METHODS.setdefault(name, method)
     if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
-        raise ValueError(f"method {name!r} of {method.__module__} is {known.__module__}'s already; choose another name")
+        raise ValueError(f"method {name!r} of {method.__module__} is already {known.__module__}'s; choose another name")
     METHODS[name] = method
     return method
 

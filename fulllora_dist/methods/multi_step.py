@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import Loss, ascend, attack_mode, cross_entropy
+from fulllora_dist.attacks.pgd import Loss, ascend, attack_mode, cross_entropy, default_step_size
 from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
@@ -49,16 +49,16 @@ class MultiStep(PerturbedStep):
             if share and round(share * self.ramps.run) <= first:
                 raise UserError(
                     f"method.{name}: {share:g} of the run is over before batch {first}, with which this phase of "
-                    f"{settings.name} begins; a larger share is right, or 0"
+                    f"{settings.name} begins; give a larger share, or 0"
                 )
         if settings.attention_drop and not attentions(backbone):
-            raise UserError("method.attention_drop: this backbone has no modules named attn; 0 is right")
+            raise UserError("method.attention_drop: this backbone has no modules named attn; set it to 0")
         if settings.perturbation_mask:
             self._patch = settings.mask_patch or _patch_of(backbone)
             if image_size % self._patch:
                 raise UserError(
-                    f"method.mask_patch: {self._patch} does not divide images of {image_size} pixels; the backbone's "
-                    "patch size is right, and a multiple of it for phases.image_size"
+                    f"method.mask_patch: {self._patch} does not divide images of {image_size} pixels; give the "
+                    "backbone's patch size, and a multiple of it for phases.image_size"
                 )
 
     def attack(
@@ -75,7 +75,7 @@ class MultiStep(PerturbedStep):
     ) -> Tensor:
         """`steps` steps up the loss from `start`, both [B, 3, H, W] in [0, 1]; inside `attack_mode`."""
         settings = self.settings
-        size = min(2.5 * threat.eps / settings.steps, threat.eps) if settings.step_size is None else settings.step_size
+        size = default_step_size(threat.eps, settings.steps) if settings.step_size is None else settings.step_size
         weakened = settings.attention_drop > 0 or settings.perturbation_mask > 0
         patch = self._patch or settings.mask_patch
         return ascend(
@@ -109,7 +109,7 @@ def attentions(model: nn.Module) -> list[nn.Module]:
 def _patch_of(backbone: nn.Module) -> int:
     size = patch_size(backbone)
     if size is None:
-        raise UserError("method.mask_patch: this backbone does not tell its patch size; a number of pixels is right")
+        raise UserError("method.mask_patch: this backbone does not tell its patch size; give it in pixels")
     return size[0]
 
 

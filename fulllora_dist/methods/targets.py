@@ -7,20 +7,19 @@ on one rank whatever the number of ranks. How much, and where, is drawn for each
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from scipy.stats import beta
 from torch import Tensor
 
 from fulllora_dist.core.rng import sample_rng
+from fulllora_dist.core.settings import Settings
 from fulllora_dist.data.batch import Batch
 
 _QUANTILES = 4097
 
 
-class TargetSettings(BaseModel):
+class TargetSettings(Settings):
     """Mixed images and softened labels; the attack sees the mixed ones too, the smoothing only the weight step."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the label that is spread over all classes."""

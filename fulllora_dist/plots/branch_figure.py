@@ -1,4 +1,4 @@
-"""Where robustness sits, as an image: the size of each branch beside W, and what is lost without some of them."""
+"""Where robustness sits, as a figure: the size of each branch beside W, and what is lost without some of them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 
 from fulllora_dist.plots.figures import GREY, RIGHT, WRONG
 
-_DARK = 0.6  # of the colour scale: from there on, writing is white
+_DARK = 0.6  # of the colour scale: from there on, text is white
 
 
 @dataclass(frozen=True)
 class Loss:
-    """Accuracy lost without a group of branches, in shares of 1: (lost, low, high)."""
+    """Accuracy lost without a group of branches, as shares: (lost, low, high)."""
 
     name: str
     attacked: tuple[float, float, float]
@@ -99,8 +99,8 @@ def branch_figure(
 
 def _grid(values: Mapping[Place, float | None], blocks: Sequence[str], components: Sequence[str]) -> np.ndarray:
     """Per cent [components, blocks], NaN where there is no branch."""
-    found = [[values.get((block, component)) for block in blocks] for component in components]
-    return 100 * np.array([[np.nan if value is None else value for value in row] for row in found])
+    rows = [[values.get((block, component)) for block in blocks] for component in components]
+    return 100 * np.array(rows, dtype=float)  # None becomes NaN
 
 
 def _map(
@@ -120,8 +120,7 @@ def _map(
     axes.set_yticks(range(len(components)), components, fontsize=10)
     axes.set_xlabel("block", fontsize=10)
     axes.tick_params(length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _with_error(losses: Iterable[tuple[float, float, float]]) -> tuple[np.ndarray, np.ndarray]:
@@ -144,5 +143,4 @@ def _bars(axes: Axes, groups: Sequence[Loss], attack: str) -> None:
     axes.set_xlabel("points of accuracy lost (95 % interval)", fontsize=10)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)

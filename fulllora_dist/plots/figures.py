@@ -1,7 +1,7 @@
-"""Images for people: what an attack does to a model before and after training, and how strong it has to be.
+"""Figures for people: what an attack does to a model before and after training, and how strong it has to be.
 
-The colours are of Okabe and Ito's eight, which colour-blind readers can tell apart; right and wrong have
-marks, too.
+The colours are of Okabe and Ito's eight, which colour-blind readers can tell apart; correct and wrong
+predictions have marks, too.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class Attacked:
     """One model under attack.
 
     Attributes:
-        name: for the image, e.g. "backbone".
+        name: in the figure, e.g. "backbone".
         adversarial: [N, 3, H, W] in [0, 1], made against this model.
         before, after: int64 [N], its predictions on the clean and on the adversarial images.
     """
@@ -52,7 +52,7 @@ class Curve:
     """Robust accuracy of one model.
 
     Attributes:
-        name: for the image.
+        name: in the figure.
         scores: {eps in pixels of [0, 1]: "accuracy", "low" and "high" as in evaluation.json}.
     """
 
@@ -72,18 +72,18 @@ def _show(axes: Axes, image: Tensor) -> None:
 
 
 def _verdict(axes: Axes, lines: Sequence[tuple[str, str, bool]]) -> None:
-    """Under an image, one line for each (model, predicted class, right)."""
-    for i, (model, predicted, right) in enumerate(lines):
+    """Under an image, one line for each (model, predicted class, whether it is correct)."""
+    for i, (model, predicted, correct) in enumerate(lines):
         axes.text(
             0.5,
             -0.05 - 0.17 * i,
-            f"{model}: {predicted} {'✓' if right else '✗'}",
+            f"{model}: {predicted} {'✓' if correct else '✗'}",
             transform=axes.transAxes,
             ha="center",
             va="top",
             fontsize=9,
-            color=RIGHT if right else WRONG,
-            fontweight="normal" if right else "bold",
+            color=RIGHT if correct else WRONG,
+            fontweight="normal" if correct else "bold",
         )
     if len(lines) == 1:
         for spine in axes.spines.values():
@@ -132,15 +132,8 @@ def _draw_curves(
         axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=curve.name)
     if trained_eps is not None:
         axes.axvline(unit * trained_eps, color=GREY, linewidth=1, linestyle=(0, (2, 2)))
-        axes.annotate(
-            f"trained at {in_255ths(trained_eps)}",
-            (unit * trained_eps, 103),
-            textcoords="offset points",
-            xytext=(4, 0),
-            fontsize=9,
-            color=GREY,
-            va="center",
-        )
+        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "fontsize": 9, "va": "center"}
+        axes.annotate(f"trained at {in_255ths(trained_eps)}", (unit * trained_eps, 103), color=GREY, **style)
     axes.set_ylim(-3, 107)
     axes.set_xlim(left=0)
     axes.set_xticks(sorted({round(unit * e, 2) for curve in curves for e in curve.scores}))
@@ -148,8 +141,7 @@ def _draw_curves(
     axes.set_xlabel(f"eps: {change}", fontsize=11)
     axes.set_ylabel(f"accuracy under {attack}, % (band: 95 % interval)", fontsize=11)
     axes.grid(alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     # above the axes, where no line can be
     columns = min(len(curves), 3)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, fontsize=12)
@@ -197,7 +189,7 @@ def per_class_bars(per_class: Mapping[str, Mapping[str, Sequence[int]]], caption
     each of the others. Of many classes the 20 least and the 20 most robust ones.
 
     Args:
-        per_class: {attack: {class: (right, n)}}; classes without an image are left out.
+        per_class: {attack: {class: (correct, n)}}; classes without an image are left out.
         caption: what the numbers are of.
     """
     attacks = list(per_class)
@@ -233,8 +225,7 @@ def per_class_bars(per_class: Mapping[str, Mapping[str, Sequence[int]]], caption
     left_out = f"\n{total - len(names)} classes in between left out" if total > len(names) else ""
     axes.set_xlabel(f"accuracy, %   ({caption}){left_out}", fontsize=10)
     axes.grid(axis="x", alpha=0.25)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=min(len(attacks), 3), frameon=False)
     return figure
 
@@ -243,9 +234,9 @@ def least_and_most(per_class: Mapping[str, Sequence[int]]) -> set[str]:
     """The classes to show: all, or of many the least and the most robust ones, equally many of each.
 
     Args:
-        per_class: {class: (right, n)}; classes without an image are left out.
+        per_class: {class: (correct, n)}; classes without an image are left out.
     """
-    names = sorted((right / n, name) for name, (right, n) in per_class.items() if n)
+    names = sorted((correct / n, name) for name, (correct, n) in per_class.items() if n)
     half = MOST_CLASSES // 2
     return {name for _, name in (names if len(names) <= MOST_CLASSES else [*names[:half], *names[-half:]])}
 

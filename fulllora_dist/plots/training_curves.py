@@ -16,7 +16,7 @@ _LINES = {
     "guard/robust_accuracy": ("held-out, PGD", WRONG, "o", "--"),
     "train/loss": ("training batches, under their attack", GREY, "", "-"),
 }
-"""Points of metrics.jsonl that are drawn: label, colour, marker, line."""
+"""Metrics of metrics.jsonl that are drawn: label, colour, marker, line."""
 _MANY = 60  # points, from which on the mean of a twentieth of them is drawn too
 
 
@@ -26,7 +26,7 @@ def training_curves(lines: Iterable[Mapping[str, Any]]) -> Figure:
     Of the training itself, where each point is of one batch under its own attack; of images held out, clean and under
     PGD; and of the final evaluation.
     """
-    points: dict[str, tuple[list[int], list[float]]] = {}
+    points: dict[str, tuple[list[int], list[float]]] = {}  # {metric: (steps, values)}
     for line in lines:
         for name, value in line.items():
             if name in _LINES or name.startswith("eval/"):
@@ -38,12 +38,12 @@ def training_curves(lines: Iterable[Mapping[str, Any]]) -> Figure:
     for name in _LINES:
         if name in points:
             _draw_line(below if name == "train/loss" else above, name, *points[name])
-    finals = {name: found for name, found in points.items() if name.startswith("eval/")}
-    for (name, found), marker in zip(finals.items(), itertools.cycle("*XDPv")):
+    finals = [name for name in points if name.startswith("eval/")]
+    for name, marker in zip(finals, itertools.cycle("*XDPv")):
         color = RIGHT if name == "eval/clean" else WRONG
         label = f"validation at the end, {name.removeprefix('eval/')}"
         style = {"color": color, "markeredgecolor": "white", "markersize": 13, "zorder": 4}
-        above.plot(*found, marker=marker, linestyle="", clip_on=False, label=label, **style)
+        above.plot(*points[name], marker=marker, linestyle="", clip_on=False, label=label, **style)
     above.set_ylim(-3, 103)
     above.set_ylabel("accuracy, %", fontsize=11)
     below.set_ylabel("training loss", fontsize=11)
@@ -51,8 +51,7 @@ def training_curves(lines: Iterable[Mapping[str, Any]]) -> Figure:
     below.set_xlim(left=0)
     for axes in (above, below):
         axes.grid(alpha=0.25)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        axes.spines[["top", "right"]].set_visible(False)
     handles, labels = above.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)

@@ -69,7 +69,7 @@ def test_of_many_classes_both_ends_are_shown() -> None:
     assert "59 classes in between left out" in figure.axes[0].get_xlabel()
 
 
-def test_classes_without_a_image_are_left_out() -> None:
+def test_classes_without_an_image_are_left_out() -> None:
     names, _ = _bars(per_class_bars({"pgd10": {"ant": (1, 2), "bee": (0, 0)}}, "mine"))
     assert names == ["ant"]
 
