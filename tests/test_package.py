@@ -6,10 +6,13 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import fulllora_dist as fd
 from fulllora_dist.data.shards.make import make_shards
@@ -88,3 +91,24 @@ def test_deepspeed_s_launcher_takes_the_printed_commands() -> None:
     for name, command in commands:
         parsed = parse_args(command)
         assert parsed.user_script.endswith(".py"), (name, command)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fd.__version__
+    assert f"\nversion: {fd.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_lock_names_what_the_project_needs() -> None:
+    """`make lock` was run after the last change of the dependencies. Addresses would bind it to one index."""
+    lock = (ROOT / "requirements.lock").read_text()
+    assert "://" not in lock
+    locked = {
+        canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+)", lock, re.MULTILINE)
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for line in [*project["dependencies"], *extras["demo"], *extras["s3"], *extras["test"]]:
+        requirement = Requirement(line)
+        if (name := canonicalize_name(requirement.name)) != project["name"]:
+            assert requirement.specifier.contains(locked[name], prereleases=True), line
