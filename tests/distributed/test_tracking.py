@@ -148,14 +148,14 @@ def _await(happened: Callable[[], bool]) -> None:
 
 @pytest.mark.parametrize("late", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_server_that_is_killed(
-    server: RankServer, shards: str, tmp_path: Path, late: bool, record_property: Any
+    server: RankServer, shards: str, database: Path, tmp_path: Path, late: bool, record_property: Any
 ) -> None:
     """1,500 points in, 1,500 out, and a look at all else that a run has to tell.
 
     The server starts with the training, which is there first; or late in its midst, away again for 100 batches.
     """
     held_out, validation = (noise_shards(tmp_path / name, seed) for name, seed in (("held", 1), ("val", 2)))
-    with MlflowServer(tmp_path / "server") as mlflow:
+    with MlflowServer(tmp_path / "server", database) as mlflow:
         config = _config(
             tmp_path / "a",
             shards,
@@ -227,9 +227,11 @@ def test_a_server_that_is_killed(
 
 
 @pytest.mark.long
-def test_a_killed_run_ends_like_the_uninterrupted_one(server: RankServer, shards: str, tmp_path: Path) -> None:
+def test_a_killed_run_ends_like_the_uninterrupted_one(
+    server: RankServer, shards: str, database: Path, tmp_path: Path
+) -> None:
     """Killed where MLflow has heard of nothing, as its server is away, and once more where it has got a part."""
-    with MlflowServer(tmp_path / "server") as mlflow:
+    with MlflowServer(tmp_path / "server", database) as mlflow:
         away = f"http://127.0.0.1:{free_port()}"
         batches = 12
         frame = {"run": {"output_dir": str(tmp_path / "cut" / "run"), "checkpoint_every": 3, "log_every": 1}}

@@ -28,9 +28,9 @@ NAME = "vit_tiny_patch16_224_"  # and the weights' sha256, as random weights hav
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory, database: Path) -> Iterator[str]:
     """URL of an `mlflow server` that serves artifacts, too."""
-    with MlflowServer(tmp_path_factory.mktemp("server")) as running:
+    with MlflowServer(tmp_path_factory.mktemp("server"), database) as running:
         running.start()
         yield running.uri
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,14 +24,15 @@ class MlflowServer:
     """Keeps its database and artifacts in `folder`; not running until `start`.
 
     Args:
+        database: a store in sqlite to begin with a copy of; without one, the server takes seconds to make its own.
         serve_artifacts: False gives clients the folder itself to write artifacts into.
 
     Attributes:
         uri: for clients, the same after every start.
     """
 
-    def __init__(self, folder: Path, serve_artifacts: bool = True):
-        self.folder = folder
+    def __init__(self, folder: Path, database: Path | None = None, serve_artifacts: bool = True):
+        self.folder, self._database = folder, database
         self._port = free_port()
         self.uri = f"http://127.0.0.1:{self._port}"
         self._artifacts = (
@@ -48,6 +50,8 @@ class MlflowServer:
 
     def start(self, wait: bool = True) -> None:
         self.folder.mkdir(exist_ok=True)
+        if self._database is not None and not (self.folder / "mlflow.db").exists():
+            shutil.copy(self._database, self.folder / "mlflow.db")
         store = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--workers", "1"]
         where = ["--host", "127.0.0.1", "--port", str(self._port)]
         with open(self.folder / "server.log", "ab") as log:

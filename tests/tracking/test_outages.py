@@ -156,7 +156,7 @@ def test_two_seconds_for_each_answer(tmp_path: Path, record_property: Callable, 
 @pytest.mark.long
 @pytest.mark.parametrize("serve_artifacts", [True, False])
 def test_artifacts_and_data(tmp_path: Path, shards: Path, serve_artifacts: bool) -> None:
-    with MlflowServer(tmp_path / "server", serve_artifacts) as server:
+    with MlflowServer(tmp_path / "server", serve_artifacts=serve_artifacts) as server:
         server.start()
         tracker = Tracker(_config(tmp_path, server.uri).tracked_run(), active=True)
         output = tmp_path / "run"
