@@ -493,20 +493,20 @@ def test_progress_counts_all_ranks_and_tells_the_time_left(shards: Path) -> None
 
 def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:
     """An evaluation that could not be written goes on with other checks: no attack is made again."""
-    ranks = Comm(0, 1, torch.device("cpu"), None)
+    comm = Comm(0, 1, torch.device("cpu"), None)
 
     def fail(_: object) -> None:
         raise UserError("the disk is full")
 
     with pytest.raises(UserError, match="the disk is full"):
-        Evaluator(["pgd2"], Linf(EPS), ranks, progress=False).run(model, stream(shards), tmp_path, fail)
+        Evaluator(["pgd2"], Linf(EPS), comm, progress=False).run(model, stream(shards), tmp_path, fail)
     passes = []
     handle = model.register_forward_hook(lambda *_: passes.append(1))
-    Evaluator(["pgd2"], Linf(EPS), ranks, gradient_masking_samples=2, progress=False).run(
+    Evaluator(["pgd2"], Linf(EPS), comm, gradient_masking_samples=2, progress=False).run(
         model, stream(shards), tmp_path
     )
     with_checks = len(passes)
-    Evaluator(["clean"], Linf(EPS), ranks, gradient_masking_samples=2, progress=False).run(model, stream(shards))
+    Evaluator(["clean"], Linf(EPS), comm, gradient_masking_samples=2, progress=False).run(model, stream(shards))
     handle.remove()
     assert with_checks == len(passes) - with_checks - len(stream(shards).batches)
 

@@ -50,13 +50,13 @@ class Normalised(nn.Module):
         return self.backbone((pixels - 0.5) / 0.5)
 
 
-def through_engine(args: argparse.Namespace, ranks: Comm, finetune: str, batch: Batch) -> Callable[[], object]:
+def through_engine(args: argparse.Namespace, comm: Comm, finetune: str, batch: Batch) -> Callable[[], object]:
     model = create_model(
         args.backbone, pretrained=False, num_classes=1000, image_size=args.image_size, finetune=finetune,
         head="frozen" if finetune == "fulllora" else "auto", precision=args.precision,
     )  # fmt: skip
     optim, method = OptimSettings(batch_size=args.batch), METHODS["pgd"]
-    engine = Engine(model, optim, DistributedSettings(zero_stage=0), {}, ranks, total_updates=10**6)
+    engine = Engine(model, optim, DistributedSettings(zero_stage=0), {}, comm, total_updates=10**6)
     step = method(method.Settings(steps=args.steps), Linf(EPS), 0).step
     return lambda: step(engine, batch, 0)
 
@@ -127,8 +127,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a table")
     args = parser.parse_args(argv)
 
-    ranks = start_comm()
-    device = ranks.device
+    comm = start_comm()
+    device = comm.device
     size = args.image_size
     images = torch.randint(0, 256, (args.batch, 3, size, size), dtype=torch.uint8)
     ids = torch.arange(args.batch)
@@ -140,8 +140,8 @@ def main(argv: list[str]) -> None:
     assert planned.spec.rank is not None
     arms = {
         "bound": bound(bare(args, device), args, batch),
-        "fulllora": through_engine(args, ranks, "fulllora", batch),
-        "full": through_engine(args, ranks, "full", batch),
+        "fulllora": through_engine(args, comm, "fulllora", batch),
+        "full": through_engine(args, comm, "full", batch),
         "peft": peft_lora(bare(args, device), planned.spec.rank, args, batch),
     }
     seconds: dict[str, list[float]] = {name: [] for name in arms}

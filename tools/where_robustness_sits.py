@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = check_inputs(config, args.adapter, args.output)
     _check_replaced(args.output)
 
-    ranks = start_comm(config.distributed.timeout_minutes)
-    adapter = ranks.broadcast(ranks.run_on_rank0(lambda: resolved(args.adapter, config.tracking_uri())))
-    model = build_evaluated(config, adapter).to(ranks.device)
-    stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
-    evaluator = build_evaluator(config, model.info, ranks, adapter)
+    comm = start_comm(config.distributed.timeout_minutes)
+    adapter = comm.broadcast(comm.run_on_rank0(lambda: resolved(args.adapter, config.tracking_uri())))
+    model = build_evaluated(config, adapter).to(comm.device)
+    stream = build_eval_stream(config, folder, model.info, comm, subset=check_evaluation(config))
+    evaluator = build_evaluator(config, model.info, comm, adapter)
 
     def write(results: dict[str, Any]) -> None:
         print(where_table(results), flush=True)

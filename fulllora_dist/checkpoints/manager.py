@@ -200,11 +200,11 @@ class CheckpointManager:
             if kept <= self._kept:
                 self._kept = kept
         if failed:
-            instead = f"it is in {self._places[-1]}" if whole else f"the newest is {self.described()}"
+            instead = f"it is in {self._places[-1]}" if whole else f"the newest is {self.describe()}"
             self._say(f"warning: the checkpoint of batch {step} is not saved: {'; '.join(failed)}; {instead}")
         return whole
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """The newest checkpoint, for messages."""
         return "none" if self.newest is None else f"that of batch {self.newest}"
 

@@ -158,18 +158,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output:
         read_replaced(args.output)
 
-    ranks = start_comm(config.distributed.timeout_minutes)
-    adapter = ranks.broadcast(
-        ranks.run_on_rank0(lambda: args.adapter and resolved(args.adapter, config.tracking_uri()))
-    )
-    model = build_evaluated(config, adapter).to(ranks.device)
-    stream = build_eval_stream(config, folder, model.info, ranks, subset=check_evaluation(config))
+    comm = start_comm(config.distributed.timeout_minutes)
+    adapter = comm.broadcast(comm.run_on_rank0(lambda: args.adapter and resolved(args.adapter, config.tracking_uri())))
+    model = build_evaluated(config, adapter).to(comm.device)
+    stream = build_eval_stream(config, folder, model.info, comm, subset=check_evaluation(config))
     sha256 = None if adapter is None else adapter_sha256(model)
-    evaluator = build_evaluator(config, model.info, ranks, adapter, sha256)
+    evaluator = build_evaluator(config, model.info, comm, adapter, sha256)
     if args.output:
         names, sizes = config.evaluation.attacks, (config.threat.eps, *config.evaluation.eps)
         new = [(0.0 if name == "clean" else eps, name) for name in names for eps in sizes]
-        ranks.run_on_rank0(lambda: check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256))
+        comm.run_on_rank0(lambda: check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256))
 
     def write(report: EvaluationReport) -> None:
         print(table(report), flush=True)

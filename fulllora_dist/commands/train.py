@@ -40,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = build_model(config)
         run.say(str(model.report))
         track_data(config, run.tracker)
-        stream = build_stream(config, model.info, run.ranks)
+        stream = build_stream(config, model.info, run.comm)
         run.say(f"{stream.steps_per_epoch} batches an epoch, {stream.dropped} images left over in each")
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
-        guard = build_guard(config, model.info, run.ranks)
+        guard = build_guard(config, model.info, run.comm)
         trainer = Trainer(run, model, stream, phases, guard)  # resumes where there is something to resume
         try:
             trainer.train()
@@ -57,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not trainer.stopped:
             finalize(run, summarize(config, trainer))
             return 0
-        place = "here" if run.states.newest == trainer.step else f"its newest checkpoint, {run.states.described()}"
+        place = (
+            "here" if run.checkpoints.newest == trainer.step else f"its newest checkpoint, {run.checkpoints.describe()}"
+        )
         run.say(
             f"stopped at batch {trainer.step} of {trainer.total_steps}; re-run the same command to resume from {place}"
         )

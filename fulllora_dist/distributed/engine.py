@@ -71,13 +71,13 @@ class Engine:
         optim: OptimSettings,
         settings: DistributedSettings,
         extra: dict[str, Any],
-        ranks: Comm,
+        comm: Comm,
         total_updates: int,
     ):
         model.set_activation_checkpointing(settings.activation_checkpointing != "off")  # refused here, not in a step
-        self.model = model.to(ranks.device)
+        self.model = model.to(comm.device)
         self.model.train()
-        self.ranks = ranks
+        self.comm = comm
         self.updates = self.skipped = self.skipped_in_a_row = 0
         self.lr_scale = 1.0
         self.total_updates = total_updates
@@ -86,8 +86,8 @@ class Engine:
         self._accumulation = settings.gradient_accumulation_steps
         self._checkpointing = settings.activation_checkpointing
         timm.layers.set_reentrant_ckpt(False)  # TIMM_REENTRANT_CKPT would silently drop gradients of frozen inputs
-        self._engine = _start_deepspeed(model, settings, optim, extra, ranks)
-        self._zero = ZeroState(self._engine, model, self._stage, ranks)
+        self._engine = _start_deepspeed(model, settings, optim, extra, comm)
+        self._zero = ZeroState(self._engine, model, self._stage, comm)
         self.model.set_activation_checkpointing(self._checkpointing == "all")
         self._ema = self._average_from(self._zero.masters()) if optim.ema_decay else {}
 
@@ -212,7 +212,7 @@ class Engine:
             self._zero.show(own)
 
     def _average_from(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: t.to(self.ranks.device, torch.float32, copy=True) for name, t in tensors.items()}
+        return {name: t.to(self.comm.device, torch.float32, copy=True) for name, t in tensors.items()}
 
     def _average(self) -> None:
         """ema <- decay ema + (1 - decay) master; the decay rises from 0 so that the start is forgotten."""
@@ -238,9 +238,9 @@ def _start_deepspeed(
     settings: DistributedSettings,
     optim: OptimSettings,
     extra: dict[str, Any],
-    ranks: Comm,
+    comm: Comm,
 ) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", ranks.device.type)
+    os.environ.setdefault("DS_ACCELERATOR", comm.device.type)
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
 
@@ -254,10 +254,10 @@ def _start_deepspeed(
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=_adamw(model, optim),
-            config=deepspeed_settings(optim, settings, extra, ranks.world, model.report.trainable),
+            config=deepspeed_settings(optim, settings, extra, comm.world, model.report.trainable),
             dist_init_required=False,
         )
     except (DeepSpeedConfigError, ValidationError) as error:
         raise UserError(f"deepspeed: {' '.join(str(error).split())[:300]}") from None
-    ranks.limit_waiting()
+    comm.limit_waiting()
     return engine

@@ -56,8 +56,8 @@ class ZeroState:
         stage: ZeRO stage, 0 to 3.
     """
 
-    def __init__(self, engine: Any, model: AdaptedModel, stage: int, ranks: Comm):
-        self._optimizer, self._model, self._stage, self._ranks = engine.optimizer, model, stage, ranks
+    def __init__(self, engine: Any, model: AdaptedModel, stage: int, comm: Comm):
+        self._optimizer, self._model, self._stage, self._comm = engine.optimizer, model, stage, comm
         self.named = model.trainable()
         self._prepare_moments()
 
@@ -79,7 +79,7 @@ class ZeroState:
 
     def load(self, state: TrainableState) -> None:
         """Set masters, moments and AdamW's count of updates. A collective."""
-        device = self._ranks.device
+        device = self._comm.device
         masters = {name: tensor.to(device) for name, tensor in state.tensors["master"].items()}
         self.show(masters)
         if self._stage > 0:
@@ -153,5 +153,5 @@ class ZeroState:
     def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's part of a tensor of full shape at ZeRO-3."""
         size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-        flat = F.pad(value.flatten(), (0, size * self._ranks.world - value.numel()))  # DeepSpeed pads the last part
-        return flat[self._ranks.rank * size :][:size]
+        flat = F.pad(value.flatten(), (0, size * self._comm.world - value.numel()))  # DeepSpeed pads the last part
+        return flat[self._comm.rank * size :][:size]

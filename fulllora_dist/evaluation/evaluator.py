@@ -41,7 +41,7 @@ class Evaluator:
     Args:
         attacks: names, see `EvalAttack`.
         threat: the ball of perturbations.
-        ranks: those that share the work.
+        comm: the ranks that share the work.
         more_threats: further balls, for robust accuracy against eps.
         seed: of the random starts.
         gradient_masking_samples: on how many images, drawn evenly over the classes, symptoms of masked gradients are
@@ -58,7 +58,7 @@ class Evaluator:
         self,
         attacks: Sequence[str],
         threat: Threat,
-        ranks: Comm,
+        comm: Comm,
         *,
         more_threats: Sequence[Threat] = (),
         seed: int = 0,
@@ -71,10 +71,10 @@ class Evaluator:
     ):
         self._attacks = parse_attacks(attacks)
         self._threats = [threat, *(other for other in more_threats if other != threat)]
-        self._ranks = ranks
+        self._comm = comm
         self._seed = seed
         self._checked = gradient_masking_samples
-        self._shows = progress and ranks.is_main
+        self._shows = progress and comm.is_main
         self._precision = precision
         self._evaluated = {"backbone": backbone, "adapter": adapter, "adapter_sha256": adapter_sha256}
 
@@ -88,7 +88,7 @@ class Evaluator:
         """Evaluate, on all ranks together; every rank gets the same report.
 
         Args:
-            predict: fp32 pixels [B, 3, H, W] in [0, 1] -> logits [B, classes], on `ranks.device`; put into evaluation
+            predict: fp32 pixels [B, 3, H, W] in [0, 1] -> logits [B, classes], on `comm.device`; put into evaluation
                 mode for the time.
             resume_dir: folder for finished work, from which a run that was killed resumes; emptied at the end.
             write: called with the report, on rank 0, before `resume_dir` is emptied.
@@ -121,24 +121,24 @@ class Evaluator:
         if len(np.unique(ids)) < len(ids):
             raise UserError("evaluation: a sample is in two batches")
         self._check_outputs(predict, images)
-        ranks, items = self._ranks, work_items(variants, self._attacks, self._threats, images, self._checked)
+        comm, items = self._comm, work_items(variants, self._attacks, self._threats, images, self._checked)
         digest = "" if resume_dir is None else fingerprint(predict, images, self._seed)
-        log = ResumeLog(resume_dir, digest, ranks.rank)
-        results: Results = dict(ranks.all_gather_list(list(log.results().items())))
+        log = ResumeLog(resume_dir, digest, comm.rank)
+        results: Results = dict(comm.all_gather_list(list(log.results().items())))
         results |= self._finish(predict, variants, images, items, results, log)
         reports = {
             name: self._report(images, ids, [item for item in items if item.variant == name], results)
             for name in variants
         }
         if write is None:
-            ranks.barrier()  # every rank has the results
+            comm.barrier()  # every rank has the results
         else:
-            ranks.run_on_rank0(lambda: write(reports), "the evaluation cannot be written")
+            comm.run_on_rank0(lambda: write(reports), "the evaluation cannot be written")
         log.forget()
         return reports
 
     def _check_outputs(self, predict: nn.Module, images: EvalImages) -> None:
-        batch = images.read(images.batches[0][:1]).to(self._ranks.device)
+        batch = images.read(images.batches[0][:1]).to(self._comm.device)
         with torch.no_grad(), attack_mode(predict):
             outputs = predict(batch.pixels()).shape[1]
         classes = len(images.index.classes)
@@ -160,19 +160,19 @@ class Evaluator:
         log: ResumeLog,
     ) -> Results:
         """Do what is not known yet, on all ranks together."""
-        ranks, counters, own = self._ranks, self._ranks.counters(), Results()
+        comm, counters, own = self._comm, self._comm.counters(), Results()
         sizes = [number_in(threat.norm, threat.eps) for threat in self._threats]
-        progress = Progress(items, known, counters, ranks.world, sizes, self._shows)
+        progress = Progress(items, known, counters, comm.world, sizes, self._shows)
         todo = [item for item in items if item.name not in known]
         with attack_mode(predict), in_full_fp32(), heartbeat(predict, counters):
-            for item, batch in take_turns(todo, images, counters, ranks.world):
+            for item, batch in take_turns(todo, images, counters, comm.world):
                 start = time.monotonic()
                 with variants[item.variant]():
-                    own[item.name] = self._result(predict, item, batch.to(ranks.device))
+                    own[item.name] = self._result(predict, item, batch.to(comm.device))
                 log.keep(item.name, own[item.name])
                 progress.finished(item, own[item.name], time.monotonic() - start)
-            wait_for_all(counters, ranks.world)
-        return dict(ranks.all_gather_list(list(own.items())))
+            wait_for_all(counters, comm.world)
+        return dict(comm.all_gather_list(list(own.items())))
 
     def _result(self, predict: nn.Module, item: WorkItem, batch: Batch) -> Any:
         threat, x = self._threats[item.radius], batch.pixels()

@@ -85,14 +85,14 @@ def evaluate(
         raise UserError(f"eps: {error}") from None
     assert isinstance(radius, float)
     parameter = next(model.parameters(), torch.empty(0))
-    ranks = Comm(0, 1, parameter.device, control=None)
+    comm = Comm(0, 1, parameter.device, control=None)
     name = info.name if info else type(model).__name__
     precision = model.precision if isinstance(model, AdaptedModel) else _precision(model)
     threat = threat_model(norm, radius)
     evaluator = Evaluator(
         attacks,
         threat,
-        ranks,
+        comm,
         seed=seed,
         gradient_masking_samples=gradient_masking_samples,
         backbone=name,

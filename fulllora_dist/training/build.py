@@ -157,13 +157,13 @@ def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:
         )
 
 
-def _check_same(index: Index, ranks: Comm, setting: str) -> None:
+def _check_same(index: Index, comm: Comm, setting: str) -> None:
     """Plans follow from the index: ranks with different ones would repeat samples, or wait for each other forever.
 
     Raises:
         UserError: this rank's index is not rank 0's.
     """
-    if (first := ranks.broadcast(index.hash)) != index.hash:
+    if (first := comm.broadcast(index.hash)) != index.hash:
         raise UserError(
             f"{setting}: the index here ({index.hash[:12]}, {len(index)} samples) is not rank 0's ({first[:12]}); "
             "put the same shards and index on every machine"
@@ -180,7 +180,7 @@ def _policy(data: DataSettings) -> ReadPolicy:
     )
 
 
-def build_stream(config: Config, model: BackboneInfo, ranks: Comm) -> TrainStream:
+def build_stream(config: Config, model: BackboneInfo, comm: Comm) -> TrainStream:
     """Training batches of this rank."""
     data = config.data
     stream = TrainStream(
@@ -197,14 +197,14 @@ def build_stream(config: Config, model: BackboneInfo, ranks: Comm) -> TrainStrea
             backend=data.decode,
         ),
         seed=config.run.seed,
-        world=ranks.world,
-        rank=ranks.rank,
+        world=comm.world,
+        rank=comm.rank,
         workers=data.num_workers,
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=comm.device.type == "cuda",
         max_bad_samples=data.max_bad_samples,
         policy=_policy(data),
     )
-    _check_same(stream.index, ranks, "data.train")
+    _check_same(stream.index, comm, "data.train")
     check_classes(stream.index, model, "data.train")
     return stream
 
@@ -213,7 +213,7 @@ def build_eval_stream(
     config: Config,
     folder: str,
     model: BackboneInfo,
-    ranks: Comm,
+    comm: Comm,
     *,
     subset: Subset,
     setting: str = "data.validation",
@@ -230,19 +230,19 @@ def build_eval_stream(
         batch_size=config.evaluation.batch_size,
         transform=eval_transform(model, data.crop_pct, data.interpolation),
         subset=subset,
-        world=ranks.world,
-        rank=ranks.rank,
+        world=comm.world,
+        rank=comm.rank,
         workers=data.num_workers,
-        pin_memory=ranks.device.type == "cuda",
+        pin_memory=comm.device.type == "cuda",
         policy=_policy(data),
     )
-    _check_same(stream.index, ranks, setting)
+    _check_same(stream.index, comm, setting)
     check_classes(stream.index, model, setting)
     return stream
 
 
 def build_evaluator(
-    config: Config, model: BackboneInfo, ranks: Comm, adapter: str | None, sha256: str | None = None
+    config: Config, model: BackboneInfo, comm: Comm, adapter: str | None, sha256: str | None = None
 ) -> Evaluator:
     """The evaluation of a config, in fp32.
 
@@ -253,7 +253,7 @@ def build_evaluator(
     return Evaluator(
         config.evaluation.attacks,
         first,
-        ranks,
+        comm,
         more_threats=more,
         seed=config.run.seed,
         gradient_masking_samples=config.evaluation.gradient_masking_samples,

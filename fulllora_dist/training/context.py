@@ -36,21 +36,21 @@ class RunContext:
         tracker: metrics and artifacts, on rank 0.
     """
 
-    def __init__(self, config: Config, ranks: Comm, stop: GracefulStop):
+    def __init__(self, config: Config, comm: Comm, stop: GracefulStop):
         self.config = config
-        self.ranks = ranks
+        self.comm = comm
         self.stop = stop
-        self.states = CheckpointManager(config.run, self.say)
+        self.checkpoints = CheckpointManager(config.run, self.say)
         self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: its states cannot be read")
         metadata = self.saved[1] if self.saved else {}
         resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         self.settings = urls.redacted(resolved)
-        ranks.run_on_rank0(
+        comm.run_on_rank0(
             lambda: self._open_output(resolved), f"run.output_dir: {config.run.output_dir} cannot be written"
         )
-        own = metadata if self.states.newest is not None else {}  # not of a given state
+        own = metadata if self.checkpoints.newest is not None else {}  # not of a given state
         begun = own.get("mlflow_run_id"), own.get("step", 0), hosts()
-        tracker = ranks.run_on_rank0(
+        tracker = comm.run_on_rank0(
             lambda: Tracker(config.tracked_run(), True, *begun), f"run.output_dir: metrics in {config.run.output_dir}"
         )
         self.tracker = tracker or Tracker(config.tracked_run(), False)
@@ -59,7 +59,7 @@ class RunContext:
 
     def say(self, text: str) -> None:
         """A line for people, from rank 0, on stderr (stdout belongs to results)."""
-        if self.ranks.is_main:
+        if self.comm.is_main:
             tqdm.write(text, file=sys.stderr)
 
     def on_every_rank(self, read: Callable[[], Checkpoint | None], failing: str) -> Checkpoint | None:
@@ -68,14 +68,14 @@ class RunContext:
         Raises:
             SharedUserError: see `Comm.run_on_rank0`.
         """
-        checkpoint = self.ranks.run_on_rank0(read, failing)
-        metadata = self.ranks.broadcast(checkpoint and checkpoint[1])
+        checkpoint = self.comm.run_on_rank0(read, failing)
+        metadata = self.comm.broadcast(checkpoint and checkpoint[1])
         if metadata is None:
             return None
-        return self.ranks.broadcast_tensors(checkpoint and checkpoint[0]), metadata
+        return self.comm.broadcast_tensors(checkpoint and checkpoint[0]), metadata
 
     def _find_checkpoint(self) -> Checkpoint | None:
-        checkpoint = self.states.find()
+        checkpoint = self.checkpoints.find()
         if checkpoint is not None:
             check_same_run(self.config, checkpoint[1]["config"], self.config.run.output_dir)
         return checkpoint
@@ -93,20 +93,20 @@ class RunContext:
     def _sample_node(self) -> SystemSampler | None:
         """On the first rank of each node."""
         settings, all_hosts = self.config.tracking, hosts()
-        first = all_hosts.index(all_hosts[self.ranks.rank]) == self.ranks.rank
+        first = all_hosts.index(all_hosts[self.comm.rank]) == self.comm.rank
         if not settings.enabled or settings.system_metrics_interval_s is None or not first:
             return None
-        return SystemSampler(all_hosts[self.ranks.rank], settings.system_metrics_interval_s)
+        return SystemSampler(all_hosts[self.comm.rank], settings.system_metrics_interval_s)
 
     def gather_samples(self) -> None:
         """The nodes' samples go to the tracker. A collective."""
         if self.config.tracking.enabled and self.config.tracking.system_metrics_interval_s is not None:
-            self.tracker.system(self.ranks.all_gather_list(self._sampler.take() if self._sampler else []))
+            self.tracker.system(self.comm.all_gather_list(self._sampler.take() if self._sampler else []))
 
     def settle(self) -> None:
         """Wait for the state that is being written; what it covers may go to the tracker."""
-        if self.states.settle() and self.states.newest is not None:
-            self.tracker.commit(self.states.newest)
+        if self.checkpoints.settle() and self.checkpoints.newest is not None:
+            self.tracker.commit(self.checkpoints.newest)
 
 
 @contextmanager
@@ -116,9 +116,9 @@ def start_run(config: Config) -> Iterator[RunContext]:
     Raises:
         UserError: the output folder holds another run, or a state that cannot be read.
     """
-    ranks = start_comm(config.distributed.timeout_minutes)
+    comm = start_comm(config.distributed.timeout_minutes)
     with GracefulStop() as stop:
-        run = RunContext(config, ranks, stop)
+        run = RunContext(config, comm, stop)
         status = "FAILED"
         try:
             yield run

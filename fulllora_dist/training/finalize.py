@@ -22,15 +22,15 @@ def finalize(run: RunContext, summary: TrainingSummary) -> None:
         save_adapter(summary.model, adapter, state=summary.tensors, training=summary.training)
         run.tracker.artifact(adapter, "adapter")
 
-    run.ranks.run_on_rank0(
-        save, f"run.output_dir: no adapter in {output}, the newest checkpoint is {run.states.described()}"
+    run.comm.run_on_rank0(
+        save, f"run.output_dir: no adapter in {output}, the newest checkpoint is {run.checkpoints.describe()}"
     )
     run.say(f"adapter: {adapter}, {summary.model.report.share:.2%} of the model")
     save_best(run, summary)
     if run.config.data.validation is not None:
         _evaluate(run, adapter, run.config.data.validation, summary.step)
     if run.config.tracking.enabled and run.config.tracking.publish:
-        run.ranks.run_on_rank0(lambda: run.say(_publish(run)))
+        run.comm.run_on_rank0(lambda: run.say(_publish(run)))
 
 
 def save_best(run: RunContext, summary: TrainingSummary) -> None:
@@ -43,7 +43,7 @@ def save_best(run: RunContext, summary: TrainingSummary) -> None:
 
     def save() -> None:
         try:
-            saved, metadata = run.states.read(best.step)
+            saved, metadata = run.checkpoints.read(best.step)
         except UserError as error:
             run.say(f"warning: no {folder}: {error}")
             return
@@ -53,7 +53,7 @@ def save_best(run: RunContext, summary: TrainingSummary) -> None:
         save_adapter(summary.model, folder, state=tensors, training={**best.training, **then})
         run.tracker.artifact(folder, "adapter_best")
 
-    run.ranks.run_on_rank0(save, f"run.output_dir: no adapter_best in {run.config.run.output_dir}")
+    run.comm.run_on_rank0(save, f"run.output_dir: no adapter_best in {run.config.run.output_dir}")
     run.say(f"adapter_best: {folder}, of batch {best.step}")
     run.say(best.comparison)
 
@@ -68,10 +68,10 @@ def _publish(run: RunContext) -> str:
 def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None:
     """On all ranks, each with a full fp32 replica made from the saved file: what is reported is what is shipped."""
     config = run.config
-    model = load(adapter, checkpoint_path=config.model.checkpoint_path).to(run.ranks.device)
+    model = load(adapter, checkpoint_path=config.model.checkpoint_path).to(run.comm.device)
     path = os.path.join(config.run.output_dir, "evaluation.json")
-    evaluator = build_evaluator(config, model.info, run.ranks, adapter, adapter_sha256(model))
-    stream = build_eval_stream(config, validation, model.info, run.ranks, subset=check_evaluation(config))
+    evaluator = build_evaluator(config, model.info, run.comm, adapter, adapter_sha256(model))
+    stream = build_eval_stream(config, validation, model.info, run.comm, subset=check_evaluation(config))
 
     def write(report: EvaluationReport) -> None:
         print(table(report), file=sys.stdout, flush=True)

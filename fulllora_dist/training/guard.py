@@ -79,15 +79,15 @@ class Guard:
         SharedUserError: too few images to notice a collapse by, where one is to be answered.
     """
 
-    def __init__(self, config: Config, held_out: str, model: BackboneInfo, ranks: Comm):
+    def __init__(self, config: Config, held_out: str, model: BackboneInfo, comm: Comm):
         settings, setting = config.guard, "data.held_out"
         n = min(settings.num_samples, len(load_index(held_out, setting)))
-        stream = build_eval_stream(config, held_out, model, ranks, subset=Subset(n), setting=setting)
+        stream = build_eval_stream(config, held_out, model, comm, subset=Subset(n), setting=setting)
         self._batches = list(stream)  # in memory: they are few and looked at again and again
         self._n = len(stream.ids)
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
-        self._ranks, self._seed, self._settings = ranks, config.run.seed, settings
+        self._comm, self._seed, self._settings = comm, config.run.seed, settings
         self._save_every, self._averages = config.run.checkpoint_every, config.optim.ema_decay > 0
         self._of = [stream.index.hash, self._n, self.attack]
         self._least = least_that_counts(self._n, model.num_classes)
@@ -103,12 +103,12 @@ class Guard:
         self.clean_accuracy: float | None = None
         self.examples: Examples | None = None
         self.classes = stream.index.classes
-        self.fallen = self._due = False
+        self.has_collapsed = self._due = False
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to know besides `best`."""
         rest = {"last": self.last, "highest": self.highest, "good": self.good}
-        return rest | {"fallen": self.fallen, "due": self._due}
+        return rest | {"fallen": self.has_collapsed, "due": self._due}
 
     def resume(self, best: dict[str, Any] | None, rest: Mapping[str, Any]) -> None:
         """Go on from a state's `best` and `state_dict`. Figures of other images, or under another attack, cannot be
@@ -117,7 +117,7 @@ class Guard:
             best, rest = None, {}
         self.best, self.last, self.good = best, rest.get("last", best), rest.get("good")
         self.highest = rest.get("highest", best["robust_accuracy"] if best else 0.0)
-        self.fallen, self._due = rest.get("fallen", False), rest.get("due", False)
+        self.has_collapsed, self._due = rest.get("fallen", False), rest.get("due", False)
 
     def due(self, step: int, skipping: bool) -> bool:
         """Whether to look after that many batches; while updates are skipped a look waits for one that is made."""
@@ -148,10 +148,10 @@ class Guard:
             self.best = {"step": step, "robust_accuracy": score, "trained": trained, "of": self._of}
         self.highest = highest = max(self.highest, trained)
         below = trained < self._settings.collapse_below * highest
-        fallen = below and highest >= self._least and surely_below(trained, highest, self._n)
+        has_collapsed = below and highest >= self._least and surely_below(trained, highest, self._n)
         warns = self._settings.on_collapse == "warn"
-        collapsed = fallen and not (warns and self.fallen)
-        self.fallen = fallen
+        collapsed = has_collapsed and not (warns and self.has_collapsed)
+        self.has_collapsed = has_collapsed
         keep = best
         if not warns and trained >= _GOOD * highest:
             keep |= self.good is None or step // self._save_every > self.good // self._save_every
@@ -159,7 +159,7 @@ class Guard:
                 self.good = step
         return Check(score, keep, collapsed)
 
-    def points(self, last: bool) -> dict[str, float]:
+    def metrics(self, last: bool) -> dict[str, float]:
         """Of the newest look, by name; of the run's `last` one with the best."""
         assert self.best is not None
         assert self.last is not None
@@ -180,14 +180,14 @@ class Guard:
             return False
         return surely_below(self.last["robust_accuracy"], self.best["robust_accuracy"], self._n)
 
-    def described(self) -> str:
+    def describe(self) -> str:
         """Last and best look, for people; after a look."""
         assert self.best is not None
         assert self.last is not None
         last, best = (f"{100 * x['robust_accuracy']:.1f} % at batch {x['step']}" for x in (self.last, self.best))
         return f"{self.attack} on {self._n} held-out images: {last}, best {best}"
 
-    def described_fall(self) -> str:
+    def describe_collapse(self) -> str:
         """Newest and highest figure of the parameters that train, for people; after a look."""
         assert self.last is not None
         figures = f"{100 * self.last['trained']:.1f} % at batch {self.last['step']}, best {100 * self.highest:.1f} %"
@@ -212,7 +212,7 @@ class Guard:
         attack, right = EvalAttack.parse(self.attack), torch.zeros(2, dtype=torch.int64)
         examples: Examples | None = None
         for kept in self._batches:
-            batch = kept.to(self._ranks.device)
+            batch = kept.to(self._comm.device)
             x, y = batch.pixels(), batch.labels
             made = attack(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
             with torch.no_grad(), attack_mode(model):
@@ -224,14 +224,14 @@ class Guard:
                 shown = (x, made, y, before.argmax(dim=1), after.argmax(dim=1))
                 examples = Examples(*(t[batch.mask][:_SHOWN].cpu() for t in shown))
         assert examples is not None
-        clean_sum, robust_sum = self._ranks.sum(right).tolist()
+        clean_sum, robust_sum = self._comm.sum(right).tolist()
         return robust_sum / self._n, clean_sum / self._n, examples
 
 
-def build_guard(config: Config, model: BackboneInfo, ranks: Comm) -> Guard | None:
+def build_guard(config: Config, model: BackboneInfo, comm: Comm) -> Guard | None:
     """None where no images are held out."""
     held_out = config.data.held_out
-    return None if held_out is None else Guard(config, held_out, model, ranks)
+    return None if held_out is None else Guard(config, held_out, model, comm)
 
 
 def surely_below(score: float, best: float, n: int) -> bool:

@@ -59,9 +59,9 @@ def summarize(config: Config, trainer: Trainer) -> TrainingSummary:
 
 
 def _best_and_last(guard: Guard) -> str:
-    why = "catastrophic overfitting" if guard.fallen else "robust overfitting"
+    why = "catastrophic overfitting" if guard.has_collapsed else "robust overfitting"
     better = f"; adapter_best/ is the more robust one ({why})" if guard.overfitted else ""
-    return f"adapter: {guard.described()}{better}"
+    return f"adapter: {guard.describe()}{better}"
 
 
 def _provenance(config: Config, trainer: Trainer) -> dict[str, Any]:

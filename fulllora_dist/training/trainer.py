@@ -50,7 +50,7 @@ class Trainer:
         self.stopped = False
         self._saved_step: int | None = None
         self._seen_skipped = 0
-        self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.ranks, phases.total_updates)
+        self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
         if run.saved is not None:
             self._resume(*run.saved)
             run.saved = None  # not needed again; with every slot of Free it is large
@@ -80,7 +80,7 @@ class Trainer:
             unit="img",
             unit_scale=True,
             file=sys.stderr,
-            disable=not run.ranks.is_main,
+            disable=not run.comm.is_main,
             dynamic_ncols=True,
             mininterval=1.0,
         )
@@ -90,7 +90,7 @@ class Trainer:
                 self.stream.resize(phase.image_size or self.engine.model.info.image_size)
                 for batch in self.stream:
                     before = self.step
-                    yield batch.to(run.ranks.device)
+                    yield batch.to(run.comm.device)
                     bar.set_postfix(self.shown, refresh=False)
                     bar.update((self.step - before) * size)
                     if self.stopped:
@@ -117,7 +117,7 @@ class Trainer:
             self.save()
         if last or self.stopped:
             self._run.settle()
-            self._run.ranks.barrier()  # a rank that leaves now leaves a whole checkpoint behind
+            self._run.comm.barrier()  # a rank that leaves now leaves a whole checkpoint behind
 
     # -- after each batch ----------------------------------------------------------------------------------------------
 
@@ -125,16 +125,16 @@ class Trainer:
         """The one host collective of a batch: a stop signal that came to any rank, times two, plus one where rank 0
         wants a checkpoint; and whether any rank has bad samples to count."""
         mine = (self._run.stop.signal or 0) << 1 | self._wants_checkpoint()
-        asked, bad = self._run.ranks.max_each([mine, self.stream.uncounted_bad])
+        asked, bad = self._run.comm.max_each([mine, self.stream.uncounted_bad])
         if bad:
-            self.stream.count_bad(self._run.ranks.all_gather_list)
+            self.stream.count_bad(self._run.comm.all_gather_list)
         return asked
 
     def _stop(self, signal: int) -> None:
         """A scheduler may signal one node alone: every rank leaves in the same way."""
         if signal:
             self._run.stop.hear(signal)
-            self._run.states.hurry()
+            self._run.checkpoints.hurry()
             self.stopped = True
 
     def _count_skipped(self) -> None:
@@ -150,7 +150,7 @@ class Trainer:
         in_a_row, most = self.engine.skipped_in_a_row, self._run.config.run.max_nonfinite_steps
         if in_a_row > most:
             self._run.settle()
-            newest = self._run.ranks.broadcast(self._run.states.described())
+            newest = self._run.comm.broadcast(self._run.checkpoints.describe())
             raise SharedUserError(
                 f"run.max_nonfinite_steps: loss or gradient was not finite in the last {in_a_row} updates, {most} may "
                 f"be; at batch {self.step}, the newest state is {newest}. Start with a lower optim.lr in another folder"
@@ -163,8 +163,8 @@ class Trainer:
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """Metrics averaged over the ranks, to the tracker."""
         names = list(metrics)
-        total = self._run.ranks.sum(torch.stack([metrics[name].double() for name in names]))
-        means = dict(zip(names, (total / self._run.ranks.world).tolist(), strict=True))
+        total = self._run.comm.sum(torch.stack([metrics[name].double() for name in names]))
+        means = dict(zip(names, (total / self._run.comm.world).tolist(), strict=True))
         # a skipped update has no loss
         self.shown = {name: f"{value:.3f}" for name, value in means.items() if math.isfinite(value)}
         means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
@@ -178,7 +178,7 @@ class Trainer:
         if self.guard is None or not (self.guard.due(self.step, bool(self.engine.skipped_in_a_row)) or last):
             return None
         check = self.guard.check(self.engine, self.step)
-        metrics = self.guard.points(last)
+        metrics = self.guard.metrics(last)
         if self._run.config.guard.on_collapse == "rollback":
             metrics["rollbacks"] = len(self.rollbacks)
         self._run.tracker.log({f"guard/{name}": value for name, value in metrics.items()}, self.step)
@@ -197,8 +197,8 @@ class Trainer:
             raise SharedUserError(
                 f"the adapter is not finite at batch {self.step}; start with a lower optim.lr in another output folder"
             )
-        slots = {name: run.ranks.gather(tensor) for name, tensor in self.phases.slot_state(self.step).items()}
-        if run.ranks.is_main:
+        slots = {name: run.comm.gather(tensor) for name, tensor in self.phases.slot_state(self.step).items()}
+        if run.comm.is_main:
             tensors = trainable.named()
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
             metadata = {
@@ -212,19 +212,19 @@ class Trainer:
                 "config": run.config.model_dump(mode="json"),
                 "backbone_sha256": self.engine.model.info.sha256,
             }
-            run.states.write(self.step, tensors, metadata)
+            run.checkpoints.write(self.step, tensors, metadata)
         self._saved_step = self.step
 
     def _wants_checkpoint(self) -> bool:
         """Whether one is due on rank 0. It waits until the one before is written, and while updates are skipped: where
         the run diverges, the newest checkpoint is from before."""
         run = self._run
-        if not run.ranks.is_main:
+        if not run.comm.is_main:
             return False
-        due = run.states.due(self.step)
-        if run.states.idle:
+        due = run.checkpoints.due(self.step)
+        if run.checkpoints.idle:
             run.settle()
-        return due and run.states.idle and not self.engine.skipped_in_a_row
+        return due and run.checkpoints.idle and not self.engine.skipped_in_a_row
 
     def _resume(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         """Be where the run was that wrote this checkpoint."""
@@ -235,8 +235,8 @@ class Trainer:
             self.phases = self.phases.rollback_from(min(past["to"] for past in self.rollbacks))
         slots = self._restore(tensors, metadata)
         if slots:
-            size = len(next(iter(slots.values()))) // self._run.ranks.world
-            first = size * self._run.ranks.rank
+            size = len(next(iter(slots.values()))) // self._run.comm.world
+            first = size * self._run.comm.rank
             self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
         self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
 
@@ -264,7 +264,7 @@ class Trainer:
         """
         assert self.guard is not None
         run, settings = self._run, self._run.config.guard
-        collapse = f"collapse at batch {self.step}: {self.guard.described_fall()}"
+        collapse = f"collapse at batch {self.step}: {self.guard.describe_collapse()}"
         if settings.on_collapse == "warn":
             run.say(f"warning: {collapse}; guard.on_collapse=stop would end the run here, rollback would go back")
             return False
@@ -283,7 +283,7 @@ class Trainer:
         number = len(self.rollbacks) + 1
 
         def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
-            tensors, metadata = run.states.go_back(good_steps)
+            tensors, metadata = run.checkpoints.go_back(good_steps)
             run.tracker.go_back(metadata["step"], f"metrics_before_rollback_{number}.jsonl")
             return tensors, metadata
 
@@ -298,7 +298,7 @@ class Trainer:
         entry = rollback.new_rollback(self.step, metadata["step"], guard, method.settings.name)
         self.rollbacks = [*self.rollbacks, entry]
         self._restore(tensors, metadata)  # the method after a rollback keeps nothing for the slots
-        run.states.ask()  # what happened is to be in a checkpoint soon
+        run.checkpoints.ask()  # what happened is to be in a checkpoint soon
         run.say(
             f"warning: {collapse}; rolled back to batch {self.step}, training with {method.settings.name} at "
             f"{size_in(run.config.threat.norm, method.threat.eps)} and {self.engine.lr_scale:g} of the "

@@ -130,7 +130,7 @@ def batches(count: int) -> list[Batch]:
 
 
 def build_engine(
-    ranks: Comm,
+    comm: Comm,
     case: Case,
     model: AdaptedModel | None = None,
     optim: OptimSettings = OPTIM,
@@ -145,18 +145,18 @@ def build_engine(
         activation_checkpointing=case.checkpointing,
     )
     block = {"zero_optimization": zero} | (extra or {})
-    engine = Engine(model or build_model(), optim, settings, block, ranks, UPDATES)
+    engine = Engine(model or build_model(), optim, settings, block, comm, UPDATES)
     if state is not None:
         engine.restore(state)
     return engine
 
 
-def train(ranks: Comm, engine: Engine, method: Method | Phases, data: Sequence[Batch]) -> list[float]:
+def train(comm: Comm, engine: Engine, method: Method | Phases, data: Sequence[Batch]) -> list[float]:
     """Losses, averaged over the ranks."""
     losses = []
     for step, batch in enumerate(data):
-        loss = method.step(engine, batch.split(ranks.world)[ranks.rank], step)["loss"]
-        losses.append(ranks.sum(loss.double()).item() / ranks.world)
+        loss = method.step(engine, batch.split(comm.world)[comm.rank], step)["loss"]
+        losses.append(comm.sum(loss.double()).item() / comm.world)
     return losses
 
 

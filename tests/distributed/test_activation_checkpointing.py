@@ -46,12 +46,12 @@ def _measure(engine: Any, pixels: torch.Tensor, labels: torch.Tensor, attack: bo
     return Cost(sum(saved.values()), forward.get_total_flops(), backward.get_total_flops())
 
 
-def _costs(ranks: Comm, stage: int) -> dict[str, tuple[Cost, Cost]]:
+def _costs(comm: Comm, stage: int) -> dict[str, tuple[Cost, Cost]]:
     """{checkpointing: (attack pass, weight step)}"""
     found = {}
     batch = batches(1)[0]
     for checkpointing in CHECKPOINTING:
-        engine = build_engine(ranks, Case("pgd", stage, checkpointing), build_model(depth=DEPTH))
+        engine = build_engine(comm, Case("pgd", stage, checkpointing), build_model(depth=DEPTH))
         weights = _measure(engine, batch.pixels(), batch.labels, attack=False)
         with attack_mode(engine.attack_view):  # after a weight step, which must leave no switch behind
             found[checkpointing] = _measure(engine, batch.pixels(), batch.labels, attack=True), weights
@@ -77,14 +77,14 @@ def test_saves_and_recomputes(server: RankServer, stage: int) -> None:
                 assert cost == reference, checkpointing
 
 
-def _first_gradients(ranks: Comm, checkpointing: Any) -> dict[tuple[str, int], dict[str, float]]:
+def _first_gradients(comm: Comm, checkpointing: Any) -> dict[tuple[str, int], dict[str, float]]:
     """{(placement, stage): {tensor: largest first moment after two updates from B = 0}}"""
     found = {}
     for name, placement in PLACEMENTS.items():
         for stage in (1, 3):
             model = build_model(random_b=False, components=placement)
-            engine = build_engine(ranks, Case("pgd", stage, checkpointing), model)
-            train(ranks, engine, build_method("pgd"), batches(2))
+            engine = build_engine(comm, Case("pgd", stage, checkpointing), model)
+            train(comm, engine, build_method("pgd"), batches(2))
             moments = engine.state().tensors["exp_avg"]
             found[name, stage] = {n: t.abs().max().item() for n, t in moments.items()}
     return found

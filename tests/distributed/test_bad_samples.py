@@ -43,17 +43,17 @@ def _stream(folder: str, world: int, rank: int, allowed: int) -> TrainStream:
     )
 
 
-def _train(ranks: Comm, folder: str, allowed: int) -> tuple[int, str, list[int]]:
+def _train(comm: Comm, folder: str, allowed: int) -> tuple[int, str, list[int]]:
     """As train.py does: the batch that this rank came to, what stopped it, and the bad samples that are saved."""
-    stream = _stream(folder, ranks.world, ranks.rank, allowed)
+    stream = _stream(folder, comm.world, comm.rank, allowed)
     step = 0
     for step, _ in zip(range(1, 13), stream, strict=False):  # two epochs
         stream.commit(step)
         try:
-            stream.count_bad(ranks.all_gather_list)
+            stream.count_bad(comm.all_gather_list)
         except SharedUserError as error:
             return step, str(error), []
-        ranks.barrier()
+        comm.barrier()
     return step, "", stream.state_dict()["bad_samples"]
 
 

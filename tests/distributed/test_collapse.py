@@ -84,14 +84,14 @@ def _scripted(script: Script) -> Iterator[None]:
         Guard.check = real  # type: ignore[method-assign]
 
 
-def _run(ranks: Comm, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
+def _run(comm: Comm, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
     """As train.py does; falling over after batch `until` of a run that went back, or AMID that. Batches of the attempt,
     or the line that ended it."""
     seen: list[int] = []
     said: list[str] = []
     try:
         with _scripted(script):
-            run, state = _start(ranks, settings)
+            run, state = _start(comm, settings)
             run.say = said.append  # type: ignore[method-assign]
             if until == AMID:
                 run.tracker.go_back = _killed  # type: ignore[method-assign]
@@ -112,7 +112,7 @@ def _killed(*_: object) -> None:
     raise UserError("killed")
 
 
-def _main(ranks: Comm, config: Path, script: Script) -> int | str:
+def _main(comm: Comm, config: Path, script: Script) -> int | str:
     """train.py itself; its exit code, or the line that ended it."""
     sys.argv = ["train.py", "--config", str(config)]
     try:
@@ -122,14 +122,14 @@ def _main(ranks: Comm, config: Path, script: Script) -> int | str:
         return str(error)
 
 
-def _run_all(ranks: Comm, runs: Sequence[tuple]) -> list:
-    return [_run(ranks, *run) for run in runs]
+def _run_all(comm: Comm, runs: Sequence[tuple]) -> list:
+    return [_run(comm, *run) for run in runs]
 
 
-def _train_both(ranks: Comm, runs: Sequence[tuple], plain: Sequence[dict]) -> list:
-    found = _run_all(ranks, runs)
+def _train_both(comm: Comm, runs: Sequence[tuple], plain: Sequence[dict]) -> list:
+    found = _run_all(comm, runs)
     for settings in plain:
-        _train(ranks, settings, BATCHES)
+        _train(comm, settings, BATCHES)
     return found
 
 

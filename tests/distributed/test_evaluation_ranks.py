@@ -63,7 +63,7 @@ def _log_turns(rank: int, log: Path | None, kill: int, pause: float) -> None:
 
 
 def _evaluate(
-    ranks: Comm,
+    comm: Comm,
     shards: str,
     attacks: list[str],
     check: int = 0,
@@ -72,11 +72,11 @@ def _evaluate(
     kill: tuple[int, int] = (0, 0),
     pauses: tuple[float, float] = (0, 0),
 ) -> dict[str, Any]:
-    _log_turns(ranks.rank, log, kill[1] if ranks.rank == kill[0] else 0, pauses[ranks.rank])
+    _log_turns(comm.rank, log, kill[1] if comm.rank == kill[0] else 0, pauses[comm.rank])
     before = torch.get_rng_state()
     more = [Linf(EPS / 2), Linf(2 * EPS)]
     samples = {"gradient_masking_samples": check}
-    evaluator = Evaluator(attacks, Linf(EPS), ranks, more_threats=more, seed=3, progress=False, **samples)
+    evaluator = Evaluator(attacks, Linf(EPS), comm, more_threats=more, seed=3, progress=False, **samples)
     results = evaluator.run(Sensitive(), _stream(shards), partial)
     assert torch.equal(torch.get_rng_state(), before)
     return results
@@ -86,8 +86,8 @@ def _turns(log: Path) -> list[list[Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def _standard(ranks: Comm, shards: str) -> dict[str, Any]:
-    evaluator = Evaluator(["clean", "pgd10", "autoattack"], Linf(EPS / 2), ranks, seed=3, progress=False)
+def _standard(comm: Comm, shards: str) -> dict[str, Any]:
+    evaluator = Evaluator(["clean", "pgd10", "autoattack"], Linf(EPS / 2), comm, seed=3, progress=False)
     return evaluator.run(Sensitive(classes=4), _stream(shards, 20))
 
 
@@ -163,7 +163,7 @@ def test_another_model_begins_anew(server: RankServer, shards: str, tmp_path: Pa
     assert {path: path.read_bytes() for path in Path(partial).rglob("*.jsonl")} == kept
 
 
-def _evaluate_other(ranks: Comm, shards: str, partial: str) -> None:
+def _evaluate_other(comm: Comm, shards: str, partial: str) -> None:
     model = Sensitive()
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
@@ -175,7 +175,7 @@ def _evaluate_other(ranks: Comm, shards: str, partial: str) -> None:
         return right(attack, *args, **kwargs)
 
     EvalAttack.right = logged  # type: ignore[method-assign]
-    Evaluator(["pgd2"], Linf(EPS), ranks, progress=False, seed=3).run(model, _stream(shards), partial)
+    Evaluator(["pgd2"], Linf(EPS), comm, progress=False, seed=3).run(model, _stream(shards), partial)
     assert len(log) == 5
 
 
@@ -191,20 +191,20 @@ class Slow(nn.Module):
         return x.flatten(1) @ self.weight.T
 
 
-def _outlast(ranks: Comm, shards: str, seconds: float) -> int:
-    dataclasses.replace(ranks, patience=timedelta(seconds=seconds)).limit_waiting()
+def _outlast(comm: Comm, shards: str, seconds: float) -> int:
+    dataclasses.replace(comm, patience=timedelta(seconds=seconds)).limit_waiting()
     progress.STILL_SECONDS = 2.0
-    evaluator = Evaluator(["pgd10"], Linf(EPS), ranks, progress=False)
-    return evaluator.run(Slow(ranks.rank), _stream(shards, 10))["n"]
+    evaluator = Evaluator(["pgd10"], Linf(EPS), comm, progress=False)
+    return evaluator.run(Slow(comm.rank), _stream(shards, 10))["n"]
 
 
 def test_a_piece_may_outlast_the_limit_of_a_collective(server: RankServer, shards: str) -> None:
     assert server.run(2, _outlast, shards, 3.0) == [10, 10]
 
 
-def _write(ranks: Comm, shards: str, partial: str, output: str, log: Path) -> dict[str, Any]:
-    _log_turns(ranks.rank, log, 0, 0)
-    evaluator = Evaluator(["pgd2"], Linf(EPS), ranks, seed=3, progress=False)
+def _write(comm: Comm, shards: str, partial: str, output: str, log: Path) -> dict[str, Any]:
+    _log_turns(comm.rank, log, 0, 0)
+    evaluator = Evaluator(["pgd2"], Linf(EPS), comm, seed=3, progress=False)
 
     def write(results: dict[str, Any]) -> None:
         Path(output).write_text(json.dumps(results))

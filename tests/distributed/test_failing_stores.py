@@ -26,19 +26,19 @@ Said = list[str]
 
 
 def _run(
-    ranks: Comm, settings: dict, events: Mapping[int, str], environment: Mapping[str, str] | None = None
+    comm: Comm, settings: dict, events: Mapping[int, str], environment: Mapping[str, str] | None = None
 ) -> tuple[str, Said]:
     """As train.py does; before batch n rank 0 runs events[n] in a shell. The error, and all that it said."""
     os.environ |= environment or {}
     store.PATIENCE_SECONDS = 0.0
     said: Said = []
     try:
-        run, state = _start(ranks, settings)
+        run, state = _start(comm, settings)
         run.say = said.append  # type: ignore[method-assign]
-        run.states._say = said.append
+        run.checkpoints._say = said.append
         for batch in state.batches():
             run.settle()  # or a checkpoint that is due waits for a slow one, and comes a batch later
-            if ranks.is_main and state.step in events:
+            if comm.is_main and state.step in events:
                 subprocess.run(events[state.step], shell=True, check=True)
             state.advance(batch)
         finalize(run, summarize(run.config, state))
@@ -47,9 +47,9 @@ def _run(
     return "", said
 
 
-def _on_s3(ranks: Comm, settings: dict, environment: Mapping[str, str]) -> tuple[int, int]:
+def _on_s3(comm: Comm, settings: dict, environment: Mapping[str, str]) -> tuple[int, int]:
     os.environ |= environment
-    return _train(ranks, settings, BATCHES)
+    return _train(comm, settings, BATCHES)
 
 
 def _steps(place: Path | str) -> list[int]:
@@ -193,7 +193,7 @@ def test_checkpoints_in_a_bucket(
     assert server.run(1, _on_s3, given, s3.environment)[0] == (5, BATCHES)
 
 
-def _slow(ranks: Comm, settings: dict) -> list[bool]:
+def _slow(comm: Comm, settings: dict) -> list[bool]:
     """With a disk that takes until the last batch but one for a checkpoint: whether each came so far in time."""
     write, released, in_time = manager.write_checkpoint, threading.Event(), []
 
@@ -202,9 +202,9 @@ def _slow(ranks: Comm, settings: dict) -> list[bool]:
         return write(*args, **kwargs)  # type: ignore[arg-type]
 
     manager.write_checkpoint = slow  # type: ignore[assignment]
-    if ranks.rank == 1:
+    if comm.rank == 1:
         manager.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]  # rank 0's clock counts
-    _, state = _start(ranks, settings)
+    _, state = _start(comm, settings)
     for batch in state.batches():
         state.advance(batch)
         if state.step == BATCHES - 1:

@@ -67,13 +67,13 @@ def _references(_: Comm, families: Sequence[str]) -> dict[str, dict[int, Result]
     return {f: {parts: plain_training(_model(f), METHOD, data, parts) for parts in (1, *SPLITS)} for f in families}
 
 
-def _runs(ranks: Comm, cases: Sequence[FamilyCase]) -> dict[FamilyCase, _Run]:
+def _runs(comm: Comm, cases: Sequence[FamilyCase]) -> dict[FamilyCase, _Run]:
     found = {}
     for case in cases:
         model = _model(case.family)
         total = sum(p.numel() for p in model.parameters())
-        engine = build_engine(ranks, Case(METHOD, case.stage, case.checkpointing), model)
-        losses = train(ranks, engine, build_method(METHOD), batches(STEPS))
+        engine = build_engine(comm, Case(METHOD, case.stage, case.checkpointing), model)
+        losses = train(comm, engine, build_method(METHOD), batches(STEPS))
         tensors = engine.state().tensors
         parameters = list(model.parameters())
         whole = sum(p.numel() for p in parameters)
@@ -125,9 +125,9 @@ def test_parity_of_all(server: RankServer) -> None:
     _compare(server, LONG)
 
 
-def _refused(ranks: Comm) -> str:
+def _refused(comm: Comm) -> str:
     try:
-        build_engine(ranks, Case(METHOD, 0, "weight_step"), _model("convit"), OPTIM)
+        build_engine(comm, Case(METHOD, 0, "weight_step"), _model("convit"), OPTIM)
     except UserError as error:
         return str(error)
     return "nothing was refused"

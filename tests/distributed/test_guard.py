@@ -50,8 +50,8 @@ def _guarded(output: Path, shards: str, held_out: str, stage: int, every: int, *
     return config
 
 
-def _finish(ranks: Comm, settings: dict) -> None:
-    run, trainer = _start(ranks, settings)
+def _finish(comm: Comm, settings: dict) -> None:
+    run, trainer = _start(comm, settings)
     finalize(run, summarize(run.config, trainer))
 
 
@@ -179,7 +179,7 @@ def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path
     assert guard.best is not None
     assert (guard.best["step"], guard.good, guard.highest) == (6, 8, 0.95)
     assert guard.good_steps == [8], "where the average was best the parameters had fallen"
-    assert "95.0 % at batch 8, best 95.0 %" in guard.described_fall()
+    assert "95.0 % at batch 8, best 95.0 %" in guard.describe_collapse()
     guard.resume({"step": 6, "robust_accuracy": 0.9, "of": guard.best["of"]}, {"highest": 0.9})
     assert guard.good_steps == [], "an earlier state does not say how the parameters were"
     guard._averages = False

@@ -88,16 +88,16 @@ def _hook(rank: int, log: Path, kill: Kill | None, after: int = 0) -> None:
     Trainer.advance = counted  # type: ignore[method-assign]
 
 
-def _attempt(ranks: Comm, config: str, log: Path, kill: Kill | None) -> int:
+def _attempt(comm: Comm, config: str, log: Path, kill: Kill | None) -> int:
     """train.py itself."""
-    _hook(ranks.rank, log, kill)
+    _hook(comm.rank, log, kill)
     sys.argv = ["train.py", "--config", config]
     return train.main()
 
 
-def _attempt_short(ranks: Comm, settings: dict, log: Path, kill: Kill) -> None:
-    _hook(ranks.rank, log, kill, after=FIRST_STATE + 1)
-    _train(ranks, settings, BATCHES)
+def _attempt_short(comm: Comm, settings: dict, log: Path, kill: Kill) -> None:
+    _hook(comm.rank, log, kill, after=FIRST_STATE + 1)
+    _train(comm, settings, BATCHES)
 
 
 def _killed(server: RankServer, work: Callable, config: Any, log: Path, kill: Kill) -> None:

@@ -80,26 +80,26 @@ def _image(index: int) -> Tensor:
     return torch.randint(0, 256, (1, 3, 224, 224), dtype=torch.uint8, generator=torch.Generator().manual_seed(index))
 
 
-def _step(ranks: Comm, model: AdaptedModel, name: str, stage: int, folder: str) -> dict[str, Any]:
+def _step(comm: Comm, model: AdaptedModel, name: str, stage: int, folder: str) -> dict[str, Any]:
     config = _config(name, stage)
     phase = _phase(config)
     method, size = phase.method, phase.image_size or 224
     start = {n: p.detach().clone() for n, p in model.trainable().items()}
-    engine = Engine(model, config.optim, config.distributed, config.deepspeed, ranks, UPDATES)
+    engine = Engine(model, config.optim, config.distributed, config.deepspeed, comm, UPDATES)
     losses = []
     for step in range(UPDATES // method.updates_per_batch):
-        index = step * ranks.world + ranks.rank
+        index = step * comm.world + comm.rank
         one = Batch(
             _image(index)[..., :size, :size],
             torch.tensor([index]),
             torch.tensor([index]),
             torch.tensor([True]),
-            ranks.rank,
+            comm.rank,
         )
         losses.append(method.step(engine, one, step)["loss"].item())
     assert engine.updates == UPDATES
     master, adapter = engine.state().tensors["master"], engine.adapter()
-    if ranks.is_main:
+    if comm.is_main:
         save_adapter(engine.model, folder, state=adapter)
     logits = None
     if stage < 3:

@@ -17,19 +17,19 @@ from tests.ranks import RankServer
 PATIENCE = 2.0
 
 
-def _hang(ranks: Comm, stage: int, hangs_in: str) -> tuple[str | None, float]:
+def _hang(comm: Comm, stage: int, hangs_in: str) -> tuple[str | None, float]:
     """Rank 1 stays away from a weight step, or from a vote, for longer than rank 0 waits."""
-    ranks = replace(ranks, patience=timedelta(seconds=PATIENCE))
-    engine, method, (first, second) = build_engine(ranks, Case("pgd", stage)), build_method("pgd"), batches(2)
-    train(ranks, engine, method, [first])
+    comm = replace(comm, patience=timedelta(seconds=PATIENCE))
+    engine, method, (first, second) = build_engine(comm, Case("pgd", stage)), build_method("pgd"), batches(2)
+    train(comm, engine, method, [first])
     began = time.monotonic()
     try:
-        if ranks.rank == 1:
+        if comm.rank == 1:
             time.sleep(3 * PATIENCE)
             return None, 0.0
         if hangs_in == "vote":
-            ranks.max_each([1])
-        method.step(engine, second.split(ranks.world)[ranks.rank], 1)
+            comm.max_each([1])
+        method.step(engine, second.split(comm.world)[comm.rank], 1)
     except Exception as error:
         return lost_contact(error), time.monotonic() - began
     return "nothing happened", 0.0

@@ -92,12 +92,12 @@ def _references(_: Comm) -> dict[tuple[str, str], dict[int, Result]]:
     }
 
 
-def _engine_runs(ranks: Comm, cases: Iterable[Case]) -> dict[Case, tuple[Result, float | None]]:
+def _engine_runs(comm: Comm, cases: Iterable[Case]) -> dict[Case, tuple[Result, float | None]]:
     """What the engine makes of each case, and the norm of the last gradient."""
     found = {}
     for case in cases:
-        engine = build_engine(ranks, case, build_model(finetune=case.finetune))
-        losses = train(ranks, engine, build_phases(case.method), build_data(case.method))
+        engine = build_engine(comm, case, build_model(finetune=case.finetune))
+        losses = train(comm, engine, build_phases(case.method), build_data(case.method))
         state = engine.state()
         assert state.updates == UPDATES
         found[case] = Result(state.tensors["master"], state.tensors["ema"], losses, []), engine.gradient_norm()

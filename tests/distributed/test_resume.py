@@ -66,19 +66,19 @@ def _config(output: Path, shards: str, method: str, stage: int, settings: Sequen
     return config
 
 
-def _start(ranks: Comm, settings: dict) -> tuple[RunContext, Trainer]:
+def _start(comm: Comm, settings: dict) -> tuple[RunContext, Trainer]:
     config = Config.model_validate(settings)
-    run = RunContext(config, ranks, GracefulStop())
+    run = RunContext(config, comm, GracefulStop())
     model = build_model(config)
-    stream = build_stream(config, model.info, ranks)
+    stream = build_stream(config, model.info, comm)
     phases = build_phases(config, stream.steps_per_epoch)
-    guard = build_guard(config, model.info, ranks)
+    guard = build_guard(config, model.info, comm)
     return run, Trainer(run, model, stream, phases, guard)
 
 
-def _train(ranks: Comm, settings: dict, until: int) -> tuple[int, int]:
+def _train(comm: Comm, settings: dict, until: int) -> tuple[int, int]:
     """As train.py does, but falling over after batch `until`. The batches it began at and ended at."""
-    run, state = _start(ranks, settings)
+    run, state = _start(comm, settings)
     began = state.step
     for batch in state.batches():
         state.advance(batch)
@@ -88,8 +88,8 @@ def _train(ranks: Comm, settings: dict, until: int) -> tuple[int, int]:
     return began, state.step
 
 
-def _train_all(ranks: Comm, runs: Sequence[tuple[dict, int]]) -> list[tuple[int, int]]:
-    return [_train(ranks, *run) for run in runs]
+def _train_all(comm: Comm, runs: Sequence[tuple[dict, int]]) -> list[tuple[int, int]]:
+    return [_train(comm, *run) for run in runs]
 
 
 def _last(output: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -186,16 +186,16 @@ def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path)
             assert mine.abs().float().mean() > 0.5 * mine.abs().max()
 
 
-def _signalled(ranks: Comm, settings: dict) -> tuple[int, bool, int | None]:
+def _signalled(comm: Comm, settings: dict) -> tuple[int, bool, int | None]:
     """Rank 1 alone gets SIGTERM in the second batch."""
     with GracefulStop() as stop:
-        run, state = _start(ranks, settings)
+        run, state = _start(comm, settings)
         run.stop = stop
         for batch in state.batches():
-            if ranks.rank == 1 and state.step == 1:
+            if comm.rank == 1 and state.step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             state.advance(batch)
-            if ranks.rank == 0 and state.stopped:  # the scheduler's signal to the others comes a little later
+            if comm.rank == 0 and state.stopped:  # the scheduler's signal to the others comes a little later
                 os.kill(os.getpid(), signal.SIGTERM)
         return state.step, state.stopped, stop.signal
 
@@ -207,9 +207,9 @@ def test_a_signal_to_one_rank_stops_all(server: RankServer, shards: str, tmp_pat
     assert read_checkpoint(list_checkpoints(str(tmp_path / "run" / "checkpoints"))[0])[1]["step"] == 2
 
 
-def _refused(ranks: Comm, settings: dict) -> str:
+def _refused(comm: Comm, settings: dict) -> str:
     with pytest.raises(UserError) as error:
-        _train(ranks, settings, BATCHES)
+        _train(comm, settings, BATCHES)
     return str(error.value)
 
 

@@ -21,19 +21,19 @@ INFO = BackboneInfo(
 )
 
 
-def _train(config: Config, ranks: Comm) -> object:
-    return build_stream(config, INFO, ranks)
+def _train(config: Config, comm: Comm) -> object:
+    return build_stream(config, INFO, comm)
 
 
-def _evaluate(config: Config, ranks: Comm) -> object:
-    return build_eval_stream(config, config.data.train, INFO, ranks, subset=Subset())
+def _evaluate(config: Config, comm: Comm) -> object:
+    return build_eval_stream(config, config.data.train, INFO, comm, subset=Subset())
 
 
-def _refusal(ranks: Comm, folders: list[str], build: Callable[[Config, Comm], object]) -> str:
+def _refusal(comm: Comm, folders: list[str], build: Callable[[Config, Comm], object]) -> str:
     config = Config.model_validate(
         {
             "model": {"backbone": "none"},
-            "data": {"train": folders[ranks.rank], "num_workers": 0},
+            "data": {"train": folders[comm.rank], "num_workers": 0},
             "run": {"output_dir": "none"},
             "threat": {"eps": 0.1},
             "method": {"name": "standard"},
@@ -41,7 +41,7 @@ def _refusal(ranks: Comm, folders: list[str], build: Callable[[Config, Comm], ob
         }
     )
     try:
-        build(config, ranks)
+        build(config, comm)
     except UserError as error:
         return str(error)
     return ""

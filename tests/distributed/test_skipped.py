@@ -31,11 +31,11 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def _update(ranks: Comm, engine: Engine, batch: Batch, micro_batch: int | None, change: Change) -> None:
+def _update(comm: Comm, engine: Engine, batch: Batch, micro_batch: int | None, change: Change) -> None:
     """A weight step; of rank 1 and `micro_batch` the loss is changed."""
-    for i, micro in enumerate(engine.accumulate(batch.split(ranks.world)[ranks.rank])):
+    for i, micro in enumerate(engine.accumulate(batch.split(comm.world)[comm.rank])):
         loss = F.cross_entropy(engine(micro.pixels()), micro.labels)
-        bad = ranks.rank == 1 and i == micro_batch
+        bad = comm.rank == 1 and i == micro_batch
         engine.backward(change(loss, next(iter(engine.model.trainable().values()))) if bad else loss)
 
 
@@ -47,19 +47,19 @@ def _same(a: TrainableState, b: TrainableState) -> bool:
     )
 
 
-def _skip(ranks: Comm, stage: int) -> tuple[list[tuple[str, int, int]], int, int, bool]:
+def _skip(comm: Comm, stage: int) -> tuple[list[tuple[str, int, int]], int, int, bool]:
     """(change, micro-batch, skipped in a row) of each bad batch; skipped at the end; whether all is as without them."""
     good, bad, *rest = batches(4)
     states, found = [], []
     for changes in ([], CHANGES):
-        engine = build_engine(ranks, Case("standard", stage, accumulation=2))
-        _update(ranks, engine, good, None, CHANGES["loss NaN"])
+        engine = build_engine(comm, Case("standard", stage, accumulation=2))
+        _update(comm, engine, good, None, CHANGES["loss NaN"])
         for name in changes:
             for micro_batch in (0, 1):
-                _update(ranks, engine, bad, micro_batch, CHANGES[name])
+                _update(comm, engine, bad, micro_batch, CHANGES[name])
                 found.append((name, micro_batch, engine.skipped_in_a_row))
         for batch in rest:
-            _update(ranks, engine, batch, None, CHANGES["loss NaN"])
+            _update(comm, engine, batch, None, CHANGES["loss NaN"])
         states.append(engine.state())
     return found, engine.skipped, engine.skipped_in_a_row, _same(*states)
 
@@ -71,9 +71,9 @@ def test_the_update_is_skipped_on_all_ranks(server: RankServer, stage: int) -> N
         assert rank == ([(*change, i + 1) for i, change in enumerate(each)], len(each), 0, True)
 
 
-def _free(ranks: Comm, threat: dict) -> tuple[int, list[bool], list[int]]:
+def _free(comm: Comm, threat: dict) -> tuple[int, list[bool], list[int]]:
     """An image of rank 1 is NaN in the second batch: skipped updates, which samples' delta moves in it and after."""
-    engine, method = build_engine(ranks, Case("free", 1)), METHODS["free"]
+    engine, method = build_engine(comm, Case("free", 1)), METHODS["free"]
     method = method(method.Settings(replays=2), threat_model(**threat), SEED)
     deltas = []
     for step, batch in enumerate(batches(3)):
@@ -81,7 +81,7 @@ def _free(ranks: Comm, threat: dict) -> tuple[int, list[bool], list[int]]:
             images = batch.pixels()
             images[5] = torch.nan
             batch = replace(batch, images=images)
-        method.step(engine, batch.split(ranks.world)[ranks.rank], step)
+        method.step(engine, batch.split(comm.world)[comm.rank], step)
         (delta,) = method.slot_state().values()
         deltas.append(delta.float().clone())
     finite = [bool(delta.isfinite().all()) for delta in deltas]
@@ -95,14 +95,14 @@ def test_frees_perturbation_outlives_a_bad_image(server: RankServer, threat: dic
     assert server.run(2, _free, threat) == [(2, [True] * 3, []), (2, [True] * 3, [0, 1, 2, 3])]
 
 
-def _run(ranks: Comm, settings: dict, bad: list[int], until: int) -> tuple[int, str, list[str]]:
+def _run(comm: Comm, settings: dict, bad: list[int], until: int) -> tuple[int, str, list[str]]:
     """As train.py does, with rank 1's images NaN in some batches, until it falls over: its last step and words."""
-    run, state = _start(ranks, settings)
+    run, state = _start(comm, settings)
     said: list[str] = []
     run.say = said.append  # type: ignore[method-assign]
     try:
         for batch in state.batches():
-            if ranks.rank == 1 and state.step in bad:
+            if comm.rank == 1 and state.step in bad:
                 batch = replace(batch, images=batch.pixels() * torch.nan)
             state.advance(batch)
             if state.step == until:

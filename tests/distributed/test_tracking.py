@@ -67,7 +67,7 @@ def _audit(event: str, args: tuple) -> None:
         _seen.add((event, threading.current_thread().name))
 
 
-def _train(ranks: Comm, config: str, stops: Sequence[int], kill: int | None = None) -> tuple[set, float]:
+def _train(comm: Comm, config: str, stops: Sequence[int], kill: int | None = None) -> tuple[set, float]:
     """train.py on a node of its own for each rank. After the batches `stops`, rank 0 waits for the test; after `kill`
     it is killed. What was seen of `_audit`, and the longest call of the tracker in seconds."""
     advance, gate = Trainer.advance, Path(config).with_name("gate")
@@ -81,9 +81,9 @@ def _train(ranks: Comm, config: str, stops: Sequence[int], kill: int | None = No
             for name in ("log", "commit", "system"):
                 setattr(tracker, name, timed(getattr(tracker, name)))
         advance(state, batch)
-        if ranks.rank == 0 and state.step == kill:
+        if comm.rank == 0 and state.step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        if ranks.rank == 0 and state.step in stops:
+        if comm.rank == 0 and state.step in stops:
             gate.with_suffix(f".{state.step}").touch()
             while gate.with_suffix(f".{state.step}").exists():
                 time.sleep(0.02)
@@ -98,7 +98,7 @@ def _train(ranks: Comm, config: str, stops: Sequence[int], kill: int | None = No
         return wrapped
 
     Trainer.advance = paced  # type: ignore[method-assign]
-    socket.gethostname = lambda: f"node{ranks.rank}"
+    socket.gethostname = lambda: f"node{comm.rank}"
     sys.addaudithook(_audit)
     assert train.main(["--config", config]) == 0
     return _seen, longest

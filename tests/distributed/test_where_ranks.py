@@ -60,7 +60,7 @@ def _tool() -> ModuleType:
 
 
 def _measure(
-    ranks: Comm, experiment: Path, output: Path, more: list[str], log: Path | None = None, kill: int = 0
+    comm: Comm, experiment: Path, output: Path, more: list[str], log: Path | None = None, kill: int = 0
 ) -> str | None:
     """The tool on this rank: what it refuses. Pieces are written down; at the n-th one rank 1 ends."""
     right, count = EvalAttack.right, 0
@@ -68,12 +68,12 @@ def _measure(
     def logged(attack: EvalAttack, *args: object, **kwargs: Tensor) -> Tensor:
         nonlocal count
         count += 1
-        if ranks.rank == 1 and count == kill:
+        if comm.rank == 1 and count == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         result = right(attack, *args, **kwargs)  # type: ignore[arg-type]
         if log is not None:
             with open(log, "a") as file:
-                file.write(f"{ranks.rank} {attack.name}\n")
+                file.write(f"{comm.rank} {attack.name}\n")
         return result
 
     EvalAttack.right = logged  # type: ignore[method-assign, assignment]

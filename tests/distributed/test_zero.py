@@ -52,13 +52,13 @@ def _optimizer_bytes(engine: Engine) -> int:
     return sum(t.numel() * t.element_size() for t in moments)
 
 
-def _inspect(ranks: Comm, precision: str) -> dict[int, dict[str, Any]]:
+def _inspect(comm: Comm, precision: str) -> dict[int, dict[str, Any]]:
     found = {}
     for stage in STAGES:
         model = build_model(precision=precision)
-        engine = build_engine(ranks, Case("pgd", stage, "weight_step"), model)
+        engine = build_engine(comm, Case("pgd", stage, "weight_step"), model)
         before = _consolidated_backbone(engine)
-        losses = train(ranks, engine, build_method("pgd"), batches(4))
+        losses = train(comm, engine, build_method("pgd"), batches(4))
         frozen = [p for n, p in model.backbone.named_parameters() if n not in model.trainable()]
         state = engine.state().tensors
         found[stage] = {
@@ -123,15 +123,15 @@ def test_bf16(fp32: list, bf16: list, stage: int) -> None:
         assert rounded[stage]["losses"][0] == pytest.approx(rounded[0]["losses"][0], rel=1e-6)
 
 
-def _communication(ranks: Comm) -> dict[tuple[str, int], Counter[str]]:
+def _communication(comm: Comm) -> dict[tuple[str, int], Counter[str]]:
     """What the third update sends: ("attack" | "weights" | "free", stage)."""
     found = {}
     data = batches(3)
-    last = data[2].split(ranks.world)[ranks.rank]
+    last = data[2].split(comm.world)[comm.rank]
     for stage in STAGES:
         pgd, standard, free = (build_method(name) for name in ("pgd", "standard", "free"))
-        engine = build_engine(ranks, Case("pgd", stage))
-        train(ranks, engine, pgd, data[:2])
+        engine = build_engine(comm, Case("pgd", stage))
+        train(comm, engine, pgd, data[:2])
         with Collectives() as seen:
             pgd.perturb(engine.attack_view, last.pixels(), last.labels, Linf(EPS), 2, last.ids)  # type: ignore[attr-defined]
         found["attack", stage] = seen.bytes

@@ -254,8 +254,8 @@ def test_what_signs_a_checkpoint_s_url_is_not_kept(web: str, tmp_path: Path) -> 
     assert "dead" not in model_card(AdapterDescription.of(description | {"training": {}}))
     config = {"model": {"backbone": "none"}, "data": {"train": "none"}, "run": {"output_dir": "none"}}
     config |= {"threat": {"eps": 0.1}, "optim": {"epochs": 1}, "method": {"name": "fgsm_rs"}}
-    ranks = Comm(0, 1, torch.device("cpu"), control=None)
-    evaluator = build_evaluator(Config.model_validate(config), model.info, ranks, f"{web}/adapter?sig=dead")
+    comm = Comm(0, 1, torch.device("cpu"), control=None)
+    evaluator = build_evaluator(Config.model_validate(config), model.info, comm, f"{web}/adapter?sig=dead")
     assert evaluator._metadata["adapter"] == f"{web}/adapter?***"
     for wrong in (f"{web}/gone.safetensors?sig=dead", f"http://me:dead@{web.removeprefix('http://')}/x.pth"):
         with pytest.raises(UserError, match=r"^model.checkpoint_path: http") as caught:
