@@ -29,7 +29,7 @@ class RunContext:
     Attributes:
         config: of this attempt.
         settings: the config as YAML for others to see, without what signs a URL.
-        ranks: this process among the others.
+        comm: this process among the others.
         saved: (tensors, facts) of the state to go on from, None at a run's beginning.
         stop: whether somebody asked for an end.
         states: on disk or in a bucket, for rank 0.

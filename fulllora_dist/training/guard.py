@@ -73,7 +73,7 @@ class Guard:
         clean_accuracy: of the newest look; None before.
         examples: of the newest look, of this rank's images.
         classes: names of all classes.
-        fallen: whether the newest look is a collapse.
+        has_collapsed: whether the newest check is a collapse.
 
     Raises:
         SharedUserError: too few images to notice a collapse by, where one is to be answered.
@@ -108,7 +108,7 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to know besides `best`."""
         rest = {"last": self.last, "highest": self.highest, "good": self.good}
-        return rest | {"fallen": self.has_collapsed, "due": self._due}
+        return rest | {"has_collapsed": self.has_collapsed, "due": self._due}
 
     def resume(self, best: dict[str, Any] | None, rest: Mapping[str, Any]) -> None:
         """Go on from a state's `best` and `state_dict`. Figures of other images, or under another attack, cannot be
@@ -117,7 +117,7 @@ class Guard:
             best, rest = None, {}
         self.best, self.last, self.good = best, rest.get("last", best), rest.get("good")
         self.highest = rest.get("highest", best["robust_accuracy"] if best else 0.0)
-        self.has_collapsed, self._due = rest.get("fallen", False), rest.get("due", False)
+        self.has_collapsed, self._due = rest.get("has_collapsed", False), rest.get("due", False)
 
     def due(self, step: int, skipping: bool) -> bool:
         """Whether to look after that many batches; while updates are skipped a look waits for one that is made."""
