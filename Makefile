@@ -6,6 +6,9 @@ UV = $(shell PATH="$$PATH:$(CURDIR)/$(BIN)" command -v uv 2>/dev/null)
 # two at a time, the tests of a file after one another: most use one core. Real ranks have a thread each
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=12
 PARALLEL := -n 2 --dist loadfile
+# what meets each of the libraries: timm, torch, DeepSpeed, the readers and decoders, MLflow
+OLDEST := $(addprefix tests/,test_config.py attacks methods/test_methods.py models/test_families.py models/test_adapter_file.py \
+	distributed/test_parity.py data/test_decode.py data/test_shard_stream.py registry/test_champion.py tracking/test_run_plots.py)
 
 .PHONY: demo test test-long test-oldest lint lock
 
@@ -30,7 +33,7 @@ lint: .venv/installed-test
 
 # $(call install,EXTRAS): the package and what it needs, at the versions and hashes of the lock
 define install
-	@echo "installing into .venv: 1 to 4 minutes, 6 GB with CUDA's libraries" >&2
+	@echo "installing into .venv: about a minute on a fast link, 4 by pip; 6 GB with CUDA's libraries" >&2
 	@if [ -n "$(UV)" ]; then \
 		"$(UV)" pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[$(1)]' >&2; \
 	else \

@@ -72,7 +72,7 @@ def plain_training(model: AdaptedModel, method: str, data: Sequence[Batch], part
         lr=OPTIM.lr,
         betas=OPTIM.betas,
     )
-    warmup = int(OPTIM.warmup * UPDATES)
+    warmup = int(OPTIM.warmup_ratio * UPDATES)
     schedule = SequentialLR(
         optimizer,
         [
@@ -105,12 +105,12 @@ def plain_training(model: AdaptedModel, method: str, data: Sequence[Batch], part
                 loss_sum += loss.item()
                 if method == "free":
                     delta[part] = (delta[part] + EPS * x.grad.sign()).clamp(-EPS, EPS)
-            result.norms.append(torch.nn.utils.clip_grad_norm_(named.values(), OPTIM.clip).item())
+            result.norms.append(torch.nn.utils.clip_grad_norm_(named.values(), OPTIM.grad_clip).item())
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             updates += 1
-            decay = min(OPTIM.ema, updates / (updates + 10))
+            decay = min(OPTIM.ema_decay, updates / (updates + 10))
             for name, p in named.items():
                 ema[name] = decay * ema[name] + (1 - decay) * p.detach()
         result.losses.append(loss_sum)
