@@ -105,7 +105,7 @@ def plain_training(model: AdaptedModel, method: str, data: Sequence[Batch], part
                 loss_sum += loss.item()
                 if method == "free":
                     delta[part] = (delta[part] + EPS * x.grad.sign()).clamp(-EPS, EPS)
-            result.norms.append(torch.nn.utils.clip_grad_norm_(named.values(), OPTIM.clip).item())
+            result.norms.append(torch.nn.utils.clip_grad_norm_(named.values(), OPTIM.grad_clip).item())
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
