@@ -72,7 +72,7 @@ def plain_training(model: AdaptedModel, method: str, data: Sequence[Batch], part
         lr=OPTIM.lr,
         betas=OPTIM.betas,
     )
-    warmup = int(OPTIM.warmup * UPDATES)
+    warmup = int(OPTIM.warmup_ratio * UPDATES)
     schedule = SequentialLR(
         optimizer,
         [
