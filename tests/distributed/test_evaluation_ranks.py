@@ -88,7 +88,7 @@ def _turns(log: Path) -> list[list[Any]]:
 
 def _standard(comm: Comm, shards: str) -> dict[str, Any]:
     evaluator = Evaluator(["clean", "pgd10", "autoattack"], Linf(EPS / 2), comm, seed=3, progress=False)
-    return evaluator.run(Sensitive(classes=4), _stream(shards, 20))
+    return evaluator.run(Sensitive(classes=4), _stream(shards, 10))
 
 
 def test_the_standard_autoattack_on_two_ranks(server: RankServer, tmp_path: Path) -> None:

@@ -188,9 +188,9 @@ def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path
 
 def test_too_few_images_to_notice_a_collapse_by(shards: str, held_out: str, tmp_path: Path) -> None:
     """Guessing 6 of 8 right is not so rare."""
-    _guard(tmp_path, shards, held_out, every=2, n=6)
+    _guard(tmp_path, shards, held_out, every=2, num_samples=6)
     with pytest.raises(UserError, match=r"guard\.on_collapse: stop: 6 held-out images are too few"):
-        _guard(tmp_path, shards, held_out, every=2, n=6, on_collapse="stop")
+        _guard(tmp_path, shards, held_out, every=2, num_samples=6, on_collapse="stop")
 
 
 def _guard(output: Path, shards: str, held_out: str, every: int, **settings: Any) -> Guard:

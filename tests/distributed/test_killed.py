@@ -151,7 +151,7 @@ def test_a_chain_of_kills(server: RankServer, shards: str, tmp_path: Path, each:
         settings = [("optim", "epochs", batches / 3), ("run", "checkpoint_every", 2), ("run", "keep_checkpoints", 2)]
         settings += [("data", "validation", shards), ("distributed", "gradient_accumulation_steps", 1)]
         config = _config(tmp_path / name, shards, "pgd", 1, settings)
-        config["evaluation"] = {"attacks": ["clean", "pgd20"], "batch_size": 1, "check": 0}
+        config["evaluation"] = {"attacks": ["clean", "pgd20"], "batch_size": 1, "gradient_masking_samples": 0}
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(json.dumps(config))
     assert server.run(2, _attempt, str(files["whole"]), log, None) == [0, 0]

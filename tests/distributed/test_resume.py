@@ -156,7 +156,7 @@ def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path)
     for i, (method, warmup, (stage_a, world_a), (stage_b, world_b)) in enumerate(MOVES):
         whole, moved = tmp_path / f"{i}-whole", tmp_path / f"{i}-moved"
         outputs.append((whole, moved))
-        settings = [("threat", "warmup", warmup)]
+        settings = [("threat", "eps_warmup_ratio", warmup)]
         before[world_a].append((_config(whole, shards, method, stage_a, settings), BATCHES))
         before[world_a].append((_config(moved, shards, method, stage_a, settings), CUT))
         settings += [
@@ -233,7 +233,12 @@ def test_what_cannot_go_on_is_refused(server: RankServer, shards: str, tmp_path:
 
 def test_no_state_of_a_diverged_run(server: RankServer, shards: str, tmp_path: Path) -> None:
     """A learning rate that makes NaN ends the run with one line before NaN is saved, logged that batch or not."""
-    settings = [("optim", "lr", 1e30), ("optim", "clip", 0.0), ("optim", "warmup", 0.0), ("run", "checkpoint_every", 1)]
+    settings = [
+        ("optim", "lr", 1e30),
+        ("optim", "grad_clip", 0.0),
+        ("optim", "warmup_ratio", 0.0),
+        ("run", "checkpoint_every", 1),
+    ]
     config = _config(
         tmp_path / "run",
         shards,
