@@ -53,7 +53,7 @@ class Launched:
         return self._read("stderr", rank)
 
     def _read(self, stream: str, rank: int | None) -> str:
-        ranks = range(self.order.comm) if rank is None else (rank,)
+        ranks = range(self.order.ranks) if rank is None else (rank,)
         files = [Path(self.order.folder, f"{stream}-{rank}") for rank in ranks]
         return "".join(file.read_text() for file in files if file.exists())
 
@@ -108,13 +108,13 @@ def _launcher(order: Order) -> None:
 
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is sent to all is for the ranks
-    launched = {"WORLD_SIZE": order.comm, "LOCAL_WORLD_SIZE": order.comm, "MASTER_ADDR": "127.0.0.1"}
+    launched = {"WORLD_SIZE": order.ranks, "LOCAL_WORLD_SIZE": order.ranks, "MASTER_ADDR": "127.0.0.1"}
     launched["MASTER_PORT"] = free_port()
     pids = []
-    for rank in range(order.comm):
+    for rank in range(order.ranks):
         pid = os.fork()
         if pid == 0:
-            names = launched | {"RANK": rank, "LOCAL_RANK": rank} if order.comm > 1 else {}
+            names = launched | {"RANK": rank, "LOCAL_RANK": rank} if order.ranks > 1 else {}
             os.environ.clear()
             os.environ.update(order.env)
             os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
