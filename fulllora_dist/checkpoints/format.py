@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -27,6 +27,36 @@ from fulllora_dist.storage import store, urls
 FORMAT_VERSION = 1
 TENSORS = "checkpoint.safetensors"
 DESCRIPTION = "checkpoint.json"
+
+
+class CheckpointMetadata(TypedDict):
+    """What checkpoint.json holds beside its format version and checksum.
+
+    Attributes:
+        step: batches trained on.
+        updates, skipped: optimizer updates made, and those that were skipped as not finite.
+        stream: position in the data, and the bad samples so far.
+        best, guard: the guard's best check, and the rest of its state.
+        rollbacks: each time that the run went back after a collapse.
+        mlflow_run_id: of the run that it is tracked in.
+        config: all settings of the run.
+        backbone_sha256: fingerprint of the frozen weights.
+    """
+
+    step: int
+    updates: int
+    skipped: int
+    stream: dict[str, Any]
+    best: dict[str, Any] | None
+    guard: dict[str, Any]
+    rollbacks: list[dict[str, Any]]
+    mlflow_run_id: str | None
+    config: dict[str, Any]
+    backbone_sha256: str | None
+
+
+Checkpoint = tuple[dict[str, Tensor], CheckpointMetadata]
+"""Tensors {"<kind>/<name>": host}, and metadata."""
 
 
 class DamagedCheckpoint(Exception):
@@ -59,7 +89,7 @@ def write_checkpoint(
     place: str,
     step: int,
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, Any],
+    metadata: CheckpointMetadata,
     keep: int,
     spared: Collection[int] = (),
 ) -> str:
@@ -69,13 +99,12 @@ def write_checkpoint(
     Args:
         place: a folder, or an s3:// or gs:// URL.
         tensors: on the host.
-        metadata: JSON-able.
 
     Raises:
         OSError, UserError: it cannot be written there; older checkpoints are as they were.
     """
     content = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
-    description = {"format_version": FORMAT_VERSION, "step": step, **metadata}
+    description = {"format_version": FORMAT_VERSION, **metadata, "step": step}
     description["sha256"] = _digest(content, description)
     final = f"{place.rstrip('/')}/{step:08d}"
     write = _write_objects if urls.is_remote(place) else _write_folder
@@ -163,7 +192,7 @@ def step_of(path: str) -> int:
     return int(os.path.basename(path))
 
 
-def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(path: str) -> Checkpoint:
     """Tensors and metadata of a checkpoint, checked.
 
     Raises:
@@ -198,7 +227,7 @@ def _read_objects(path: str) -> dict[str, bytes]:
     return {name: store.read(f"{path}/{name}") for name in (DESCRIPTION, TENSORS) if name in names}
 
 
-def read_newest_checkpoint(*places: str) -> tuple[tuple[dict[str, Tensor], dict[str, Any]] | None, dict[str, str]]:
+def read_newest_checkpoint(*places: str) -> tuple[Checkpoint | None, dict[str, str]]:
     """The newest whole checkpoint, or None; and of each damaged one that was passed over its path and a line."""
     damaged: dict[str, str] = {}
     for path in list_checkpoints(*places):

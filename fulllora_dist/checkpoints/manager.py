@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -13,6 +12,8 @@ from torch import Tensor
 from yaml import YAMLError
 
 from fulllora_dist.checkpoints.format import (
+    Checkpoint,
+    CheckpointMetadata,
     DamagedCheckpoint,
     delete_checkpoint,
     list_checkpoints,
@@ -55,10 +56,10 @@ def _checkpoint_dir_before(output: str) -> str | None:
         return None
 
 
-def kept_besides(metadata: Mapping[str, Any]) -> frozenset[int]:
+def kept_besides(metadata: CheckpointMetadata) -> frozenset[int]:
     """Steps of the best and the good checkpoint, where a checkpoint's metadata names some."""
     best, good = metadata.get("best"), metadata.get("guard", {}).get("good")
-    return frozenset(step for step in (best and best["step"], good) if step is not None)
+    return frozenset(step for step in (best["step"] if best else None, good) if step is not None)
 
 
 class CheckpointManager:
@@ -83,7 +84,7 @@ class CheckpointManager:
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._writing: tuple[int, frozenset[int], Future[list[str]]] | None = None
 
-    def find(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def find(self) -> Checkpoint | None:
         """The run's own newest whole checkpoint, else that of `run.resume_from`, else None.
 
         Raises:
@@ -108,7 +109,7 @@ class CheckpointManager:
                 checkpoint = read_checkpoint(self._settings.resume_from)
             except DamagedCheckpoint as error:
                 raise UserError(f"run.resume_from: {error}") from None
-            checkpoint[1].update(mlflow_run_id=None, best=None, guard={})  # these belong to the other run
+            checkpoint[1].update({"mlflow_run_id": None, "best": None, "guard": {}})  # these belong to the other run
         return checkpoint
 
     def due(self, step: int) -> bool:
@@ -133,7 +134,7 @@ class CheckpointManager:
         self._hurried = True
         store.stop_retrying()
 
-    def read(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def read(self, step: int) -> Checkpoint:
         """Tensors and metadata of a checkpoint that was kept.
 
         Raises:
@@ -147,7 +148,7 @@ class CheckpointManager:
         except DamagedCheckpoint as error:
             raise UserError(f"the checkpoint of batch {step}: {error}") from None
 
-    def go_back(self, steps: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def go_back(self, steps: Sequence[int]) -> Checkpoint:
         """Read the first whole checkpoint of `steps`, and then delete all that are newer.
 
         Raises:
@@ -172,7 +173,7 @@ class CheckpointManager:
         self._kept = frozenset(kept for kept in self._kept if kept <= step)
         return checkpoint
 
-    def write(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    def write(self, step: int, tensors: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
         """Begin to write a checkpoint, in a thread; one that is still being written comes first.
 
         Args:
@@ -209,7 +210,7 @@ class CheckpointManager:
         return "none" if self.newest is None else f"that of batch {self.newest}"
 
     def _write(
-        self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], spared: Collection[int]
+        self, step: int, tensors: Mapping[str, Tensor], metadata: CheckpointMetadata, spared: Collection[int]
     ) -> list[str]:
         """Why each place that did not take it did not."""
         failed = []

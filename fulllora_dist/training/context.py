@@ -4,12 +4,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from omegaconf import OmegaConf
-from torch import Tensor
 from tqdm import tqdm
 
+from fulllora_dist.checkpoints.format import Checkpoint
 from fulllora_dist.checkpoints.manager import CheckpointManager
 from fulllora_dist.config.schema import Config
 from fulllora_dist.distributed.comm import Comm, hosts, start_comm, stop_comm
@@ -18,9 +17,6 @@ from fulllora_dist.storage import store, urls
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.system import SystemSampler
 from fulllora_dist.training.resume import check_same_run
-
-Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
-"""Tensors and metadata."""
 
 
 class RunContext:
@@ -42,14 +38,13 @@ class RunContext:
         self.stop = stop
         self.checkpoints = CheckpointManager(config.run, self.say)
         self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: its states cannot be read")
-        metadata = self.saved[1] if self.saved else {}
         resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         self.settings = urls.redacted(resolved)
         comm.run_on_rank0(
             lambda: self._open_output(resolved), f"run.output_dir: {config.run.output_dir} cannot be written"
         )
-        own = metadata if self.checkpoints.newest is not None else {}  # not of a given state
-        begun = own.get("mlflow_run_id"), own.get("step", 0), hosts()
+        own = self.saved[1] if self.saved and self.checkpoints.newest is not None else None  # not of run.resume_from
+        begun = own["mlflow_run_id"] if own else None, own["step"] if own else 0, hosts()
         tracker = comm.run_on_rank0(
             lambda: Tracker(config.tracked_run(), True, *begun), f"run.output_dir: metrics in {config.run.output_dir}"
         )

@@ -59,13 +59,13 @@ def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
         )
 
 
-def check_backbone(model: AdaptedModel, sha256: str) -> None:
+def check_backbone(model: AdaptedModel, sha256: str | None) -> None:
     """Raises:
     UserError: a checkpoint of a run with the backbone `sha256` belongs to other weights than the model's.
     """
     if sha256 != model.info.sha256:
         raise UserError(
-            f"model.checkpoint_path: the run began with weights {sha256[:12]}, these have "
+            f"model.checkpoint_path: the run began with weights {str(sha256)[:12]}, these have "
             f"{str(model.info.sha256)[:12]}; give the same backbone to resume"
         )
 

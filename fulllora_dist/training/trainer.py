@@ -3,12 +3,12 @@
 import math
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fulllora_dist.checkpoints.format import Checkpoint, CheckpointMetadata
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.loader import TrainStream
@@ -201,7 +201,8 @@ class Trainer:
         if run.comm.is_main:
             tensors = trainable.named()
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
-            metadata = {
+            metadata: CheckpointMetadata = {
+                "step": self.step,
                 "best": None if self.guard is None else self.guard.best,
                 "guard": {} if self.guard is None else self.guard.state_dict(),
                 "rollbacks": self.rollbacks,
@@ -226,7 +227,7 @@ class Trainer:
             run.settle()
         return due and run.checkpoints.idle and not self.engine.skipped_in_a_row
 
-    def _resume(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def _resume(self, tensors: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
         """Be where the run was that wrote this checkpoint."""
         check_backbone(self.engine.model, metadata["backbone_sha256"])
         self.rollbacks = metadata["rollbacks"]
@@ -240,7 +241,7 @@ class Trainer:
             self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
         self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
 
-    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> dict[str, Tensor]:
+    def _restore(self, tensors: dict[str, Tensor], metadata: CheckpointMetadata) -> dict[str, Tensor]:
         """Position, guard and engine as a checkpoint has them, under the phases and rollbacks of now; what its method
         kept for each slot."""
         self.stream.load_state_dict(metadata["stream"])
@@ -282,7 +283,7 @@ class Trainer:
         run, guard = self._run, self._run.config.guard
         number = len(self.rollbacks) + 1
 
-        def read() -> tuple[dict[str, Tensor], dict[str, Any]]:
+        def read() -> Checkpoint:
             tensors, metadata = run.checkpoints.go_back(good_steps)
             run.tracker.go_back(metadata["step"], f"metrics_before_rollback_{number}.jsonl")
             return tensors, metadata
