@@ -110,7 +110,7 @@ def plain_training(model: AdaptedModel, method: str, data: Sequence[Batch], part
             schedule.step()
             optimizer.zero_grad()
             updates += 1
-            decay = min(OPTIM.ema, updates / (updates + 10))
+            decay = min(OPTIM.ema_decay, updates / (updates + 10))
             for name, p in named.items():
                 ema[name] = decay * ema[name] + (1 - decay) * p.detach()
         result.losses.append(loss_sum)
