@@ -87,7 +87,7 @@ def _turns(log: Path) -> list[list[Any]]:
 
 def _standard(ranks: Comm, shards: str) -> dict[str, Any]:
     evaluator = Evaluator(["clean", "pgd10", "autoattack"], Linf(EPS / 2), ranks, seed=3, progress=False)
-    return evaluator.run(Sensitive(classes=4), _stream(shards, 10))
+    return evaluator.run(Sensitive(classes=4), _stream(shards, 20))
 
 
 def test_the_standard_autoattack_on_two_ranks(server: RankServer, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def _outlast(ranks: Comm, shards: str, seconds: float) -> int:
     dataclasses.replace(ranks, patience=timedelta(seconds=seconds)).limit_waiting()
     work_items.STILL_SECONDS = 2.0
     evaluator = Evaluator(["pgd10"], Linf(EPS), ranks, progress=False)
-    return evaluator.run(Slow(ranks.rank), _stream(shards, 10))["n"]
+    return evaluator.run(Slow(ranks.rank), _stream(shards, 20))["n"]
 
 
 def test_a_piece_may_outlast_the_limit_of_a_collective(server: RankServer, shards: str) -> None:
