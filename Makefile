@@ -35,7 +35,7 @@ lint: .venv/installed-test
 define install
 	@echo "installing into .venv: about a minute on a fast link, 4 by pip; 6 GB with CUDA's libraries" >&2
 	@if [ -n "$(UV)" ]; then \
-		"$(UV)" pip install --quiet --python $(BIN)/python --constraint requirements.lock --editable '.[$(1)]' >&2; \
+		"$(UV)" pip install --quiet --compile-bytecode --python $(BIN)/python --constraint requirements.lock --editable '.[$(1)]' >&2; \
 	else \
 		$(BIN)/python -m pip install --quiet --requirement requirements.lock >&2 && \
 		$(BIN)/python -m pip install --quiet --no-deps --editable . >&2; \

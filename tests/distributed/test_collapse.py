@@ -96,6 +96,7 @@ def _run(comm: Comm, settings: dict, script: Script, until: int | None = None, w
             if until == AMID:
                 run.tracker.go_back = _killed  # type: ignore[method-assign]
             for batch in state.batches():
+                run.settle()  # or a state that is due waits for a slow one, and comes a batch later
                 if state.rollbacks and state.step == until:
                     break
                 state.advance(batch)

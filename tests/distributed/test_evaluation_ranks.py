@@ -88,7 +88,7 @@ def _turns(log: Path) -> list[list[Any]]:
 
 def _standard(comm: Comm, shards: str) -> dict[str, Any]:
     evaluator = Evaluator(["clean", "pgd10", "autoattack"], Linf(EPS / 2), comm, seed=3, progress=False)
-    return evaluator.run(Sensitive(classes=4), _stream(shards, 10))
+    return evaluator.run(Sensitive(classes=4), _stream(shards, 20))
 
 
 def test_the_standard_autoattack_on_two_ranks(server: RankServer, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def _outlast(comm: Comm, shards: str, seconds: float) -> int:
     dataclasses.replace(comm, patience=timedelta(seconds=seconds)).limit_waiting()
     progress.STILL_SECONDS = 2.0
     evaluator = Evaluator(["pgd10"], Linf(EPS), comm, progress=False)
-    return evaluator.run(Slow(comm.rank), _stream(shards, 10))["n"]
+    return evaluator.run(Slow(comm.rank), _stream(shards, 20))["n"]
 
 
 def test_a_piece_may_outlast_the_limit_of_a_collective(server: RankServer, shards: str) -> None:

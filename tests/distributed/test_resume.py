@@ -36,7 +36,7 @@ def _config(output: Path, shards: str, method: str, stage: int, settings: Sequen
             "pretrained": False,
             "num_classes": 3,
             "image_size": 16,
-            "model_kwargs": ARCHITECTURE,
+            "model_kwargs": ARCHITECTURE | {"depth": 1},
         },
         "adapter": {"rank": 2, "head": "trained"},
         **RECIPES[method],
