@@ -36,7 +36,7 @@ def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
     told = "".join(path.read_text() for path in (tmp_path / "run" / "tracking").iterdir())
     assert '"data.train": "https://host/train?***"' in told
     assert "warning: MLflow at http://***@127.0.0.1" in shown
-    assert "not sent to MLflow at http://***@127.0.0.1" in shown
+    assert "could not be sent to MLflow at http://***@127.0.0.1" in shown
     for text in (told, shown):
         assert "https://host/train?***" in text
         assert "http://***@127.0.0.1" in text

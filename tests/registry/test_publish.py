@@ -254,7 +254,7 @@ REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
     "no adapter": (lambda folder: Path(folder, "adapter.json").unlink() or {}, "has no adapter.json"),
     "a NaN metric": (
         lambda folder: {"evaluation": _with_accuracy(float("nan"))},
-        r"evaluation.json: pgd20 at eps 0.03137 has accuracy nan .* 100 of 200 images right; evaluate again",
+        r"evaluation.json: pgd20 at eps 0.03137 has accuracy nan .* 100 of 200 images are correct; evaluate again",
     ),
     "another backbone's evaluation": (
         lambda folder: {"evaluation": evaluation(right(9), backbone="vit_large")},
