@@ -206,7 +206,9 @@ def test_sizes_that_cannot_be_are_refused() -> None:
 
 def test_mixing_needs_an_even_micro_batch(tmp_path: Path) -> None:
     odd = config([], targets={"mixup": 0.2}, optim={"batch_size": 12}, distributed={"gradient_accumulation_steps": 2})
-    with pytest.raises(UserError, match=r"targets: images are mixed in pairs, but 3 a rank and micro-batch are an odd"):
+    with pytest.raises(
+        UserError, match=r"targets: mixing needs an even number of images per rank and micro-batch, got 3"
+    ):
         check_inputs(odd, world=2)
 
 
@@ -271,7 +273,7 @@ def test_the_plan_holds_twice_the_activations_where_clean_and_perturbed_images_s
 
 
 def test_settings_that_training_refuses_are_refused_by_the_plan_too() -> None:
-    with pytest.raises(UserError, match="targets: images are mixed in pairs"):
+    with pytest.raises(UserError, match="targets: mixing needs an even number of images per rank and micro-batch"):
         estimate(config([], targets={"mixup": 0.2}, optim={"batch_size": 3}), ranks=1)
     with pytest.raises(UserError, match=r"evaluation\.attacks"):
         estimate(config([], evaluation={"attacks": ["pdg20"]}), ranks=1)

@@ -95,7 +95,9 @@ def test_a_full_disk(server: RankServer, shards: str, disk: Path) -> None:
     # full for good: the older checkpoints outlive it, and the end says what is missing
     again = _config(disk / "again", shards, "standard", 0, EACH)
     for error, said in server.run(2, _run, again, {2: fill}):
-        assert error.startswith(f"run.output_dir: no adapter in {disk}/again, the newest state is that of batch 2 (")
+        assert error.startswith(
+            f"run.output_dir: no adapter in {disk}/again, the newest checkpoint is that of batch 2 ("
+        )
         assert "\n" not in error
         assert len(_warnings(said)) in (4, 0)
     assert sorted(p.name for p in (disk / "again" / "checkpoints").iterdir()) == ["00000001", "00000002"]
@@ -115,7 +117,7 @@ def test_a_read_only_disk(server: RankServer, shards: str, disk: Path) -> None:
     config = _config(output, shards, "standard", 0, EACH)
     read_only = f"mount -o remount,ro {disk}"
     for error, said in server.run(2, _run, config, {2: read_only}):
-        assert error.startswith(f"run.output_dir: no adapter in {output}, the newest state is that of batch 2 (")
+        assert error.startswith(f"run.output_dir: no adapter in {output}, the newest checkpoint is that of batch 2 (")
         assert all("Read-only file system" in line for line in _warnings(said))
     assert _steps(output / "checkpoints") == [2, 1]
     assert "Read-only file system" in server.run(2, _run, config, {})[0][0], "refused before it trains"
