@@ -136,7 +136,8 @@ def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
         {"fraction": 0.25, "method": {"name": "pgd", "steps": 3}},
     ]
     built = build_phases(
-        config(phases, threat={"eps": 0.04, "warmup": 0.5, "norm": "l2"}, optim={"epochs": 2}), steps_per_epoch=20
+        config(phases, threat={"eps": 0.04, "eps_warmup_ratio": 0.5, "norm": "l2"}, optim={"epochs": 2}),
+        steps_per_epoch=20,
     )
     first, second = built.phases
     assert (first.image_size, second.image_size) == (8, None)

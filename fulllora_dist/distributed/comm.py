@@ -197,7 +197,8 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
         local = local if visible > 1 or local == 0 else 0  # a scheduler may show each task only its own GPU
         if local >= visible:
             raise UserError(
-                f"LOCAL_RANK must be below the number of visible GPUs, {visible}, got {local}; start fewer ranks per node"
+                f"LOCAL_RANK must be below the number of visible GPUs ({visible}), got {local}; "
+                "start fewer ranks per node"
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
