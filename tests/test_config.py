@@ -196,7 +196,7 @@ def test_bad_phases_are_refused(path: Path, phases: str, words: str) -> None:
         ("base: bad.yaml\n", "refers back to itself"),
         ("base: [a, b]\n", "does not exist"),
         ("base: below.yaml\nmethod: {name: pgd}\n", "cannot merge a section"),
-        (None, "does not exist; see configs/ for examples/"),
+        (None, "does not exist; see configs/ for examples"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, text: str | None, words: str) -> None:

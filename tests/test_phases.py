@@ -199,9 +199,9 @@ def test_input_sizes_change_nothing_at_the_models_own() -> None:
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
-    with pytest.raises(UserError, match=r"phases.image_size: 10 is no multiple of .* patches of 4 pixels"):
+    with pytest.raises(UserError, match=r"phases.image_size: must be a multiple of the patch size 4 of .*, got 10"):
         build_model(config([{"fraction": 0.5, "image_size": 10}, {"fraction": 0.5}]))
-    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes images of one size only"):
+    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 supports a single image size only"):
         create_model("cait_xxs24_224", pretrained=False, input_sizes=[112])
 
 
