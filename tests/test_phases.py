@@ -102,7 +102,12 @@ MASK, DROP = {"name": "pgd", "perturbation_mask": 0.5}, {"name": "pgd", "attenti
             SIDE,
             "attention_drop: this backbone has no modules named attn",
         ),
-        ([{"fraction": 1, "method": MASK}], "linear", SIDE, "mask_patch: this backbone does not tell"),
+        (
+            [{"fraction": 1, "method": MASK}],
+            "linear",
+            SIDE,
+            "mask_patch: must be set, as the patch size of this backbone is unknown",
+        ),
     ],
 )
 def test_weakening_that_cannot_act_is_refused_before_the_run(
