@@ -240,7 +240,7 @@ def test_unknown_attacks_are_refused(name: str) -> None:
 
 def test_classes_must_fit_the_model(shards: Path) -> None:
     other = tiny(num_classes=7)
-    with pytest.raises(UserError, match=r"4 classes, the model 7 .*model.num_classes=4"):
+    with pytest.raises(UserError, match=r"4 classes, but the model has 7 .*model.num_classes=4"):
         evaluate(other, shards, attacks=("clean",))
 
 
@@ -404,13 +404,13 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(rank_server: RankSe
             r"at most one of evaluation.num_samples, evaluation.first and evaluation.ids",
         ),
         (["--ids", "nowhere.txt"], r"evaluation.ids: nowhere.txt: cannot be read"),
-        (["--norm", "l2"], r"threat.norm: .* no common size; give --eps too"),
-        (["threat.norm=l2"], r"threat.norm: .* no common size; give --eps too"),
-        (["--ids", ""], r"--ids: '' is empty"),
-        (["--attacks", "clean,,pgd2"], r"--attacks: 'clean,,pgd2' is empty somewhere"),
+        (["--norm", "l2"], r"threat.norm: .* not comparable; give --eps too"),
+        (["threat.norm=l2"], r"threat.norm: .* not comparable; give --eps too"),
+        (["--ids", ""], r"--ids: must not have empty values, got ''"),
+        (["--attacks", "clean,,pgd2"], r"--attacks: must not have empty values, got 'clean,,pgd2'"),
         (["--output", "config.yaml"], r"--output: config.yaml is no evaluation.json; .* name another file"),
         (["--num-samples", "0"], r"evaluation.num_samples: .*greater than or equal to 1"),
-        (["--adapter", "nowhere"], r"--adapter: nowhere holds no adapter.json"),
+        (["--adapter", "nowhere"], r"--adapter: nowhere has no adapter.json"),
         (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
         (["data.validation=null"], r"data.validation is not set"),
         (["--output", "."], r"--output: \. is a folder; name a file, e\.g\. evaluation\.json"),
@@ -433,12 +433,21 @@ def test_bad_input_is_refused_before_the_ranks_meet(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.backbone=vit_small_patch16_224", r"model.backbone: vit_small_patch16_224, but .* is of vit_tiny_patch"),
-        ("model.backbone=vit_tiny_patch16_224.other", r"model.backbone: vit_tiny_patch16_224.other, but the adapter "),
-        ("model.mean=[0.1,0.1,0.1]", r"model.mean: \(0.1, 0.1, 0.1\), but the adapter .* is of "),
-        ("model.image_size=32", r"model.image_size: 32, but the adapter .* is of 16; give the config that it was tr"),
-        ("model.model_kwargs.depth=5", r"model.model_kwargs: .*'depth': 5.*, but the adapter .* is of "),
-        ("model.num_classes=7", r"model.num_classes: 7, but the adapter .* is of 4"),
+        (
+            "model.backbone=vit_small_patch16_224",
+            r"model.backbone: must be vit_tiny_patch.* for the adapter .*, got vit_small_patch16_224",
+        ),
+        (
+            "model.backbone=vit_tiny_patch16_224.other",
+            r"model.backbone: must be .* for the adapter .*, got vit_tiny_patch16_224.other",
+        ),
+        ("model.mean=[0.1,0.1,0.1]", r"model.mean: must be .* for the adapter .*, got \(0.1, 0.1, 0.1\)"),
+        (
+            "model.image_size=32",
+            r"model.image_size: must be 16 for the adapter .*, got 32; use the config that it was tr",
+        ),
+        ("model.model_kwargs.depth=5", r"model.model_kwargs: must be .* for the adapter .*, got .*'depth': 5"),
+        ("model.num_classes=7", r"model.num_classes: must be 4 for the adapter .*, got 7"),
     ],
 )
 def test_an_adapter_of_another_model_than_the_config_s_is_refused(experiment: Path, setting: str, message: str) -> None:
@@ -547,4 +556,4 @@ def test_bad_input_is_one_line_and_exit_2(start: Callable[..., Launched], experi
     done = start("--config", str(experiment / "config.yaml"), "model.num_classes=7").wait()
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "4 classes, the model 7" in done.stderr
+    assert "4 classes, but the model has 7" in done.stderr

@@ -102,7 +102,12 @@ MASK, DROP = {"name": "pgd", "perturbation_mask": 0.5}, {"name": "pgd", "attenti
             SIDE,
             "attention_drop: this backbone has no modules named attn",
         ),
-        ([{"fraction": 1, "method": MASK}], "linear", SIDE, "mask_patch: this backbone does not tell"),
+        (
+            [{"fraction": 1, "method": MASK}],
+            "linear",
+            SIDE,
+            "mask_patch: must be set, as the patch size of this backbone is unknown",
+        ),
     ],
 )
 def test_weakening_that_cannot_act_is_refused_before_the_run(
@@ -136,7 +141,8 @@ def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
         {"fraction": 0.25, "method": {"name": "pgd", "steps": 3}},
     ]
     built = build_phases(
-        config(phases, threat={"eps": 0.04, "warmup": 0.5, "norm": "l2"}, optim={"epochs": 2}), steps_per_epoch=20
+        config(phases, threat={"eps": 0.04, "eps_warmup_ratio": 0.5, "norm": "l2"}, optim={"epochs": 2}),
+        steps_per_epoch=20,
     )
     first, second = built.phases
     assert (first.image_size, second.image_size) == (8, None)
@@ -198,15 +204,17 @@ def test_input_sizes_change_nothing_at_the_models_own() -> None:
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
-    with pytest.raises(UserError, match=r"phases.image_size: 10 is no multiple of .* patches of 4 pixels"):
+    with pytest.raises(UserError, match=r"phases.image_size: must be a multiple of the patch size 4 of .*, got 10"):
         build_model(config([{"fraction": 0.5, "image_size": 10}, {"fraction": 0.5}]))
-    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes images of one size only"):
+    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 supports a single image size only"):
         create_model("cait_xxs24_224", pretrained=False, input_sizes=[112])
 
 
 def test_mixing_needs_an_even_micro_batch(tmp_path: Path) -> None:
     odd = config([], targets={"mixup": 0.2}, optim={"batch_size": 12}, distributed={"gradient_accumulation_steps": 2})
-    with pytest.raises(UserError, match=r"targets: images are mixed in pairs, but 3 a rank and micro-batch are an odd"):
+    with pytest.raises(
+        UserError, match=r"targets: mixing needs an even number of images per rank and micro-batch, got 3"
+    ):
         check_inputs(odd, world=2)
 
 
@@ -271,7 +279,7 @@ def test_the_plan_holds_twice_the_activations_where_clean_and_perturbed_images_s
 
 
 def test_settings_that_training_refuses_are_refused_by_the_plan_too() -> None:
-    with pytest.raises(UserError, match="targets: images are mixed in pairs"):
+    with pytest.raises(UserError, match="targets: mixing needs an even number of images per rank and micro-batch"):
         estimate(config([], targets={"mixup": 0.2}, optim={"batch_size": 3}), ranks=1)
     with pytest.raises(UserError, match=r"evaluation\.attacks"):
         estimate(config([], evaluation={"attacks": ["pdg20"]}), ranks=1)

@@ -105,7 +105,7 @@ def test_an_installed_package_is_found_by_its_entry_point(tmp_path: Path, monkey
 
 
 def test_a_name_that_is_taken_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"method 'pgd' of .* is fulllora_dist.methods.pgd's already"):
+    with pytest.raises(ValueError, match=r"method 'pgd' of .* is already fulllora_dist.methods.pgd's"):
 
         @register_method
         class Other(PerturbedStep):

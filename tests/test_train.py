@@ -184,7 +184,7 @@ def test_another_run_in_the_output_folder_is_not_overwritten(rank_server: RankSe
     settings = [f"run.output_dir={config.parent}/mine", "optim.epochs=1", "method=standard", "tracking.enabled=false"]
     launch(rank_server, config, *settings)
     output = launch(rank_server, config, *settings, "optim.lr=0.5", code=2)
-    assert "holds a run with optim.lr=0.001, now it is 0.5" in output
+    assert "holds a run with optim.lr=0.001, got 0.5" in output
 
 
 def test_check_estimates_without_training(rank_server: RankServer, config: Path) -> None:

@@ -24,7 +24,7 @@ def single_step(
     ids: Tensor | None = None,
     purpose: str = "single_step",
 ) -> Tensor:
-    """A step of `step_size` along the steepest direction of the norm, from uniform noise around `x`.
+    """Take a step of `step_size` along the steepest direction of the norm, from uniform noise around `x`.
 
     FGSM-RS (Wong et al., arXiv 2001.03994): noise = eps, step_size = 1.25 eps, projected to the ball.
     N-FGSM (de Jorge et al., arXiv 2202.01181): noise = 2 eps, step_size = eps, not projected: |delta| may reach 3 eps.
@@ -33,7 +33,7 @@ def single_step(
     Args:
         model, x, y, norm, seed, step, ids, purpose: as for `pgd`; y may be probabilities [B, classes].
         eps, noise, step_size: in pixel units of [0, 1].
-        project: whether the result is brought back to within eps of x.
+        project: whether to project the result to within eps of x.
 
     Returns:
         [B, 3, H, W] of x's dtype, in [0, 1], no part of a graph.

@@ -1,7 +1,7 @@
-"""Projected gradient descent (Madry et al., arXiv 1706.06083), and what every gradient attack shares.
+"""Projected gradient descent (Madry et al., arXiv 1706.06083), and functions shared by all gradient attacks.
 
-Attacks know nothing of training: they take any `nn.Module` from pixels in [0, 1] to logits. They ask for the input's
-gradient alone, so that no parameter gradient is filled and, under DeepSpeed's module, nothing is communicated.
+Attacks are independent of training: they take any `nn.Module` from pixels in [0, 1] to logits. They compute only the
+gradient of the input, so that parameter gradients stay untouched and DeepSpeed does not communicate.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,11 +17,11 @@ from fulllora_dist.attacks.threat import Threat, in_box, threat_model
 from fulllora_dist.core.rng import sample_rng
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits [B, classes], what is attacked: labels [B] or probabilities [B, classes]) -> the sum over samples."""
+"""(logits [B, classes], target: labels [B] or probabilities [B, classes]) -> the sum over samples."""
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed, not averaged: a sample's gradient does not depend on the batch it is in."""
+    """Cross-entropy, summed so that a sample's gradient does not depend on its batch."""
     return F.cross_entropy(logits, labels, reduction="sum")
 
 
@@ -34,7 +34,7 @@ def margin(logits: Tensor, labels: Tensor) -> Tensor:
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
     """-(z_y - max_{j != y} z_j) / (z_(1) - z_(3)), summed, with z_(k) the k-th largest: the difference of logits ratio
-    (Croce and Hein, arXiv 2003.01690, eq. 6), which no scale or shift of the logits changes. Three classes or more."""
+    (Croce and Hein, arXiv 2003.01690, eq. 6), invariant to scale and shift of the logits. Needs at least 3 classes."""
     first, _, third = logits.topk(3, dim=1).values.unbind(dim=1)
     own = logits.gather(1, labels[:, None]).squeeze(1)
     others = logits.scatter(1, labels[:, None], float("-inf"))
@@ -42,7 +42,7 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, clean: Tensor) -> Tensor:
-    """KL(softmax(clean) || softmax(logits)), summed: what TRADES' attack raises."""
+    """KL(softmax(clean) || softmax(logits)), summed: the loss of TRADES' attack."""
     return F.kl_div(F.log_softmax(logits, dim=1), F.log_softmax(clean, dim=1), reduction="sum", log_target=True)
 
 
@@ -52,16 +52,16 @@ LOSSES: dict[LossName, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dl
 
 @contextmanager
 def attack_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter that asks for a gradient; afterwards each module and parameter as it was."""
+    """Set evaluation mode and disable parameter gradients; on exit all modes and flags are restored."""
     training = [(module, module.training) for module in model.modules()]
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
-    for parameter in asking:
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)
         for module, mode in training:
             module.training = mode
@@ -77,18 +77,18 @@ def input_gradient(model: nn.Module, pixels: Tensor, target: Tensor, loss: Loss)
 
 
 def default_step_size(eps: float, steps: int) -> float:
-    """2.5 eps / steps, as Madry et al. do, at most eps; in the units of eps."""
+    """2.5 eps / steps as in Madry et al., but at most eps; in the units of eps."""
     return min(2.5 * eps / steps, eps)
 
 
 class StepHook(Protocol):
-    """What a training method may change in the steps of an attack."""
+    """Hooks with which a training method modifies the steps of an attack."""
 
     def perturbation(self, delta: Tensor, k: int) -> Tensor:
-        """The perturbation [B, C, H, W] with which attack step k begins."""
+        """The perturbation [B, C, H, W] at the start of attack step k."""
 
     def passing(self, model: nn.Module, k: int) -> AbstractContextManager[None]:
-        """Around the forward and backward pass of attack step k."""
+        """Context manager around the forward and backward pass of attack step k."""
 
 
 def ascend(
@@ -103,7 +103,8 @@ def ascend(
     loss: Loss,
     hook: StepHook | None = None,
 ) -> Tensor:
-    """`steps` projected steps up the loss, from `x_adv` in the ball around `x`, both [B, C, H, W]; in `attack_mode`."""
+    """Take `steps` projected steps that increase the loss, from `x_adv` in the ball around `x`, both [B, C, H, W];
+    inside `attack_mode`."""
     for k in range(steps):
         if hook is None:
             gradient = input_gradient(model, x_adv, target, loss)
@@ -132,7 +133,7 @@ def pgd(
     ids: Tensor | None = None,
     purpose: str = "pgd",
 ) -> Tensor:
-    """Adversarial examples in the ball around `x`.
+    """Compute adversarial examples in the ball around `x`.
 
     Args:
         model: pixels in [0, 1] -> logits. Attacked in evaluation mode; modes and `requires_grad` are restored.

@@ -1,4 +1,4 @@
-"""Threat models: what a perturbation may be, in pixel units of [0, 1]."""
+"""Threat models: sets of allowed perturbations, for pixels in [0, 1]."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -14,11 +14,11 @@ from fulllora_dist.core.rng import SampleRng
 
 @dataclass(frozen=True)
 class Threat(ABC):
-    """A ball of perturbations around each image. All tensors are [B, C, H, W]; samples do not see each other.
+    """A ball of perturbations around each image. All tensors are [B, C, H, W]; samples are independent.
 
     Attributes:
-        norm: its name in the settings.
-        eps: its radius, in pixels of [0, 1].
+        norm: name of the norm in the settings.
+        eps: radius, for pixels in [0, 1].
     """
 
     norm: ClassVar[Norm]
@@ -29,20 +29,20 @@ class Threat(ABC):
             raise UserError(f"eps must be >= 0 and finite, got {self.eps:g}")
 
     def scaled(self, factor: float) -> Self:
-        """The ball of `factor` times the radius."""
+        """The ball with `factor` times the radius."""
         return replace(self, eps=self.eps * factor)
 
     @abstractmethod
     def project(self, delta: Tensor) -> Tensor:
-        """The nearest perturbation in the ball. Pulling it on into the box of images does not leave the ball."""
+        """The nearest perturbation in the ball. Clamping the image to [0, 1] afterwards does not leave the ball."""
 
     @abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The direction of unit norm in which the loss rises fastest; zero where the gradient is."""
+        """The direction of unit norm in which the loss rises fastest; zero if the gradient is zero."""
 
     @abstractmethod
     def random_start(self, rng: SampleRng, like: Tensor, radius: float | None = None) -> Tensor:
-        """Uniform in the ball of `radius` (eps unless given), of the shape and dtype of `like`."""
+        """A uniform sample in the ball of `radius` (default: eps), with the shape and dtype of `like`."""
 
 
 class Linf(Threat):
@@ -75,11 +75,11 @@ class L2(Threat):
     norm = "l2"
 
     def project(self, delta: Tensor) -> Tensor:
-        # never above 1, and exactly 1 inside: a projected perturbation stays what it is
+        # the factor is exactly 1 inside the ball, so that projecting twice changes nothing
         return delta * (self.eps / _norms(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        # by its largest entry first: squares of a fp32 gradient of 1e-25 would vanish, and with them the direction
+        # scale by the largest entry first: the squares of a fp32 gradient of 1e-25 would underflow
         tiny = torch.finfo(gradient.dtype).tiny
         gradient = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
         return gradient / _norms(gradient).clamp_min(tiny)
@@ -95,10 +95,10 @@ THREATS: dict[str, type[Threat]] = {"linf": Linf, "l2": L2}
 
 
 def threat_model(norm: str, eps: float) -> Threat:
-    """The ball of that norm and radius.
+    """The threat model with the given norm and radius.
 
     Raises:
-        UserError: an unknown norm, a radius that cannot be.
+        UserError: an unknown norm, or an invalid radius.
     """
     if norm not in THREATS:
         raise UserError(f"norm: {norm!r} is unknown; known: {', '.join(THREATS)}")
@@ -106,7 +106,7 @@ def threat_model(norm: str, eps: float) -> Threat:
 
 
 def in_box(pixels: Tensor) -> Tensor:
-    """The nearest image: pixels in [0, 1]. Used outside of graphs, where a clamp would zero gradients."""
+    """Clamp pixels to [0, 1]. Only used outside autograd graphs, as a clamp would zero gradients."""
     return torch.clamp(pixels, 0, 1)
 
 
@@ -116,7 +116,7 @@ def _norms(pixels: Tensor) -> Tensor:
 
 
 def size_in(norm: str, eps: float) -> str:
-    """A radius as the field writes it: Linf in grey levels, L2 as a length."""
+    """Format a radius as is common in the field: Linf in grey levels, L2 as a length."""
     return f"{norm} eps = {number_in(norm, eps)}"
 
 

@@ -1,4 +1,4 @@
-"""Arguments that several commands share."""
+"""Arguments shared by several commands."""
 
 import argparse
 
@@ -6,22 +6,22 @@ from fulllora_dist.config.describe import describe_settings
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """Arguments that train.py and evaluate.py share."""
+    """Create a parser with the arguments shared by train.py and evaluate.py."""
     result = argparse.ArgumentParser(
         description=description,
         epilog="settings (in the file, or as key=value arguments):\n" + describe_settings(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML file of settings; ready ones are in configs/"
+        "--config", required=True, metavar="FILE", help="YAML file with settings; see configs/ for examples"
     )
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings that win over the file's")
+    result.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     return result
 
 
 def add_num_samples(arguments: argparse.ArgumentParser) -> None:
-    """--num-samples (DeepSpeed's launcher would take --n for one of its own options)."""
+    """Add --num-samples (not --n, which DeepSpeed's launcher would take for an abbreviation of its own options)."""
     arguments.add_argument(
-        "--num-samples", metavar="N", help="evaluation.num_samples: images, drawn evenly over the classes"
+        "--num-samples", metavar="N", help="evaluation.num_samples: number of images, drawn evenly over the classes"
     )

@@ -1,4 +1,4 @@
-"""How a command ends: exit codes, and one line for bad input."""
+"""Entry points of commands: exit codes and one-line error messages."""
 
 import os
 import sys
@@ -8,11 +8,11 @@ from fulllora_dist.distributed.failures import exit_answer
 
 
 def run_entry(main: Callable[[], int | None]) -> None:
-    """Run an entry point: a `UserError` becomes one line on stderr and exit code 2, without a traceback; a rank that is
-    lost becomes one line and exit code 1, Ctrl-C one line and exit code 130.
+    """Run an entry point. A `UserError` prints one line to stderr without a traceback and exits with code 2; a lost
+    rank prints one line and exits with code 1, Ctrl-C with code 130.
 
-    Under a launcher every rank finds the same mistake before the ranks have met: rank 0 speaks for all. Later a
-    mistake may be one rank's own, so that rank speaks, with its number.
+    Under a launcher all ranks hit the same error before the process group is set up, so that only rank 0 prints it.
+    Later an error may be of a single rank, which then prints it with its number.
     """
     try:
         code = main()
@@ -29,5 +29,5 @@ def run_entry(main: Callable[[], int | None]) -> None:
         if line is not None:
             print(line, file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(code)  # no clean-up that could wait for ranks still in a collective
+        os._exit(code)  # skips clean-up, which could wait for ranks still in a collective
     sys.exit(code or 0)

@@ -1,9 +1,9 @@
 """Robust accuracy: `deepspeed --num_gpus N fulllora_dist/evaluate.py --config FILE --adapter WHERE [key=value ...]`.
 
-One process: `python fulllora_dist/evaluate.py --config FILE --adapter WHERE`. That is a folder, or a version
-in MLflow, models:/NAME@champion. Without --adapter: the bare backbone.
-data.validation comes from the config, and so does the backbone where no adapter is given; an adapter says which it is
-of, and a config of another one is refused. Prints a table, and writes the counts with --output.
+One process: `python fulllora_dist/evaluate.py --config FILE --adapter WHERE`. WHERE is a folder, or a version
+in MLflow, e.g. models:/NAME@champion. Without --adapter the bare backbone of the config is evaluated. An adapter has
+its own backbone, which must match the config. The images are those of data.validation. Prints a table, and writes the
+counts with --output.
 """
 
 import argparse
@@ -34,45 +34,45 @@ from fulllora_dist.training.build import (
 
 
 def check_inputs(config: Config, adapter: str | None, output: str | None = None) -> str:
-    """What can be refused before the ranks meet; returns the folder of shards.
+    """Check the inputs before the process group is set up. Returns the folder of shards.
 
     Args:
-        adapter, output: of the command line.
+        adapter, output: arguments of the command line.
 
     Raises:
-        UserError: naming the setting.
+        UserError: an invalid setting or argument, which the message names.
     """
     check_evaluation(config)
     folder = config.data.validation
     if folder is None:
-        raise UserError("data.validation is not set; give the folder of shards to evaluate on")
+        raise UserError("data.validation is not set; set it to the folder of shards to evaluate on")
     check_evaluated(config, load_index(folder, "data.validation"))
     if output is not None:
         check_output(output)
     local = adapter is not None and not in_mlflow(adapter) and "://" not in adapter
     if local and not os.path.exists(os.path.join(str(adapter), DESCRIPTION)):
-        raise UserError(f"--adapter: {adapter} holds no {DESCRIPTION}; give the folder adapter/ of a run")
+        raise UserError(f"--adapter: {adapter} has no {DESCRIPTION}; give the folder adapter/ of a run")
     return folder
 
 
 def build_evaluated(config: Config, adapter: str | None) -> AdaptedModel:
-    """The adapted model in fp32, or the bare backbone where no adapter is given.
+    """Build the adapted model in fp32, or the bare backbone without an adapter.
 
     Raises:
-        UserError: the adapter cannot be read, or is of another backbone than the config's.
+        UserError: the adapter cannot be read, or has a different backbone than the config.
     """
     if adapter is not None:
         model = load(adapter, checkpoint_path=config.model.checkpoint_path, uri=config.tracking_uri())
         _check_backbone(config.model, model.info, adapter)
         return model
     in_fp32 = config.model.model_copy(update={"precision": "fp32"})
-    # finetune: head adds nothing to the backbone
+    # finetune: head adds no branches to the backbone
     bare = config.model_copy(update={"finetune": "head", "adapter": AdapterSettings(), "model": in_fp32})
     return build_model(bare)
 
 
 def _check_backbone(settings: ModelSettings, info: BackboneInfo, adapter: str) -> None:
-    """Refuse settings that would have no effect, as the adapter says what its backbone is."""
+    """Check that the config agrees with the adapter's backbone, as its settings would have no effect otherwise."""
     arch, _, tag = settings.backbone.partition(".")
     its_arch, _, its_tag = info.name.partition(".")
     same = arch == its_arch and (not tag or not its_tag or tag == its_tag)
@@ -85,13 +85,13 @@ def _check_backbone(settings: ModelSettings, info: BackboneInfo, adapter: str) -
     for key, (ours, its) in pairs.items():
         if (list(ours) if isinstance(ours, tuple) else ours) != (list(its) if isinstance(its, tuple) else its):
             raise SharedUserError(
-                f"model.{key}: {ours}, but the adapter {redacted(adapter)} is of {its}; give the config that it was "
-                "trained with"
+                f"model.{key}: must be {its} for the adapter {redacted(adapter)}, got {ours}; use the config that it "
+                "was trained with"
             )
 
 
 def _other_norm(args: argparse.Namespace) -> bool:
-    """Whether the command line changes the norm of the config, whose sizes mean nothing then."""
+    """Whether the command line changes the norm of the config, which makes the config's eps meaningless."""
     given = [override for override in args.overrides if override.startswith("threat.norm=")]
     given += [f"threat.norm={args.norm}"] if args.norm else []
     others = [override for override in args.overrides if not override.startswith("threat.")]
@@ -99,16 +99,16 @@ def _other_norm(args: argparse.Namespace) -> bool:
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
-    """The command line, and the config with what the command line says of it.
+    """Parse the command line, and load the config with its overrides.
 
     Raises:
-        UserError: naming the setting.
+        UserError: an invalid setting or argument, which the message names.
     """
     arguments = parser(__doc__ or "")
     arguments.add_argument(
         "--adapter",
         metavar="WHERE",
-        help="a folder, models:/NAME@ALIAS or models:/NAME/VERSION; left out: the bare backbone",
+        help="a folder, models:/NAME@ALIAS or models:/NAME/VERSION; default: the bare backbone",
     )
     arguments.add_argument(
         "--attacks",
@@ -117,14 +117,14 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     )
     add_num_samples(arguments)
     arguments.add_argument("--first", metavar="N", help="evaluation.first: the first N images")
-    arguments.add_argument("--ids", metavar="FILE", help="evaluation.ids: a file with an id or an image's name a line")
-    arguments.add_argument("--eps", metavar="K/255,...", help="threat.eps, and evaluation.eps where there are several")
+    arguments.add_argument("--ids", metavar="FILE", help="evaluation.ids: a file with one id or image name per line")
+    arguments.add_argument("--eps", metavar="K/255,...", help="threat.eps; further ones are evaluation.eps")
     arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf or l2")
     arguments.add_argument(
         "--output",
         metavar="FILE",
-        help="where evaluation.json goes, with figures beside it; the same command goes on after a kill. Left out: the "
-        "table alone",
+        help="path of evaluation.json, with figures next to it; the same command resumes after a kill. Default: only "
+        "the table",
     )
     args = arguments.parse_intermixed_args(argv)
     for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "output"):
@@ -132,12 +132,12 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         parts = given.split(",") if given and name in ("attacks", "eps") else [given]
         if given is not None and not all(part.strip() for part in parts):
             raise UserError(
-                f"--{name.replace('_', '-')}: {given!r} is empty somewhere; leave the option out, or give what it takes"
+                f"--{name.replace('_', '-')}: must not have empty values, got {given!r}; complete or remove it"
             )
     eps, *more = args.eps.split(",") if args.eps else (None,)
     other_norm = _other_norm(args)
     if other_norm and eps is None and not any(override.startswith("threat.eps=") for override in args.overrides):
-        raise UserError("threat.norm: the balls of linf and l2 have no common size; give --eps too")
+        raise UserError("threat.norm: eps of linf and l2 are not comparable; give --eps too")
     short = {
         "evaluation.attacks": args.attacks and f"[{args.attacks}]",
         "evaluation.num_samples": args.num_samples,
@@ -152,7 +152,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate as the command line says."""
+    """Evaluate according to the command line."""
     args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter, args.output)
     if args.output:

@@ -1,4 +1,4 @@
-"""What a run will cost, before a GPU is touched: counted on the meta device, where nothing is allocated."""
+"""Estimate the cost of a run without a GPU, on the meta device, where no memory is allocated."""
 
 import os
 from typing import NamedTuple
@@ -17,16 +17,16 @@ from fulllora_dist.training.phases import build_phases
 
 IMAGENET = 1_281_167
 ASSUMED_FLOPS = 3e14
-"""Sustained FLOP/s of one GPU that the hours are given for: about 30 % of an H200's bf16 peak."""
+"""Assumed sustained FLOP/s of one GPU for the estimate of GPU-hours: about 30 % of an H200's bf16 peak."""
 
 
 class _SavedBytes:
-    """Bytes that autograd keeps for backward, each storage once, parameters and buffers left out."""
+    """Bytes that autograd saves for the backward pass; counts each storage once, without parameters and buffers."""
 
     def __init__(self, model: AdaptedModel):
         self._own = {id_of(t) for t in (*model.parameters(), *model.buffers())}
         self._seen: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # a storage that died could lend its identity to another
+        self._kept: list[Tensor] = []  # a freed storage could pass its identity on to another
 
     def pack(self, tensor: Tensor) -> Tensor:
         key = id_of(tensor)
@@ -41,12 +41,12 @@ class _SavedBytes:
 
 
 def id_of(tensor: Tensor) -> int:
-    """Identity of a tensor's storage, on the meta device too."""
+    """Identity of a tensor's storage, also on the meta device."""
     return tensor.untyped_storage()._cdata
 
 
 class _Cost(NamedTuple):
-    """Of a forward and backward pass for one image, to what requires a gradient; `flops` is of both."""
+    """Cost of a forward and backward pass for one image; `flops` is the sum of both."""
 
     forward_flops: int
     flops: int
@@ -66,13 +66,14 @@ def _count(model: AdaptedModel, size: int) -> _Cost:
 
 
 def estimate(config: Config, ranks: int | None = None) -> str:
-    """Parameters, passes, FLOPs, memory and communication of a run, as a table for people.
+    """Estimate parameters, passes, FLOPs, memory and communication of a run, as readable text.
 
     Args:
-        ranks: to plan for; the launcher's WORLD_SIZE, else the most up to 8 that divide the batch, unless given.
+        ranks: number of ranks; defaults to the launcher's WORLD_SIZE, else the largest number up to 8 that divides the
+            batch.
 
     Raises:
-        UserError: settings that do not fit together.
+        UserError: invalid settings.
     """
     parts = config.optim.batch_size // config.distributed.gradient_accumulation_steps
     likely = next(n for n in range(8, 0, -1) if parts % n == 0)

@@ -23,10 +23,10 @@ from fulllora_dist.training.trainer import Trainer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the command line says; the exit code is 128 + the signal's number where one ended the run."""
+    """Train according to the command line. The exit code is 128 + the signal number if a signal ended the run."""
     arguments = parser(__doc__ or "")
     arguments.add_argument(
-        "--dry-run", action="store_true", help="check the settings, estimate the cost, train nothing"
+        "--dry-run", action="store_true", help="check the settings and estimate the cost without training"
     )
     args = arguments.parse_intermixed_args(argv)
     config = load_config(args.config, args.overrides)
@@ -41,17 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.say(str(model.report))
         track_data(config, run.tracker)
         stream = build_stream(config, model.info, run.comm)
-        run.say(f"{stream.steps_per_epoch} batches an epoch, {stream.dropped} images left over in each")
+        run.say(f"{stream.steps_per_epoch} batches per epoch, {stream.dropped} images dropped in each")
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
         guard = build_guard(config, model.info, run.comm)
-        trainer = Trainer(run, model, stream, phases, guard)  # resumes where there is something to resume
+        trainer = Trainer(run, model, stream, phases, guard)  # resumes from a checkpoint, if any
         try:
             trainer.train()
         except Collapsed:
             try:
                 save_best(run, summarize(config, trainer))
-            except SharedUserError as error:  # why the run ends is worth more
+            except SharedUserError as error:  # must not hide why the run ends
                 run.say(f"warning: {error}")
             raise
         if not trainer.stopped:
@@ -63,4 +63,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.say(
             f"stopped at batch {trainer.step} of {trainer.total_steps}; re-run the same command to resume from {place}"
         )
-        return 128 + (run.stop.signal or signal.SIGTERM)  # the signal may have come to another rank
+        return 128 + (run.stop.signal or signal.SIGTERM)  # the signal may have been sent to another rank

@@ -14,7 +14,7 @@ def describe_settings() -> str:
     def describe(model: type[BaseModel], prefix: str) -> None:
         for key, field in model.model_fields.items():
             if key == "name" and issubclass(model, MethodSettings):
-                continue  # the heading says it
+                continue  # shown in the heading
             section = section_of(field.annotation)
             one = section is field.annotation
             if section is not None and not issubclass(section, MethodSettings) and one:

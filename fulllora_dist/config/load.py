@@ -1,4 +1,4 @@
-"""From a YAML file and `key=value` arguments to a checked `Config`: one clear line for whatever is wrong."""
+"""Load a `Config` from a YAML file and `key=value` arguments; any error is a single clear line."""
 
 import os
 from collections.abc import Sequence
@@ -20,20 +20,20 @@ from fulllora_dist.tracking.settings import TrackingSettings
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
-    """The checked config of a file, with `key=value` overrides (`optim.lr=1e-3`).
+    """Load and validate a config file, with `key=value` overrides (`optim.lr=1e-3`).
 
-    A file may name another one, relative to itself, under `base`; its own keys win.
+    A file may inherit from another one, given relative to itself under `base`; its own keys take precedence.
 
     Raises:
-        UserError: one line that names the setting or file.
+        UserError: an invalid setting or file, which the message names.
     """
     merged = _read(path)
     settings = []
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"{override!r} is no setting; write key=value, e.g. optim.lr=1e-3")
-        # a name alone would be lost when a setting of the method follows it
+            raise UserError(f"{override!r} is not a setting; write key=value, e.g. optim.lr=1e-3")
+        # a bare name would be overwritten by a following setting of the method
         named = key == "method" and not value.lstrip().startswith(("{", "["))
         settings.append(f"method.name={value}" if named else override)
     try:
@@ -43,7 +43,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: {_first_line(error)}") from None
     plugins = values.get("plugins") or []
     if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
-        raise UserError(f"{path}: plugins: {plugins!r} is no list of modules or files; write plugins=[{plugins}]")
+        raise UserError(
+            f"{path}: plugins: must be a list of modules or files, got {plugins!r}; write plugins=[{plugins}]"
+        )
     import_plugins(plugins)
     try:
         return Config.model_validate(values)
@@ -52,13 +54,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_frame(path: Path, output_dir: str | None = None) -> Config:
-    """`run` and `tracking` alone of a resolved config; its plugins, which the rest may need, are not imported.
+    """Load only `run` and `tracking` of a resolved config, without importing the plugins that the rest may need.
 
     Args:
-        output_dir: path of the run's output folder from here, where it may be mounted elsewhere.
+        output_dir: the run's output folder as seen from here, in case it is mounted at a different path.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         values: Any = OmegaConf.to_container(OmegaConf.load(path))
@@ -68,12 +70,12 @@ def read_frame(path: Path, output_dir: str | None = None) -> Config:
             "tracking": TrackingSettings.model_validate(values["tracking"]),
         }
         return Config.model_construct(**parts)
-    except Exception as error:  # of the disk, YAML, or another version's settings
+    except Exception as error:  # a disk error, invalid YAML, or settings of another version
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:150]})") from None
 
 
 def _merge(below: Any, above: Any) -> Any:
-    """`above` wins key by key. Settings of a method are its own: naming another method drops them."""
+    """Merge two configs; keys of `above` take precedence. Choosing another method drops the settings of the old one."""
     old, new = below.get("method"), above.get("method")
     if isinstance(old, str):
         below["method"] = old = {"name": old}
@@ -83,26 +85,26 @@ def _merge(below: Any, above: Any) -> Any:
         return OmegaConf.merge(below, above)
     except (TypeError, OmegaConfBaseException):
         raise UserError(
-            f"a list or value stands for a section, or a section for one, in {', '.join(map(str, above))}"
+            f"{', '.join(map(str, above))}: cannot merge a section with a list or value; write a section in both files"
         ) from None
 
 
 def _read(path: str, named_by: Sequence[str] = ()) -> Any:
     if not os.path.isfile(path):
-        raise UserError(f"--config: {path} does not exist; ready ones are in configs/")
+        raise UserError(f"--config: {path} does not exist; see configs/ for examples")
     try:
         values: Any = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no valid YAML: {_first_line(error)}") from None
+        raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from None
     if not OmegaConf.is_dict(values):
-        raise UserError(f"{path} is empty or a list; it should hold sections such as model: and data:")
+        raise UserError(f"{path} is empty or a list; it must contain sections such as model: and data:")
     base = values.pop("base", None)
     if base is None:
         return values
     chain = (*named_by, os.path.realpath(path))
     below = os.path.join(os.path.dirname(path), str(base))
     if os.path.realpath(below) in chain:
-        raise UserError(f"{path}: base: {base} leads back to itself; name a file that shares its settings")
+        raise UserError(f"{path}: base: {base} refers back to itself; name a different file")
     return _merge(_read(below, chain), values)
 
 
@@ -111,13 +113,13 @@ def _first_line(error: Exception) -> str:
 
 
 def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
-    """The keys that the section at `location` takes."""
+    """The valid keys of the section at `location`."""
     model: type[BaseModel] | None = Config
     for part in location:
         values = values[part]
         if part == "method":
             return list(METHODS[values["name"]].Settings.model_fields)
-        if isinstance(part, str):  # a number is a place in a list of sections
+        if isinstance(part, str):  # a number is an index in a list of sections
             field = model.model_fields.get(part) if model else None
             model = section_of(field.annotation) if field else None
     return list(model.model_fields) if model else []

@@ -1,4 +1,4 @@
-"""Methods and families from outside the package: modules that register them when they are imported."""
+"""Plugins: modules outside the package that register methods and families when imported."""
 
 import importlib
 import importlib.util
@@ -10,18 +10,18 @@ from importlib.metadata import entry_points
 from fulllora_dist.core.errors import UserError
 
 GROUP = "fulllora_dist.plugins"
-"""Entry points of installed packages that are imported without being named in a config."""
+"""Entry point group of installed packages, which are imported without being named in a config."""
 
 
 def import_plugins(names: Iterable[str]) -> None:
-    """Import the installed plugins, then those that are named.
+    """Import the installed plugins, then the named ones.
 
     Args:
-        names: of modules on Python's path or in the working directory, or paths of .py files, which become modules of
-            the file's name.
+        names: modules on Python's path or in the working directory, or paths of .py files, which are imported as
+            modules under the name of the file.
 
     Raises:
-        UserError: one cannot be imported; names it and the reason.
+        UserError: a plugin cannot be imported; the message names it and the reason.
     """
     for entry in entry_points(group=GROUP):
         _import(entry.module)
@@ -34,10 +34,10 @@ def _import(name: str) -> None:
         if name.endswith(".py"):
             _import_file(name)
         else:
-            if os.getcwd() not in sys.path:  # a script's path begins with its own folder instead
+            if os.getcwd() not in sys.path:  # a script has its own folder on the path instead
                 sys.path.append(os.getcwd())
             importlib.import_module(name)
-    except Exception as error:  # somebody else's code: whatever it raises
+    except Exception as error:  # third-party code may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"plugins: {name} cannot be imported ({reason})") from None
 

@@ -1,6 +1,6 @@
-"""Every setting of a run, typed, with its meaning under it.
+"""All settings of a run, typed and documented.
 
-`load.py` reads a YAML file and the command line into a `Config`; `--help` prints every setting with its meaning.
+`load.py` reads a YAML file and the command line into a `Config`; `--help` prints every setting with its docstring.
 """
 
 import os
@@ -33,12 +33,12 @@ from fulllora_dist.tracking.summary import RunSummary
 
 
 def _tracking(value: object) -> object:
-    """`none` or null -> the settings of no tracking."""
+    """Turn `none` or null into disabled tracking."""
     return {"enabled": False} if value in (None, "none") else value
 
 
 PIXELS = ("step_size", "start")
-"""Settings of methods that are sizes of a perturbation."""
+"""Method settings that are perturbation sizes, for pixels in [0, 1]."""
 
 _DERIVED_FROM_OURS = {
     "train_batch_size": "optim.batch_size",
@@ -70,12 +70,12 @@ class Config(Settings):
     """Parts of the run with other settings, e.g. small images and a single-step method first, then PGD at full size."""
     targets: TargetSettings = TargetSettings()
     plugins: tuple[str, ...] = ()
-    """Modules or .py files to import first, which register methods and families (docs/extending.md)."""
+    """Modules or .py files to import, which register methods and families (docs/extending.md)."""
     data: DataSettings
     optim: OptimSettings = OptimSettings()
     distributed: DistributedSettings = DistributedSettings()
     deepspeed: dict[str, Any] = Field({})
-    """Further DeepSpeed settings; those that are derived from ours are refused."""
+    """Additional DeepSpeed settings; those derived from other settings are rejected."""
     run: RunSettings
     guard: GuardSettings = GuardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -85,14 +85,16 @@ class Config(Settings):
     def _agree(self) -> "Config":
         for key in self.deepspeed:
             if key in _DERIVED_FROM_OURS:
-                raise ValueError(f"deepspeed.{key} follows from {_DERIVED_FROM_OURS[key]}; set that instead")
+                raise ValueError(f"deepspeed.{key} is derived from {_DERIVED_FROM_OURS[key]}; set that instead")
         zero = self.deepspeed.get("zero_optimization", {})
         if not isinstance(zero, Mapping):
             raise ValueError(
                 f"deepspeed.zero_optimization: must be a section, got {zero!r}; its stage is distributed.zero_stage"
             )
         if "stage" in zero:
-            raise ValueError("deepspeed.zero_optimization.stage follows from distributed.zero_stage; set that instead")
+            raise ValueError(
+                "deepspeed.zero_optimization.stage is derived from distributed.zero_stage; set that instead"
+            )
         if self.optim.batch_size % self.distributed.gradient_accumulation_steps:
             raise ValueError(
                 "optim.batch_size must be divisible by distributed.gradient_accumulation_steps, got "
@@ -137,11 +139,11 @@ class Config(Settings):
             )
 
     def tracking_uri(self) -> str:
-        """Where MLflow writes: our setting, else MLFLOW_TRACKING_URI, else sqlite beside the output folder."""
+        """The MLflow tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else sqlite next to the output folder."""
         beside = os.path.join(os.path.dirname(os.path.abspath(self.run.output_dir)), "mlflow.db")
         return self.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"
 
     def tracked_run(self) -> RunSummary:
-        """What the tracker and the registry are told of this run."""
+        """The summary of this run for the tracker and the registry."""
         name = self.tracking.run_name or os.path.basename(os.path.abspath(self.run.output_dir))
         return RunSummary(self.run.output_dir, self.tracking, self.tracking_uri(), name, self.model_dump(mode="json"))

@@ -11,7 +11,7 @@ from fulllora_dist.methods import METHODS, MethodSettings
 
 
 def _method(value: object) -> object:
-    """`pgd` or {name: pgd, ...} -> the settings of that method."""
+    """Turn `pgd` or {name: pgd, ...} into the settings of that method."""
     if isinstance(value, str):
         value = {"name": value}
     if isinstance(value, Mapping):

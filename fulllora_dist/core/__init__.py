@@ -1,1 +1,1 @@
-"""What every room may use: errors, randomness, units, atomic files, the base of settings, intervals."""
+"""Used by all packages: errors, randomness, units, atomic files, the base of settings, confidence intervals."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files."""
 
 import glob
 import os
@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 STALE_SECONDS = 600.0
-"""Without a write, after which a temporary file belongs to a process that was killed."""
+"""Age of a temporary file without writes, after which its process is assumed dead."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` only once it is whole and on disk (temporary name, fsync, rename).
+    """Open a file that appears as `path` only when completely written (temporary name, fsync, rename).
 
-    Several may write it at once: the last that ends stays. What killed processes left is removed.
+    With several writers the last one to finish wins. Stale temporary files of killed processes are removed.
     """
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with suppress(FileNotFoundError):

@@ -1,9 +1,9 @@
-"""The one exception that users cause, and how an entry point answers it."""
+"""The exception for user errors."""
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names the setting or file and says what would be right."""
+    """Invalid input. The message is one line that names the setting or file and says how to fix it."""
 
 
 class SharedUserError(UserError):
-    """One that every rank finds at the same moment, after they have met."""
+    """A user error raised on all ranks at the same point, after the process group is set up."""

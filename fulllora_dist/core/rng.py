@@ -1,6 +1,6 @@
 """Randomness keyed by (seed, purpose, step, sample id).
 
-Nothing here draws from a stream of calls, so the noise of a sample does not depend on which rank, worker or
+There is no global generator state, so the noise of a sample does not depend on which rank, worker or
 micro-batch holds it, on the device, or on what was drawn before a restart. The generator is SplitMix64 used as a
 counter-based generator (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014):
 output i of key k is mix64(k + (i + 1) * GOLDEN).
@@ -25,7 +25,7 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift of int64: torch's `>>` copies the sign bit, which the mask removes."""
+    """Logical right shift of int64: torch's `>>` copies the sign bit, which the mask removes."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -42,7 +42,7 @@ def base_key(seed: int, purpose: str, step: int) -> int:
 
 
 class SampleRng:
-    """Random numbers for a batch, one independent stream per sample. Draws advance one shared counter."""
+    """Random numbers for a batch, with an independent stream per sample. Draws advance a shared counter."""
 
     def __init__(self, keys: torch.Tensor):
         self._keys = keys  # int64 [B]
@@ -63,17 +63,17 @@ class SampleRng:
 
 
 def sample_rng(seed: int, purpose: str, step: int, ids: torch.Tensor) -> SampleRng:
-    """The source of randomness that depends on data.
+    """Create random number streams for the samples of a batch.
 
     Args:
         seed: the run's seed.
         purpose: what the numbers are for, e.g. "pgd/start/0"; different purposes are independent.
         step: the optimizer update (or epoch) they belong to.
-        ids: int64 [B], the samples' ids; the result lives on their device.
+        ids: int64 [B], the samples' ids; the numbers are generated on their device.
     """
     return SampleRng(_mix64((ids + 1) * _signed(_GOLDEN) ^ _signed(base_key(seed, purpose, step))))
 
 
 def numpy_rng(seed: int, purpose: str, step: int, sample_id: int = 0) -> np.random.Generator:
-    """The same keys for code on the host (epoch order, augmentation): a numpy Philox generator."""
+    """Create a numpy Philox generator from the same keys, for code on the host (epoch order, augmentation)."""
     return np.random.Generator(np.random.Philox(key=[base_key(seed, purpose, step), sample_id]))

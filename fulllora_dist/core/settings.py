@@ -1,4 +1,4 @@
-"""The base of all settings, and the types that several sections share."""
+"""The base class of all settings, and field types shared by several sections."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 
 class Settings(BaseModel):
-    """Base of all sections: unknown keys are refused, nothing changes after the start."""
+    """Base class of all sections: unknown keys are rejected, and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -23,7 +23,7 @@ Area = Annotated[float, Field(gt=0, le=1)]
 
 
 def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(name, value) of all settings, those of a section as `section.name`; an empty section is a value."""
+    """Yield (name, value) of all settings, those of a section as `section.name`; an empty section is a value."""
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from flattened(value, f"{prefix}{key}.")
@@ -32,17 +32,17 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The settings behind a field: of a section, or of each section in a tuple of them."""
+    """The settings class of a field that is a section or a tuple of sections, else None."""
     if get_origin(annotation) is tuple:
         annotation = get_args(annotation)[0]
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def explain(error: ValidationError, known_keys: Callable[[Sequence[Any]], Sequence[str]]) -> str:
-    """The first thing that is wrong, and what would be right. A mistyped key comes before what it leaves missing.
+    """Describe the first validation error and how to fix it. Unknown keys come first: a typo also leaves a key missing.
 
     Args:
-        known_keys: the keys that the section at a location takes.
+        known_keys: returns the valid keys of the section at a location.
     """
     errors = error.errors()
     details = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])

@@ -1,14 +1,14 @@
-"""Tables of text, as every command prints them."""
+"""Text tables for the output of commands."""
 
 from collections.abc import Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], align: str = "l") -> str:
-    """Aligned columns, two spaces apart, without trailing spaces.
+    """Format rows as aligned columns, two spaces apart, without trailing spaces.
 
     Args:
-        rows: cells of each row, the header's first; all of one length.
-        align: "l" or "r" for each column; its last letter holds for all further ones.
+        rows: cells of each row, the header first; all of the same length.
+        align: "l" or "r" for each column; the last letter applies to all further columns.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = align.ljust(len(widths), align[-1])

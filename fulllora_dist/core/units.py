@@ -1,4 +1,4 @@
-"""Sizes in pixel units of [0, 1] as settings."""
+"""Perturbation sizes as settings, for pixels in [0, 1]."""
 
 from typing import Annotated
 
@@ -6,7 +6,7 @@ from pydantic import BeforeValidator
 
 
 def parse_size(value: object) -> object:
-    """ "4/255" or a number -> a float, 0 or more.
+    """Parse "4/255" or a number to a float >= 0.
 
     Raises:
         ValueError: not a number, or negative.
@@ -18,7 +18,7 @@ def parse_size(value: object) -> object:
         size = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
         raise ValueError(
-            f"{value!r} is no size in pixels; write a number in [0, 1] or a fraction such as 4/255"
+            f"{value!r} is not a size in pixels; write a number in [0, 1] or a fraction such as 4/255"
         ) from None
     if not 0 <= size < float("inf"):
         raise ValueError(f"{value} is outside [0, 1], the range of a pixel")
@@ -26,10 +26,10 @@ def parse_size(value: object) -> object:
 
 
 def check_pixel_range(size: float) -> float:
-    """A change of single pixels (Linf) cannot be over 1; lengths over whole images (L2) can.
+    """Check that a change of single pixels (Linf) is at most 1; lengths over whole images (L2) may be larger.
 
     Raises:
-        ValueError: over 1, which means units of 0..255.
+        ValueError: over 1, which suggests units of 0..255.
     """
     if size > 1:
         raise ValueError(

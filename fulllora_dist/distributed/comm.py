@@ -1,4 +1,4 @@
-"""This process among the others of the run: rank, device, and the few collectives that are not the engine's."""
+"""Communication between the ranks of a run: rank, device, and the few collectives outside the engine."""
 
 import contextlib
 import os
@@ -18,20 +18,23 @@ from fulllora_dist.core.errors import SharedUserError, UserError
 
 T = TypeVar("T")
 
-# (host, process id) of every rank, to tell which one has died; known once they have met
+# (host, process id) of every rank, to name the one that died; empty before the process group is set up
 _processes: list[tuple[str, int]] = []
 
 
 class Counters:
-    """Whole numbers by name that all ranks add to, one after the other; each begins at 0. Where `store` is None there
-    is one rank alone."""
+    """Named integer counters shared by all ranks, initially 0.
+
+    Args:
+        store: key-value store of the ranks; None for a single rank.
+    """
 
     def __init__(self, store: dist.Store | None):
         self._store = store
         self._own: dict[str, int] = {}
 
     def add(self, name: str, amount: int) -> int:
-        """The number after adding `amount`; no other rank gets this one in between."""
+        """Atomically add `amount` and return the result."""
         if self._store is not None:
             return self._store.add(name, amount)
         self._own[name] = self._own.get(name, 0) + amount
@@ -40,13 +43,13 @@ class Counters:
 
 @dataclass(frozen=True)
 class Comm:
-    """Where this process stands.
+    """The position of this process among the ranks, and collectives over them.
 
     Attributes:
-        rank, world: of this process, over all nodes.
-        device: where the model lives.
-        control: a gloo group for small host-side messages, which costs no synchronisation with the GPU.
-        patience: how long a rank waits for others in a collective.
+        rank, world: global rank and number of ranks.
+        device: the device of the model.
+        control: a gloo group for small host-side messages, without GPU synchronisation.
+        patience: timeout of collectives.
     """
 
     rank: int
@@ -60,7 +63,7 @@ class Comm:
         return self.rank == 0
 
     def max_each(self, numbers: Sequence[int]) -> list[int]:
-        """The largest that any rank has of each of some numbers. One collective."""
+        """The element-wise maximum over all ranks. One collective."""
         if self.world == 1:
             return list(numbers)
         vote = torch.tensor(numbers)
@@ -75,7 +78,7 @@ class Comm:
         return values
 
     def gather(self, value: torch.Tensor) -> list[torch.Tensor] | None:
-        """Equally shaped host tensors of all ranks in rank order, on rank 0 alone."""
+        """Gather host tensors of equal shape in rank order; None on all ranks but rank 0."""
         value = value.detach().cpu().contiguous()
         if self.world == 1:
             return [value]
@@ -84,7 +87,7 @@ class Comm:
         return parts
 
     def all_gather_list(self, items: list[Any]) -> list[Any]:
-        """The items of all ranks in rank order, on every rank. Cheap where there are none."""
+        """The items of all ranks in rank order, on every rank. Cheap if all lists are empty."""
         if self.world == 1 or not self.max_each([len(items)])[0]:
             return list(items)
         parts: list[Any] = [None] * self.world
@@ -104,17 +107,20 @@ class Comm:
         if self.world == 1:
             return tensors or {}
         shapes = self.broadcast({name: (t.shape, t.dtype) for name, t in (tensors or {}).items()})
-        found = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        received = tensors or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
         for name in shapes:
-            found[name] = found[name].contiguous()
-            dist.broadcast(found[name], src=0, group=self.control)
-        return found
+            received[name] = received[name].contiguous()
+            dist.broadcast(received[name], src=0, group=self.control)
+        return received
 
     def run_on_rank0(self, call: Callable[[], T], failing: str = "") -> T | None:
-        """`call()` on rank 0, while the others wait; they get None.
+        """Return `call()` on rank 0; the other ranks wait and get None.
+
+        Args:
+            failing: prefix of the message if it fails with an OSError.
 
         Raises:
-            SharedUserError: on every rank, where it raises a UserError there, or an OSError; `failing` says of what.
+            SharedUserError: on every rank, if `call` raises a UserError or an OSError.
         """
         result, error = None, None
         if self.is_main:
@@ -130,14 +136,14 @@ class Comm:
         return result
 
     def limit_waiting(self) -> None:
-        """`patience` for every group that there is: those of DeepSpeed come with torch's own."""
+        """Apply `patience` to all process groups: DeepSpeed creates its own with torch's default timeout."""
         groups = dist.distributed_c10d
         set_timeout = getattr(groups, "set_timeout", None) or groups._set_pg_timeout
         for group in groups._world.pg_map:
             set_timeout(self.patience, group)
 
     def counters(self) -> Counters:
-        """New ones, at zero. Rank 0 serves them: it may leave only when no rank counts any more."""
+        """Create new counters at zero. Rank 0 serves them, so it must not exit before all ranks are done counting."""
         if self.world == 1:
             return Counters(None)
         host = os.environ["MASTER_ADDR"]  # of rank 0
@@ -152,27 +158,27 @@ class Comm:
 
 
 def processes() -> list[tuple[str, int]]:
-    """(host, process id) of every rank, once they have met."""
+    """(host, process id) of every rank; empty before `start_comm`."""
     return _processes
 
 
 def hosts() -> list[str]:
-    """The host of every rank, once they have met."""
+    """The host of every rank; only this one before `start_comm`."""
     return [host for host, _ in _processes] or [socket.gethostname()]
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, also before the ranks have met."""
+    """Whether this is rank 0, also before `start_comm`."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def start_comm(timeout_minutes: float = 30) -> Comm:
-    """Join the ranks that the launcher started, or be the only one under plain `python`.
+    """Join the ranks that the launcher started, or run as the only one under plain `python`.
 
-    NCCL where there are GPUs (one a local rank), else gloo. Call once a process.
+    Uses NCCL with one GPU per local rank, or gloo without GPUs. Call once per process.
 
     Args:
-        timeout_minutes: how long a rank waits for others in a collective.
+        timeout_minutes: timeout of collectives.
 
     Raises:
         UserError: the launcher's variables are incomplete, or there are more local ranks than GPUs.
@@ -180,7 +186,7 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
     try:
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}; a launcher sets them to integers") from None
+        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}; must be integers, as set by a launcher") from None
     if world > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError("MASTER_ADDR and MASTER_PORT are not set, but WORLD_SIZE is over 1; start with `deepspeed`")
     patience = timedelta(minutes=timeout_minutes)
@@ -190,7 +196,10 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
         visible = torch.cuda.device_count()
         local = local if visible > 1 or local == 0 else 0  # a scheduler may show each task only its own GPU
         if local >= visible:
-            raise UserError(f"LOCAL_RANK {local} has no GPU: {visible} are visible; start fewer ranks a node")
+            raise UserError(
+                f"LOCAL_RANK must be below the number of visible GPUs ({visible}), got {local}; "
+                "start fewer ranks per node"
+            )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -207,14 +216,14 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
 
 
 def stop_comm() -> None:
-    """Leave, so that no rank waits for this one."""
+    """Leave the process group, so that no rank waits for this one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listened on just now, below those that a system gives to whoever asks for
-    any: none of the many connections of ranks has taken it before it is used."""
+    """A free TCP port of 127.0.0.1, below the ephemeral range, so that a rank's connections do not take it before it is
+    used."""
     while True:
         port = 10_000 + secrets.randbelow(20_000)
         with socket.socket() as listener, contextlib.suppress(OSError):
@@ -223,7 +232,7 @@ def free_port() -> int:
 
 
 def local_launcher(ranks: int) -> list[str]:
-    """What to put before a script and its arguments to run it on that many ranks of this machine, on a free port."""
+    """The command prefix that runs a script on `ranks` ranks of this machine, on a free port."""
     if ranks == 1:
         return [sys.executable]
     deepspeed = Path(sys.executable).with_name("deepspeed")

@@ -1,8 +1,9 @@
-"""DeepSpeed behind two doors: `attack_view` for attacks, `accumulate` and the call for weights.
+"""The DeepSpeed engine: attacks use the bare module (`attack_view`), weight steps the engine (`accumulate`, the call).
 
-An attack through the DeepSpeed engine raises at ZeRO 0 to 2 and silently changes the result at 3; through the module
-it is exact at every stage and communicates nothing at 0 to 2. So attacks get the module, and only the weight step goes
-through the engine. Nothing of DeepSpeed is seen outside this folder; its private parts are in `zero_state.py`.
+An attack through the DeepSpeed engine raises an error at ZeRO 0 to 2 and silently changes the result at 3; through the
+module it is exact at every stage and needs no communication at 0 to 2. So attacks get the module, and only the weight
+step goes through the engine. DeepSpeed is not used outside this folder; its private attributes are accessed in
+`zero_state.py`.
 """
 
 import os
@@ -28,13 +29,14 @@ from fulllora_dist.models.adapted_model import AdaptedModel
 def deepspeed_settings(
     optim: OptimSettings, settings: DistributedSettings, extra: dict[str, Any], world: int, trainable: int
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; `extra` is the config's own `deepspeed` block.
+    """DeepSpeed's configuration, derived from our settings.
 
-    Computing in bf16 is the model's own matter (`models/precision.py`): to DeepSpeed everything that trains is fp32.
+    bf16 is handled by the model (`models/precision.py`): for DeepSpeed all trainable parameters are fp32.
 
     Args:
-        trainable: number of parameters that train. DeepSpeed allocates its whole gradient bucket, 5e8 numbers (2 GB)
-            unless told, in every weight step, however few there are.
+        extra: the `deepspeed` section of the config.
+        trainable: number of trainable parameters, which limits the gradient bucket: by default DeepSpeed allocates 5e8
+            numbers (2 GB) in every weight step, however few there are.
     """
     zero = {"stage": settings.zero_stage, "reduce_bucket_size": min(trainable, 500_000_000)}
     zero |= extra.get("zero_optimization", {})
@@ -54,15 +56,15 @@ class Engine:
     """The adapted model under DeepSpeed.
 
     Args:
-        model: on any device; it is moved to the rank's.
-        extra: the config's own `deepspeed` block.
+        model: on any device; moved to the device of the rank.
+        extra: the `deepspeed` section of the config.
         total_updates: length of the learning rate schedule.
 
     Attributes:
-        updates: optimizer updates made: the place in the learning rate schedule.
-        skipped: updates that were not made, as the loss or gradient of a rank was not finite; all skip together.
-        skipped_in_a_row: the last of them, since one was made.
-        lr_scale: factor of the whole learning rate schedule.
+        updates: number of optimizer updates made, the position in the learning rate schedule.
+        skipped: number of updates skipped because loss or gradient of a rank was not finite; all ranks skip together.
+        skipped_in_a_row: number of updates skipped since the last one made.
+        lr_scale: factor of the learning rate schedule.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class Engine:
         comm: Comm,
         total_updates: int,
     ):
-        model.set_activation_checkpointing(settings.activation_checkpointing != "off")  # refused here, not in a step
+        model.set_activation_checkpointing(settings.activation_checkpointing != "off")  # fail here, not in a step
         self.model = model.to(comm.device)
         self.model.train()
         self.comm = comm
@@ -92,7 +94,7 @@ class Engine:
         self._ema = self._average_from(self._zero.masters()) if optim.ema_decay else {}
 
     def restore(self, state: TrainableState) -> None:
-        """Take over `state`: at a start from an adapter, on resume, and after a collapse. A collective."""
+        """Load `state`: on a start from an adapter, on resume, and after a collapse. A collective."""
         self.updates, self.skipped, self.skipped_in_a_row = state.updates, state.skipped, 0
         self._zero.load(state)
         if self._optim.ema_decay:
@@ -100,17 +102,17 @@ class Engine:
 
     @property
     def attack_view(self) -> AdaptedModel:
-        """The model for attacks: no hook of the engine, no gradient of a parameter, no collective below ZeRO-3."""
+        """The model for attacks: no engine hooks, no parameter gradients, no collectives below ZeRO-3."""
         return self.model
 
     @property
     def classes(self) -> int:
-        """Outputs of the model."""
+        """Number of model outputs."""
         return self.model.info.num_classes
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Logits of a weight step."""
-        if pixels.requires_grad:  # Free's perturbation would keep a NaN for good
+        """Compute the logits of a weight step."""
+        if pixels.requires_grad:  # Free's perturbation would keep a NaN forever
             pixels.register_hook(lambda gradient: gradient.nan_to_num(0, 0, 0))
         if self._checkpointing != "weight_step":
             return self._engine(pixels)
@@ -121,22 +123,22 @@ class Engine:
             self.model.set_activation_checkpointing(False)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the adapter, averaged over micro-batches and ranks, and of a leaf behind the pixels.
+        """Compute gradients of the adapter, averaged over micro-batches and ranks, and of the pixels if they need one.
 
-        Those of the leaf are zero where they are not finite. A loss that is not finite makes the adapter's NaN, so that
-        one look at the averaged gradient tells every rank of it; a finite one is multiplied by exactly 1.
+        Non-finite values in the pixel gradient are set to zero. A non-finite loss makes the adapter's gradient NaN, so
+        that every rank sees it in the averaged gradient; a finite loss is multiplied by exactly 1.
         """
         self._engine.backward(loss * (1 + 0 * loss.detach()))
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
-        """The micro-batches of one optimizer update, which is made after the last one's backward, or skipped."""
+        """Yield the micro-batches of one optimizer update, which is made or skipped after the last backward pass."""
         rate = self.lr_scale * learning_rate(self.updates, self.total_updates, self._optim)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         for micro in batch.split(self._accumulation):
             yield micro
-            made = self._step()
-        if not made:
+            updated = self._step()
+        if not updated:
             self.skipped += 1
             self.skipped_in_a_row += 1
             return
@@ -146,10 +148,10 @@ class Engine:
             self._average()
 
     def _step(self) -> bool:
-        """DeepSpeed's step, which is the update after the last micro-batch; whether nothing was skipped.
+        """Call DeepSpeed's step, which updates after the last micro-batch. Returns False if it skipped the update.
 
-        At ZeRO 1 to 3 DeepSpeed skips an update whose gradient has no finite norm. At 0 it would make it; there the
-        averaged gradient is the same on every rank.
+        At ZeRO 1 to 3 DeepSpeed skips an update if the gradient norm is not finite. At 0 it does not, so that it is
+        skipped here; there the averaged gradient is the same on every rank.
         """
         optimizer = self._engine.optimizer
         if self._stage > 0:
@@ -164,12 +166,12 @@ class Engine:
             optimizer.step = lambda: None
         self._engine.step()
         if not finite:
-            del optimizer.step  # the class's own is in force again
+            del optimizer.step  # restores the method of the class
         return finite
 
     def gradient_norm(self) -> float | None:
-        """Norm of the last update's whole gradient before clipping; None where it was skipped, and at ZeRO-0, where
-        DeepSpeed keeps none."""
+        """Global gradient norm of the last update before clipping; None if it was skipped, and at ZeRO-0, where
+        DeepSpeed does not keep it."""
         if self.skipped_in_a_row:
             return None
         norm = self._engine.get_global_grad_norm()
@@ -177,11 +179,11 @@ class Engine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the last update."""
+        """The learning rate of the last update."""
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
     def state(self) -> TrainableState:
-        """Consolidated state on the host of every rank. A collective: every rank must call it."""
+        """The consolidated training state, on the host of every rank. A collective: every rank must call it."""
         tensors = {"master": self._zero.masters()} | {key: self._zero.moments(key) for key in MOMENTS}
         if self._ema:
             tensors["ema"] = self._ema
@@ -189,18 +191,18 @@ class Engine:
         return TrainableState(self.updates, host, self.skipped)
 
     def adapter(self) -> dict[str, Tensor]:
-        """What to save and evaluate: the average where one is kept, else the parameters. A collective."""
+        """The tensors to save and evaluate: the moving average if there is one, else the parameters. A collective."""
         tensors = self._ema or self._zero.masters()
         return {name: t.detach().cpu().float().clone() for name, t in tensors.items()}
 
     @property
     def keeps_average(self) -> bool:
-        """Whether `adapter` is an average of the parameters (optim.ema_decay)."""
+        """Whether `adapter` is a moving average of the parameters (optim.ema_decay)."""
         return bool(self._ema)
 
     @contextmanager
     def as_saved(self) -> Iterator[AdaptedModel]:
-        """The model with the tensors of `adapter`; afterwards, bit for bit, with its own. A collective."""
+        """The model with the tensors of `adapter`; on exit its own are restored bit for bit. A collective."""
         if not self._ema:
             yield self.model
             return
@@ -215,14 +217,14 @@ class Engine:
         return {name: t.to(self.comm.device, torch.float32, copy=True) for name, t in tensors.items()}
 
     def _average(self) -> None:
-        """ema <- decay ema + (1 - decay) master; the decay rises from 0 so that the start is forgotten."""
+        """ema <- decay ema + (1 - decay) master; the decay rises from 0 so that the initial values are forgotten."""
         decay = min(self._optim.ema_decay, self.updates / (self.updates + 10))
         for name, master in self._zero.masters().items():
             self._ema[name].lerp_(master.float(), 1 - decay)
 
 
 def _adamw(model: AdaptedModel, optim: OptimSettings) -> torch.optim.Optimizer:
-    """AdamW over what trains; decay on matrices alone."""
+    """AdamW over the trainable parameters, with weight decay on matrices only."""
     parameters = list(model.trainable().values())
     decayed, plain = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
     groups = [
@@ -244,11 +246,11 @@ def _start_deepspeed(
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfigError
 
-    # on the CPU DeepSpeed would compile a shared-memory all-reduce at first use: 80 s and a C++ compiler for a few MB
+    # on the CPU DeepSpeed would compile a shared-memory all-reduce on first use, which takes 80 s and a C++ compiler
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     deepspeed.utils.logger.setLevel("WARNING")
-    # DeepSpeed's calls of torch's older names: a line for every collective of every step
+    # DeepSpeed calls deprecated functions of torch in every collective of every step
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     try:
         engine, *_ = deepspeed.initialize(

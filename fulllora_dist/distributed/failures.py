@@ -1,4 +1,4 @@
-"""What an exception means for this rank: the line it prints, and its exit code."""
+"""How an exception ends a rank: the line to print and the exit code."""
 
 import os
 import re
@@ -12,14 +12,15 @@ from fulllora_dist.core.errors import SharedUserError, UserError
 
 
 def exit_answer(error: Exception) -> tuple[str | None, int] | None:
-    """How an entry point ends by an exception: the line for stderr, None where another rank says it, and the exit code.
-    None for one that deserves its traceback."""
+    """The line for stderr and the exit code with which an entry point answers an exception.
+
+    The line is None if another rank prints it; the result is None if the exception should print its traceback."""
     rank = int(os.environ.get("RANK", "0"))
     if isinstance(error, UserError):
-        met = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
+        initialized = "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
         if rank and isinstance(error, SharedUserError):
-            time.sleep(1)  # the launcher ends all ranks as soon as one has: rank 0 speaks for all, and first
-        elif rank == 0 or met:
+            time.sleep(1)  # the launcher kills all ranks once one exits, so rank 0 must print the message first
+        elif rank == 0 or initialized:
             return (f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}"), 2
         return None, 2
     if isinstance(error, RuntimeError):
@@ -29,15 +30,16 @@ def exit_answer(error: Exception) -> tuple[str | None, int] | None:
     return None
 
 
-# what gloo says, in a plain RuntimeError, when another rank has gone or does not come
+# messages of gloo, in a plain RuntimeError, when another rank is gone or does not respond
 _LOST = re.compile(
     r"(Connection closed by peer \S+\d|Connection reset by peer|Timed out waiting \d+ms|Application timeout)"
 )
 
 
 def lost_contact(error: BaseException) -> str | None:
-    """One line where `error` means that another rank is gone or does not answer; which, if it ran on this machine."""
-    import torch.distributed as dist  # every command imports this file, also those that need no torch
+    """One line if `error` means that another rank is gone or does not answer, else None; names it if it ran on this
+    machine."""
+    import torch.distributed as dist  # deferred: every command imports this file, also those that do not need torch
 
     from fulllora_dist.distributed.comm import processes
 
@@ -46,8 +48,8 @@ def lost_contact(error: BaseException) -> str | None:
         return None
     ended = [rank for rank, (host, pid) in enumerate(processes()) if host == socket.gethostname() and not _lives(pid)]
     which = f"rank {', '.join(map(str, ended))} has died" if ended else "another rank has died or does not answer"
-    said = reason[1] if reason else str(error).split("\n")[0][:200]
-    return f"{which} ({said}); re-run the same command to resume from the newest checkpoint"
+    cause = reason[1] if reason else str(error).split("\n")[0][:200]
+    return f"{which} ({cause}); re-run the same command to resume from the newest checkpoint"
 
 
 def _lives(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""How the optimizer's settings unfold over a run: the learning rate of an update, the batch of a rank."""
+"""The learning rate of an update and the batch size of a rank, from the optimizer's settings."""
 
 import math
 
@@ -7,7 +7,7 @@ from fulllora_dist.distributed.settings import OptimSettings
 
 
 def learning_rate(update: int, total: int, settings: OptimSettings) -> float:
-    """Linear warm-up to `lr`, then half a cosine down to `min_lr`, at optimizer update 0 .. total - 1."""
+    """Learning rate at optimizer update 0 .. total - 1: linear warm-up to `lr`, then cosine decay to `min_lr`."""
     warmup = int(settings.warmup_ratio * total)
     if update < warmup:
         return settings.lr * (update + 1) / warmup
@@ -16,10 +16,10 @@ def learning_rate(update: int, total: int, settings: OptimSettings) -> float:
 
 
 def check_batch(settings: OptimSettings, accumulation: int, world: int) -> int:
-    """Images a micro-batch and rank.
+    """Number of images per micro-batch and rank.
 
     Raises:
-        UserError: the batch does not divide.
+        UserError: the batch size is not divisible by ranks x accumulation steps.
     """
     parts = world * accumulation
     if settings.batch_size % parts:

@@ -1,4 +1,4 @@
-"""Requests to stop: finish the step, save, leave."""
+"""Graceful stop on a signal: finish the step, save, exit."""
 
 import os
 import signal
@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# a person's, and those that schedulers send ahead of the end: SLURM the one that --signal names, submitit SIGUSR2
+# sent by users, and by schedulers before a time limit: SLURM sends the one named by --signal, submitit SIGUSR2
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-ECHO_SECONDS = 1.0  # within it, the same signal again is the launcher's copy of one that a scheduler sent to all
+ECHO_SECONDS = 1.0  # a repeat within this time is the launcher forwarding a signal that the scheduler sent to all
 
 
 class GracefulStop:
-    """SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 end the run: at once, by SystemExit, or after the step while
+    """Ends the run on SIGINT (Ctrl-C), SIGTERM, SIGUSR1 or SIGUSR2: at once by SystemExit, or after the step while
     `deferred`.
 
-    The same signal again, over a second later, leaves without anything, whatever the main thread waits for. Used as a
-    context manager around the run; the handlers from before come back at its end.
+    The same signal more than a second later exits immediately without saving, whatever the main thread waits for. Used
+    as a context manager around the run; on exit the previous handlers are restored.
     """
 
     def __init__(self) -> None:
@@ -44,16 +44,16 @@ class GracefulStop:
 
     @property
     def signal(self) -> int | None:
-        """Number of the first signal that came here, else of one that came to another rank, else None."""
+        """Number of the first signal received here, else of one received by another rank, else None."""
         return self._received or self._elsewhere
 
     def hear(self, number: int) -> None:
-        """Another rank got this signal. The same one coming here is then still the first."""
+        """Note that another rank received this signal. If it also arrives here, it counts as the first."""
         self._elsewhere = number
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, a signal is only remembered: whoever runs the loop looks at `signal` between steps."""
+        """Inside, a signal is only recorded: the training loop checks `signal` between steps."""
         self._deferred = True
         try:
             yield
@@ -67,7 +67,8 @@ class GracefulStop:
 
 
 def _leave_on_the_second(arrivals: int) -> None:
-    """In a thread, as a handler would have to wait until the main thread comes back from a collective, if ever."""
+    """Exit on a repeated signal. Runs in a thread, as a handler would wait until the main thread returns from a
+    collective, which may never happen."""
     first: dict[int, float] = {}
     while arrived := os.read(arrivals, 1):
         number, now = arrived[0], time.monotonic()

@@ -1,7 +1,7 @@
-"""What trains, read and written at any ZeRO stage: fp32 masters, AdamW's moments, and what the model computes with.
+"""Read and write the training state at any ZeRO stage: fp32 masters, AdamW moments, and the model's own parameters.
 
-All that reaches into DeepSpeed's optimizers is here: at stage 0 the optimizer steps the parameters themselves, at 1 and
-2 flat partitions of this rank, at 3 the parameters are partitions too.
+All access to the internals of DeepSpeed's optimizers is here. At stage 0 the optimizer updates the parameters
+themselves, at 1 and 2 flat partitions of this rank; at 3 the parameters are partitioned too.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainableState:
-    """The state of everything that trains, bound to no number of ranks and no ZeRO stage.
+    """The training state, independent of the number of ranks and the ZeRO stage.
 
     Attributes:
         updates: optimizer updates made.
-        tensors: {"master" | "exp_avg" | "exp_avg_sq" | "ema": {timm name: fp32, full shape, host}}; without
-            moments it is a start from these masters.
-        skipped: updates that were not made, as their loss or gradient was not finite.
+        tensors: {"master" | "exp_avg" | "exp_avg_sq" | "ema": {timm name: fp32, full shape, host}}; missing moments
+            are zero.
+        skipped: updates skipped because loss or gradient was not finite.
     """
 
     updates: int
@@ -35,7 +35,7 @@ class TrainableState:
 
     @classmethod
     def of_named(cls, tensors: Mapping[str, Tensor], updates: int, skipped: int) -> "TrainableState":
-        """From the tensors of a checkpoint, see `named`; further kinds of tensors are taken too."""
+        """Build the state from the tensors of a checkpoint, see `named`; other kinds of tensors are kept too."""
         kinds: dict[str, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
@@ -43,16 +43,16 @@ class TrainableState:
         return cls(updates, kinds, skipped)
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors as they lie in a checkpoint, `<kind>/<name>`."""
+        """The tensors under their names in a checkpoint, `<kind>/<name>`."""
         return {f"{kind}/{name}": tensor for kind, named in self.tensors.items() for name, tensor in named.items()}
 
 
 class ZeroState:
-    """Masters and moments of a DeepSpeed engine.
+    """Master weights and moments of a DeepSpeed engine.
 
     Args:
-        engine: DeepSpeed's, before its first step.
-        model: what it wraps.
+        engine: the DeepSpeed engine, before its first step.
+        model: the wrapped model.
         stage: ZeRO stage, 0 to 3.
     """
 
@@ -62,15 +62,15 @@ class ZeroState:
         self._prepare_moments()
 
     def masters(self) -> dict[str, Tensor]:
-        """What the optimizer steps, full shapes on the device. A collective at stage 3."""
-        if self._stage < 3:  # everything that trains is fp32, so the parameters are the masters
+        """Master weights in full shape, on the device. A collective at stage 3."""
+        if self._stage < 3:  # trainable parameters are fp32, so they equal the masters
             return {name: p.detach() for name, p in self.named.items()}
         from deepspeed.utils import safe_get_full_fp32_param
 
         return {name: safe_get_full_fp32_param(p) for name, p in self.named.items()}
 
     def moments(self, key: str) -> dict[str, Tensor]:
-        """One of `MOMENTS`, full shapes on the device. A collective from stage 1 on."""
+        """One of `MOMENTS` in full shape, on the device. A collective from stage 1 on."""
         if self._stage == 0:
             return {name: self._optimizer.state[p][key] for name, p in self.named.items()}
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -78,7 +78,7 @@ class ZeroState:
         return {name: safe_get_full_optimizer_state(p, key) for name, p in self.named.items()}
 
     def load(self, state: TrainableState) -> None:
-        """Set masters, moments and AdamW's count of updates. A collective."""
+        """Set masters, moments and AdamW's step count. A collective."""
         device = self._comm.device
         masters = {name: tensor.to(device) for name, tensor in state.tensors["master"].items()}
         self.show(masters)
@@ -93,7 +93,8 @@ class ZeroState:
                 self._set_moment(parameter, key, moments[name].to(device))
 
     def show(self, tensors: Mapping[str, Tensor]) -> None:
-        """Compute with these; the masters that the optimizer steps are others, or set back before it does."""
+        """Let the model compute with these tensors. From stage 1 on the optimizer's masters stay unchanged; at stage 0
+        the caller must restore them before the next update."""
         if self._stage < 3:
             self._model.load_trainable(tensors)
             return
@@ -103,10 +104,10 @@ class ZeroState:
             self._model.load_trainable(tensors)
 
     def _prepare_moments(self) -> None:
-        """Give the optimizer the moments it holds before its first update: zeros.
+        """Initialise the optimizer's moments with zeros.
 
-        They are not left to the first step: DeepSpeed links the optimizer's state to the parameters after the first
-        *group* has stepped, and the second group's is then missing for good.
+        They cannot be left to the first step: DeepSpeed links the optimizer's state to the parameters after the first
+        *group* has stepped, and the second group's state is then never linked.
         """
         inner = self._inner_optimizer()
         for flat in self._flat_masters():
@@ -121,7 +122,7 @@ class ZeroState:
         return self._optimizer if self._stage == 0 else self._optimizer.optimizer
 
     def _flat_masters(self) -> list[Tensor]:
-        """The tensors that the inner optimizer steps: parameters at stage 0, flat partitions of this rank above."""
+        """The tensors that the inner optimizer updates: parameters at stage 0, else flat partitions of this rank."""
         if self._stage == 0:
             return list(self.named.values())
         zero = self._optimizer
@@ -140,7 +141,7 @@ class ZeroState:
             safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
 
     def _set_master(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """What the optimizer steps, at ZeRO 1 to 3, where it is another tensor than what the model computes with."""
+        """Set a master weight at ZeRO 1 to 3, where it is a separate tensor from the model's parameter."""
         if self._stage < 3:
             from deepspeed.utils import safe_set_full_fp32_param
 
@@ -151,7 +152,7 @@ class ZeroState:
             safe_set_local_fp32_param(parameter, self._own_part(parameter, value))
 
     def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
-        """This rank's part of a tensor of full shape at ZeRO-3."""
+        """This rank's partition of a full tensor at ZeRO-3."""
         size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
         flat = F.pad(value.flatten(), (0, size * self._comm.world - value.numel()))  # DeepSpeed pads the last part
         return flat[self._comm.rank * size :][:size]

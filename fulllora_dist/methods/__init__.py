@@ -1,4 +1,4 @@
-"""Training methods by name. A method is one file here, or in a module that `plugins` names (docs/extending.md)."""
+"""Training methods by name, each in a file here or in a module listed under `plugins` (docs/extending.md)."""
 
 import importlib
 import pkgutil

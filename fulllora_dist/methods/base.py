@@ -1,4 +1,4 @@
-"""What a training method is: the only place where an attack and a weight step meet."""
+"""Base classes of training methods, which combine an attack with a weight step."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -16,47 +16,47 @@ from fulllora_dist.methods.warmup import WarmupSchedule, ramp
 
 
 class WeightStep(Protocol):
-    """The two doors of the engine that a method may use."""
+    """The interface of the engine for methods."""
 
     @property
     def attack_view(self) -> nn.Module:
-        """The model for attacks: nothing of the engine is touched through it."""
+        """The model for attacks, which bypasses the engine."""
 
     @property
     def classes(self) -> int:
-        """Outputs of the model."""
+        """Number of model outputs."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Logits, through the engine: only these may be given to `backward`. Once a micro-batch."""
+        """Compute logits through the engine, once per micro-batch. `backward` takes losses of these logits only."""
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of the adapter, and of a leaf that the pixels came from."""
+        """Compute gradients of the adapter, and of the pixels if they need one."""
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
-        """The micro-batches of one optimizer update, which is made when the loop ends."""
+        """Yield the micro-batches of one optimizer update, which is made when the loop ends."""
 
 
 class MethodSettings(Settings):
-    """Settings every method has. Subclasses narrow `name` to one value."""
+    """Settings of all methods. Subclasses narrow `name` to one value."""
 
     name: str
-    """Which method."""
+    """Name of the method."""
 
 
 class Method(ABC):
-    """One way to train. Built once a run or phase; `step` is called once a batch.
+    """A training method. Built once per run or phase; `step` is called once per batch.
 
     Args:
         settings: an instance of `Settings`.
-        threat: the threat model at full strength.
-        seed: of everything random.
-        ramps: what grows over the first batches.
+        threat: the threat model after the warm-up.
+        seed: seed of all randomness.
+        ramps: warm-up of eps and step size.
         targets: how images and labels are mixed.
 
     Attributes:
-        Settings: its settings.
-        needs_labels: whether it needs each image's one label, so that images cannot be mixed.
-        images_in_weight_step: how many versions of each image a weight step sees: clean and perturbed are 2.
+        Settings: class of the settings.
+        needs_labels: whether it needs one label per image, so that images cannot be mixed.
+        images_in_weight_step: number of versions of each image in a weight step, e.g. 2 for clean and perturbed.
     """
 
     Settings: ClassVar[type[MethodSettings]]
@@ -78,36 +78,36 @@ class Method(ABC):
         self.mix = Mixer(targets or TargetSettings(), seed)
 
     def threat_at(self, step: int) -> Threat:
-        """The threat model of batch `step`: the full one, but for the warm-up."""
+        """The threat model of batch `step`, smaller during the warm-up."""
         return self.threat.scaled(ramp(self.ramps.at(step), self.ramps.eps))
 
     def step_size(self, size: float, step: int) -> float:
-        """The attack's step size at batch `step`, which is `size` after the warm-up."""
+        """The attack's step size at batch `step`, equal to `size` after the warm-up."""
         return size * ramp(self.ramps.at(step), self.ramps.step_size)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Mean over the samples, label smoothing included; y: labels [B] or probabilities [B, classes]."""
+        """Mean cross-entropy with label smoothing; y: labels [B] or probabilities [B, classes]."""
         return F.cross_entropy(logits, y, label_smoothing=self.mix.settings.label_smoothing)
 
     def prepare(self, backbone: nn.Module, image_size: int, first: int) -> None:  # noqa: B027  # most need nothing
-        """Called once before the run: learn from the backbone what training needs of it, and refuse what cannot be.
+        """Called once before the run, to read properties of the backbone and reject settings that do not fit it.
 
         Args:
             image_size: side of the images in pixels.
             first: number of the first batch that it will train on.
 
         Raises:
-            UserError: naming the setting.
+            UserError: an invalid setting, which the message names.
         """
 
     @property
     def updates_per_batch(self) -> int:
-        """Optimizer updates that one batch is used for."""
+        """Number of optimizer updates per batch."""
         return 1
 
     @abstractmethod
     def passes(self) -> tuple[int, int]:
-        """(forward, backward) passes of a batch over the model that one batch costs."""
+        """Number of (forward, backward) passes over the model per batch."""
 
     @abstractmethod
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
@@ -115,18 +115,18 @@ class Method(ABC):
 
         Args:
             batch: this rank's part of the global batch, on the device.
-            step: number of batches before this one in the run; with the samples' ids it keys what is random.
+            step: number of batches before this one in the run; with the samples' ids it keys all randomness.
 
         Returns:
-            Scalar means over this rank's part.
+            Scalar metrics, averaged over this rank's part.
         """
 
     def slot_state(self) -> dict[str, Tensor]:
-        """Tensors [slots of this rank, ...] that a resumed run needs, in slot order. Most methods have none."""
+        """Tensors [slots of this rank, ...] that a resumed run needs, in slot order. Empty for most methods."""
         return {}
 
     def load_slot_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take back this rank's part of what `slot_state` gave, whatever the number of ranks was."""
+        """Load this rank's part of `slot_state`, which may have been saved with another number of ranks."""
         assert not state, f"{type(self).__name__} has no state, but was given {sorted(state)}"
 
 
@@ -135,10 +135,10 @@ METHODS: dict[str, type[Method]] = {}
 
 
 def register_method(method: type[Method]) -> type[Method]:
-    """Class decorator: make a method known under the default of its settings' `name`.
+    """Class decorator that registers a method under the default of its settings' `name`.
 
     Raises:
-        ValueError: the name is another method's.
+        ValueError: the name belongs to another method.
     """
     name = method.Settings.model_fields["name"].default
     if not isinstance(name, str):
@@ -158,25 +158,25 @@ class MetricAverager:
         self._correct: list[Tensor] = []
 
     def add(self, loss: Tensor, logits: Tensor, y: Tensor) -> None:
-        """One micro-batch; all are of one size. Of probabilities, the largest is the label."""
+        """Add a micro-batch; all have the same size. With probabilities the label is the largest one."""
         labels = y if y.ndim == 1 else y.argmax(dim=1)
         self._losses.append(loss.detach())
         self._correct.append((logits.detach().argmax(dim=1) == labels).float().mean())
 
     def result(self) -> dict[str, Tensor]:
-        """`accuracy` is that on the images that the weight step saw, perturbed or not."""
+        """The mean loss and accuracy, on the images of the weight step, perturbed or not."""
         return {"loss": torch.stack(self._losses).mean(), "accuracy": torch.stack(self._correct).mean()}
 
 
 class PerturbedStep(Method):
-    """Perturb, then one weight step; on the perturbed images alone, unless `loss` says otherwise."""
+    """Perturbs the images, then makes a weight step, by default on the perturbed images only."""
 
     @abstractmethod
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
-        """Training examples [B, 3, H, W] in [0, 1] made from `x`; `step` and `ids` key what is random."""
+        """Create training examples [B, 3, H, W] in [0, 1] from `x`; `step` and `ids` key all randomness."""
 
     def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """(the mean loss of a weight step, logits [B, classes] of the perturbed images); one call of the engine."""
+        """Mean loss of a weight step, and logits [B, classes] of the perturbed images. Calls the engine once."""
         logits = engine(x_adv)
         return self.cross_entropy(logits, y), logits
 

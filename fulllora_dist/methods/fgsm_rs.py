@@ -11,7 +11,7 @@ from fulllora_dist.methods.single_step import SingleStep, SingleStepSettings
 class FGSMRSSettings(SingleStepSettings):
     name: Literal["fgsm_rs"] = "fgsm_rs"
     step: float = Field(1.25, gt=0)
-    """Step size in units of eps. The paper's 1.25 was tuned on CIFAR-10; larger ones collapse more easily."""
+    """Step size in units of eps. The paper's 1.25 was tuned on CIFAR-10; larger steps collapse more easily."""
 
 
 @register_method

@@ -1,8 +1,8 @@
 """Free adversarial training (Shafahi et al., arXiv 1904.12843).
 
-Each batch is replayed m times. One backward gives both the adapter's gradient and the input's, and the perturbation
-is moved by the latter before the next replay. It persists over replays *and* over batches: it belongs to the slot in
-the global batch, not to the image. Epochs count optimizer updates, so a run draws 1 / m as many batches.
+Each batch is replayed m times. One backward pass gives the gradients of both the adapter and the input, and the latter
+updates the perturbation before the next replay. The perturbation persists over replays *and* over batches: it belongs
+to the slot in the global batch, not to the image. Epochs count optimizer updates, so a run draws 1 / m as many batches.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ from fulllora_dist.methods.base import Method, MethodSettings, MetricAverager, W
 class FreeSettings(MethodSettings):
     name: Literal["free"] = "free"
     replays: int = Field(4, ge=1)
-    """m: optimizer updates on each batch."""
+    """Optimizer updates per batch (m in the paper)."""
     step_size: Size | None = None
-    """Of the perturbation, in pixels; null takes eps, as the paper does."""
+    """Step size of the perturbation, for pixels in [0, 1]; null takes eps, as in the paper."""
 
 
 @register_method
@@ -48,7 +48,7 @@ class Free(Method):
             for micro in engine.accumulate(batch):
                 part = delta[micro.slot - batch.slot :][: len(micro)]  # [B, C, H, W] of the micro-batch's slots
                 x, y = self.mix(micro, step, engine.classes)
-                # the leaf is the image itself: a clamp behind the leaf would zero the gradient of saturated pixels
+                # the clamped image is the leaf: a clamp after it would zero the gradient of saturated pixels
                 x = in_box(x + part).requires_grad_()
                 logits = engine(x)
                 loss = self.cross_entropy(logits, y)
@@ -74,7 +74,7 @@ class Free(Method):
             and self.ramps.eps == self.ramps.step_size == 0
             and isinstance(self.threat, Linf)
         ):
-            # every value is then -eps, 0 or eps, so that one byte a pixel is exact
+            # every value is -eps, 0 or eps, so that one byte per value is exact
             signs = self._delta.sign()
             assert torch.equal(signs * self.threat.eps, self._delta)
             return {"delta_sign": signs.to(torch.int8)}

@@ -2,7 +2,7 @@
 
     BCE(f(x'), y) + lambda KL(f(x) || f(x')) (1 - p_y(x)),    BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
 
-Images that the model gets wrong even unperturbed weigh more. Clean and perturbed ones share one pass of the engine.
+Images that are misclassified without a perturbation have more weight. Clean and perturbed images share a forward pass.
 """
 
 from typing import Literal
@@ -23,9 +23,9 @@ from fulllora_dist.methods.trades import gaussian_start
 class MARTSettings(MultiStepSettings):
     name: Literal["mart"] = "mart"
     weight: float = Field(5.0, ge=0)
-    """lambda, of the divergence."""
+    """Weight of the divergence (lambda in the paper)."""
     start: Size = 1e-3
-    """Standard deviation of the attack's Gaussian start, in pixels."""
+    """Standard deviation of the attack's Gaussian start, for pixels in [0, 1]."""
 
 
 @register_method
@@ -44,7 +44,7 @@ class MART(MultiStep):
         clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)  # logits, [B, K] each
         log_clean, log_perturbed = F.log_softmax(clean, dim=1), F.log_softmax(perturbed, dim=1)
         runner_up = perturbed.scatter(1, y[:, None], float("-inf")).argmax(dim=1, keepdim=True)  # [B, 1]
-        # log(1 - p_k) as the log of all other probabilities together: exact also where p_k rounds to 1
+        # log(1 - p_k) as the log of the sum of all other probabilities, which is exact even if p_k rounds to 1
         all_others = log_perturbed.scatter(1, runner_up, float("-inf")).logsumexp(dim=1)
         boosted = self.cross_entropy(perturbed, y) - all_others.mean()
         divergence = F.kl_div(log_perturbed, log_clean, reduction="none", log_target=True).sum(dim=1)

@@ -1,8 +1,8 @@
-"""Attacks of several steps during training, with what Mo et al. (arXiv 2210.07540) change in them.
+"""Multi-step attacks during training, with the modifications of Mo et al. (arXiv 2210.07540).
 
-While a ViT's training begins, they weaken the attack: *attention random dropping* cuts, block by block, the gradient
-that flows through attention, and *perturbation random masking* takes the perturbation from some patches. The share
-that is kept grows linearly from 0 to 1 over the first batches, so that afterwards the attack is the plain one.
+At the start of a ViT's training they weaken the attack: *attention random dropping* drops, block by block, the gradient
+through attention, and *perturbation random masking* removes the perturbation from some patches. The fraction that is
+kept grows linearly from 0 to 1 over the first batches, after which the attack is the plain one.
 """
 
 from collections.abc import Iterator
@@ -26,19 +26,21 @@ from fulllora_dist.models.backbone import patch_size
 
 class MultiStepSettings(MethodSettings):
     steps: int = Field(3, ge=1)
-    """Attack steps: each is one forward and one backward pass."""
+    """Attack steps, each with one forward and one backward pass."""
     step_size: Size | None = None
-    """In pixels; null takes 2.5 eps / steps, as Madry et al. do, but at most eps."""
+    """Step size, for pixels in [0, 1]; null takes 2.5 eps / steps, as Madry et al. do, but at most eps."""
     attention_drop: float = Field(0.0, ge=0, le=1)
-    """Share of the run's batches over which attention's gradient is dropped at random, ever less; 0 drops none."""
+    """Fraction of the run's batches during which attention gradients are randomly dropped, at a decreasing rate; 0
+    disables it."""
     perturbation_mask: float = Field(0.0, ge=0, le=1)
-    """Share of the run's batches over which patches lose their perturbation at random, ever fewer; 0 masks none."""
+    """Fraction of the run's batches during which the perturbation of patches is randomly masked, at a decreasing rate;
+    0 disables it."""
     mask_patch: int | None = Field(None, ge=1)
-    """Side of those patches in pixels; null takes the backbone's."""
+    """Side of the masked patches in pixels; null takes the backbone's patch size."""
 
 
 class MultiStep(PerturbedStep):
-    """What the methods with an attack of several steps share."""
+    """Base class of methods with a multi-step attack."""
 
     _patch: int | None = None  # the backbone's
 
@@ -73,7 +75,7 @@ class MultiStep(PerturbedStep):
         ids: Tensor,
         loss: Loss = cross_entropy,
     ) -> Tensor:
-        """`steps` steps up the loss from `start`, both [B, 3, H, W] in [0, 1]; inside `attack_mode`."""
+        """Run the attack on `x` from `start`, both [B, 3, H, W] in [0, 1]; inside `attack_mode`."""
         settings = self.settings
         size = default_step_size(threat.eps, settings.steps) if settings.step_size is None else settings.step_size
         weakened = settings.attention_drop > 0 or settings.perturbation_mask > 0
@@ -97,19 +99,19 @@ class MultiStep(PerturbedStep):
             return self.attack(model, x, start, y, threat=threat, step=step, ids=ids)
 
     def start(self, threat: Threat, rng: Any, x: Tensor) -> Tensor:
-        """The perturbation [B, 3, H, W] that the attack starts from: uniform in the ball."""
+        """The initial perturbation [B, 3, H, W] of the attack: uniform in the ball."""
         return threat.random_start(rng, x)
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:
-    """The attention of each block, by timm's name for it."""
+    """The attention module of each block, by its name in timm."""
     return [module for name, module in model.named_modules() if name.rpartition(".")[2] == "attn"]
 
 
 def _patch_of(backbone: nn.Module) -> int:
     size = patch_size(backbone)
     if size is None:
-        raise UserError("method.mask_patch: this backbone does not tell its patch size; give it in pixels")
+        raise UserError("method.mask_patch: must be set, as the patch size of this backbone is unknown")
     return size[0]
 
 
@@ -138,7 +140,7 @@ class Weakened:
         return sample_rng(self._seed, f"train/{purpose}", self._step, self._ids).uniform(shape)
 
     def perturbation(self, delta: Tensor, k: int) -> Tensor:
-        """`delta` [B, C, H, W] without the perturbation of a random share of its patches, the same number in each."""
+        """Zero a random fraction of the patches of `delta` [B, C, H, W], the same number in each sample."""
         if self._patches_kept == 1:
             return delta
         assert self._patch is not None, "`prepare` was not called"
@@ -151,7 +153,7 @@ class Weakened:
 
     @contextmanager
     def passing(self, model: nn.Module, k: int) -> Iterator[None]:
-        """Within, each block's attention has its value and, in a random share of the samples, no gradient."""
+        """Within the context, drop the gradient through each block's attention for a random fraction of samples."""
         if self._attention_kept == 1:
             yield
             return
@@ -168,9 +170,9 @@ class Weakened:
         kept = self._draw(f"attention_drop/{k}/{block}", (1,)) < self._attention_kept
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-            # attention in windows has several rows a sample, side by side
+            # window attention has several consecutive rows per sample
             rows = kept.repeat_interleave(len(output) // len(kept)).view(-1, *[1] * (output.ndim - 1))
-            # not a hook of the gradient: under checkpointing this runs again in backward and must give the same
+            # not a gradient hook: with activation checkpointing this runs again in backward and must act the same
             return torch.where(rows, output, output.detach())
 
         return hook

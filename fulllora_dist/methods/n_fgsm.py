@@ -1,6 +1,6 @@
-"""N-FGSM: a step from strong noise, not projected (de Jorge et al., arXiv 2202.01181).
+"""N-FGSM: a single step from strong noise, without projection (de Jorge et al., arXiv 2202.01181).
 
-The perturbation may leave the eps ball, up to (noise + step) eps: that is the method, not a slip.
+By design the perturbation may leave the eps ball, up to (noise + step) eps.
 """
 
 from typing import Literal

@@ -14,7 +14,7 @@ from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
 class PGDSettings(MultiStepSettings):
     name: Literal["pgd"] = "pgd"
     random_start: bool = True
-    """Start uniformly in the ball instead of at the image."""
+    """Start at a uniform random point in the ball instead of at the image."""
 
 
 @register_method

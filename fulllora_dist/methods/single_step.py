@@ -1,4 +1,4 @@
-"""Attacks of one step during training."""
+"""Single-step attacks during training."""
 
 from abc import abstractmethod
 from typing import ClassVar
@@ -17,10 +17,10 @@ class SingleStepSettings(MethodSettings):
 
 
 class SingleStep(PerturbedStep):
-    """A step from uniform noise.
+    """A single step from uniform noise.
 
     Attributes:
-        project: whether the perturbation is brought back into the ball.
+        project: whether the perturbation is projected to the ball.
     """
 
     project: ClassVar[bool]

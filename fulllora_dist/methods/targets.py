@@ -1,8 +1,8 @@
-"""What an image and its label become before they are attacked: mixup, CutMix and label smoothing.
+"""Mixup, CutMix and label smoothing, applied before the attack.
 
 An image is mixed with its neighbour in the global batch: slots 2i and 2i + 1 are partners. The order of an epoch is
-random, so the neighbour is a random other image; and as ranks and micro-batches hold even numbers of slots, both are
-on one rank whatever the number of ranks. How much, and where, is drawn for each image from (seed, step, id).
+random, so the partner is a random other image. As ranks and micro-batches have an even number of slots, partners are
+always on the same rank. The mixing ratio and position are drawn for each image from (seed, step, id).
 """
 
 import numpy as np
@@ -19,16 +19,16 @@ _QUANTILES = 4097
 
 
 class TargetSettings(Settings):
-    """Mixed images and softened labels; the attack sees the mixed ones too, the smoothing only the weight step."""
+    """Mixed images and soft labels. Mixing applies to the attack and the weight step, smoothing to the latter only."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the label that is spread over all classes."""
+    """Fraction of the label that is spread over all classes."""
     mixup: float = Field(0.0, ge=0)
-    """alpha of Beta(alpha, alpha), by which two images are averaged; 0 mixes none."""
+    """alpha of the Beta(alpha, alpha) distribution of the mixup ratio; 0 disables mixup."""
     cutmix: float = Field(0.0, ge=0)
-    """alpha of Beta(alpha, alpha), by which a rectangle of one image is put into another; 0 cuts none."""
+    """alpha of the Beta(alpha, alpha) distribution of the CutMix area; 0 disables CutMix."""
     mix_probability: float = Field(1.0, ge=0, le=1)
-    """Share of the images that are mixed; with both mixup and cutmix, half of those each."""
+    """Fraction of images that are mixed; with both mixup and cutmix, half of them each."""
 
     @property
     def mixes(self) -> bool:
@@ -48,24 +48,24 @@ def _quantiles(alpha: float) -> Tensor:
 
 
 def _look_up(quantiles: Tensor, u: Tensor) -> Tensor:
-    """The quantile function at u in [0, 1), linear between the grid's points."""
+    """The quantile function at u in [0, 1), interpolated linearly."""
     place = u.double() * (_QUANTILES - 1)
     below = place.long()
     return torch.lerp(quantiles[below], quantiles[below + 1], place - below)
 
 
 def partners(count: int, device: torch.device) -> Tensor:
-    """int64 [count]: position of each sample's partner in an even number of samples that begins at an even slot."""
+    """int64 [count]: position of each sample's partner; `count` and the first slot must be even."""
     assert count % 2 == 0, f"{count} samples have no partners; the configuration should have been refused"
     return torch.arange(count, device=device) ^ 1
 
 
 class Mixer:
-    """Makes the images and targets of a training step.
+    """Creates the images and targets of a training step.
 
     Args:
-        settings: which mixing, how strong.
-        seed: of the run.
+        settings: kind and strength of mixing.
+        seed: seed of the run.
     """
 
     def __init__(self, settings: TargetSettings, seed: int):
@@ -76,10 +76,10 @@ class Mixer:
         }
 
     def __call__(self, batch: Batch, step: int, classes: int) -> tuple[Tensor, Tensor]:
-        """Pixels [B, 3, H, W] in [0, 1], and labels int64 [B] or, where images are mixed, probabilities [B, classes].
+        """Pixels [B, 3, H, W] in [0, 1], and labels int64 [B] or, with mixing, probabilities [B, classes].
 
         Args:
-            batch: B even and the first slot even, where images are mixed.
+            batch: with mixing, B and the first slot must be even.
             step: number of the batch in the run.
         """
         x, y = batch.pixels(), batch.labels
@@ -91,7 +91,7 @@ class Mixer:
         mixed = u[0] < self.settings.mix_probability
         both = len(self._quantiles) == 2
         cut = u[1] < 0.5 if both else torch.full_like(mixed, "cutmix" in self._quantiles)
-        own = torch.ones_like(u[2], dtype=torch.float64)  # share of the image's own label
+        own = torch.ones_like(u[2], dtype=torch.float64)  # weight of the image's own label
         result = x
         if "mixup" in self._quantiles:
             share = torch.where(mixed & ~cut, _look_up(self._quantiles["mixup"], u[2]), own)
@@ -102,14 +102,14 @@ class Mixer:
             area = 1 - _look_up(self._quantiles["cutmix"], u[2])
             inside = _rectangle(area, u[3], u[4], x.shape[-2], x.shape[-1]) & (mixed & cut).view(-1, 1, 1)
             result = torch.where(inside[:, None], x[other], result)
-            own = own - inside.double().mean(dim=(1, 2))  # what the image's edge cut off does not count
+            own = own - inside.double().mean(dim=(1, 2))  # the part outside the image does not count
         labels = torch.nn.functional.one_hot(y, classes).double()
         soft = own[:, None] * labels + (1 - own[:, None]) * labels[other]
         return result, soft.to(x.dtype)
 
 
 def _rectangle(area: Tensor, u: Tensor, v: Tensor, height: int, width: int) -> Tensor:
-    """bool [B, height, width]: a rectangle of that share of the image around a uniform centre, cut at the edges.
+    """bool [B, height, width]: a rectangle with that fraction of the area, around a uniform centre, cut at the edges.
 
     Yun et al., arXiv 1905.04899, section 3.1: sides are sqrt(area) of the image's.
     """

@@ -2,7 +2,7 @@
 
     CE(f(x), y) + beta KL(f(x) || f(x')),    x' = argmax KL(f(x) || f(x')) in the ball
 
-The weight step sees clean and perturbed images in one pass of twice the batch, so that the engine is called once.
+The weight step passes clean and perturbed images as one batch of twice the size, so that the engine is called once.
 """
 
 from typing import Literal
@@ -20,17 +20,18 @@ from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
 
 
 def gaussian_start(deviation: float, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
-    """Gaussian noise of that standard deviation in each pixel, in the ball."""
+    """Gaussian noise with standard deviation `deviation`, projected to the ball."""
     return threat.project((deviation * rng.normal(x.shape[1:])).to(x.dtype))
 
 
 class TRADESSettings(MultiStepSettings):
     name: Literal["trades"] = "trades"
     beta: float = Field(6.0, ge=0)
-    """Weight of the divergence (1 / lambda in the paper): more robust, less accurate on clean images."""
+    """Weight of the divergence (1 / lambda in the paper); larger is more robust, but less accurate on clean images."""
     start: Size = 1e-3
-    """Standard deviation of the attack's Gaussian start, in pixels. At the image itself the divergence is flat: so
-    near to it the first step follows the rounding of fp32, and runs on other ranks agree less sharply."""
+    """Standard deviation of the attack's Gaussian start, for pixels in [0, 1]. The divergence is flat at the image
+    itself; so near to it the first step depends on fp32 rounding, and runs on other numbers of ranks agree less
+    closely."""
 
 
 @register_method

@@ -1,23 +1,23 @@
-"""What grows over the first batches of a run."""
+"""Linear warm-up of eps and step size over the first batches of a run."""
 
 from dataclasses import dataclass
 
 
 def ramp(step: float, length: int) -> float:
-    """Linear in the batch: 1 / (length + 1) at batch 0, 1 from batch `length` on."""
+    """The linear warm-up factor: 1 / (length + 1) at batch 0, 1 from batch `length` on."""
     return 1.0 if step >= length else (step + 1) / (length + 1)
 
 
 @dataclass(frozen=True)
 class WarmupSchedule:
-    """Lengths in batches, as the run was planned.
+    """Warm-up lengths in batches of the run as planned.
 
     Attributes:
-        eps: over which the size of the threat model grows to the full one.
-        step_size: over which the attack's steps grow to their full size.
-        run: of the whole run, which methods take shares of.
-        since, planned, rate: batch `since` of the run stands where `planned` was planned, and each one further for
-            `rate` of those: after a rollback from a method that makes several updates of a batch.
+        eps: batches over which eps grows to its full size.
+        step_size: batches over which the attack's step size grows to its full size.
+        run: batches of the whole run.
+        since, planned, rate: batch `since` of the run corresponds to the planned batch `planned`, and each later one
+            counts as `rate` batches; used after a rollback from a method with several updates per batch.
     """
 
     eps: int = 0
@@ -28,5 +28,5 @@ class WarmupSchedule:
     rate: float = 1.0
 
     def at(self, step: int) -> float:
-        """The planned batch before which as many updates were to be made as before `step`."""
+        """The planned batch with as many updates before it as there are before batch `step`."""
         return self.planned + (step - self.since) * self.rate

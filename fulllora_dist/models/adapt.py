@@ -1,4 +1,4 @@
-"""A frozen backbone made trainable: adapters placed, rank found from the budget, normaliser inside."""
+"""Build an adapted model: place branches in a frozen backbone and derive their rank from the trainable fraction."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -52,7 +52,7 @@ def _resolve_head(head: Head, finetune: Finetune, own_classes: bool) -> Literal[
 
 
 def _own_trained(backbone: nn.Module, finetune: Finetune, head: str, sites: Iterable[Site]) -> set[str]:
-    """Names of the backbone's own tensors that train."""
+    """Names of the backbone's own trainable tensors."""
     heads = {site.path for site in sites if site.component == "head"}
     trained: set[str] = set()
     for name, module in backbone.named_modules():
@@ -63,22 +63,22 @@ def _own_trained(backbone: nn.Module, finetune: Finetune, head: str, sites: Iter
     return trained
 
 
-def _rank_for_budget(sizes: list[tuple[int, int]], fixed: int, total: int, norm: bool, budget: float) -> int:
-    """The largest rank whose trainable parameters, head counted, stay within `budget` of backbone + head."""
+def _largest_rank(sizes: list[tuple[int, int]], fixed: int, total: int, norm: bool, fraction: float) -> int:
+    """The largest rank whose trainable parameters, head included, stay within `fraction` of backbone + head."""
     per_rank = sum(d_in + d_out for d_in, d_out in sizes)
     norms = 2 * sum(d_in for d_in, _ in sizes) if norm else 0
-    rank = int((budget * total - fixed - norms) // per_rank)
+    rank = int((fraction * total - fixed - norms) // per_rank)
     if rank < 1:
         least = (fixed + norms + per_rank) / total
         raise UserError(
-            f"adapter.trainable_fraction: {budget:g} is too small: rank 1 with this placement and head takes "
-            f"{least:.2%}"
+            f"adapter.trainable_fraction: must be at least {least:.2%} for rank 1 with these components and this head, "
+            f"got {fraction:g}"
         )
     return rank
 
 
 class _Arguments(Settings):
-    """Those of `create_model`, under the names that they have in a config."""
+    """Arguments of `create_model`, under their names in a config."""
 
     model: ModelSettings
     adapter: AdapterSettings
@@ -92,18 +92,19 @@ def create_model(
     input_sizes: Sequence[int] = (),
     **settings: Any,
 ) -> AdaptedModel:
-    """A timm ViT with its weights, frozen, and an adapter that does nothing yet.
+    """Create a frozen timm ViT with its weights and a freshly initialised adapter, which does not change its output.
 
     Args:
         backbone: timm's full `arch.tag`, e.g. "vit_base_patch16_224.augreg2_in21k_ft_in1k".
-        finetune: what trains: "fulllora" (LNLoRA branches), "lora" (the same without LN), "full", "head", "layernorm".
-        seed: of the branches' A, and of weights that are not pretrained.
-        input_sizes: further image sizes that the model must take; see `build_backbone`.
-        settings: those of `ModelSettings` (checkpoint_path, num_classes, image_size, precision, ...) and
-            `AdapterSettings` (trainable_fraction, rank, components, ...), by their names.
+        finetune: what to train: "fulllora" (LNLoRA branches), "lora" (the same without LN), "full", "head" or
+            "layernorm".
+        seed: seed of the branches' A, and of weights that are not pretrained.
+        input_sizes: additional image sizes that the model must support; see `build_backbone`.
+        settings: fields of `ModelSettings` (checkpoint_path, num_classes, image_size, precision, ...) and
+            `AdapterSettings` (trainable_fraction, rank, components, ...).
 
     Raises:
-        UserError: a model of no known family, weights that do not fit, a fraction that is too small.
+        UserError: an unsupported model, weights that do not fit, a trainable_fraction that is too small.
     """
     sections: dict[str, type[Settings]] = {"model": ModelSettings, "adapter": AdapterSettings}
     keys = {section: set(of.model_fields) - {"backbone", "init_from"} for section, of in sections.items()}
@@ -128,7 +129,7 @@ def build_adapted(
     seed: int = 0,
     input_sizes: Sequence[int] = (),
 ) -> AdaptedModel:
-    """`create_model` from settings.
+    """Create an adapted model from settings.
 
     Raises:
         UserError: see `create_model`.
@@ -138,7 +139,10 @@ def build_adapted(
     name, components, qkv, rank, alpha = model.backbone, adapter.components, adapter.qkv, adapter.rank, adapter.alpha
     backbone, info = build_backbone(model, seed=seed, input_sizes=input_sizes)
     if qkv == "shared" and len(set(QKV) & set(components)) not in (0, len(QKV)):
-        raise UserError("adapter.qkv: a shared branch adapts q, k and v at once; place all three, or take separate")
+        raise UserError(
+            "adapter.qkv: a shared branch adapts q, k and v together; put all three in adapter.components, or set "
+            "adapter.qkv=separate"
+        )
     family = family_of(backbone, name)
     sites = family.sites(backbone, name)
     resolved_head = _resolve_head(adapter.head, finetune, info.own_classes)
@@ -147,7 +151,7 @@ def build_adapted(
     own = {n: p.numel() for n, p in backbone.named_parameters() if n in trained}
     normless = finetune == "layernorm" and not any(isinstance(module, LAYER_NORMS) for module in backbone.modules())
     if normless or (finetune not in WITH_BRANCHES and not own):
-        raise UserError(f"finetune: {finetune} finds nothing to train in {name}; choose fulllora, lora or full")
+        raise UserError(f"finetune: {finetune} has nothing to train in {name}; use fulllora, lora or full")
 
     plan: list[tuple[Site, dict[str, tuple[int, int]]]] = []
     if finetune in WITH_BRANCHES:
@@ -158,12 +162,12 @@ def build_adapted(
         if not plan:
             present = {part for site in sites for part in FUSED.get(site.component, (site.component,))}
             raise UserError(
-                f"adapter.components: no component of {name} is chosen; choose among "
-                f"{', '.join(c for c in COMPONENTS if c in present)}"
+                f"adapter.components: must include a component of {name}, got {', '.join(components) or 'none'}; "
+                f"choose from {', '.join(c for c in COMPONENTS if c in present)}"
             )
         if rank is None:
             every = [size for _, sizes in plan for size in sizes.values()]
-            rank = _rank_for_budget(every, sum(own.values()), total, finetune == "fulllora", adapter.trainable_fraction)
+            rank = _largest_rank(every, sum(own.values()), total, finetune == "fulllora", adapter.trainable_fraction)
         alpha = float(rank) if alpha is None else alpha
     else:
         rank = alpha = None
@@ -201,7 +205,7 @@ def _adapt(
 
 
 def attach_at(backbone: nn.Module, family: Family, site: Site, branch: nn.Module) -> None:
-    """Put `branch` beside the layer of a site, which has none yet."""
+    """Attach `branch` to the layer of a site, which has no branch yet."""
     layer: Any = backbone.get_submodule(site.path)
     around: Any = backbone.get_submodule(site.path.rpartition(".")[0])
     calling = family.calling.get(type(around)) if site.component == "qkv" else None
@@ -213,7 +217,7 @@ def attach_at(backbone: nn.Module, family: Family, site: Site, branch: nn.Module
 
 def _report(backbone: nn.Module, adapted: list[Adapted], own: dict[str, int], total: int) -> PlacementReport:
     with_branch = {a.site.path for a in adapted}
-    left = [
+    frozen = [
         (name, type(module).__name__)
         for name, module in backbone.named_modules()
         if ".lnlora" not in name
@@ -221,4 +225,4 @@ def _report(backbone: nn.Module, adapted: list[Adapted], own: dict[str, int], to
         and any(not p.requires_grad for p in module.parameters(recurse=False))
     ]
     trainable = sum(own.values()) + sum(a.parameters for a in adapted)
-    return PlacementReport(tuple(adapted), tuple(own.items()), tuple(left), trainable, total)
+    return PlacementReport(tuple(adapted), tuple(own.items()), tuple(frozen), trainable, total)

@@ -1,4 +1,4 @@
-"""A timm model with an adapter: pixels in [0, 1] to logits, and what of it trains."""
+"""A timm model with an adapter, from pixels in [0, 1] to logits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ WITH_BRANCHES = ("fulllora", "lora")
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """How a backbone is made trainable, as written into an adapter file.
+    """How a backbone is adapted, as stored in an adapter file.
 
     Attributes:
         finetune: fulllora (branches with LN), lora (without), full, head or layernorm.
-        rank: rank of every branch; None where there are none.
+        rank: rank of every branch; None without branches.
         alpha: branches are scaled by alpha / rank.
-        placement: components with a branch, of `COMPONENTS`.
+        placement: components with a branch, from `COMPONENTS`.
         qkv: "separate", one branch each for q, k and v, or "shared", one for the fused projection.
         patch_norm_eps: eps of the LN over flattened patches, in squared units of the normalised pixels.
         head: "frozen", "trained" or "adapted".
-        seed: start of the branches' A.
+        seed: seed of the branches' A.
     """
 
     finetune: Finetune
@@ -47,11 +47,11 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         backbone: the timm model, branches in place, under timm's own keys.
-        family: what the backbone's family says about it.
-        info: what the backbone is.
-        spec: what of it trains.
-        report: where the branches are, and what the trainable share is.
-        precision: what the blocks compute in.
+        family: the backbone's family.
+        info: description of the backbone.
+        spec: how it is adapted.
+        report: placement of the branches and number of trainable parameters.
+        precision: precision of the blocks.
     """
 
     mean: Tensor
@@ -82,9 +82,9 @@ class AdaptedModel(nn.Module):
         return self.backbone((pixels - self.mean) / self.std)
 
     def train(self, mode: bool = True) -> "AdaptedModel":
-        """Training mode, except for BatchNorm: its statistics are the backbone's.
+        """Set training mode, except for BatchNorm, which keeps the statistics of the backbone.
 
-        A batch's own would change the backbone, and make the result depend on how a batch is split over ranks.
+        Batch statistics would change the backbone, and make the result depend on how a batch is split over ranks.
         """
         super().train(mode)
         for module in self.modules():
@@ -93,21 +93,21 @@ class AdaptedModel(nn.Module):
         return self
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Recompute the blocks in backward instead of keeping what is inside them.
+        """Recompute the activations of the blocks in the backward pass instead of storing them.
 
         Raises:
-            UserError: the family's models cannot do that.
+            UserError: the model does not support activation checkpointing.
         """
         if self.family.checkpointing:
             self.backbone.set_grad_checkpointing(enabled)  # type: ignore[operator]
         elif enabled:
             raise UserError(
-                f"distributed.activation_checkpointing: {self.info.name} of the family {self.family.name} has none; "
-                "set it to off"
+                f"distributed.activation_checkpointing: {self.info.name} of the family {self.family.name} does not "
+                "support it; set it to off"
             )
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The tensors of the adapter by their names in the timm model, also while an attack has frozen them."""
+        """The trainable tensors by their names in the timm model, also while an attack has frozen them."""
         parameters = dict(self.backbone.named_parameters())
         return {name: parameters[name] for name in self._trainable}
 
@@ -130,14 +130,14 @@ def set_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         raise UserError(f"adapter: {wrong[0]} is {'missing' if wrong[0] in own else 'not in this model'}")
     for name, tensor in own.items():
         if tensor.shape != state[name].shape:
-            raise UserError(f"adapter: {name} is {tuple(state[name].shape)}, the model's {tuple(tensor.shape)}")
+            raise UserError(f"adapter: {name} must have shape {tuple(tensor.shape)}, got {tuple(state[name].shape)}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(state[name])
 
 
 def _accept_timm_keys(model: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    """A timm checkpoint loads strictly into the adapted model as it is, without the prefix `backbone.`."""
+    """Let a timm checkpoint, whose keys lack the prefix `backbone.`, load strictly into the adapted model."""
     own = prefix + "backbone."
     if any(key.startswith(own) for key in state_dict):
         return

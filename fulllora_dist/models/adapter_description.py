@@ -1,4 +1,4 @@
-"""What adapter.json says of an adapter, typed for those who read it: loading, the registry, the commands."""
+"""The typed content of adapter.json, for loading, the registry and the commands."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from fulllora_dist.models.backbone import BackboneInfo
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The data that an adapter was trained on; None (or no classes) where it was not recorded.
+    """The data that an adapter was trained on; values that were not recorded are None or empty.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         index: fingerprint of the index of its shards.
         classes: names of the classes, in label order.
-        augment: augmentation of the training.
-        crop_pct, interpolation: the evaluation crop, where it is not the backbone's own.
+        augment: training augmentation.
+        crop_pct, interpolation: the evaluation crop, if it differs from the backbone's own.
     """
 
     name: str | None = None
@@ -33,11 +33,11 @@ class AdapterDescription:
     """The content of an adapter.json.
 
     Attributes:
-        backbone: the model that it belongs to.
-        spec: how that was made trainable.
-        sha256: of adapter.safetensors.
-        trainable, trainable_share: number of trained parameters, and their share of the model's.
-        training: how it was trained, as `save_adapter` was given it; may be empty.
+        backbone: the backbone that it belongs to.
+        spec: how the backbone is adapted.
+        sha256: checksum of adapter.safetensors.
+        trainable, trainable_share: number of trained parameters, and their fraction of the model's.
+        training: how it was trained, as passed to `save_adapter`; may be empty.
         content: the whole file.
     """
 
@@ -51,8 +51,10 @@ class AdapterDescription:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "AdapterDescription":
-        """Raises:
-        KeyError, TypeError: a field is missing or unknown.
+        """Parse the content of an adapter.json.
+
+        Raises:
+            KeyError, TypeError: a field is missing or unknown.
         """
         return cls(
             BackboneInfo(**content["backbone"]),
@@ -66,13 +68,13 @@ class AdapterDescription:
 
     @property
     def threat(self) -> tuple[str, float] | None:
-        """(norm, eps) that it was trained against; None where it was not recorded."""
+        """(norm, eps) that it was trained with; None if not recorded."""
         threat = self.training.get("threat")
         return threat and (threat["norm"], threat["eps"])
 
     @property
     def data(self) -> TrainingData | None:
-        """None where it was not recorded."""
+        """The training data; None if not recorded."""
         data = self.training.get("data")
         if data is None:
             return None

@@ -1,4 +1,4 @@
-"""What two adapters differ in: settings, and what each layer adds to its backbone."""
+"""Differences between two adapters: their settings, and the update that each layer adds to the backbone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _NOT_SETTINGS = ("trainable", "trainable_share", "format_version", "sha256", "ch
 
 
 def differing_settings(a: AdapterDescription, b: AdapterDescription) -> list[tuple[str, Any, Any]]:
-    """(name, in A, in B) of all that two descriptions (`read_adapter`) do not share; None where one lacks it."""
+    """(name, value in A, value in B) of all settings that differ; None if a description (`read_adapter`) lacks one."""
     flat_a, flat_b = (
         dict(flattened({key: value for key, value in one.content.items() if key not in _NOT_SETTINGS}))
         for one in (a, b)
@@ -25,17 +25,17 @@ def differing_settings(a: AdapterDescription, b: AdapterDescription) -> list[tup
 def layer_differences(
     a: tuple[AdapterDescription, Mapping[str, Tensor]], b: tuple[AdapterDescription, Mapping[str, Tensor]]
 ) -> list[dict[str, Any]]:
-    """Of each branch, and each tensor trained itself, the Frobenius norms in both adapters and of the difference.
+    """Frobenius norms of each branch and each trained tensor in both adapters, and of their difference.
 
-    A branch counts as the matrix that it applies to the normalised input, (alpha / r) B A diag(w): A and B alone differ
-    between branches that do the same, and between ranks. `A`, `B` and LN's bias are no rows of their own.
+    A branch is compared as the matrix that it applies to the normalised input, (alpha / r) B A diag(w), as different
+    A and B, also of different ranks, can have the same product. `A`, `B` and the bias of LN have no rows of their own.
 
     Args:
-        a, b: (description, tensors) as `read_adapter` gives them.
+        a, b: (description, tensors) as returned by `read_adapter`.
 
     Returns:
-        [{"layer", "a", "b", "difference"}] in the order of names; None where one adapter has no such layer, or it is
-        of another shape.
+        [{"layer", "a", "b", "difference"}] sorted by name; None if one adapter lacks the layer or has it in another
+        shape.
     """
     effect_a, effect_b = _effects(*a), _effects(*b)
     rows = []
@@ -71,7 +71,7 @@ def _effects(description: AdapterDescription, state: Mapping[str, Tensor]) -> di
 
 
 def summed(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """{"a", "b", "difference"}: norms over all layers together, of those that both adapters have."""
+    """{"a", "b", "difference"}: total norms over all layers that both adapters have."""
     both = [row for row in rows if row["difference"] is not None]
     squares = {key: torch.tensor([row[key] for row in both], dtype=torch.float64) for key in ("a", "b", "difference")}
     return {key: float(values.norm()) for key, values in squares.items()}

@@ -1,7 +1,7 @@
-"""The adapter on disk: a folder with adapter.safetensors and adapter.json. No pickle, no copy of the backbone.
+"""Save and load adapters: a folder with adapter.safetensors and adapter.json, without pickle or the backbone.
 
-For `finetune: full` the tensors are the whole model's under timm's keys, with the statistics of its batch norms, so
-adapter.safetensors is then itself a checkpoint that `model.checkpoint_path` takes.
+With `finetune: full` the tensors are the whole model's under timm's keys, including BatchNorm statistics, so that
+adapter.safetensors is itself a checkpoint for `model.checkpoint_path`.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ DESCRIPTION = "adapter.json"
 
 
 def _statistics(model: AdaptedModel) -> dict[str, Tensor]:
-    """What a file of the whole model holds besides parameters: the backbone's buffers, which do not train."""
+    """The backbone's buffers, which are stored with a whole model (finetune: full), else nothing."""
     if model.spec.finetune != "full":
         return {}
     parameters = dict(model.backbone.named_parameters())
@@ -41,22 +41,22 @@ def _statistics(model: AdaptedModel) -> dict[str, Tensor]:
 
 
 def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """{name in the timm model: tensor} of what its file holds, on the CPU.
+    """The tensors of an adapter file as {name in the timm model: tensor}, on the CPU.
 
     Args:
-        trained: everything that trains, where it is not to be the model's own (an average), or not whole (ZeRO-3).
+        trained: trained tensors to use instead of the model's own, such as an average, or gathered ones (ZeRO-3).
     """
-    found = {**(model.trainable() if trained is None else trained), **_statistics(model)}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+    tensors = {**(model.trainable() if trained is None else trained), **_statistics(model)}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def adapter_sha256(model: AdaptedModel) -> str:
-    """sha256 of the file that its adapter is saved as."""
+    """sha256 of the model's adapter.safetensors."""
     return hashlib.sha256(save_safetensors(adapter_state(model))).hexdigest()
 
 
 def _checksum(description: Mapping[str, Any]) -> str:
-    """sha256 of the description itself: a flipped digit in alpha or std would otherwise load as another function."""
+    """sha256 of the description, as a changed digit in alpha or std would silently change the model."""
     content = {key: value for key, value in description.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -68,12 +68,12 @@ def save_adapter(
     state: Mapping[str, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the adapter of `model`.
+    """Save the adapter of `model`.
 
     Args:
-        folder: local path or fsspec URL; made where it does not exist.
-        state: what trains, instead of the model's own tensors (an average of them, or gathered ones).
-        training: JSON-able facts about how it was trained (threat model, method, data, seed).
+        folder: local path or fsspec URL; created if it does not exist.
+        state: trained tensors to save instead of the model's own (such as an average, or gathered ones).
+        training: JSON-able record of how it was trained (threat model, method, data, seed).
     """
     tensors = save_safetensors(adapter_state(model, state))
     description = {
@@ -95,10 +95,10 @@ def save_adapter(
 
 
 def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
-    """The checked description and tensors of an adapter.
+    """Read and verify the description and tensors of an adapter.
 
     Raises:
-        UserError: a file is missing or damaged, or of a version this program does not know.
+        UserError: a file is missing or damaged, or has an unsupported format version.
     """
     filesystem, path = fsspec.core.url_to_fs(folder)
     folder = redacted(folder)
@@ -108,31 +108,31 @@ def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
             files[name] = filesystem.cat_file(f"{path}/{name}")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"adapter: {folder} has no {name}; give a folder that save_adapter wrote") from None
-        except Exception as error:  # each store has its own kinds
+        except Exception as error:  # each store has its own exceptions
             raise UserError(f"adapter: {classify_error(error, f'{folder}/{name}')}") from None
     try:
         description = json.loads(files[DESCRIPTION])
         version = description["format_version"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
-            f"adapter: {folder}/{DESCRIPTION} is damaged; it should be the JSON that save_adapter wrote"
+            f"adapter: {folder}/{DESCRIPTION} is damaged; it must be JSON written by save_adapter"
         ) from None
     if version != FORMAT_VERSION:
         raise UserError(f"adapter: {folder} has format version {version}; this program reads {FORMAT_VERSION}")
     if description.get("checksum") != _checksum(description):
-        raise UserError(f"adapter: {folder}/{DESCRIPTION} is damaged: its checksum is not that of its content")
+        raise UserError(f"adapter: {folder}/{DESCRIPTION} is damaged: its checksum does not match")
     if hashlib.sha256(files[TENSORS]).hexdigest() != description["sha256"]:
-        raise UserError(f"adapter: {folder}/{TENSORS} is damaged: its sha256 is not the one in {DESCRIPTION}")
+        raise UserError(f"adapter: {folder}/{TENSORS} is damaged: its sha256 does not match {DESCRIPTION}")
     try:
         return AdapterDescription.of(description), load_safetensors(files[TENSORS])
     except (KeyError, TypeError) as error:
-        raise UserError(f"adapter: {folder}/{DESCRIPTION} lacks or does not know a field ({error})") from None
+        raise UserError(f"adapter: {folder}/{DESCRIPTION} has a missing or unknown field ({error})") from None
     except SafetensorError as error:
         raise UserError(f"adapter: {folder}/{TENSORS} is damaged ({error})") from None
 
 
 def copy_adapter(source: str, folder: str) -> None:
-    """Write the files of the adapter in `source` to the local `folder`, byte for byte.
+    """Copy the adapter in `source` to the local `folder`, byte for byte.
 
     Raises:
         UserError: see `read_adapter`.
@@ -145,46 +145,46 @@ def copy_adapter(source: str, folder: str) -> None:
 
 
 def _check_family(folder: str, family: Mapping[str, Any] | None) -> None:
-    """Refuse an adapter of a family that is not registered. No module is imported because a file names it."""
+    """Reject an adapter of an unregistered family. A module named in a file is never imported automatically."""
     if family is not None and family["name"] not in FAMILIES:
         plugin = family["plugin"]
         raise UserError(
             f"adapter: {folder} is of the family {family['name']}, which is not registered; "
-            f"import {plugin or 'the module that registers it'}, or name it or its .py file under plugins:"
+            f"import {plugin or 'the module that registers it'}, or list it or its .py file under plugins:"
         )
 
 
 def load(folder: str, *, checkpoint_path: str | None = None, precision: Precision = "fp32") -> AdaptedModel:
-    """The adapted model of an adapter: its backbone is built from timm or `checkpoint_path`, and checked.
+    """Load an adapted model: build the backbone from timm or `checkpoint_path`, verify it, and load the adapter.
 
     Args:
-        folder: what `save_adapter` wrote, local path or fsspec URL.
-        checkpoint_path: where the backbone's weights lie now, if not where they were at training.
-        precision: see `build_adapted`.
+        folder: folder written by `save_adapter`, local path or fsspec URL.
+        checkpoint_path: location of the backbone's weights, if it has changed since training.
+        precision: see `ModelSettings.precision`.
 
     Raises:
-        UserError: missing or damaged files, an unknown version, another backbone, other shapes.
+        UserError: missing or damaged files, an unsupported version, a different backbone or different shapes.
     """
     description, state = read_adapter(folder)
     info, spec = described(folder, description)
-    whole_model = spec.finetune == "full"  # its tensors replace the backbone's: no need to fetch those
+    whole_model = spec.finetune == "full"  # its tensors replace the backbone's, which need not be fetched
     if whole_model:
         model = build(dataclasses.replace(info, checkpoint=None, pretrained=False), spec, precision=precision)
         whole_model = _statistics(model).keys() <= state.keys()
     if not whole_model:
         model = build(info, spec, checkpoint_path=checkpoint_path, precision=precision)
         check_backbone(folder, info, model.info)
-    # earlier versions did not write the statistics: these stay the backbone's
+    # a file without BatchNorm statistics keeps those of the backbone
     statistics = {name: tensor for name, tensor in _statistics(model).items() if name in state}
     set_tensors({**model.trainable(), **statistics}, state)
-    if whole_model:  # it still stems from the backbone that it was trained from
+    if whole_model:  # its origin is still the backbone that it was trained from
         kept = {key: getattr(info, key) for key in ("checkpoint", "pretrained", "own_classes", "sha256")}
         model.info = dataclasses.replace(model.info, **kept)
     return model
 
 
 def described(folder: str, description: AdapterDescription) -> tuple[BackboneInfo, AdapterSpec]:
-    """What an adapter's description says of its backbone, and of what was trained.
+    """The backbone and the adapter spec of a description.
 
     Raises:
         UserError: a family that is not registered.
@@ -196,10 +196,10 @@ def described(folder: str, description: AdapterDescription) -> tuple[BackboneInf
 def build(
     info: BackboneInfo, spec: AdapterSpec, *, checkpoint_path: str | None = None, precision: Precision = "fp32"
 ) -> AdaptedModel:
-    """The backbone with an adapter of that kind, which does nothing yet; not checked against the fingerprint.
+    """Build the backbone with a freshly initialised adapter; the fingerprint is not verified.
 
     Args:
-        checkpoint_path: where the backbone's weights lie now, if not where they were at training.
+        checkpoint_path: location of the backbone's weights, if it has changed since training.
     """
     model = ModelSettings(
         backbone=info.name,
@@ -224,17 +224,25 @@ def build(
     return build_adapted(model, adapter, spec.finetune, seed=spec.seed)
 
 
-def check_backbone(folder: str, info: BackboneInfo, found: BackboneInfo) -> None:
-    """Refuse an adapter of other weights than those found."""
-    if found.sha256 != info.sha256:
+def check_backbone(folder: str, info: BackboneInfo, actual: BackboneInfo) -> None:
+    """Check that the weights of a backbone are those that an adapter belongs to.
+
+    Args:
+        info: the backbone in the adapter's description.
+        actual: the backbone that was built.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    if actual.sha256 != info.sha256:
         raise UserError(
             f"adapter: {folder} belongs to {info.name} with fingerprint {str(info.sha256)[:12]}, "
-            f"but these weights have {str(found.sha256)[:12]}; give the backbone it was trained on"
+            f"but these weights have {str(actual.sha256)[:12]}; give the backbone it was trained on"
         )
 
 
 def merge(model: AdaptedModel) -> NoReturn:
-    """Refused: LN depends on the input, so that B A LN(x) is no matrix that could be added to W.
+    """Not supported: LN depends on the input, so that B A LN(x) is not a matrix that could be added to W.
 
     Raises:
         UserError: always.

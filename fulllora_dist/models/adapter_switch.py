@@ -1,4 +1,4 @@
-"""Which adapter each sample of a forward pass takes, and the modules that obey: branches and own tensors."""
+"""Selection of an adapter for each sample of a forward pass, and the modules that apply it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +12,13 @@ from torch.func import functional_call
 
 @dataclass(frozen=True)
 class Choice:
-    """Of one forward pass: the adapter of every sample, or [(adapter, int64 samples)] in a batch of `batch`. `inside`
-    a module that has got the adapter's own tensors already."""
+    """The selected adapters of a forward pass.
+
+    Attributes:
+        whole: the adapter of all samples, if `parts` is empty.
+        parts: ((adapter, int64 sample indices), ...) in a batch of `batch` samples.
+        inside: whether this is within a module that already uses the adapter's own tensors.
+    """
 
     whole: str | None
     parts: tuple[tuple[str | None, Tensor], ...] = ()
@@ -21,7 +26,7 @@ class Choice:
     inside: bool = False
 
     def rows(self, samples: Tensor, total: int) -> Tensor:
-        """The rows of these samples, where each has total / batch rows one after the other (Swin's windows)."""
+        """Row indices of these samples; each has total / batch consecutive rows (the windows of Swin)."""
         each, rest = divmod(total, self.batch)
         assert rest == 0, f"{total} rows for {self.batch} samples"
         if each == 1:
@@ -45,7 +50,7 @@ def choosing(choice: Choice) -> Iterator[None]:
 
 
 class AdapterSwitch(nn.Module):
-    """Branches of several adapters beside one layer: in place of a branch."""
+    """The branches of several adapters on one layer, in place of a single branch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +70,7 @@ class AdapterSwitch(nn.Module):
 
 
 class OwnTensors(nn.Module):
-    """Tensors of several adapters in place of one module's own; a forward hook of that module."""
+    """The tensors with which several adapters replace a module's own, applied by a forward hook of that module."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The frozen timm model: where its weights come from, and the fingerprint that names them."""
+"""Build the frozen timm model and load its weights."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -18,22 +18,22 @@ from fulllora_dist.storage.urls import redacted
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """What a backbone is, as written into an adapter file.
+    """Description of a backbone, as stored in an adapter file.
 
     Attributes:
         name: timm's full `arch.tag`.
-        checkpoint: path or URL the weights came from, without what signs it; None for timm's hub or random weights.
+        checkpoint: path or URL of the weights, with its signature redacted; None for timm's hub or random weights.
         pretrained: False for random weights.
         seed: seed of the random weights (and of a new head).
-        sha256: `fingerprint` of the weights as they came, before the head is cut or the position embedding resized;
-            None on the meta device.
-        num_classes: outputs of the head.
-        classes: rows kept of the checkpoint's head, None for all of them.
+        sha256: `fingerprint` of the original weights, before the head is cut or the position embedding resized; None on
+            the meta device.
+        num_classes: number of outputs of the head.
+        classes: rows of the checkpoint's head that are kept; None for all.
         own_classes: whether the head is the checkpoint's own.
         image_size: side of the square input in pixels.
         mean, std: normalisation of the three channels, in units of [0, 1] pixels.
         crop_pct, interpolation, crop_mode: timm's evaluation crop of this tag.
-        architecture: arguments that make it another model than the tag's (depth, embed_dim, ...).
+        architecture: arguments that change the tag's architecture (depth, embed_dim, ...).
     """
 
     name: str
@@ -54,10 +54,10 @@ class BackboneInfo:
 
 
 def check_name(name: str, needs_tag: bool) -> None:
-    """Refuse a name that timm does not know, or one without the tag that says which weights are meant.
+    """Check that timm knows a model, and that its name has a tag if there are several sets of weights.
 
     Raises:
-        UserError: with the nearest names, or the tags to choose from.
+        UserError: an unknown or ambiguous name; the message lists similar names or the available tags.
     """
     arch, _, tag = name.partition(".")
     if not timm.is_model(arch):
@@ -81,12 +81,13 @@ def _check_agreement(
 ) -> None:
     if checkpoint is not None and not pretrained:
         raise UserError(
-            f"model.checkpoint_path: {redacted(checkpoint)} would not be read, as model.pretrained is false; leave "
-            "out one"
+            f"model.checkpoint_path: must not be set if model.pretrained is false, got {redacted(checkpoint)}; "
+            "remove one of them"
         )
     if classes is not None and num_classes not in (None, len(classes)):
         raise UserError(
-            f"model.num_classes: {num_classes} contradicts the {len(classes)} model.class_indices; leave out one"
+            f"model.num_classes: must be the number of model.class_indices, {len(classes)}, got {num_classes}; "
+            "remove one of them"
         )
     for argument, setting in (("img_size", "model.image_size"), ("num_classes", "model.num_classes")):
         if argument in architecture:
@@ -94,23 +95,23 @@ def _check_agreement(
     for argument in ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"):
         if architecture.get(argument) is not None:
             raise UserError(
-                f"model.model_kwargs: {argument} draws the positions anew in each pass, so that the attack and the "
-                "weight step would see different models; leave it out"
+                f"model.model_kwargs: {argument} draws new positions in each pass, so that the attack and the "
+                "weight step would see different models; remove it"
             )
 
 
 def build_backbone(
     settings: ModelSettings, *, seed: int = 0, input_sizes: Sequence[int] = ()
 ) -> tuple[nn.Module, BackboneInfo]:
-    """A timm model with its weights, and what it is.
+    """Build a timm model with its weights. Returns the model and its description.
 
     Args:
-        seed: of weights that are not pretrained.
-        input_sizes: sides in pixels that the model must also take as they come; the position embedding is resampled
-            in each forward pass then, and is what it was at `image_size`.
+        seed: seed of weights that are not pretrained.
+        input_sizes: additional image sizes in pixels that the model must support; the position embedding is then
+            resampled in each forward pass, and stays unchanged at `image_size`.
 
     Raises:
-        UserError: unknown name, weights that cannot be had or do not fit, classes out of range.
+        UserError: an unknown name, weights that cannot be loaded or do not fit, classes out of range.
     """
     name, pretrained, num_classes = settings.backbone, settings.pretrained, settings.num_classes
     checkpoint, classes, image_size = settings.checkpoint_path, settings.class_indices, settings.image_size
@@ -132,7 +133,7 @@ def build_backbone(
     _check_input_sizes(backbone, name, input_sizes)
     family = family_of(backbone, name)
     if backbone.num_classes < 1:
-        raise UserError(f"model.num_classes: {name} has no classes of its own; set it to how many there shall be")
+        raise UserError(f"model.num_classes: {name} has no classes of its own; set it to the number of classes")
     if family.prepare is not None:
         family.prepare(backbone)
     heads = [site.path for site in family.sites(backbone, name) if site.component == "head"]
@@ -164,7 +165,7 @@ def build_backbone(
 
 
 def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: Mapping[str, Tensor] | None) -> Any:
-    """The bare timm model. Without a number of outputs it takes the checkpoint's."""
+    """Create the timm model without weights. The number of outputs defaults to that of the checkpoint's head."""
     classifier = _pretrained_cfg(name).get("classifier", "head")
     for head in [classifier] if isinstance(classifier, str) else classifier:
         if outputs is None and weights is not None and f"{head}.weight" in weights:
@@ -179,20 +180,20 @@ def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: 
             backbone = _create(name, {k: v for k, v in arguments.items() if k != "dynamic_img_size"}, None, None)
             if family_of(backbone, name).any_size:
                 return backbone
-            raise UserError(f"phases.image_size: {name} takes images of one size only; leave it out") from None
+            raise UserError(f"phases.image_size: {name} supports a single image size only; remove it") from None
         raise UserError(f"model: timm cannot build {name} with {arguments}: {reason}") from None
-    if "drop_path_rate" not in arguments:  # Swin's is 0.1 unless told: drawn from torch's generator, on each rank anew
+    if "drop_path_rate" not in arguments:  # Swin defaults to 0.1, which draws from torch's generator on each rank
         for module in backbone.modules():
             if isinstance(module, timm.layers.DropPath):
                 module.drop_prob = 0.0
-    for module in backbone.modules():  # Sapiens2 is built to rescale the coordinates of its RoPE, drawn as above
+    for module in backbone.modules():  # Sapiens2 rescales the coordinates of its RoPE at random by default
         if hasattr(module, "aug_active"):
             module.aug_active = False  # type: ignore[assignment]
     return backbone
 
 
 def _pretrained_cfg(name: str) -> dict[str, Any]:
-    """timm's description of a tag, or of an architecture without one."""
+    """timm's pretrained_cfg of a tag, or of an architecture without one."""
     config = timm.models.get_pretrained_cfg(name)
     return config.to_dict() if config is not None else {}
 
@@ -201,10 +202,10 @@ def _check_input_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
     patch = patch_size(backbone)
     for size in sizes:
         if patch is not None and (size % patch[0] or size % patch[1]):
-            raise UserError(f"phases.image_size: {size} is no multiple of {name}'s patches of {patch[0]} pixels")
+            raise UserError(f"phases.image_size: must be a multiple of the patch size {patch[0]} of {name}, got {size}")
 
 
 def patch_size(backbone: nn.Module) -> tuple[int, int] | None:
-    """Height and width of its patches in pixels; None where it does not tell."""
+    """Height and width of a model's patches in pixels; None if unknown."""
     size = getattr(getattr(backbone, "patch_embed", None), "patch_size", None)
     return None if size is None else timm.layers.to_2tuple(size)

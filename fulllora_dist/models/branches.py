@@ -1,4 +1,4 @@
-"""Single branches of an adapted model: where each stands, how large it is beside W, and the model without it."""
+"""Individual branches of an adapted model: their place, their size relative to W, and how to disable them."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ from fulllora_dist.models.placement import FUSED
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One branch, beside the weight that it adds to.
+    """A branch and the frozen layer that it belongs to.
 
     Attributes:
-        name: in the timm model, e.g. "blocks.0.attn.qkv.lnlora.q".
-        component: of `COMPONENTS`, "head", or of `FUSED` where q, k and v share one branch.
+        name: name in the timm model, e.g. "blocks.0.attn.qkv.lnlora.q".
+        component: one of `COMPONENTS`, "head", or one of `FUSED` if q, k and v share a branch.
         block: e.g. "blocks.0"; outside the blocks "patch_embed", "head" and so on.
         module: the branch itself.
-        layer: what it stands beside.
-        rows: the outputs of the layer that it adds to: all, or of a fused projection those of its component.
+        layer: the frozen layer.
+        rows: the outputs of the layer that it adds to: all, or those of its component in a fused projection.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Branch:
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight that it stands beside, [d_out, d_in]; a convolution's kernels are flattened."""
+        """The frozen weight that the branch adds to, [d_out, d_in]; a convolution's kernels are flattened."""
         whole: Tensor = self.layer.weight  # type: ignore[assignment]
         return whole.detach()[self.rows].flatten(1)
 
@@ -53,33 +53,33 @@ class Branch:
         return torch.linalg.matrix_norm(self.weight.double()).item()
 
     def relative(self) -> float | None:
-        """The norm of (alpha / r) B A relative to that of W; None where W is zero."""
+        """The norm of (alpha / r) B A relative to that of W; None if W is zero."""
         whole = self.weight_norm()
         return self.norm() / whole if whole else None
 
 
 def by_place(sizes: Iterable[tuple[str, str, float | None]]) -> dict[tuple[str, ...], float | None]:
-    """(block, component, norm relative to W) -> {(block, component): norm}; where a block has a component twice, the
-    larger one."""
-    found: dict[tuple[str, ...], float | None] = {}
+    """(block, component, norm relative to W) -> {(block, component): norm}; the larger norm if a block has a component
+    twice."""
+    norms: dict[tuple[str, ...], float | None] = {}
     for *place, size in sizes:
-        known = (found.get(tuple(place)), size)
-        found[tuple(place)] = max((value for value in known if value is not None), default=None)
-    return found
+        known = (norms.get(tuple(place)), size)
+        norms[tuple(place)] = max((value for value in known if value is not None), default=None)
+    return norms
 
 
 def branches_of(model: AdaptedModel) -> list[Branch]:
-    """All branches, in forward order, the heads' last.
+    """All branches of a model, in forward order, those of the heads last.
 
     Raises:
-        SharedUserError: the model was finetuned in a way that has none.
+        SharedUserError: the model was finetuned in a way that has no branches.
     """
     if model.spec.finetune not in WITH_BRANCHES:
         raise SharedUserError(
             f"adapter: finetune: {model.spec.finetune} has no branches; give an adapter of finetune: "
             f"{' or '.join(WITH_BRANCHES)}"
         )
-    found = []
+    branches = []
     for adapted in model.report.adapted:
         path, component = adapted.site.path, adapted.site.component
         for part in adapted.branches:
@@ -89,15 +89,15 @@ def branches_of(model: AdaptedModel) -> list[Branch]:
             size = len(module.B)
             first = size * FUSED[component].index(part) if part else 0
             layer, block = model.backbone.get_submodule(path), model.family.block_of(path)
-            found.append(Branch(name, part or component, block, module, layer, slice(first, first + size)))
-    return found
+            branches.append(Branch(name, part or component, block, module, layer, slice(first, first + size)))
+    return branches
 
 
 @contextmanager
 def disable_adapter(branches: Iterable[Branch]) -> Iterator[None]:
-    """Inside, these branches add nothing: the model computes what it would with their B zero, bit for bit.
+    """Disable branches within the context: the model computes bit for bit what it would with their B zero.
 
-    No tensor is touched, so that the model is afterwards as it was. Those that were off already stay off.
+    No tensor is changed. Branches that were already disabled stay disabled.
     """
     modules = [branch.module for branch in branches if branch.module.on]
     for module in modules:

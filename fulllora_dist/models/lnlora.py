@@ -24,7 +24,7 @@ QKV = ("q", "k", "v")
 class FoldedLayerNorm(nn.Module):
     """Weight and bias of a LayerNorm, applied to the matrix behind it instead of to the activations.
 
-    It is a module with a forward of its own, because ZeRO-3 gathers a module's parameters when that module is called.
+    It is a module with its own forward, because ZeRO-3 gathers a module's parameters when that module is called.
     """
 
     def __init__(self, dim: int):
@@ -38,17 +38,17 @@ class FoldedLayerNorm(nn.Module):
 
 
 def standardise(x: Tensor, eps: float) -> Tensor:
-    """LN without its affine, over the last dimension."""
+    """Apply LN without its affine, over the last dimension."""
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
 class LNLoRABranch(nn.Module):
     """(alpha / r) B A LN(x), added to the frozen layer's output.
 
-    Parameters are fp32 whatever the activations' dtype; they are folded in fp32 and cast once per call.
+    Parameters are fp32 for any dtype of the activations; they are folded in fp32 and cast once per call.
 
     Attributes:
-        on: whether it adds anything; see `branches.disable_adapter`.
+        on: whether the branch is enabled; see `branches.disable_adapter`.
     """
 
     def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, norm: bool, eps: float):
@@ -61,18 +61,19 @@ class LNLoRABranch(nn.Module):
         self.B = nn.Parameter(torch.zeros(d_out, rank))
 
     def reset_parameters(self, generator: torch.Generator | None) -> None:
-        """A as LoRA starts it (Kaiming uniform with a = sqrt(5), i.e. U(+-1/sqrt(d_in))), B zero, LN the identity."""
+        """Initialise A like LoRA (Kaiming uniform with a = sqrt(5), i.e. U(+-1/sqrt(d_in))) and B with zeros."""
         bound = 1 / math.sqrt(self.A.shape[1])
         with torch.no_grad():
             self.A.uniform_(-bound, bound, generator=generator)
             self.B.zero_()
 
     def forward(self, x: Tensor, y: Tensor, standardised: bool = False) -> Tensor:
-        """y + (alpha / r) B A LN(x).
+        """Compute y + (alpha / r) B A LN(x).
 
         Args:
-            x: [..., d_in], the frozen layer's input (already standardised where said so).
+            x: [..., d_in], the frozen layer's input.
             y: [..., d_out], its output, of the same dtype.
+            standardised: whether x is already standardised.
         """
         if not self.on:
             return y
@@ -88,11 +89,11 @@ class LNLoRABranch(nn.Module):
 
 
 class LNLoRASplit(nn.Module):
-    """One branch for each of q, k and v beside a fused projection; a name left out has none.
+    """Separate branches for q, k and v on a fused projection; parts without a branch are left unchanged.
 
     Args:
-        branches: by name.
-        parts: names of the equal parts of the projection's outputs, in their order.
+        branches: branches by the name of their part.
+        parts: names of the equal parts of the projection's outputs, in order.
     """
 
     def __init__(self, branches: Mapping[str, LNLoRABranch], parts: Sequence[str] = QKV):
@@ -118,7 +119,7 @@ class LNLoRASplit(nn.Module):
 
 
 class LNLoRALinear(nn.Linear):
-    """A linear layer with a branch. Its own weight and bias are the frozen layer's parameters themselves."""
+    """A linear layer with a branch. Weight and bias are the frozen layer's own parameters."""
 
     lnlora: nn.Module
 
@@ -127,16 +128,16 @@ class LNLoRALinear(nn.Linear):
 
 
 class LNLoRAOuterBiasLinear(LNLoRALinear):
-    """A fused qkv projection whose bias lies in the attention around it, as q_bias, k_bias and v_bias.
+    """A fused qkv projection whose bias is stored in the surrounding attention, as q_bias, k_bias and v_bias.
 
     timm then computes `F.linear(x, self.qkv.weight, cat(biases))` itself and never calls `qkv`. Here the layer does
-    that sum, in the same one operation, so that not a bit changes while B is zero.
+    so in the same single operation, so that the output is bit for bit the same while B is zero.
     """
 
     attention: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        # by the registries: as attributes these names are hidden, see `attach`
+        # read from the registries, as the attributes are hidden, see `attach`
         own, buffers = self.attention._parameters, self.attention._buffers
         bias = torch.cat([own["q_bias"], buffers["k_bias"], own["v_bias"]])  # type: ignore[list-item]
         return self.lnlora(x, F.linear(x, self.weight, bias))
@@ -151,14 +152,14 @@ class LNLoRAConv2d(nn.Conv2d):
         y = super().forward(x)  # [B, D, rows, columns]
         patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
         tokens = self.lnlora(patches.transpose(1, 2), y.flatten(2).transpose(1, 2))  # [B, N, P] and [B, N, D]
-        # in the layout of y: sums over channels behind it then round as the bare model's do
+        # in the memory layout of y, so that later sums over channels round as in the bare model
         return tokens.transpose(1, 2).contiguous().view_as(y)
 
 
 def _keep_when_absent(branch: nn.Module, state_dict: dict, prefix: str, *_: object) -> None:
-    """A backbone's checkpoint knows no branches: strict loading of one leaves them as they are.
+    """Let a backbone's checkpoint, which has no branches, load strictly and leave the branches unchanged.
 
-    A checkpoint with only some of a branch's tensors is still refused.
+    A checkpoint with only some of a branch's tensors is still rejected.
     """
     if not any(key.startswith(prefix) for key in state_dict):
         state_dict.update({prefix + key: value for key, value in branch.state_dict().items()})
@@ -167,18 +168,17 @@ def _keep_when_absent(branch: nn.Module, state_dict: dict, prefix: str, *_: obje
 def attach(
     layer: nn.Linear | nn.Conv2d, branch: nn.Module, attention: nn.Module | None = None, calling: type | None = None
 ) -> None:
-    """Put `branch` beside a linear layer or convolution, in place: parameters, keys and hooks stay what they are.
+    """Attach `branch` to a linear layer or convolution in place; parameters, keys and hooks stay the same.
 
     Args:
         attention, calling: a module that reads `layer.weight` with its own q_bias, k_bias and v_bias instead of calling
-            the layer, and its subclass that calls it (with the attribute `q_bias` None, which timm takes for "no bias
-            of mine").
+            the layer, and a subclass that calls it (with the attribute `q_bias` None, which makes timm call `qkv`).
     """
     assert type(layer) in (nn.Linear, nn.Conv2d), f"{type(layer).__name__} may never call its own forward"
     if attention is not None and calling is not None:
         attention.__class__ = calling
         layer.__class__ = LNLoRAOuterBiasLinear
-        layer.__dict__["attention"] = attention  # past nn.Module's registry: a parent is no child
+        layer.__dict__["attention"] = attention  # bypasses nn.Module's registry: a parent must not be a child
     else:
         layer.__class__ = LNLoRALinear if isinstance(layer, nn.Linear) else LNLoRAConv2d
     branch.register_load_state_dict_pre_hook(_keep_when_absent)

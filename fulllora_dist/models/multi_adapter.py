@@ -1,9 +1,9 @@
-"""Several adapters on one frozen backbone in memory, chosen by call and by sample.
+"""Several adapters on one frozen backbone in memory, selected per call or per sample.
 
-Beside each adapted layer stands a switch with the branches of all adapters. A batch goes through the frozen layers
-once; at a switch, the rows of each adapter get its branch and the rows of none get nothing. Tensors of the backbone
-that an adapter trained itself (a head, LayerNorm) take the place of the backbone's in the same way, by a forward hook.
-The backbone's own tensors are never written.
+Each adapted layer has a switch with the branches of all adapters. A batch passes through the frozen layers once; at a
+switch, each sample gets the branch of its adapter, if any. Tensors of the backbone that an adapter trained itself (a
+head, LayerNorm) replace the backbone's in the same way, with a forward hook. The backbone's own tensors are never
+changed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,23 +27,23 @@ _SAME = ("name", "architecture", "image_size", "mean", "std", "num_classes", "cl
 
 
 class MultiAdapter(nn.Module):
-    """pixels [B, 3, H, W] in [0, 1], fp32, and the choice of adapters -> logits [B, classes], fp32.
+    """pixels [B, 3, H, W] in [0, 1], fp32, and a choice of adapters -> logits [B, classes], fp32.
 
-    A batch under one adapter gives bit for bit what that adapter gives when it is loaded alone (so its tensors require
-    gradients, as there: torch chooses its kernels by that, too); a batch under several gives it up to float rounding,
-    as its branches meet smaller batches. Calls in several threads do not meet.
+    A batch with a single adapter gives bit for bit the logits of that adapter loaded alone. (So its tensors require
+    gradients, as there: torch's choice of kernels depends on it.) With several adapters they agree up to rounding, as
+    the branches process smaller batches. Calls from several threads are independent.
 
     Args:
-        adapters: {name of one's own: folder}; see `load_folder`.
-        checkpoint_path: where the backbone's weights lie now, if not where they were at training.
-        precision: see `create_model`.
-        local_folder: makes the folder of each address, where they are no folders themselves.
+        adapters: {name: folder}, with names of your choice.
+        checkpoint_path: location of the backbone's weights, if it has changed since training.
+        precision: see `ModelSettings.precision`.
+        local_folder: context manager that turns an address into a local folder, if the addresses are not folders.
 
     Attributes:
-        info: what the backbone is.
+        info: description of the backbone.
 
     Raises:
-        UserError: adapters of different backbones, one that is a whole model (finetune: full); as for `load`.
+        UserError: adapters of different backbones, a whole model (finetune: full); as for `load`.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class MultiAdapter(nn.Module):
     ):
         super().__init__()
         if not adapters:
-            raise UserError("adapters: there is none; give {name: folder} of one at least")
+            raise UserError("adapters: must not be empty; give at least one {name: folder}")
         self._local_folder = local_folder
         self._specs: dict[str, AdapterSpec] = {}
         self._own: dict[str, OwnTensors] = {}
@@ -67,7 +67,7 @@ class MultiAdapter(nn.Module):
             self.add(name, where)
 
     def _begin(self, where: str, checkpoint_path: str | None, precision: Precision) -> None:
-        """The backbone of the first adapter, with its head as it came, and nothing beside it."""
+        """Build the backbone of the first adapter, with its original head and without branches."""
         with self._local_folder(where) as folder:
             description, _ = read_adapter(folder)
             info, spec = described(folder, description)
@@ -81,14 +81,14 @@ class MultiAdapter(nn.Module):
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names, in the order in which they were added."""
+        """Names of the adapters, in the order they were added."""
         return tuple(self._specs)
 
     def add(self, name: str, where: str) -> None:
-        """One more adapter.
+        """Add an adapter.
 
         Raises:
-            UserError: a name that is taken, another backbone; as for `load`.
+            UserError: a name that is taken, a different backbone; as for `load`.
         """
         if name in self._specs or not name or "." in name:
             raise UserError(f"adapters: the name {name!r} is taken, empty or has a dot; choose another one")
@@ -104,30 +104,30 @@ class MultiAdapter(nn.Module):
 
     def _check_same(self, where: str, info: BackboneInfo, spec: AdapterSpec) -> None:
         for key in _SAME:
-            mine, theirs = getattr(self.info, key), getattr(info, key)
-            if _plain(mine) != _plain(theirs):
-                shown = (str(value)[:40] for value in (theirs, mine))
-                raise UserError("adapter: {} has the backbone's {} {}, the others' is {}".format(where, key, *shown))
+            expected, actual = getattr(self.info, key), getattr(info, key)
+            if _plain(expected) != _plain(actual):
+                shown = (str(value)[:40] for value in (expected, actual))
+                raise UserError("adapter: {} must have the backbone's {} {}, got {}".format(where, key, *shown))
         if not info.own_classes and spec.head != "trained" and spec.seed != self._seed:
             raise UserError(
-                f"adapter: {where} keeps a head that was drawn from seed {spec.seed}, the first adapter's is of seed "
-                f"{self._seed}; adapters with trained heads can share a backbone"
+                f"adapter: {where} must have an untrained head from seed {self._seed}, as the first adapter, got seed "
+                f"{spec.seed}; only adapters with trained heads can share a backbone across seeds"
             )
 
     def _place(self, name: str, planned: AdaptedModel, state: Mapping[str, Tensor]) -> None:
-        """The adapter's tensors into switches and beside modules."""
+        """Put the adapter's tensors into switches and forward hooks."""
         _check_tensors(planned, state)
-        left = dict(state)
+        remaining = dict(state)
         device = self._base.mean.device
         for adapted in planned.report.adapted:
             path = f"{adapted.site.path}.lnlora"
             branch: nn.Module = planned.backbone.get_submodule(path)
             branch = branch.to_empty(device=device)
-            own = {key: left.pop(f"{path}.{key}") for key in branch.state_dict()}
+            own = {key: remaining.pop(f"{path}.{key}") for key in branch.state_dict()}
             branch.load_state_dict(own)
             self._switch(adapted.site).branches[name] = branch.train(self.training)
         by_module: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in left.items():
+        for key, tensor in remaining.items():
             path, _, parameter = key.rpartition(".")
             by_module.setdefault(path, {})[parameter] = tensor.to(device)
         for path, tensors in by_module.items():
@@ -147,10 +147,10 @@ class MultiAdapter(nn.Module):
         return self._own[path]
 
     def remove(self, name: str) -> None:
-        """Forget an adapter and its memory.
+        """Remove an adapter and free its memory.
 
         Raises:
-            UserError: there is none of that name.
+            UserError: there is no adapter of that name.
         """
         self._check_known([name])
         del self._specs[name]
@@ -165,13 +165,13 @@ class MultiAdapter(nn.Module):
                 raise UserError(f"adapter: there is no {name!r}; there are: {', '.join(self._specs)}")
 
     def forward(self, pixels: Tensor, adapter: str | Sequence[str | None] | None = None) -> Tensor:
-        """Logits.
+        """Compute logits.
 
         Args:
-            adapter: for all samples, or one for each; None is the bare backbone.
+            adapter: one name for all samples, or a list with one per sample; None is the bare backbone.
 
         Raises:
-            UserError: an adapter that there is not, a list of another length than the batch.
+            UserError: an unknown adapter, or a list whose length differs from the batch size.
         """
         with choosing(self._choice(adapter, pixels)):
             return self._base(pixels)
@@ -180,7 +180,7 @@ class MultiAdapter(nn.Module):
         names = [adapter] if adapter is None or isinstance(adapter, str) else list(adapter)
         self._check_known(names)
         if adapter is not None and not isinstance(adapter, str) and len(names) != len(pixels):
-            raise UserError(f"adapter: {len(names)} names for {len(pixels)} samples; one for each is right")
+            raise UserError(f"adapter: must be one name per sample, got {len(names)} names for {len(pixels)} samples")
         different = list(dict.fromkeys(names))
         if len(different) == 1:
             return Choice(different[0])
@@ -189,12 +189,12 @@ class MultiAdapter(nn.Module):
         return Choice(None, tuple(parts), len(names))
 
     def select(self, adapter: str | Sequence[str | None] | None) -> "SelectedAdapter":
-        """The model under that choice, as attacks and evaluations take it. It shares all memory with this one."""
+        """The model with a fixed choice of adapters, for attacks and evaluation. It shares all memory with this one."""
         return SelectedAdapter(self, adapter)
 
 
 class SelectedAdapter(nn.Module):
-    """pixels [B, 3, H, W] in [0, 1] -> logits [B, classes], under a fixed choice of adapters."""
+    """pixels [B, 3, H, W] in [0, 1] -> logits [B, classes], with a fixed choice of adapters."""
 
     def __init__(self, several: MultiAdapter, adapter: str | Sequence[str | None] | None):
         super().__init__()
@@ -205,18 +205,20 @@ class SelectedAdapter(nn.Module):
 
 
 def _plain(value: Any) -> Any:
-    """Tuples are lists in JSON."""
+    """Turn a tuple into a list, as JSON does."""
     return list(value) if isinstance(value, tuple) else value
 
 
 def _check_shares(where: str, spec: AdapterSpec) -> None:
     if spec.finetune == "full":
-        raise UserError(f"adapter: {where} is a whole model (finetune: full), which shares no backbone; load it alone")
+        raise UserError(
+            f"adapter: {where} is a whole model (finetune: full) and cannot share a backbone; load it alone"
+        )
 
 
 def _check_tensors(planned: AdaptedModel, state: Mapping[str, Tensor]) -> None:
     expected = {name: tuple(parameter.shape) for name, parameter in planned.trainable().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise UserError(f"adapter: {name} is {found.get(name)}, the model's is {expected.get(name)}")
+    actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            raise UserError(f"adapter: {name} must have shape {expected.get(name)}, got {actual.get(name)}")

@@ -1,11 +1,11 @@
-"""Names of the layers that get a branch, and the report of what trains. `families/` says which layers they are."""
+"""Layers that get a branch (as defined in `families/`), and the report of what is trained."""
 
 from dataclasses import dataclass
 
 from fulllora_dist.models.settings import Component
 
 FUSED: dict[str, tuple[Component, ...]] = {"qkv": ("q", "k", "v"), "qk": ("q", "k"), "kv": ("k", "v")}
-"""Projections that hold several components as equal parts of their outputs."""
+"""Fused projections, whose outputs are several components of equal size."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Adapted:
 
 @dataclass(frozen=True)
 class PlacementReport:
-    """What finetuning trains and what it leaves.
+    """The layers and parameters that finetuning trains or leaves frozen.
 
     Attributes:
         adapted: layers with branches.
-        trained: (path, parameters) of the backbone's own tensors that train.
-        left: (path, class) of layers with weights that stay as they are.
-        trainable: number of trainable parameters, head counted.
-        total: parameters of backbone and head, without branches.
+        trained: (path, parameters) of the backbone's own tensors that are trained.
+        left: (path, class) of layers with frozen weights and no branch.
+        trainable: number of trainable parameters, head included.
+        total: number of parameters of backbone and head, without branches.
     """
 
     adapted: tuple[Adapted, ...]
@@ -50,7 +50,7 @@ class PlacementReport:
 
     @property
     def share(self) -> float:
-        """All trainable parameters / (backbone + head)."""
+        """Trainable parameters as a fraction of backbone + head."""
         return self.trainable / self.total
 
     def __str__(self) -> str:

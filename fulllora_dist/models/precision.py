@@ -1,11 +1,12 @@
-"""bf16 compute with fp32 masters, without a second copy of anything.
+"""bf16 compute with fp32 master weights, without a second copy of any tensor.
 
 The patch embedding, the position embedding, the final norm and the head compute in fp32; the blocks compute in bf16.
-Pixels are 1/255 apart and so are bf16 numbers near 1: a perturbation does not survive bf16 before the patch embedding.
+bf16 numbers near 1 are about 1/255 apart, as are pixels: a perturbation in bf16 would be lost before the patch
+embedding.
 
-- Frozen blocks are stored in bf16, but for BatchNorm and its statistics. Branches keep fp32 parameters, which are the
-  optimizer's masters, and cast their folded matrices to the activations' dtype (`lnlora.py`).
-- Where parameters of the blocks themselves train (`full`, `layernorm`), they stay in fp32 and the blocks run under
+- Frozen blocks are stored in bf16, except for BatchNorm and its statistics. Branches keep fp32 parameters, which are
+  the optimizer's masters, and cast their folded matrices to the activations' dtype (`lnlora.py`).
+- If parameters of the blocks themselves are trained (`full`, `layernorm`), they stay in fp32 and the blocks run under
   autocast.
 
 DeepSpeed's `bf16.enabled` is not used: it casts every parameter, the patch embedding and the adapters included.
@@ -21,7 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def in_full_fp32() -> Iterator[None]:
-    """Inside, fp32 is fp32: no tensor core rounds its products to 10 bits (TF32)."""
+    """Disable TF32 within the context, which would round the inputs of products to 10 bits."""
     before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -47,7 +48,7 @@ def _cast_output(dtype: torch.dtype):
 
 
 def _autocast_block(block: nn.Module) -> None:
-    """Run `block` under bf16 autocast, leaving it also when the block raises."""
+    """Run `block` under bf16 autocast, which ends also if the block raises."""
     entered: list[torch.autocast] = []
 
     def enter(_: nn.Module, args: tuple) -> None:
@@ -63,10 +64,10 @@ def _autocast_block(block: nn.Module) -> None:
 
 
 def compute_in_bf16(blocks: Sequence[nn.Module]) -> None:
-    """Let the blocks of an adapted model compute in bf16; everything before and after them stays in fp32.
+    """Make the blocks of an adapted model compute in bf16; everything before and after them stays in fp32.
 
     Args:
-        blocks: in forward order, see `Family.modules`.
+        blocks: the blocks in forward order, see `Family.modules`.
     """
     within = [
         module
@@ -82,6 +83,6 @@ def compute_in_bf16(blocks: Sequence[nn.Module]) -> None:
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(torch.bfloat16)
-    for block in blocks:  # each: some models add tokens in fp32 between two of them
+    for block in blocks:  # every block, as some models add fp32 tokens between blocks
         block.register_forward_pre_hook(_cast_input(torch.bfloat16))
     blocks[-1].register_forward_hook(_cast_output(torch.float32))

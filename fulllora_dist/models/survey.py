@@ -1,4 +1,4 @@
-"""Which models of timm can be adapted, and what an adapter of a given budget is there, counted on the meta device."""
+"""Survey of the timm models that can be adapted, and the size of their adapters, counted on the meta device."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,27 +24,27 @@ MODULES = (
     "xcit",
     "convit",
 )
-"""Modules of timm with plain or windowed transformers of images."""
+"""Modules of timm with plain or windowed vision transformers."""
 
 
 NEW_CLASSES = 1000
-"""Of the head that trains where timm's default tag has none."""
+"""Number of classes of the new head if timm's default tag has none."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model that is supported, with an adapter of the default placement.
+    """A supported model with an adapter on the default components.
 
     Attributes:
         name: timm's architecture.
-        family: its family's name.
+        family: name of the family.
         image_size: side in pixels.
-        parameters: of backbone and head.
-        rank: of every branch.
-        trainable: parameters of the adapter, a new head among them.
-        branches: how many there are.
-        new_head: whether the default tag has no classifier, so that a head of `NEW_CLASSES` trains; else its head is
-            frozen.
+        parameters: number of parameters of backbone and head.
+        rank: rank of every branch.
+        trainable: number of parameters of the adapter, including a new head.
+        branches: number of branches.
+        new_head: whether the default tag has no classifier, so that a new head of `NEW_CLASSES` is trained; else its
+            head is frozen.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Backbone:
 
     @property
     def cells(self) -> str:
-        """Its line of the table, after the name."""
+        """The columns of its table row after the name."""
         return (
             f"{self.image_size} | {self.parameters / 1e6:.1f} M | {self.rank} | {self.trainable / 1e6:.2f} M | "
             f"{self.trainable / self.parameters:.2%} | {self.branches} | {'new' if self.new_head else 'frozen'} |"
@@ -67,19 +67,19 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A model that is not supported, and the line that says why."""
+    """An unsupported model and the reason."""
 
     name: str
     reason: str
 
 
 def architectures() -> list[str]:
-    """timm's architectures of `MODULES`."""
+    """All architectures of timm in `MODULES`."""
     return sorted({name for module in MODULES for name in timm.list_models(module=module)})
 
 
 def examine(name: str, budget: float = 0.05) -> Backbone | Refusal:
-    """What an adapter of `budget` is for a timm architecture, or why there is none. No weights are fetched."""
+    """Measure an adapter with trainable_fraction `budget` on a timm architecture, without downloading weights."""
     tag = timm.models.get_pretrained_cfg(name)
     new_head = tag is not None and tag.num_classes == 0
     try:
@@ -106,7 +106,7 @@ def examine(name: str, budget: float = 0.05) -> Backbone | Refusal:
 
 
 def rows(backbones: Iterable[Backbone]) -> list[list[Backbone]]:
-    """Backbones of which the table says the same, by family, small ones first."""
+    """Group backbones with identical table columns, ordered by family and size."""
     groups: dict[tuple[str, str], list[Backbone]] = {}
     for backbone in sorted(backbones, key=lambda b: (b.family, b.parameters, len(b.name), b.name)):
         groups.setdefault((backbone.family, backbone.cells), []).append(backbone)
@@ -114,12 +114,12 @@ def rows(backbones: Iterable[Backbone]) -> list[list[Backbone]]:
 
 
 def row(group: Sequence[Backbone]) -> str:
-    """One line of the table, with the names of all to which it applies."""
+    """The table row of a group of backbones."""
     return f"| {', '.join(f'`{backbone.name}`' for backbone in group)} | {group[0].cells}"
 
 
 def page(found: Iterable[Backbone | Refusal]) -> str:
-    """The tables of docs/backbones.md."""
+    """Write the tables of docs/backbones.md."""
     examined = list(found)
     groups = rows(b for b in examined if isinstance(b, Backbone))
     lines = [f"Counted with timm {timm.__version__}.", ""]

@@ -1,4 +1,4 @@
-"""A backbone's weights: read from a file or the hub, named by a fingerprint, loaded into a timm model."""
+"""Weights of a backbone: read from a file or the hub, fingerprinted, and loaded into a timm model."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-_UNSIGNED = "?***"  # what `redacted` leaves of a query
+_UNSIGNED = "?***"  # the query of a URL after `redacted`
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors or .pth file at a local path or fsspec URL. Nothing is unpickled beyond tensors.
+    """Read the tensors of a .safetensors or .pth file at a local path or fsspec URL. Only tensors are unpickled.
 
     Raises:
-        UserError: the file is missing, damaged, or holds more than tensors.
+        UserError: the file is missing, damaged, or contains anything but tensors.
     """
     url, path = path, redacted(path)
     try:
@@ -43,7 +43,9 @@ def read_weights(path: str) -> dict[str, Tensor]:
     except UserError as error:
         raise UserError(f"model.checkpoint_path: {error}") from None
     if url.endswith(_UNSIGNED):
-        raise UserError(f"model.checkpoint_path: the signature of {path} was not kept; give checkpoint_path")
+        raise UserError(
+            f"model.checkpoint_path: {path} was saved without its signature; set it to a readable path or URL"
+        )
     try:
         with fsspec.open(url, "rb") as file:
             if (url.partition("?")[0] if "://" in url else url).endswith(".safetensors"):
@@ -53,18 +55,22 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise UserError(f"model.checkpoint_path: {path} does not exist; give a .safetensors or .pth file") from None
     except SafetensorError as error:
         raise UserError(f"model.checkpoint_path: {path} is not a complete safetensors file ({error})") from None
-    except Exception as error:  # torch.load raises whatever the damaged bytes lead to
+    except Exception as error:  # torch.load may raise anything on damaged files
         reason = redacted(error).split("\n")[0]
         raise UserError(f"model.checkpoint_path: {path} does not load with weights_only=True ({reason})") from None
     for key in ("model", "state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"model.checkpoint_path: {path} holds more than tensors; save the state dict alone")
+        raise UserError(f"model.checkpoint_path: {path} must contain only tensors; save the state dict alone")
     return state
 
 
 def download(name: str) -> dict[str, Tensor]:
-    """Weights of a tag from the Hugging Face hub, through timm."""
+    """Download the weights of a tag from the Hugging Face hub, through timm.
+
+    Raises:
+        UserError: the tag has no weights on the hub, or they cannot be downloaded.
+    """
     from timm.models import load_state_dict_from_hf
 
     config = timm.models.get_pretrained_cfg(name)
@@ -77,7 +83,7 @@ def download(name: str) -> dict[str, Tensor]:
     except Exception as error:  # hub, proxy and disk errors have no common class
         reason = str(error).split("\n")[0][:200]
         raise UserError(
-            f"model.backbone: the weights of {name} could not be had from the hub ({reason}); "
+            f"model.backbone: cannot download the weights of {name} from the hub ({reason}); "
             "set model.checkpoint_path to a local file"
         ) from None
 
@@ -85,15 +91,16 @@ def download(name: str) -> dict[str, Tensor]:
 def _fit_head(
     weights: dict[str, Tensor], heads: list[str], classes: Sequence[int] | None, num_classes: int | None
 ) -> tuple[dict[str, Tensor], int | None]:
-    """The weights with the head's rows of `classes` alone, or without the head where it does not fit.
+    """Keep only the rows `classes` of the head, or remove the head if it does not fit.
 
-    Returns the weights and how many classes the head that is left has.
+    Returns the weights, and the number of classes of the head that remains, None if it was removed.
     """
     own = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
     if classes is not None:
         if own is None or max(classes) >= own or min(classes) < 0:
             raise UserError(
-                f"model.class_indices: the checkpoint's head has {own or 'no'} classes; give indices below that"
+                f"model.class_indices: must be below the number of classes of the checkpoint's head, {own or 0}, got "
+                f"{min(classes) if min(classes) < 0 else max(classes)}"
             )
         rows = torch.tensor(classes)
         weights = {k: v[rows] if k.rpartition(".")[0] in heads else v for k, v in weights.items()}
@@ -105,12 +112,17 @@ def _fit_head(
 
 
 def _converted(family: Family, weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    """The weights under the model's own keys, position embeddings and bias tables resampled to its grid."""
+    """Convert weights to the model's keys, and resample position embeddings and bias tables to its grid."""
     try:
         return family.converted(weights, backbone)
     except UserError:
         raise
-    except (AttributeError, KeyError, ValueError, AssertionError) as error:  # a filter's, over another model's keys
+    except (
+        AttributeError,
+        KeyError,
+        ValueError,
+        AssertionError,
+    ) as error:  # from timm's filter, on keys of another model
         raise RuntimeError(str(error)) from None
 
 
@@ -123,21 +135,21 @@ def load_into(
     num_classes: int | None,
     source: str,
 ) -> bool:
-    """Fill the backbone; True where the head is the checkpoint's own."""
+    """Load weights into the backbone. Returns whether the head is the checkpoint's own."""
     try:
         converted = _converted(family, weights, backbone)
         fitted, own = _fit_head(converted, heads, classes, num_classes)
         result = backbone.load_state_dict(fitted, strict=False)
-    except RuntimeError as error:  # names are right and shapes are not
+    except RuntimeError as error:  # names match, but shapes differ
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.checkpoint_path: {source} does not fit the backbone ({reason}); give the weights of this very model"
+            f"model.checkpoint_path: {source} does not fit the backbone ({reason}); give weights of the same model"
         ) from None
     missing = [key for key in result.missing_keys if own is not None or key.rpartition(".")[0] not in heads]
     if missing or result.unexpected_keys:
         wrong = missing[:1] or result.unexpected_keys[:1]
         raise UserError(
             f"model.checkpoint_path: {source} does not fit the backbone ({len(missing)} tensors missing, "
-            f"{len(result.unexpected_keys)} too many, e.g. {wrong[0]}); give the weights of this very model"
+            f"{len(result.unexpected_keys)} unexpected, e.g. {wrong[0]}); give weights of the same model"
         )
     return own is not None

@@ -1,4 +1,4 @@
-"""From the config to the parts of a run."""
+"""Build the parts of a run from its config, and check the config against the data."""
 
 import os
 
@@ -22,35 +22,35 @@ from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.summary import DatasetInfo
 
-_ACCIDENTS = 0.01  # of held-out images: ImageNet itself has a few twice
+_ACCIDENTS = 0.01  # tolerated fraction of held-out duplicates: ImageNet itself contains a few images twice
 
 
 def check_inputs(config: Config, world: int) -> None:
-    """What can be refused before anything heavy starts: files that are missing, a batch that does not divide.
+    """Check settings and input files before anything expensive starts.
 
     Raises:
-        UserError: naming the setting.
+        UserError: an invalid setting or a missing file; the message names the setting.
     """
     check_settings(config, world)
     check_files(config)
 
 
 def check_settings(config: Config, world: int) -> None:
-    """The part of `check_inputs` that looks at no file."""
+    """Check the settings that can be checked without reading any file."""
     micro = check_batch(config.optim, config.distributed.gradient_accumulation_steps, world)
     if config.targets.mixes and micro % 2:
         raise UserError(
-            f"targets: images are mixed in pairs, but {micro} a rank and micro-batch are an odd number; "
-            "take another optim.batch_size or distributed.gradient_accumulation_steps"
+            f"targets: mixing needs an even number of images per rank and micro-batch, got {micro}; "
+            "change optim.batch_size or distributed.gradient_accumulation_steps"
         )
     check_evaluation(config)
 
 
 def check_evaluation(config: Config) -> Subset:
-    """What is evaluated, from settings that say no nonsense.
+    """Check the evaluation settings and return the subset to evaluate.
 
     Raises:
-        UserError: unknown attacks, an eps that is none, several subsets.
+        UserError: unknown attacks, an invalid eps, more than one kind of subset.
     """
     settings = config.evaluation
     parse_attacks(settings.attacks)
@@ -59,10 +59,10 @@ def check_evaluation(config: Config) -> Subset:
 
 
 def check_evaluated(config: Config, validation: Index) -> None:
-    """What `check_evaluation` cannot know without the images.
+    """Check the evaluation settings against the validation set.
 
     Raises:
-        UserError: a subset that is none of them, too few classes for an attack.
+        UserError: the subset is not part of the validation set, or there are too few classes for an attack.
     """
     check_evaluation(config).of(validation, "data.validation")
     for attack in parse_attacks(config.evaluation.attacks):
@@ -70,10 +70,10 @@ def check_evaluated(config: Config, validation: Index) -> None:
 
 
 def threats(config: Config) -> list[Threat]:
-    """The ball of the run, and those of evaluation.eps.
+    """The threat model of the run, followed by those of evaluation.eps.
 
     Raises:
-        UserError: an eps that is none.
+        UserError: an invalid eps.
     """
     try:
         return [threat_model(config.threat.norm, eps) for eps in (config.threat.eps, *config.evaluation.eps)]
@@ -82,7 +82,7 @@ def threats(config: Config) -> list[Threat]:
 
 
 def check_files(config: Config) -> None:
-    """The part of `check_inputs` that looks at files."""
+    """Check that input files exist, and that the data sets have the same classes and do not overlap."""
     local = {
         "model.checkpoint_path": config.model.checkpoint_path,
         "adapter.init_from": config.adapter.init_from,
@@ -93,13 +93,13 @@ def check_files(config: Config) -> None:
             raise UserError(f"{name}: {path} does not exist")
     data = config.data
     named = {"data.train": data.train, "data.validation": data.validation, "data.held_out": data.held_out}
-    indexes = {name: load_index(where, name) for name, where in named.items() if where is not None}
+    indexes = {name: load_index(location, name) for name, location in named.items() if location is not None}
     train = indexes.pop("data.train")
     for name, index in indexes.items():
         if list(index.classes) != list(train.classes):
             raise UserError(
-                f"{name}: its {len(index.classes)} classes are not data.train's {len(train.classes)}; "
-                "make both with the same class folders"
+                f"{name}: must have the same classes as data.train, got {len(index.classes)} and "
+                f"{len(train.classes)} classes; make both from the same class folders"
             )
     validation, held_out = indexes.get("data.validation"), indexes.get("data.held_out")
     if validation is not None:
@@ -114,20 +114,20 @@ def check_files(config: Config) -> None:
             )
 
 
-def load_index(where: str, setting: str) -> Index:
-    """The index of shards in a folder or at a URL.
+def load_index(location: str, setting: str) -> Index:
+    """Load the index of the shards in a folder or at a URL.
 
     Raises:
-        UserError: naming the setting, where there is none or it cannot be read.
+        UserError: the index is missing or unreadable; the message names the setting.
     """
     try:
-        return Index.load(where)
+        return Index.load(location)
     except UserError as error:
         raise UserError(f"{setting}: {error}") from error
 
 
 def track_data(config: Config, tracker: Tracker) -> None:
-    """What the run sees, by the fingerprint of its index."""
+    """Log the data sets of the run to the tracker, identified by the fingerprints of their indexes."""
     if tracker.uri is None:
         return
     for split in ("train", "validation", "held_out"):
@@ -138,30 +138,30 @@ def track_data(config: Config, tracker: Tracker) -> None:
 
 
 def build_model(config: Config) -> AdaptedModel:
-    """The frozen backbone with its adapter, on the CPU."""
+    """Build the frozen backbone with its adapter, on the CPU."""
     sizes = sorted({phase.image_size for phase in config.phases if phase.image_size})
     return build_adapted(config.model, config.adapter, config.finetune, seed=config.run.seed, input_sizes=sizes)
 
 
 def check_classes(index: Index, model: BackboneInfo, setting: str) -> None:
-    """The data's classes must be the model's outputs.
+    """Check that the data has as many classes as the model has outputs.
 
     Raises:
-        UserError: their numbers differ.
+        UserError: the numbers differ.
     """
     if len(index.classes) != model.num_classes:
         raise UserError(
-            f"{setting} has {len(index.classes)} classes, the model {model.num_classes} outputs; "
-            f"set model.num_classes={len(index.classes)} for a new head, or model.class_indices to rows of the "
-            f"checkpoint's"
+            f"{setting} has {len(index.classes)} classes, but the model has {model.num_classes} outputs; "
+            f"set model.num_classes={len(index.classes)} for a new head, or model.class_indices to keep rows of the "
+            f"checkpoint's head"
         )
 
 
 def _check_same(index: Index, comm: Comm, setting: str) -> None:
-    """Plans follow from the index: ranks with different ones would repeat samples, or wait for each other forever.
+    """Check that all ranks have the same index: with different ones, ranks would repeat samples or deadlock.
 
     Raises:
-        UserError: this rank's index is not rank 0's.
+        UserError: this rank's index differs from rank 0's.
     """
     if (first := comm.broadcast(index.hash)) != index.hash:
         raise UserError(
@@ -181,7 +181,7 @@ def _policy(data: DataSettings) -> ReadPolicy:
 
 
 def build_stream(config: Config, model: BackboneInfo, comm: Comm) -> TrainStream:
-    """Training batches of this rank."""
+    """Build the stream of training batches of this rank."""
     data = config.data
     stream = TrainStream(
         data.train,
@@ -218,11 +218,11 @@ def build_eval_stream(
     subset: Subset,
     setting: str = "data.validation",
 ) -> EvalStream:
-    """Evaluation batches of this rank.
+    """Build the stream of evaluation batches of this rank.
 
     Args:
-        subset: of these images.
-        setting: what names the folder, for messages.
+        subset: the images to evaluate.
+        setting: the setting that names the folder, for error messages.
     """
     data = config.data
     stream = EvalStream(
@@ -244,10 +244,10 @@ def build_eval_stream(
 def build_evaluator(
     config: Config, model: BackboneInfo, comm: Comm, adapter: str | None, sha256: str | None = None
 ) -> Evaluator:
-    """The evaluation of a config, in fp32.
+    """Build the evaluator of a config, which runs in fp32.
 
     Args:
-        adapter, sha256: its address and `adapter_sha256`, for the report.
+        adapter, sha256: the adapter's address and `adapter_sha256`, for the report.
     """
     first, *more = threats(config)
     return Evaluator(

@@ -1,4 +1,4 @@
-"""The frame of a training run: ranks, output folder, signals, tracker, progress; and how it begins and ends."""
+"""Setup and teardown of a training run: ranks, output folder, signals, tracker and progress output."""
 
 import os
 import sys
@@ -20,16 +20,16 @@ from fulllora_dist.training.resume import check_same_run
 
 
 class RunContext:
-    """One training run over all its attempts.
+    """A training run, which may span several restarts.
 
     Attributes:
-        config: of this attempt.
-        settings: the config as YAML for others to see, without what signs a URL.
-        comm: this process among the others.
-        saved: (tensors, facts) of the state to go on from, None at a run's beginning.
-        stop: whether somebody asked for an end.
-        states: on disk or in a bucket, for rank 0.
-        tracker: metrics and artifacts, on rank 0.
+        config: the config of the current process.
+        settings: the config as YAML, with URL signatures redacted.
+        comm: communication with the other ranks.
+        saved: tensors and metadata of the checkpoint to resume from; None for a new run.
+        stop: whether a stop was requested.
+        checkpoints: checkpoints on disk or in a bucket, used on rank 0.
+        tracker: metrics and artifacts, logged on rank 0.
     """
 
     def __init__(self, config: Config, comm: Comm, stop: GracefulStop):
@@ -37,28 +37,29 @@ class RunContext:
         self.comm = comm
         self.stop = stop
         self.checkpoints = CheckpointManager(config.run, self.say)
-        self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: its states cannot be read")
+        self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: cannot read its checkpoints")
         resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         self.settings = urls.redacted(resolved)
         comm.run_on_rank0(
-            lambda: self._open_output(resolved), f"run.output_dir: {config.run.output_dir} cannot be written"
+            lambda: self._open_output(resolved), f"run.output_dir: cannot write to {config.run.output_dir}"
         )
         own = self.saved[1] if self.saved and self.checkpoints.newest is not None else None  # not of run.resume_from
-        begun = own["mlflow_run_id"] if own else None, own["step"] if own else 0, hosts()
+        resumed = own["mlflow_run_id"] if own else None, own["step"] if own else 0, hosts()
         tracker = comm.run_on_rank0(
-            lambda: Tracker(config.tracked_run(), True, *begun), f"run.output_dir: metrics in {config.run.output_dir}"
+            lambda: Tracker(config.tracked_run(), True, *resumed),
+            f"run.output_dir: cannot write metrics in {config.run.output_dir}",
         )
         self.tracker = tracker or Tracker(config.tracked_run(), False)
         self.tracker.text(self.settings, "config.yaml")
         self._sampler = self._sample_node()
 
     def say(self, text: str) -> None:
-        """A line for people, from rank 0, on stderr (stdout belongs to results)."""
+        """Print a line to stderr on rank 0; stdout is reserved for results."""
         if self.comm.is_main:
             tqdm.write(text, file=sys.stderr)
 
     def on_every_rank(self, read: Callable[[], Checkpoint | None], failing: str) -> Checkpoint | None:
-        """The checkpoint that rank 0 reads: the others need not see its disk. A collective.
+        """Read a checkpoint on rank 0 and broadcast it, as other ranks may not see its disk. A collective.
 
         Raises:
             SharedUserError: see `Comm.run_on_rank0`.
@@ -76,17 +77,17 @@ class RunContext:
         return checkpoint
 
     def _open_output(self, resolved: str) -> None:
-        """The config goes where results and states go, which shows that they can be written there; whole only on one's
-        own disk."""
-        output, states = self.config.run.output_dir, self.config.run.checkpoint_dir
+        """Write the config to the output and checkpoint folders, which also shows that both are writable. URL
+        signatures are kept in the output folder only."""
+        output, checkpoint_dir = self.config.run.output_dir, self.config.run.checkpoint_dir
         os.makedirs(output, exist_ok=True)
-        if states is not None:
-            store.write(urls.join(store.writable_folder(states), "config.yaml"), self.settings.encode())
+        if checkpoint_dir is not None:
+            store.write(urls.join(store.writable_folder(checkpoint_dir), "config.yaml"), self.settings.encode())
         store.write(urls.join(output, "config.yaml"), resolved.encode())
         self.say(self.settings)
 
     def _sample_node(self) -> SystemSampler | None:
-        """On the first rank of each node."""
+        """Start sampling system metrics on the first rank of each node."""
         settings, all_hosts = self.config.tracking, hosts()
         first = all_hosts.index(all_hosts[self.comm.rank]) == self.comm.rank
         if not settings.enabled or settings.system_metrics_interval_s is None or not first:
@@ -94,22 +95,23 @@ class RunContext:
         return SystemSampler(all_hosts[self.comm.rank], settings.system_metrics_interval_s)
 
     def gather_samples(self) -> None:
-        """The nodes' samples go to the tracker. A collective."""
+        """Log the system metrics of all nodes to the tracker. A collective."""
         if self.config.tracking.enabled and self.config.tracking.system_metrics_interval_s is not None:
             self.tracker.system(self.comm.all_gather_list(self._sampler.take() if self._sampler else []))
 
     def settle(self) -> None:
-        """Wait for the state that is being written; what it covers may go to the tracker."""
+        """Wait for the checkpoint being written, then let the tracker send the metrics that it covers."""
         if self.checkpoints.settle() and self.checkpoints.newest is not None:
             self.tracker.commit(self.checkpoints.newest)
 
 
 @contextmanager
 def start_run(config: Config) -> Iterator[RunContext]:
-    """Ranks, output folder, tracker and signal handlers; on leaving, the MLflow run's status and the ranks' farewell.
+    """Set up ranks, output folder, tracker and signal handlers; on exit, set the MLflow run's status and leave the
+    process group.
 
     Raises:
-        UserError: the output folder holds another run, or a state that cannot be read.
+        UserError: the output folder holds another run, or a checkpoint that cannot be read.
     """
     comm = start_comm(config.distributed.timeout_minutes)
     with GracefulStop() as stop:

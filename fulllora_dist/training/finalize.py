@@ -1,4 +1,4 @@
-"""What a trained run leaves behind: the adapter, its evaluation, and both in the tracker."""
+"""Finish a trained run: save the adapter, evaluate it, and log both to the tracker."""
 
 import os
 import sys
@@ -13,8 +13,9 @@ from fulllora_dist.training.summary import TrainingSummary
 
 
 def finalize(run: RunContext, summary: TrainingSummary) -> None:
-    """Save the adapter, and the one that the guard found best; evaluate the first as it was saved, log all. Safe to
-    repeat. A collective."""
+    """Save the final and the best adapter, evaluate the final one from its saved file, and log everything.
+
+    Safe to repeat. A collective."""
     output = run.config.run.output_dir
     adapter = os.path.join(output, "adapter")
 
@@ -34,8 +35,9 @@ def finalize(run: RunContext, summary: TrainingSummary) -> None:
 
 
 def save_best(run: RunContext, summary: TrainingSummary) -> None:
-    """The adapter of the checkpoint with the highest robust accuracy on held-out images, in a folder of its own;
-    nothing where no images are held out. A collective."""
+    """Save the adapter with the highest robust accuracy on held-out images to adapter_best/.
+
+    Does nothing without held-out images. A collective."""
     best = summary.best
     if best is None:
         return
@@ -49,7 +51,7 @@ def save_best(run: RunContext, summary: TrainingSummary) -> None:
             return
         kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
         tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
-        then = {key: metadata[key] for key in ("updates", "rollbacks")}  # later rollbacks are none of its own
+        then = {key: metadata[key] for key in ("updates", "rollbacks")}  # without rollbacks after that checkpoint
         save_adapter(summary.model, folder, state=tensors, training={**best.training, **then})
         run.tracker.artifact(folder, "adapter_best")
 
@@ -61,12 +63,12 @@ def save_best(run: RunContext, summary: TrainingSummary) -> None:
 def _publish(run: RunContext) -> str:
     from fulllora_dist.registry.publish_run import publish_run  # mlflow takes a second to import
 
-    run.tracker.settle()  # the run that the version comes from is made by then
+    run.tracker.settle()  # the MLflow run that the version refers to must exist
     return publish_run(run.config.tracked_run(), run.settings, run.tracker.run_id)
 
 
 def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None:
-    """On all ranks, each with a full fp32 replica made from the saved file: what is reported is what is shipped."""
+    """Evaluate the saved file on all ranks, each with a full fp32 replica, so that the report is of what is shipped."""
     config = run.config
     model = load(adapter, checkpoint_path=config.model.checkpoint_path).to(run.comm.device)
     path = os.path.join(config.run.output_dir, "evaluation.json")

@@ -1,4 +1,4 @@
-"""Robust accuracy on images held out of the training data, every so many batches, and when it was best."""
+"""Regular checks of robust accuracy on held-out images, which find the best checkpoint and detect a collapse."""
 
 import math
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.training.build import build_eval_stream, load_index
 
-_SHOWN = 4  # images that people get to see
-_FEWEST = 10  # images that have to be right at the best look, before fewer of them are a collapse
-_GOOD = 0.9  # of the best: a run does not go back to where it has begun to fall
+_SHOWN = 4  # example images logged to the tracker
+_FEWEST = 10  # images that the best check must have got right before a drop counts as a collapse
+_GOOD = 0.9  # fraction of the best: a run does not roll back to where robust accuracy was already falling
 
 
 @dataclass(frozen=True)
 class Check:
-    """What a look has found.
+    """The result of a check.
 
     Attributes:
-        robust_accuracy: of what would be saved now.
-        keep: whether the state is to be kept: the best so far, or the newest good one.
-        collapsed: whether a collapse is to be answered.
+        robust_accuracy: of the adapter that would be saved now.
+        keep: whether to save a checkpoint, as it is the best so far or the newest good one.
+        collapsed: whether to act on a collapse.
     """
 
     robust_accuracy: float
@@ -42,11 +42,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Examples:
-    """A few of the images, on the host.
+    """A few example images, on the host.
 
     Attributes:
         clean, adversarial: [N, 3, H, W] in [0, 1].
-        labels, before, after: int64 [N], true classes and the predictions for both.
+        labels, before, after: int64 [N], true classes and the predictions for clean and adversarial images.
     """
 
     clean: Tensor
@@ -57,33 +57,35 @@ class Examples:
 
 
 class Guard:
-    """PGD on the same held-out images each time, from the same starts: what differs is the adapter alone.
+    """Checks an adapter with PGD on held-out images.
 
-    An adapter that is chosen by the validation set looks too good there; these images are in neither set. What would
-    be saved is judged for the best; where that is an average of many updates, a collapse shows in it hundreds of
-    updates late, so the parameters that train are looked at too, and judged for a collapse.
+    Every check takes the same images and the same random starts, so that only the adapter differs. The images are in
+    neither the training nor the validation set: an adapter selected on the validation set would look too good there.
+    The best adapter is selected among those that would be saved. With optim.ema_decay that is an average, which shows
+    a collapse hundreds of updates late, so a collapse is detected on the trained parameters themselves.
 
     Attributes:
-        attack: its name, as in an evaluation.
-        best: {"step", "robust_accuracy", "trained", "of"}: the highest figure so far, the first of equal ones; None
-            before there is one. `trained` is that of the parameters that train, `of` says what was looked at.
-        last: {"step", "robust_accuracy", "trained"} of the newest look, the last of the parameters that train.
-        highest: the highest figure of the parameters that train.
-        good: step of the newest good state, to which a run goes back; None where it never does.
-        clean_accuracy: of the newest look; None before.
-        examples: of the newest look, of this rank's images.
+        attack: name of the attack, as in an evaluation.
+        best: {"step", "robust_accuracy", "trained", "of"} of the check with the highest robust accuracy, the first
+            one of equals; None before the first check. `trained` is the robust accuracy of the trained parameters, `of`
+            identifies the images and the attack.
+        last: {"step", "robust_accuracy", "trained"} of the newest check.
+        highest: the highest robust accuracy of the trained parameters.
+        good: step of the newest good checkpoint, to which a run rolls back; None if there is none.
+        clean_accuracy: of the newest check; None before the first one.
+        examples: of the newest check, from this rank's images.
         classes: names of all classes.
         has_collapsed: whether the newest check is a collapse.
 
     Raises:
-        SharedUserError: too few images to notice a collapse by, where one is to be answered.
+        SharedUserError: too few images to detect a collapse, although guard.on_collapse acts on one.
     """
 
     def __init__(self, config: Config, held_out: str, model: BackboneInfo, comm: Comm):
         settings, setting = config.guard, "data.held_out"
         n = min(settings.num_samples, len(load_index(held_out, setting)))
         stream = build_eval_stream(config, held_out, model, comm, subset=Subset(n), setting=setting)
-        self._batches = list(stream)  # in memory: they are few and looked at again and again
+        self._batches = list(stream)  # kept in memory: few, and used in every check
         self._n = len(stream.ids)
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
@@ -94,7 +96,7 @@ class Guard:
         if self._least > 1 and settings.on_collapse != "warn":
             raise SharedUserError(
                 f"guard.on_collapse: {settings.on_collapse}: {self._n} held-out images are too few to tell a "
-                "collapse from chance; hold more out, with guard.num_samples of 100 or more"
+                "collapse from chance; hold out more and set guard.num_samples to 100 or more"
             )
         self.best: dict[str, Any] | None = None
         self.last: dict[str, Any] | None = None
@@ -106,13 +108,13 @@ class Guard:
         self.has_collapsed = self._due = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know besides `best`."""
+        """The state to save in a checkpoint besides `best`."""
         rest = {"last": self.last, "highest": self.highest, "good": self.good}
         return rest | {"has_collapsed": self.has_collapsed, "due": self._due}
 
     def resume(self, best: dict[str, Any] | None, rest: Mapping[str, Any]) -> None:
-        """Go on from a state's `best` and `state_dict`. Figures of other images, or under another attack, cannot be
-        compared."""
+        """Restore `best` and `state_dict` of a checkpoint, unless they are of other images or another attack and so not
+        comparable."""
         if best is None or best["of"] != self._of:
             best, rest = None, {}
         self.best, self.last, self.good = best, rest.get("last", best), rest.get("good")
@@ -120,26 +122,27 @@ class Guard:
         self.has_collapsed, self._due = rest.get("has_collapsed", False), rest.get("due", False)
 
     def due(self, step: int, skipping: bool) -> bool:
-        """Whether to look after that many batches; while updates are skipped a look waits for one that is made."""
+        """Whether to check after `step` batches. While updates are skipped, a check is postponed."""
         self._due |= step % self._settings.every == 0
-        looks = self._due and not skipping
+        check_now = self._due and not skipping
         self._due &= skipping
-        return looks
+        return check_now
 
     def check(self, engine: Engine, step: int) -> Check:
-        """Look at what would be saved now; the attributes are up to date then. A collective."""
+        """Check the adapter that would be saved now, and update the attributes. A collective."""
         trained = self._attacked(engine.model)[0] if engine.keeps_average else None
         with engine.as_saved() as model:
             score, self.clean_accuracy, self.examples = self._attacked(model)
         return self.judge(score, step, trained)
 
     def judge(self, score: float, step: int, trained: float | None = None) -> Check:
-        """What a robust accuracy of `score` after `step` batches means, with that of the parameters that train where it
-        is another.
+        """Judge a robust accuracy of `score` after `step` batches.
 
-        The good state is one that was looked at, and which one it is follows from the figures and
-        `run.checkpoint_every` alone, not from when the writing of a state was done: a run that goes back does so to
-        the same state always.
+        The good checkpoint is always one that was checked. Which one depends on the accuracies and
+        `run.checkpoint_every` only, not on when writing a checkpoint finished, so that a rollback is reproducible.
+
+        Args:
+            trained: robust accuracy of the trained parameters, if it differs from `score` (optim.ema_decay).
         """
         trained = score if trained is None else trained
         self.last = {"step": step, "robust_accuracy": score, "trained": trained}
@@ -160,89 +163,92 @@ class Guard:
         return Check(score, keep, collapsed)
 
     def metrics(self, last: bool) -> dict[str, float]:
-        """Of the newest look, by name; of the run's `last` one with the best."""
+        """Metrics of the newest check by name, with those of the best one if it is the run's `last` check."""
         assert self.best is not None
         assert self.last is not None
-        found = {"robust_accuracy": self.last["robust_accuracy"]}
+        metrics = {"robust_accuracy": self.last["robust_accuracy"]}
         if self.last["trained"] != self.last["robust_accuracy"]:
-            found["trained_robust_accuracy"] = self.last["trained"]
+            metrics["trained_robust_accuracy"] = self.last["trained"]
         if self.clean_accuracy is not None:
-            found["clean_accuracy"] = self.clean_accuracy
+            metrics["clean_accuracy"] = self.clean_accuracy
         if last:
             best = {"best_robust_accuracy": self.best["robust_accuracy"], "best_step": self.best["step"]}
-            found |= best | {"last_robust_accuracy": self.last["robust_accuracy"]}
-        return found
+            metrics |= best | {"last_robust_accuracy": self.last["robust_accuracy"]}
+        return metrics
 
     @property
     def overfitted(self) -> bool:
-        """Whether the last look is surely below the best: robust overfitting."""
+        """Whether the newest check is significantly below the best one: robust overfitting."""
         if self.best is None or self.last is None:
             return False
         return surely_below(self.last["robust_accuracy"], self.best["robust_accuracy"], self._n)
 
     def describe(self) -> str:
-        """Last and best look, for people; after a look."""
+        """One line about the newest and the best check. Call after a check."""
         assert self.best is not None
         assert self.last is not None
         last, best = (f"{100 * x['robust_accuracy']:.1f} % at batch {x['step']}" for x in (self.last, self.best))
         return f"{self.attack} on {self._n} held-out images: {last}, best {best}"
 
     def describe_collapse(self) -> str:
-        """Newest and highest figure of the parameters that train, for people; after a look."""
+        """One line about the newest and the highest robust accuracy of the trained parameters. Call after a check."""
         assert self.last is not None
         figures = f"{100 * self.last['trained']:.1f} % at batch {self.last['step']}, best {100 * self.highest:.1f} %"
         return f"{self.attack} on {self._n} held-out images: {figures}"
 
     @property
     def good_steps(self) -> list[int]:
-        """Steps of the states that a run may go back to, the one to try first first."""
+        """Steps of the checkpoints that a run may roll back to, in the order to try them."""
         steps = [self.good]
-        # an average may be at its best when the parameters have fallen
+        # an average may be at its best when the parameters have already collapsed
         if self.best is not None and self._trained_at_best(self.best) >= _GOOD * self.highest:
             steps.append(self.best["step"])
         return list(dict.fromkeys(step for step in steps if step is not None))
 
     def _trained_at_best(self, best: Mapping[str, Any]) -> float:
-        """Earlier states do not say it; with an average it is not known then."""
+        """Robust accuracy of the trained parameters at the best check, 0 if unknown."""
         return best.get("trained", 0.0 if self._averages else best["robust_accuracy"])
 
     def _attacked(self, model: AdaptedModel) -> tuple[float, float, Examples]:
-        """Robust and clean accuracy. Every rank has equally many batches, as the forward passes of ZeRO-3 are
-        collectives."""
-        attack, right = EvalAttack.parse(self.attack), torch.zeros(2, dtype=torch.int64)
+        """Robust accuracy, clean accuracy and examples. All ranks have equally many batches, as the forward passes of
+        ZeRO-3 are collectives."""
+        attack, correct = EvalAttack.parse(self.attack), torch.zeros(2, dtype=torch.int64)
         examples: Examples | None = None
-        for kept in self._batches:
-            batch = kept.to(self._comm.device)
+        for host_batch in self._batches:
+            batch = host_batch.to(self._comm.device)
             x, y = batch.pixels(), batch.labels
-            made = attack(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
+            x_adv = attack(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
             with torch.no_grad(), attack_mode(model):
-                before, after = model(x), model(made)
+                before, after = model(x), model(x_adv)
             clean = is_right(before, y) & batch.mask
-            robust = clean & is_right(after, y)  # the image is in the ball, too
-            right += torch.stack([clean.sum(), robust.sum()]).cpu()
+            robust = clean & is_right(after, y)  # the clean image is in the ball, too
+            correct += torch.stack([clean.sum(), robust.sum()]).cpu()
             if examples is None:
-                shown = (x, made, y, before.argmax(dim=1), after.argmax(dim=1))
+                shown = (x, x_adv, y, before.argmax(dim=1), after.argmax(dim=1))
                 examples = Examples(*(t[batch.mask][:_SHOWN].cpu() for t in shown))
         assert examples is not None
-        clean_sum, robust_sum = self._comm.sum(right).tolist()
+        clean_sum, robust_sum = self._comm.sum(correct).tolist()
         return robust_sum / self._n, clean_sum / self._n, examples
 
 
 def build_guard(config: Config, model: BackboneInfo, comm: Comm) -> Guard | None:
-    """None where no images are held out."""
+    """Build the guard of a config; None if it has no data.held_out."""
     held_out = config.data.held_out
     return None if held_out is None else Guard(config, held_out, model, comm)
 
 
 def surely_below(score: float, best: float, n: int) -> bool:
-    """Whether an accuracy is below another one on as many images by more than two standard errors of the difference.
-    Of the same images, from the same starts, the difference varies less than these independent ones would."""
+    """Whether `score` is below `best`, both accuracies on n images, by more than two standard errors of the difference.
+
+    The standard error is that of independent samples, which is conservative for the same images and random starts."""
     variance = (best * (1 - best) + score * (1 - score)) / n
     return best - score > 2 * math.sqrt(variance)
 
 
 def least_that_counts(n: int, classes: int) -> float:
-    """Robust accuracy from which on a best look can be fallen below: ten images, and four standard deviations above
-    that of guessing, as the best of many looks is a lucky one. Less is noise, and half of it too."""
+    """The least robust accuracy of the best check from which a collapse can be detected.
+
+    At least ten images, and four standard deviations above chance, as the best of many checks is a lucky one. Half of
+    anything less is noise."""
     chance = 1 / classes
     return max(_FEWEST / n, chance + 4 * math.sqrt(chance * (1 - chance) / n))

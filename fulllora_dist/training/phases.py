@@ -1,7 +1,7 @@
-"""A run in phases, each with its own method, threat model and image size.
+"""Phases of a run, each with its own method, threat model and image size.
 
-Phases take shares of the optimizer updates. Optimizer, learning rate and stream know nothing of them: updates and
-batches are counted through, so that a run with phases resumes as any other.
+Each phase takes a fraction of the optimizer updates. Optimizer, learning rate schedule and data stream do not know
+about phases: updates and batches are numbered across them, so that a run with phases resumes like any other.
 """
 
 import math
@@ -27,11 +27,11 @@ from fulllora_dist.methods.warmup import WarmupSchedule
 
 @dataclass(frozen=True)
 class Phase:
-    """Batches `first` to `end` - 1 of the run.
+    """A phase: batches `first` to `end` - 1 of the run.
 
     Attributes:
-        image_size: side in pixels, None for the model's own.
-        after_rollback: how it is trained after a collapse, which may be the method itself.
+        image_size: side in pixels; None for the model's own.
+        after_rollback: the method after a rollback, which may be `method` itself.
     """
 
     first: int
@@ -42,12 +42,12 @@ class Phase:
 
     @property
     def updates(self) -> int:
-        """Optimizer updates of the phase."""
+        """Number of optimizer updates in the phase."""
         return (self.end - self.first) * self.method.updates_per_batch
 
 
 class Phases:
-    """The phases of a run; to the training loop they are one method."""
+    """The phases of a run, which the training loop uses like a single method."""
 
     def __init__(self, phases: Sequence[Phase]):
         self.phases = tuple(phases)
@@ -55,34 +55,36 @@ class Phases:
         self.total_updates = sum(phase.updates for phase in self.phases)
 
     def prepare(self, backbone: nn.Module, image_size: int) -> None:
-        """`Method.prepare` of each phase, before the first batch; `image_size` is the model's own."""
+        """Call `Method.prepare` of each phase, before the first batch; `image_size` is the model's own."""
         for phase in self.phases:
             for method in {phase.method, phase.after_rollback}:
                 method.prepare(backbone, phase.image_size or image_size, phase.first)
 
     def at(self, step: int) -> Phase:
-        """The phase of batch `step`; at the run's end the last one."""
+        """The phase of batch `step`; at the end of the run, the last phase."""
         return next((phase for phase in self.phases if step < phase.end), self.phases[-1])
 
     def made(self, step: int) -> list[dict[str, Any]]:
-        """What the first `step` batches were trained by, JSON-able: batches, method, size of the perturbation (None of
-        the method without one) and of the images (None: the model's)."""
-        found: list[dict[str, Any]] = []
+        """How the first `step` batches were trained, JSON-able: first and end batch, method, eps (None for standard
+        training) and image size (None for the model's own) of each part."""
+        parts: list[dict[str, Any]] = []
         for phase in self.phases:
             if phase.first >= step:
                 break
             eps = None if isinstance(phase.method, Standard) else phase.method.threat.eps
             settings = phase.method.settings.model_dump(mode="json")
             part = {"end": min(phase.end, step), "method": settings, "eps": eps, "image_size": phase.image_size}
-            if found and all(found[-1][key] == part[key] for key in ("method", "eps", "image_size")):
-                found[-1]["end"] = part["end"]  # a rollback has cut it in two
+            if parts and all(parts[-1][key] == part[key] for key in ("method", "eps", "image_size")):
+                parts[-1]["end"] = part["end"]  # a rollback split this phase
             else:
-                found.append({"first": phase.first, **part})
-        return found
+                parts.append({"first": phase.first, **part})
+        return parts
 
     def rollback_from(self, step: int) -> "Phases":
-        """The same run with the safer methods from batch `step` on: as many updates, and as many batches unless they
-        make another number of updates from each. What grows goes on as it was planned, by updates."""
+        """The same run with the safer methods from batch `step` on.
+
+        The number of updates stays the same, and so does the number of batches unless the safer method makes a
+        different number of updates per batch. Warm-ups continue as planned, measured in updates."""
         phases = [phase for phase in self.phases if phase.end <= step]
         for phase in self.phases[len(phases) :]:
             if phase.first < step:
@@ -97,53 +99,52 @@ class Phases:
         return Phases(phases)
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
-        """`Method.step` of the batch's phase."""
+        """Call `Method.step` of the batch's phase."""
         return self.at(step).method.step(engine, batch, step)
 
     def slot_state(self, step: int) -> dict[str, Tensor]:
-        """`Method.slot_state` of the phase that goes on with batch `step`: what an ended phase kept is not needed."""
+        """`Method.slot_state` of the phase of batch `step`; that of a finished phase is no longer needed."""
         return self.at(step).method.slot_state()
 
     def load_slot_state(self, state: Mapping[str, Tensor], step: int) -> None:
-        """`Method.load_slot_state` of the phase that goes on with batch `step`."""
+        """Call `Method.load_slot_state` of the phase of batch `step`."""
         self.at(step).method.load_slot_state(state)
 
 
 def build_phases(config: Config, steps_per_epoch: int) -> Phases:
-    """The phases of a config, or the whole run as one.
+    """Build the phases of a config; without any, the whole run is one phase.
 
-    The run has epochs x steps_per_epoch optimizer updates; a phase ends with the first whole batch at which its and all
-    earlier shares are reached.
+    The run has epochs x steps_per_epoch optimizer updates. A phase ends with the first whole batch that reaches its
+    share and those of all earlier phases.
 
     Raises:
-        UserError: a phase would have no batch.
+        UserError: a phase would have no batch, or a rollback would change nothing.
     """
     updates = config.optim.epochs * steps_per_epoch
     phases: list[Phase] = []
-    share, made, first = 0.0, 0, 0
-    for i, wanted in enumerate(config.phases or (PhaseSettings(fraction=1),)):
-        choice = wanted.method or config.method
-        threat = threat_model(config.threat.norm, config.threat.eps if wanted.eps is None else wanted.eps)
+    share, planned, first = 0.0, 0, 0
+    for i, settings in enumerate(config.phases or (PhaseSettings(fraction=1),)):
+        choice = settings.method or config.method
+        threat = threat_model(config.threat.norm, config.threat.eps if settings.eps is None else settings.eps)
         method = METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)
-        share += wanted.fraction
-        # less than a billionth of an update is rounding of the shares, and no reason for another batch
-        batches = math.ceil((share * updates - made) / method.updates_per_batch - 1e-9)
+        share += settings.fraction
+        # a rounding error of the shares must not add a batch
+        batches = math.ceil((share * updates - planned) / method.updates_per_batch - 1e-9)
         if batches < 1:
             raise UserError(
-                f"phases.{i}.fraction: {wanted.fraction:g} of {updates:g} updates leaves no batch for this phase, as "
-                f"those "
-                "before it end with whole batches; a larger share or more optim.epochs is right"
+                f"phases.{i}.fraction: {settings.fraction:g} of {updates:g} updates leaves no batch for this phase, as "
+                "earlier phases end with whole batches; use a larger fraction or more optim.epochs"
             )
         after_rollback = _method_after_rollback(method, config)
-        phases.append(Phase(first, first + batches, wanted.image_size, method, after_rollback))
-        first, made = phases[-1].end, made + phases[-1].updates
+        phases.append(Phase(first, first + batches, settings.image_size, method, after_rollback))
+        first, planned = phases[-1].end, planned + phases[-1].updates
     ramps = WarmupSchedule(
         round(config.threat.eps_warmup_ratio * first), round(config.threat.step_size_warmup_ratio * first), first
     )
     for phase in phases:
         phase.method.ramps = ramps
         share = phase.after_rollback.threat.eps / phase.method.threat.eps if phase.method.threat.eps else 1.0
-        # a smaller size is reached sooner, so that nothing shrinks further where a run goes back amid the warm-up
+        # a smaller eps is reached sooner, so that a rollback during the warm-up does not shrink it any further
         phase.after_rollback.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
     guard = config.guard
     if (
@@ -152,18 +153,17 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
         and all(p.after_rollback is p.method for p in phases)
     ):
         raise UserError(
-            f"guard.rollback_lr_factor: 1 leaves nothing safer after a rollback, as the method stays "
-            f"{config.method.name}; "
-            "a smaller number is right, or another guard.rollback_method or guard.rollback_eps"
+            f"guard.rollback_lr_factor: must be below 1 if the method stays {config.method.name} after a rollback, "
+            "got 1; set a smaller factor, guard.rollback_method or guard.rollback_eps"
         )
     return Phases(phases)
 
 
 def _method_after_rollback(method: Method, config: Config) -> Method:
-    """What a phase's method becomes after a collapse.
+    """The method that a phase uses after a rollback.
 
     Raises:
-        UserError: that method keeps something for each slot, which a state from before the rollback would not have.
+        UserError: that method keeps state for each batch slot, which a checkpoint of another method does not have.
     """
     choice, threat, smaller = config.guard.rollback_method, method.threat, 1.0
     if config.guard.rollback_eps is not None and config.guard.rollback_eps < threat.eps:
@@ -177,5 +177,7 @@ def _method_after_rollback(method: Method, config: Config) -> Method:
     if choice == method.settings and threat == method.threat:
         return method
     if METHODS[choice.name].slot_state is not Method.slot_state:
-        raise UserError(f"guard.rollback_method: {choice.name} keeps a perturbation of each image; pgd is right")
+        raise UserError(
+            f"guard.rollback_method: must not keep a perturbation for each image, got {choice.name}; use pgd"
+        )
     return METHODS[choice.name](choice, threat, config.run.seed, targets=config.targets)

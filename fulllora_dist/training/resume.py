@@ -1,4 +1,4 @@
-"""What a run may start from: a checkpoint of the same run, or an adapter of the same backbone."""
+"""Checks on what a run starts from: a checkpoint of the same run, or an adapter of the same backbone."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from fulllora_dist.distributed.zero_state import TrainableState
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import read_adapter
 
-# what may change between the attempts of one run: the adapter it makes does not depend on it, or (paths) its content is
-# checked by fingerprint
+# settings that may change on resume: the trained adapter does not depend on them, or (paths) their content is checked
+# by its fingerprint
 _MAY_CHANGE = {
     "distributed",
     "deepspeed",
@@ -33,8 +33,10 @@ _MAY_CHANGE = {
 
 
 def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
-    """Raises:
-    UserError: a state with the config `saved` is of another run.
+    """Check that a checkpoint with the config `saved` belongs to the same run as `config`.
+
+    Raises:
+        UserError: a setting that must not change on resume differs.
     """
 
     def compare(now: dict[str, Any], before: dict[str, Any], prefix: str) -> None:
@@ -42,48 +44,58 @@ def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
             name = prefix + key
             if name in _MAY_CHANGE:
                 continue
-            mine, theirs = now.get(key), before.get(key)
-            if isinstance(mine, dict) and isinstance(theirs, dict):
-                compare(mine, theirs, name + ".")
-            elif mine != theirs:
+            new, old = now.get(key), before.get(key)
+            if isinstance(new, dict) and isinstance(old, dict):
+                compare(new, old, name + ".")
+            elif new != old:
                 raise UserError(
-                    f"run.output_dir: {output} holds a run with {name}={theirs}, now it is {mine}; "
-                    "choose another output folder, or the same setting to resume"
+                    f"run.output_dir: {output} holds a run with {name}={old}, got {new}; "
+                    "use the same setting to resume, or another output folder"
                 )
 
     now = config.model_dump(mode="json")
     compare(now, saved, "")
     if now["run"]["seed"] != saved["run"]["seed"]:
         raise UserError(
-            f"run.output_dir: {output} holds a run with run.seed={saved['run']['seed']}; choose another folder"
+            f"run.output_dir: {output} holds a run with run.seed={saved['run']['seed']}, got {now['run']['seed']}; "
+            "use the same setting to resume, or another output folder"
         )
 
 
 def check_backbone(model: AdaptedModel, sha256: str | None) -> None:
-    """Raises:
-    UserError: a checkpoint of a run with the backbone `sha256` belongs to other weights than the model's.
+    """Check that the model has the backbone that the run started from.
+
+    Args:
+        sha256: fingerprint of the backbone, from the checkpoint.
+
+    Raises:
+        UserError: the model has a different backbone.
     """
     if sha256 != model.info.sha256:
         raise UserError(
-            f"model.checkpoint_path: the run began with weights {str(sha256)[:12]}, these have "
-            f"{str(model.info.sha256)[:12]}; give the same backbone to resume"
+            f"model.checkpoint_path: the run started from weights with fingerprint {str(sha256)[:12]}, got "
+            f"{str(model.info.sha256)[:12]}; use the same backbone to resume"
         )
 
 
 def state_of_adapter(model: AdaptedModel, folder: str) -> TrainableState:
-    """The start from a saved adapter: its tensors, no moments, no update made.
+    """The initial state from a saved adapter: its tensors, without moments and at update 0.
 
     Raises:
-        UserError: naming adapter.init_from, where it is of another backbone or kind.
+        UserError: the adapter has a different backbone or different settings; the message names adapter.init_from.
     """
     description, tensors = read_adapter(folder)
-    theirs = str(description.backbone.sha256)
-    if theirs != model.info.sha256:
-        ours = str(model.info.sha256)
-        raise UserError(f"adapter.init_from: {folder} belongs to weights {theirs[:12]}, not {ours[:12]}")
-    for section, mine in (("adapter", model.spec), ("backbone", model.info)):
+    adapter_backbone, backbone = str(description.backbone.sha256), str(model.info.sha256)
+    if adapter_backbone != backbone:
+        raise UserError(
+            f"adapter.init_from: {folder} belongs to a backbone with fingerprint {adapter_backbone[:12]}, got "
+            f"{backbone[:12]}; use the backbone it was trained on"
+        )
+    for section, current in (("adapter", model.spec), ("backbone", model.info)):
         for key in ("alpha", "qkv", "patch_norm_eps", "classes", "image_size", "mean", "std"):
-            now, then = getattr(mine, key, None), description.content[section].get(key)
+            now, then = getattr(current, key, None), description.content[section].get(key)
             if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
-                raise UserError(f"adapter.init_from: {folder} was trained with {key} {then}, this run has {now}")
+                raise UserError(
+                    f"adapter.init_from: {folder} was trained with {key}={then}, got {now}; use the same setting"
+                )
     return TrainableState(0, {"master": tensors})

@@ -1,7 +1,7 @@
-"""What a run does about a collapse that its guard has noticed: warn, stop, or roll back to a good checkpoint.
+"""What a run does when its guard detects a collapse: warn, stop, or roll back to a good checkpoint.
 
-A rollback is kept in every later checkpoint and in the adapter's description, as {"at", "to": batches,
-"rollback_method", "rollback_lr_factor", "rollback_eps": as they were set, "method": what trained from there on}.
+Every later checkpoint and the adapter's description record a rollback as {"at", "to": batches, "rollback_method",
+"rollback_lr_factor", "rollback_eps": the settings, "method": the method used from there on}.
 """
 
 import math
@@ -15,16 +15,16 @@ Rollback = dict[str, Any]
 
 
 class Collapsed(SharedUserError):
-    """The run ends because it has collapsed."""
+    """The run ends after a collapse."""
 
 
 def new_rollback(at: int, to: int, settings: GuardSettings, method: str) -> Rollback:
-    """Of a run that went back from batch `at` to batch `to` and is trained by `method` from there on."""
+    """The record of a rollback from batch `at` to batch `to`, after which `method` trains."""
     return {"at": at, "to": to, **_settings(settings), "method": method}
 
 
 def lr_scale(rollbacks: Sequence[Rollback]) -> float:
-    """Factor of the learning rate after these rollbacks."""
+    """The learning rate factor after these rollbacks."""
     return math.prod(rollback["rollback_lr_factor"] for rollback in rollbacks)
 
 
@@ -36,8 +36,8 @@ def ends_run(settings: GuardSettings, rollbacks: Sequence[Rollback]) -> bool:
 
 
 def why_it_ends(settings: GuardSettings, collapse: str, good_steps: Sequence[int]) -> Collapsed:
-    """The error that ends the run after a `collapse`, with what the user can do."""
-    name, advice = "max_rollbacks", "try a smaller guard.rollback_eps or optim.lr in another folder"
+    """The error that ends the run after a `collapse`, with advice for the user."""
+    name, advice = "max_rollbacks", "try a smaller guard.rollback_eps or optim.lr in another output folder"
     if settings.on_collapse == "stop":
         name, advice = "on_collapse", "with guard.on_collapse=rollback the same command resumes from there"
     newest = f"the newest good checkpoint is of batch {good_steps[0]}" if good_steps else "no good checkpoint was kept"
@@ -49,8 +49,10 @@ def _settings(settings: GuardSettings) -> dict[str, Any]:
 
 
 def check_settings(rollback: Mapping[str, Any], settings: GuardSettings) -> None:
-    """Raises:
-    UserError: the run went on from `rollback` with other settings than these.
+    """Check that the run still has the settings of its last rollback.
+
+    Raises:
+        UserError: a setting differs from that in `rollback`.
     """
     for key, now in _settings(settings).items():
         then = rollback[key]

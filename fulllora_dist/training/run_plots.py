@@ -1,4 +1,4 @@
-"""Images of a run for its tracker: what the attack does to it, its curves, where the adapter is strong."""
+"""Figures of a run for its tracker: adversarial examples, training curves and branch norms."""
 
 import sys
 
@@ -25,31 +25,30 @@ _SHOWN = 4
 
 
 def show_check(tracker: Tracker, config: Config, guard: Guard, last: bool) -> None:
-    """Examples and curves after looks 1, 2, 4, 8 and so on, and after the `last` one: a dozen of a long run."""
+    """Log examples and curves after checks 1, 2, 4, 8 and so on, and after the `last` one: a dozen in a long run."""
     assert guard.last is not None
     step = guard.last["step"]
     number = step // config.guard.every
     if tracker.uri is None or guard.examples is None or not (last or number & (number - 1) == 0):
         return
-    found = guard.examples
-    tracker.figure(f"examples_{step:08d}", lambda: _examples(found, guard.classes, config.threat.eps))
+    examples = guard.examples
+    tracker.figure(f"examples_{step:08d}", lambda: _examples(examples, guard.classes, config.threat.eps))
     tracker.figure("curves", lambda: training_curves(tracker.lines()))
 
 
 def show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: EvalStream) -> None:
-    """Examples of the validation set, curves, and the branches' norms, where there are branches. On one rank. What goes
-    wrong here is a warning: the run is done.
+    """Log validation examples, curves and branch norms of a finished run, on one rank. Any error is only a warning.
 
     Args:
-        model: as it is shipped, whole on this rank.
-        stream: of the evaluation.
+        model: the model as shipped, complete on this rank.
+        stream: the evaluation stream.
     """
     if tracker.uri is None:
         return
     try:
         _show_end(tracker, config, model, stream)
-    except Exception as error:  # no memory for the attack on a GPU, among others
-        tqdm.write(f"warning: no images of the end ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
+    except Exception as error:  # such as running out of GPU memory in the attack
+        tqdm.write(f"warning: no final figures ({type(error).__name__}: {one_line(error)})", file=sys.stderr)
 
 
 def _show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: EvalStream) -> None:
@@ -58,17 +57,17 @@ def _show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: Eva
     batch = stream.read(stream.ids[chosen]).to(device)
     x, y = batch.pixels(), batch.labels
     threat = threat_model(config.threat.norm, config.threat.eps)
-    made = EvalAttack.parse(_ATTACK)(model, x, y, threat=threat, seed=config.run.seed, ids=batch.ids)
+    x_adv = EvalAttack.parse(_ATTACK)(model, x, y, threat=threat, seed=config.run.seed, ids=batch.ids)
     with torch.no_grad():
-        before, after = (model(images).argmax(dim=1) for images in (x, made))
-    found = Examples(*(tensor.cpu() for tensor in (x, made, y, before, after)))
-    tracker.figure("examples", lambda: _examples(found, stream.index.classes, threat.eps))
+        before, after = (model(images).argmax(dim=1) for images in (x, x_adv))
+    examples = Examples(*(tensor.cpu() for tensor in (x, x_adv, y, before, after)))
+    tracker.figure("examples", lambda: _examples(examples, stream.index.classes, threat.eps))
     tracker.figure("curves", lambda: training_curves(tracker.lines()))
     if model.spec.finetune in WITH_BRANCHES:
         norms = by_place((branch.block, branch.component, branch.relative()) for branch in branches_of(model))
         tracker.figure("adapter_norms", lambda: branch_sizes(norms))
 
 
-def _examples(found: Examples, classes: tuple[str, ...], eps: float) -> Figure:
-    model = Attacked("model", found.adversarial, found.before, found.after)
-    return adversarial_examples(found.clean, found.labels, classes, [model], eps)
+def _examples(examples: Examples, classes: tuple[str, ...], eps: float) -> Figure:
+    model = Attacked("model", examples.adversarial, examples.before, examples.after)
+    return adversarial_examples(examples.clean, examples.labels, classes, [model], eps)

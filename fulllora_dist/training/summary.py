@@ -1,4 +1,4 @@
-"""What a training hands over when it ends: the adapter's tensors, and where they come from."""
+"""The result of training: the adapter's tensors and their provenance."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ class BestCheckpoint:
     """The checkpoint with the highest robust accuracy on held-out images.
 
     Attributes:
-        step: batches that it was trained on.
-        training: for its adapter.json; `updates` and `rollbacks` are in the checkpoint itself.
-        comparison: of the best and the last one, for people.
+        step: batches trained on.
+        training: how it was trained, for adapter.json; `updates` and `rollbacks` are in the checkpoint itself.
+        comparison: one line that compares the best and the last checkpoint.
     """
 
     step: int
@@ -30,14 +30,14 @@ class BestCheckpoint:
 
 @dataclass(frozen=True)
 class TrainingSummary:
-    """A training at its end.
+    """The result of a finished training.
 
     Attributes:
-        model: what was trained.
+        model: the trained model.
         tensors: the adapter to ship, {timm name: fp32, full shape, host}.
         step: batches trained on.
         training: how it was trained, for adapter.json.
-        best: None where no images are held out.
+        best: None without held-out images.
     """
 
     model: AdaptedModel
@@ -48,7 +48,7 @@ class TrainingSummary:
 
 
 def summarize(config: Config, trainer: Trainer) -> TrainingSummary:
-    """The summary of a training as it is now. A collective."""
+    """Summarize the training at its current step. A collective."""
     training = _provenance(config, trainer)
     best = None
     if trainer.guard is not None and trainer.guard.best is not None:

@@ -1,4 +1,4 @@
-"""The training loop, and the only place that counts, logs, saves and goes back."""
+"""The training loop, the only place that counts batches, logs, saves and rolls back."""
 
 import math
 import sys
@@ -25,18 +25,20 @@ from fulllora_dist.training.run_plots import show_check
 
 
 class Trainer:
-    """Trains a model on a stream, from the run's newest checkpoint, `run.resume_from`, `adapter.init_from` or the bare
-    backbone, whichever there is first.
+    """Trains a model on a stream of batches.
+
+    Starts from the first available of: the run's newest checkpoint, `run.resume_from`, `adapter.init_from`, the bare
+    backbone.
 
     Attributes:
-        step: batches trained on since the beginning of the run.
+        step: batches trained on since the start of the run.
         engine: the model under DeepSpeed.
         shown: last loss and accuracy, for the progress bar.
-        stopped: a stop was asked for and the checkpoint is saved.
+        stopped: whether training stopped on request, with a checkpoint saved.
         stream: the training batches.
-        phases: what each batch is trained by.
-        guard: checks robust accuracy on held-out images, where there are some.
-        rollbacks: each time that the run went back after a collapse (`rollback.py`).
+        phases: method, threat model and image size of each batch.
+        guard: checks robust accuracy on held-out images; None without them.
+        rollbacks: rollbacks after a collapse so far (`rollback.py`).
     """
 
     def __init__(
@@ -53,17 +55,17 @@ class Trainer:
         self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
         if run.saved is not None:
             self._resume(*run.saved)
-            run.saved = None  # not needed again; with every slot of Free it is large
+            run.saved = None  # frees memory: large with the per-slot perturbations of Free
         elif config.adapter.init_from:
             self.engine.restore(state_of_adapter(model, config.adapter.init_from))
 
     @property
     def total_steps(self) -> int:
-        """Batches of the whole run."""
+        """Number of batches in the whole run."""
         return self.phases.total_steps
 
     def train(self) -> None:
-        """Train on the batches that are left, or until a stop is asked for.
+        """Train on the remaining batches, or until a stop is requested.
 
         Raises:
             Collapsed: the run ends after a collapse.
@@ -72,7 +74,7 @@ class Trainer:
             self.advance(batch)
 
     def batches(self) -> Iterator[Batch]:
-        """The batches that are left, on the device; rank 0 shows loss, accuracy, images a second and time left."""
+        """The remaining batches, on the device. Rank 0 shows loss, accuracy, images per second and remaining time."""
         run, size = self._run, self._run.config.optim.batch_size
         bar = tqdm(
             total=self.total_steps * size,
@@ -95,16 +97,16 @@ class Trainer:
                     bar.update((self.step - before) * size)
                     if self.stopped:
                         return
-                    if self.step >= phase.end or self.step <= before:  # the next phase, or back in an earlier one
+                    if self.step >= phase.end or self.step <= before:  # the next phase, or after a rollback
                         break
                 bar.total = self.total_steps * size
 
     def advance(self, batch: Batch) -> None:
-        """Train on a batch and count it; then log, check, save, stop or go back where it is time."""
+        """Train on a batch and count it; then log, check, save, stop or roll back if due."""
         metrics = self.phases.step(self.engine, batch, self.step)
         self.step += 1
         self.stream.commit(self.step)
-        asked = self._ask_ranks()
+        requests = self._gather_requests()
         self._count_skipped()
         last = self.step == self.total_steps
         if last or self.step % self._run.config.run.log_every == 0:
@@ -112,36 +114,36 @@ class Trainer:
         check = self._check(last)
         if check is not None and check.collapsed and self._answer_collapse():
             return
-        self._stop(asked >> 1)
-        if last or self.stopped or (check is not None and check.keep) or asked & 1:
+        self._stop(requests >> 1)
+        if last or self.stopped or (check is not None and check.keep) or requests & 1:
             self.save()
         if last or self.stopped:
             self._run.settle()
-            self._run.comm.barrier()  # a rank that leaves now leaves a whole checkpoint behind
+            self._run.comm.barrier()  # no rank exits before the checkpoint is complete
 
     # -- after each batch ----------------------------------------------------------------------------------------------
 
-    def _ask_ranks(self) -> int:
-        """The one host collective of a batch: a stop signal that came to any rank, times two, plus one where rank 0
-        wants a checkpoint; and whether any rank has bad samples to count."""
-        mine = (self._run.stop.signal or 0) << 1 | self._wants_checkpoint()
-        asked, bad = self._run.comm.max_each([mine, self.stream.uncounted_bad])
+    def _gather_requests(self) -> int:
+        """The stop signal received by any rank, times two, plus one if rank 0 wants a checkpoint. This is the only host
+        collective of a batch; it also finds out whether any rank has bad samples to count."""
+        own = (self._run.stop.signal or 0) << 1 | self._wants_checkpoint()
+        requests, bad = self._run.comm.max_each([own, self.stream.uncounted_bad])
         if bad:
             self.stream.count_bad(self._run.comm.all_gather_list)
-        return asked
+        return requests
 
     def _stop(self, signal: int) -> None:
-        """A scheduler may signal one node alone: every rank leaves in the same way."""
+        """Stop on a signal that any rank received, as a scheduler may signal a single node only."""
         if signal:
             self._run.stop.hear(signal)
             self._run.checkpoints.hurry()
             self.stopped = True
 
     def _count_skipped(self) -> None:
-        """Say that updates were skipped, as loss or gradient was not finite.
+        """Warn about updates skipped because the loss or gradient was not finite.
 
         Raises:
-            SharedUserError: too many in a row.
+            SharedUserError: too many skipped updates in a row.
         """
         skipped = self.engine.skipped - self._seen_skipped
         if not skipped:
@@ -152,20 +154,21 @@ class Trainer:
             self._run.settle()
             newest = self._run.comm.broadcast(self._run.checkpoints.describe())
             raise SharedUserError(
-                f"run.max_nonfinite_steps: loss or gradient was not finite in the last {in_a_row} updates, {most} may "
-                f"be; at batch {self.step}, the newest state is {newest}. Start with a lower optim.lr in another folder"
+                f"run.max_nonfinite_steps: loss or gradient was not finite in the last {in_a_row} updates, at most "
+                f"{most} allowed; at batch {self.step}, the newest checkpoint is {newest}; use a lower optim.lr in "
+                "another output folder"
             )
         self._run.say(
             f"warning: batch {self.step - 1}: loss or gradient is not finite; {skipped} of its updates skipped, "
-            f"{self._seen_skipped} since the run began"
+            f"{self._seen_skipped} since the start of the run"
         )
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
-        """Metrics averaged over the ranks, to the tracker."""
+        """Average the metrics over the ranks and log them to the tracker."""
         names = list(metrics)
         total = self._run.comm.sum(torch.stack([metrics[name].double() for name in names]))
         means = dict(zip(names, (total / self._run.comm.world).tolist(), strict=True))
-        # a skipped update has no loss
+        # the loss of a skipped update may be NaN or infinite
         self.shown = {name: f"{value:.3f}" for name, value in means.items() if math.isfinite(value)}
         means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
         if (norm := self.engine.gradient_norm()) is not None:
@@ -174,7 +177,7 @@ class Trainer:
         self._run.gather_samples()
 
     def _check(self, last: bool) -> Check | None:
-        """What the guard has found, where it has checked."""
+        """Let the guard check if due, and log the result."""
         if self.guard is None or not (self.guard.due(self.step, bool(self.engine.skipped_in_a_row)) or last):
             return None
         check = self.guard.check(self.engine, self.step)
@@ -188,14 +191,14 @@ class Trainer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Begin to write the checkpoint of this step, once. A collective."""
+        """Start writing the checkpoint of this step, unless it is already saved. A collective."""
         if self._saved_step == self.step:
             return
         run = self._run
         trainable = self.engine.state()
         if not all(t.isfinite().all() for t in trainable.tensors["master"].values()):
             raise SharedUserError(
-                f"the adapter is not finite at batch {self.step}; start with a lower optim.lr in another output folder"
+                f"optim.lr: the adapter is not finite at batch {self.step}; use a lower one in another output folder"
             )
         slots = {name: run.comm.gather(tensor) for name, tensor in self.phases.slot_state(self.step).items()}
         if run.comm.is_main:
@@ -217,8 +220,8 @@ class Trainer:
         self._saved_step = self.step
 
     def _wants_checkpoint(self) -> bool:
-        """Whether one is due on rank 0. It waits until the one before is written, and while updates are skipped: where
-        the run diverges, the newest checkpoint is from before."""
+        """Whether rank 0 wants to save a checkpoint. It waits until the previous one is written, and while updates are
+        skipped, so that the newest checkpoint of a diverging run is from before it diverged."""
         run = self._run
         if not run.comm.is_main:
             return False
@@ -228,7 +231,7 @@ class Trainer:
         return due and run.checkpoints.idle and not self.engine.skipped_in_a_row
 
     def _resume(self, tensors: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
-        """Be where the run was that wrote this checkpoint."""
+        """Resume the run from a checkpoint."""
         check_backbone(self.engine.model, metadata["backbone_sha256"])
         self.rollbacks = metadata["rollbacks"]
         if self.rollbacks:
@@ -242,8 +245,7 @@ class Trainer:
         self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
 
     def _restore(self, tensors: dict[str, Tensor], metadata: CheckpointMetadata) -> dict[str, Tensor]:
-        """Position, guard and engine as a checkpoint has them, under the phases and rollbacks of now; what its method
-        kept for each slot."""
+        """Restore a checkpoint under the current phases and rollbacks. Returns the method's state of each slot."""
         self.stream.load_state_dict(metadata["stream"])
         if self.guard is not None:
             self.guard.resume(metadata["best"], metadata["guard"])
@@ -258,16 +260,16 @@ class Trainer:
     # -- after a collapse ----------------------------------------------------------------------------------------------
 
     def _answer_collapse(self) -> bool:
-        """As `guard.on_collapse` says; whether the run went back.
+        """Act on a collapse according to `guard.on_collapse`. Returns whether the run rolled back.
 
         Raises:
-            Collapsed: the run ends here, or cannot go back.
+            Collapsed: the run ends here, or cannot roll back.
         """
         assert self.guard is not None
         run, settings = self._run, self._run.config.guard
         collapse = f"collapse at batch {self.step}: {self.guard.describe_collapse()}"
         if settings.on_collapse == "warn":
-            run.say(f"warning: {collapse}; guard.on_collapse=stop would end the run here, rollback would go back")
+            run.say(f"warning: {collapse}; set guard.on_collapse to stop or rollback to act on a collapse")
             return False
         if rollback.ends_run(settings, self.rollbacks):
             run.settle()
@@ -276,10 +278,9 @@ class Trainer:
         return True
 
     def _roll_back(self, collapse: str, good_steps: list[int]) -> None:
-        """To the first of the checkpoints `good_steps` that is whole, and on from there as the guard's settings say.
-
-        Neither that checkpoint nor an older one is touched: killed before the next one is written, the run finds the
-        same collapse and goes back again."""
+        """Roll back to the first intact checkpoint of `good_steps`, and continue as the guard's settings say. Neither
+        that checkpoint nor an older one is deleted: if killed before the next one is written, the run detects the same
+        collapse and rolls back again."""
         run, guard = self._run, self._run.config.guard
         number = len(self.rollbacks) + 1
 
@@ -291,15 +292,15 @@ class Trainer:
         try:
             checkpoint = run.on_every_rank(read, f"a checkpoint or metrics.jsonl in {run.config.run.output_dir}")
         except SharedUserError as error:
-            raise rollback.Collapsed(f"guard.on_collapse: rollback: {collapse}; cannot go back: {error}") from None
+            raise rollback.Collapsed(f"guard.on_collapse: rollback: {collapse}; cannot roll back: {error}") from None
         assert checkpoint is not None
         tensors, metadata = checkpoint
         self.phases = self.phases.rollback_from(metadata["step"])
         method = self.phases.at(metadata["step"]).method
         entry = rollback.new_rollback(self.step, metadata["step"], guard, method.settings.name)
         self.rollbacks = [*self.rollbacks, entry]
-        self._restore(tensors, metadata)  # the method after a rollback keeps nothing for the slots
-        run.checkpoints.ask()  # what happened is to be in a checkpoint soon
+        self._restore(tensors, metadata)  # the method after a rollback has no per-slot state
+        run.checkpoints.ask()  # record the rollback in a checkpoint soon
         run.say(
             f"warning: {collapse}; rolled back to batch {self.step}, training with {method.settings.name} at "
             f"{size_in(run.config.threat.norm, method.threat.eps)} and {self.engine.lr_scale:g} of the "

@@ -165,7 +165,7 @@ def test_impossible_threats_are_refused() -> None:
     for norm, eps, words in (
         ("l3", 0.1, "linf, l2"),
         ("linf", 4, "k/255"),
-        ("l2", -1, "0 or more"),
+        ("l2", -1, "eps must be >= 0"),
         ("l2", math.inf, ""),
     ):
         with pytest.raises(UserError, match=words):

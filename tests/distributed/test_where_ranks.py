@@ -124,7 +124,7 @@ def test_two_ranks_equal_one_also_after_a_kill(server: RankServer, experiment: P
             ["--adapter", "{folder}/head"],
             "adapter: finetune: head has no branches; give an adapter of ",
         ),
-        (["--adapter", "{folder}/nowhere"], "holds no adapter.json; give the folder adapter/ of a run"),
+        (["--adapter", "{folder}/nowhere"], "has no adapter.json; give the folder adapter/ of a run"),
         (["--by", "layer"], "--by: 'layer' is unknown; known: component, block, branch"),
         (
             ["--attack", "clean"],

@@ -114,7 +114,7 @@ def test_settings_that_contradict_the_saved_run_are_refused(site: Site, monkeypa
     state.mkdir(parents=True)
     (state / "checkpoint.json").write_text(json.dumps({"config": saved}))
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *settings])
-    with pytest.raises(UserError, match=r"saved holds a run with optim.lr=0.5, now it is 0.001"):
+    with pytest.raises(UserError, match=r"saved holds a run with optim.lr=0.5, got 0.001"):
         runpy.run_path(LAUNCH)["main"]()
 
 

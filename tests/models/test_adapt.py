@@ -101,7 +101,7 @@ def test_the_head_counts_towards_the_budget() -> None:
     [
         (
             {"rank": None, "trainable_fraction": 0.01},
-            r"adapter.trainable_fraction: 0.01 is too small.* takes \d+\.\d+%",
+            r"adapter.trainable_fraction: must be at least \d+\.\d+% for .*, got 0.01",
         ),
         ({"rank": 0}, r"adapter.rank: .*greater than or equal to 1 \(got 0\)"),
         ({"finetune": "lroa"}, "finetune: 'lroa' is unknown; known: fulllora, lora"),
@@ -111,7 +111,7 @@ def test_the_head_counts_towards_the_budget() -> None:
         ({"finetune": "full", "head": "frozen"}, "adapter.head: frozen contradicts finetune: full"),
         ({"finetune": "head", "head": "adapted"}, "adapter.head: adapted contradicts finetune: head"),
         ({"finetune": "layernorm", "head": "adapted"}, "adapter.head: adapted needs branches"),
-        ({"finetune": "layernorm", "model_kwargs": NORMLESS}, "finetune: layernorm finds nothing to train in vit_tiny"),
+        ({"finetune": "layernorm", "model_kwargs": NORMLESS}, "finetune: layernorm has nothing to train in vit_tiny"),
     ],
 )
 def test_contradictions_are_refused(settings: dict, words: str) -> None:

@@ -122,9 +122,11 @@ def test_phases_may_have_images_of_another_size_where_the_family_takes_them() ->
         model, fixed = tiny(family, image_size=WIDE, input_sizes=[SIDE]), tiny(family, image_size=WIDE)
         assert model(images(side=SIDE)).shape == (4, CLASSES)
         assert torch.equal(model(images(side=WIDE)), fixed(images(side=WIDE)))
-        with pytest.raises(UserError, match=rf"image_size: {SIDE + 1} is no multiple of .* patches of \d pixels"):
+        with pytest.raises(
+            UserError, match=rf"image_size: must be a multiple of the patch size \d+ of .*, got {SIDE + 1}"
+        ):
             tiny(family, image_size=WIDE, input_sizes=[SIDE + 1])
-    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 takes images of one size only"):
+    with pytest.raises(UserError, match=r"phases.image_size: cait_xxs24_224 supports a single image size only"):
         tiny("cait", input_sizes=[WIDE])
 
 
@@ -133,19 +135,29 @@ def test_phases_may_have_images_of_another_size_where_the_family_takes_them() ->
     ("family", "settings", "changed", "words"),
     [
         ("vit", {"image_size": 3}, {}, "model.image_size: vit_tiny_patch16_224 fails on an image of 3 x 3 x 3"),
-        ("xcit", {}, {"in_chans": 1}, "model.image_size: xcit_nano.* leave out of model.model_kwargs what changes"),
-        ("vit", {}, {"in_chans": 1}, "model.image_size: vit_tiny.* leave out of model.model_kwargs what changes"),
+        (
+            "xcit",
+            {},
+            {"in_chans": 1},
+            "model.image_size: xcit_nano.* remove arguments that change its input from model.model_kwargs",
+        ),
+        (
+            "vit",
+            {},
+            {"in_chans": 1},
+            "model.image_size: vit_tiny.* remove arguments that change its input from model.model_kwargs",
+        ),
         (
             "vit",
             {},
             {"global_pool": ""},
-            r"model.model_kwargs: .* gives \(1, 17, 4\) for one image instead of logits",
+            r"model.model_kwargs: .* must return logits .* for one image, got \(1, 17, 4\)",
         ),
         (
             "swin",
             {},
             {"global_pool": ""},
-            r"model.model_kwargs: .* gives \(1, 4, 4, 4\) for one image instead of logits",
+            r"model.model_kwargs: .* must return logits .* for one image, got \(1, 4, 4, 4\)",
         ),
     ],
 )
@@ -255,7 +267,9 @@ def test_bf16_is_near_fp32(family: str, finetune: str) -> None:
 def test_checkpointed_blocks_give_the_same_gradients_or_are_refused(family: str, finetune: str, precision: str) -> None:
     plain, checkpointed = (stir(roughen(tiny(family, finetune=finetune, precision=precision))) for _ in range(2))  # type: ignore[arg-type]
     if family in WITHOUT_CHECKPOINTING:
-        with pytest.raises(UserError, match=r"activation_checkpointing: convit_tiny of the family ConViT has none"):
+        with pytest.raises(
+            UserError, match=r"activation_checkpointing: convit_tiny of the family ConViT does not support it"
+        ):
             checkpointed.set_activation_checkpointing(True)
         checkpointed.set_activation_checkpointing(False)
         return

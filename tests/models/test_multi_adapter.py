@@ -114,16 +114,16 @@ def test_calls_in_threads_do_not_meet(saved: Callable[..., str]) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another size": ({"image_size": 32}, "has the backbone's image_size 32, the others' is 16"),
+    "another size": ({"image_size": 32}, "must have the backbone's image_size 16, got 32"),
     "another family": (
         {"family": "swin"},
-        "has the backbone's name swin_tiny_patch4_window7_224, the others' is vit_tiny",
+        "must have the backbone's name vit_tiny.*, got swin_tiny_patch4_window7_224",
     ),
-    "other weights": ({"seed": 5}, "has the backbone's sha256"),
-    "another normaliser": ({"mean": (0.1, 0.2, 0.3)}, "has the backbone's mean"),
+    "other weights": ({"seed": 5}, "must have the backbone's sha256"),
+    "another normaliser": ({"mean": (0.1, 0.2, 0.3)}, "must have the backbone's mean"),
     "a whole model": (
         {"finetune": "full"},
-        r"is a whole model \(finetune: full\), which shares no backbone; load it alone",
+        r"is a whole model \(finetune: full\) and cannot share a backbone; load it alone",
     ),
 }
 
@@ -135,7 +135,7 @@ def test_what_cannot_share(saved: Callable[..., str]) -> None:
             several.add("b", saved(i + 1, **settings))
     with pytest.raises(UserError, match="there is no 'b'; there are: a"):
         several(images(), "b")
-    with pytest.raises(UserError, match="2 names for 4 samples; one for each is right"):
+    with pytest.raises(UserError, match="must be one name per sample, got 2 names for 4 samples"):
         several(images(4), ["a", None])
     with pytest.raises(UserError, match="the name 'a' is taken"):
         several.add("a", saved(9))

@@ -95,7 +95,7 @@ def test_it_computes_in_bf16_and_refuses_checkpointing(own: ModuleType) -> None:
     assert rounded.backbone.stem.weight.dtype == torch.float32
     torch.testing.assert_close(rounded(images()), exact(images()), rtol=0.05, atol=0.05)
     assert not torch.equal(rounded(images()), exact(images()))
-    with pytest.raises(UserError, match="toy_transformer of the family toy has none; set it to off"):
+    with pytest.raises(UserError, match="toy_transformer of the family toy does not support it; set it to off"):
         exact.set_activation_checkpointing(True)
 
 
@@ -170,7 +170,7 @@ def test_a_module_loaded_again_replaces_its_family(own: ModuleType) -> None:
     importlib.reload(own)
     assert (len(FAMILIES), FAMILIES["toy"] is before, FAMILIES["toy"] is own.TOY) == (count, False, True)
     assert fd.create_model("toy_transformer", **SETTINGS).family is own.TOY
-    with pytest.raises(UserError, match=r"family toy: another family has this name; .* or say plugin=__name__"):
+    with pytest.raises(UserError, match=r"family toy: another family has this name; .* or set plugin=__name__"):
         register_family(dataclasses.replace(own.TOY, plugin="elsewhere"))
 
 
@@ -209,7 +209,9 @@ def test_what_would_silently_not_act_is_refused() -> None:
             register_family(Family(name="ViT", models=(), parts={}, blocks=()))
     finally:
         FAMILIES.pop("reads")
-    with pytest.raises(UserError, match=r"family wrong: Reads.up is said to be 'fc7'; known: patch_embed, .*None"):
+    with pytest.raises(
+        UserError, match=r"family wrong: Reads.up has the unknown component 'fc7'; known: patch_embed, .*None"
+    ):
         Family(name="wrong", models=(Reads,), parts={Reads: {"up": "fc7"}}, blocks=())
     with pytest.raises(UserError, match="reads_weights has the model class Reads, where no branch is known to act"):
         fd.create_model("reads_weights", **SETTINGS)

@@ -127,7 +127,7 @@ def test_a_placement_puts_branches_there_and_nowhere_else(component: str) -> Non
     ("settings", "words"),
     [
         ({"components": ("q", "fc3")}, "adapter.components.1: .*patch_embed.*got 'fc3'"),
-        ({"components": ()}, "no component"),
+        ({"components": ()}, "adapter.components: must include a component of .*, got none"),
         ({"components": ("q", "v"), "qkv": "shared"}, "adapter.qkv.*separate"),
     ],
 )

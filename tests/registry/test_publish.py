@@ -249,7 +249,7 @@ def test_published_by_several_at_once(registry: Registry, adapter: Callable[...,
 REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
     "a damaged adapter": (
         lambda folder: Path(folder, "adapter.safetensors").write_bytes(b"x") and {},
-        "adapter.safetensors is damaged: its sha256 is not the one in adapter.json",
+        "adapter.safetensors is damaged: its sha256 does not match adapter.json",
     ),
     "no adapter": (lambda folder: Path(folder, "adapter.json").unlink() or {}, "has no adapter.json"),
     "a NaN metric": (

@@ -33,5 +33,5 @@ def test_no_memory_for_them_is_a_warning(capsys: pytest.CaptureFixture[str]) -> 
     tracker: Any = SimpleNamespace(uri="sqlite:///none")
     show_end(tracker, Config.model_validate(CONFIG), tiny(), Full())  # type: ignore[arg-type]
     assert capsys.readouterr().err == (
-        "warning: no images of the end (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB)\n"
+        "warning: no final figures (OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB)\n"
     )

@@ -1,4 +1,4 @@
-"""The families of models that can be adapted: one file each here, or in a module that `plugins` names."""
+"""Families of models that can be adapted, each in a file here or in a module listed under `plugins`."""
 
 import importlib
 import pkgutil
@@ -18,13 +18,13 @@ def family_of(backbone: nn.Module, name: str) -> Family:
     """The family of a model.
 
     Raises:
-        UserError: it belongs to none.
+        UserError: the model belongs to no family.
     """
-    found = next((family for family in FAMILIES.values() if type(backbone) in family.models), None)
-    if found is None:
+    family = next((family for family in FAMILIES.values() if type(backbone) in family.models), None)
+    if family is None:
         known = (model.__name__ for family in FAMILIES.values() for model in family.models)
         raise UserError(
             f"model.backbone: {name} has the model class {type(backbone).__name__}, where no branch is known to act; "
             f"supported: {', '.join(known)}, and what a module under plugins: registers"
         )
-    return found
+    return family

@@ -1,4 +1,4 @@
-"""BEiT and BEiT v2. The attention reads `qkv.weight` with biases of its own."""
+"""BEiT and BEiT v2. The attention reads `qkv.weight` and has its own biases."""
 
 from timm.models.beit import Attention, Beit, Block
 
@@ -7,7 +7,7 @@ from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, CallsQkv
 
 
 class CallingAttention(CallsQkv, Attention):
-    """BEiT's attention where it calls `qkv`."""
+    """BEiT's attention, changed to call `qkv`."""
 
 
 register_family(

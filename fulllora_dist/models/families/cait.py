@@ -1,5 +1,5 @@
-"""CaiT. Its talking heads (`proj_l`, `proj_w`) are square in the number of heads, 4 to 16: nothing of lower rank, and
-they stay frozen. The class attention's q, k and v are separate layers."""
+"""CaiT. The talking heads (`proj_l`, `proj_w`) are square matrices of 4 to 16 heads, too small for a low-rank branch,
+and stay frozen. The class attention has separate layers for q, k and v."""
 
 from timm.models.cait import (
     Cait,
@@ -16,7 +16,7 @@ from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, resize_p
 
 
 def _convert(weights: Weights, backbone: nn.Module) -> Weights:
-    """timm's filter does not fit the position embedding to another image size."""
+    """Resample the position embedding too, which timm's filter does not do."""
     return resize_pos_embed(checkpoint_filter_fn(weights, backbone), backbone)
 
 

@@ -1,5 +1,5 @@
-"""ConViT. Its first blocks attend by content, from a fused `qk`, and by position, from `pos_proj`, which does not see
-the image and stays frozen. timm has no activation checkpointing for it."""
+"""ConViT. The first blocks attend by content, with a fused `qk`, and by position, with `pos_proj`, which does not
+depend on the image and stays frozen. timm does not support activation checkpointing for it."""
 
 from timm.models.convit import GPSA, MHSA, Block, ConVit
 from torch import nn
@@ -9,8 +9,8 @@ from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, resize_p
 
 
 def _register_positions(backbone: nn.Module) -> None:
-    """Up to timm 1.0.30 the table of relative positions is a plain attribute, which stays on the device and in the
-    dtype of the first forward pass when the model is moved."""
+    """Register the table of relative positions as a buffer. Up to timm 1.0.30 it is a plain attribute, which keeps the
+    device and dtype of the first forward pass when the model is moved."""
     for module in backbone.modules():
         if isinstance(module, GPSA) and "rel_indices" in vars(module):
             module.register_buffer("rel_indices", vars(module).pop("rel_indices"), persistent=False)

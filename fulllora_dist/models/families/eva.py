@@ -1,6 +1,6 @@
-"""EVA and EVA-02, and what timm computes by the same class: RoPE ViTs, DINOv3, the Perception Encoder.
+"""EVA and EVA-02, and other models of the same timm class: RoPE ViTs, DINOv3, the Perception Encoder.
 
-Its attention has a fused qkv, read by its weight with biases of its own, or q_proj, k_proj and v_proj, which it calls.
+The attention either reads the weight of a fused qkv and has its own biases, or calls q_proj, k_proj and v_proj.
 """
 
 from timm.layers import AttentionRope
@@ -13,7 +13,7 @@ _PROJECTIONS = {"qkv": "qkv", "q_proj": "q", "k_proj": "k", "v_proj": "v", "proj
 
 
 class CallingEvaAttention(CallsQkv, EvaAttention):
-    """EVA's attention where it calls a fused `qkv`."""
+    """EVA's attention, changed to call a fused `qkv`."""
 
 
 register_family(

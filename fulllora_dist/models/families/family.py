@@ -1,8 +1,8 @@
-"""What a family of models says about itself: which layers are key components, and which modules are its blocks.
+"""The definition of a model family: which layers are which components, and which modules are its blocks.
 
-A model is walked as a whole: every module that holds linear layers or convolutions must be one that its family names,
-and every such layer must be named there too, with the component that it is or with None to leave it frozen. So a
-variant that nobody has looked at is refused by name, instead of having branches that are never called.
+The whole model is traversed: the family must list every module that contains linear layers or convolutions, and every
+such layer, with its component or with None to leave it frozen. So an unknown variant is rejected, instead of getting
+branches that are never called.
 """
 
 import re
@@ -26,7 +26,7 @@ _LAYERS = (nn.Linear, _ConvNd)
 
 
 def _matches(pattern: str, path: str) -> bool:
-    """Whether a dotted path is that of a pattern, in which `*` stands for one name."""
+    """Whether a dotted path matches a pattern, in which `*` matches one name."""
     return re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), path) is not None
 
 
@@ -35,21 +35,21 @@ class Family:
     """A family of models.
 
     Attributes:
-        name: of the family, for people and for adapter files.
-        models: its model classes. A subclass is another model.
-        parts: {class: {layer: component}} of every module that holds layers, the models included. A layer is named by
-            its path below the module, containers (nn.Sequential and the like) counted, `*` for any one name. The
-            component is one of `COMPONENTS`, or `FUSED`, or "head"; None leaves the layer frozen. A class without
+        name: name of the family, shown in messages and stored in adapter files.
+        models: the model classes; subclasses are not included.
+        parts: {class: {layer: component}} of every module that contains layers, including the models. A layer is given
+            by its path below the module, through containers (nn.Sequential and the like), with `*` for any one name.
+            The component is one of `COMPONENTS` or `FUSED`, or "head"; None leaves the layer frozen. A class without
             layers of its own, such as a block, has {}.
-        blocks: paths of the modules between the patch embedding and the final norm, in the same notation. In bf16 they
-            compute in bf16: each must take its activations as positional arguments and return one tensor.
-        calling: {attention: subclass} where timm reads `self.qkv.weight` instead of calling `self.qkv`; see `attach`.
+        blocks: paths of the modules between the patch embedding and the final norm, in the same notation, which
+            compute in bf16 if enabled: each must take activations as positional arguments and return one tensor.
+        calling: {attention: subclass} if timm reads `self.qkv.weight` instead of calling `self.qkv`; see `attach`.
         checkpointing: whether the models have `set_grad_checkpointing`.
-        convert: a checkpoint under other keys or of another image size -> what `load_state_dict` takes. None: the
-            `checkpoint_filter_fn` of the model's module, where it has one.
-        any_size: whether the models take images of any size as they are, without timm's `dynamic_img_size`.
-        prepare: what is done to a new model before anything is adapted.
-        plugin: the module to import for a family from outside this package, `__name__` in that module.
+        convert: converts a checkpoint with other keys or for another image size for `load_state_dict`. None uses the
+            `checkpoint_filter_fn` of the model's module, if any.
+        any_size: whether the models support images of any size without timm's `dynamic_img_size`.
+        prepare: called on a new model before it is adapted.
+        plugin: for a family outside this package, the module to import: `__name__` in that module.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Family:
             for layer, component in layers.items():
                 if component not in known:
                     raise UserError(
-                        f"family {self.name}: {part.__name__}.{layer} is said to be {component!r}; "
+                        f"family {self.name}: {part.__name__}.{layer} has the unknown component {component!r}; "
                         f"known: {', '.join(filter(None, [*COMPONENTS, *FUSED, 'head']))}, None"
                     )
 
@@ -77,12 +77,12 @@ class Family:
         """The layers that may get a branch, in forward order, the heads last.
 
         Raises:
-            UserError: a module or layer that this family does not know.
+            UserError: a module or layer that is unknown to this family.
         """
-        found: list[Site] = []
+        sites: list[Site] = []
         for path, module in backbone.named_modules():
             if isinstance(module, _LAYERS):
-                found += self._site(backbone, name, path, module)
+                sites += self._site(backbone, name, path, module)
             elif (
                 not isinstance(module, _CONTAINERS)
                 and type(module) not in self.parts
@@ -92,7 +92,7 @@ class Family:
                     f"model.backbone: {name} has the part {path} of class {type(module).__name__}, where no branch is "
                     f"known to act; supported: {', '.join(dict.fromkeys(part.__name__ for part in self.parts))}"
                 )
-        return found
+        return sites
 
     def _site(self, backbone: nn.Module, name: str, path: str, layer: nn.Module) -> list[Site]:
         owner, below = path, ""
@@ -125,28 +125,28 @@ class Family:
         return [m for path, m in backbone.named_modules() if any(_matches(pattern, path) for pattern in self.blocks)]
 
     def block_of(self, path: str) -> str:
-        """The block that holds a layer, by its path; outside the blocks the first name of the layer's."""
+        """The path of the block that contains a layer; outside the blocks, the first name of the layer's path."""
         names = path.split(".")
         above = (".".join(names[: i + 1]) for i in range(len(names)))
         return next((p for p in above if any(_matches(pattern, p) for pattern in self.blocks)), names[0])
 
     def converted(self, weights: Weights, backbone: nn.Module) -> Weights:
-        """A checkpoint of this family as `load_state_dict` of `backbone` takes it."""
+        """Convert a checkpoint of this family for `load_state_dict` of `backbone`."""
         convert = self.convert or getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
         return weights if convert is None else convert(weights, backbone)
 
 
 FAMILIES: dict[str, Family] = {}
-"""By name."""
+"""All families by name."""
 
 
 def register_family(family: Family) -> Family:
-    """Make the models of a family known to `create_model`, training and evaluation.
+    """Register a family, so that `create_model`, training and evaluation support its models.
 
-    The same name from the same `plugin` replaces the family: its module was loaded again.
+    A family with the same name and `plugin` is replaced, as its module was reloaded.
 
     Raises:
-        UserError: the name or a model class is another family's.
+        UserError: the name or a model class belongs to another family.
     """
     for other in FAMILIES.values():
         if other.name != family.name and (taken := set(other.models) & set(family.models)):
@@ -154,18 +154,18 @@ def register_family(family: Family) -> Family:
     known = FAMILIES.get(family.name)
     if known is not None and (family.plugin is None or known.plugin != family.plugin):
         raise UserError(
-            f"family {family.name}: another family has this name; take a name of its own, or say plugin=__name__ "
-            "in a module that is loaded again"
+            f"family {family.name}: another family has this name; choose a different one, or set plugin=__name__ "
+            "in a module that is reloaded"
         )
     FAMILIES[family.name] = family
     return family
 
 
 def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size: int, num_classes: int) -> None:
-    """One forward pass on a grey image: it gives logits, and calls each branch, which would silently never act else.
+    """Check in a forward pass on a grey image that a model returns logits and calls each branch.
 
     Raises:
-        UserError: it fails, gives something else, or does not call a layer, which is named.
+        UserError: the pass fails, returns something else, or does not call a branch, whose layer the message names.
     """
     called: set[str] = set()
     handles = [
@@ -183,8 +183,8 @@ def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size:
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"model.image_size: {name} fails on an image of 3 x {image_size} x {image_size} ({reason}); take the size "
-            "that it is made for, and leave out of model.model_kwargs what changes its input"
+            f"model.image_size: {name} fails on an image of 3 x {image_size} x {image_size} ({reason}); use the size "
+            "that it is made for, and remove arguments that change its input from model.model_kwargs"
         ) from None
     finally:
         for handle in handles:
@@ -194,11 +194,11 @@ def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size:
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (1, num_classes):
         raise UserError(
-            f"model.model_kwargs: {name} gives {shape or type(logits).__name__} for one image instead of logits "
-            f"{(1, num_classes)}; leave out what changes its output, such as global_pool"
+            f"model.model_kwargs: {name} must return logits {(1, num_classes)} for one image, got "
+            f"{shape or type(logits).__name__}; remove arguments that change its output, such as global_pool"
         )
     if idle := [site.path for site in sites if site.path not in called]:
         raise UserError(
-            f"model.backbone: {name} never calls {idle[0]} ({len(idle)} such layers), so that a branch beside it would "
-            "not act; its family must name a subclass that calls it (`calling`), or None"
+            f"model.backbone: {name} never calls {idle[0]} ({len(idle)} such layers), so that its branch would have no "
+            "effect; its family must give a subclass that calls it (`calling`), or None as its component"
         )

@@ -1,5 +1,5 @@
-"""Swin and SwinV2. SwinV2's attention reads `qkv.weight` with biases of its own; its coordinates' MLP `cpb_mlp` does
-not see the image and stays frozen."""
+"""Swin and SwinV2. SwinV2's attention reads `qkv.weight` and has its own biases; its position bias MLP `cpb_mlp` does
+not depend on the image and stays frozen."""
 
 from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
@@ -11,7 +11,7 @@ _BLOCKS = ("layers.*.downsample", "layers.*.blocks.*")
 
 
 class CallingWindowAttention(CallsQkv, v2.WindowAttention):
-    """SwinV2's attention where it calls `qkv`."""
+    """SwinV2's attention, changed to call `qkv`."""
 
 
 register_family(

@@ -1,4 +1,4 @@
-"""Parts that several families of timm share, and how a checkpoint's position embedding is fitted to another image."""
+"""Modules shared by several timm families, and resampling of a checkpoint's position embedding."""
 
 from typing import Any
 
@@ -29,9 +29,9 @@ POOLED_HEAD: Parts = {ClassifierHead: {"fc": "head"}}
 
 
 class CallsQkv:
-    """Before an attention of timm in the bases of its subclass: one that reads `self.qkv.weight` calls `self.qkv`."""
+    """Mixin for a timm attention that reads `self.qkv.weight`, which makes it call `self.qkv`."""
 
-    q_bias: Any = None  # hides the parameter by which timm decides
+    q_bias: Any = None  # hides the parameter that timm checks to decide
 
 
 def resize_pos_embed(weights: Weights, backbone: nn.Module) -> Weights:

@@ -1,5 +1,5 @@
-"""ViT of timm, and what is computed by the same class: DeiT, DeiT-III, DINO, DINOv2 (registers, layer scale, SwiGLU),
-CLIP, SigLIP and AIMv2 towers."""
+"""timm's ViT, and other models of the same class: DeiT, DeiT-III, DINO, DINOv2 (registers, layer scale, SwiGLU), CLIP,
+SigLIP and AIMv2 towers."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ from fulllora_dist.models.families.timm_parts import ATTENTION_POOL, MLPS, PATCH
 
 
 def _convert(weights: Weights, backbone: Any) -> Weights:
-    """timm's filter, told what timm tells it by the architecture's name, and of DeiT-III's own checkpoints, whose layer
-    scales are called gamma_1 and gamma_2."""
+    """Call timm's filter with the arguments that timm chooses by the architecture's name, and support the original
+    checkpoints of DeiT-III, whose layer scales are called gamma_1 and gamma_2."""
     name: str = getattr(backbone, "pretrained_cfg", {}).get("architecture", "")
     resampling: dict[str, Any] = {}
     if "flexi" in name:

@@ -1,5 +1,6 @@
-"""XCiT. Each convolution of its patch embedding has a branch. The depthwise convolutions of the local patch
-interaction have 9 weights a channel, and the position encoding does not see the image: both stay frozen."""
+"""XCiT. Each convolution of the patch embedding gets a branch. The depthwise convolutions of the local patch
+interaction have only 9 weights per channel, and the position encoding does not depend on the image; both stay
+frozen."""
 
 from timm.models.cait import ClassAttn
 from timm.models.xcit import LPI, XCA, ClassAttentionBlock, ConvPatchEmbed, PositionalEncodingFourier, XCABlock, Xcit
