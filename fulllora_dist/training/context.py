@@ -58,6 +58,19 @@ class RunContext:
         if self.comm.is_main:
             tqdm.write(text, file=sys.stderr)
 
+    def progress_bar(self, total: int, initial: int) -> tqdm:
+        """A bar over images, shown on rank 0."""
+        return tqdm(
+            total=total,
+            initial=initial,
+            unit="img",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=not self.comm.is_main,
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+
     def on_every_rank(self, read: Callable[[], Checkpoint | None], failing: str) -> Checkpoint | None:
         """Read a checkpoint on rank 0 and broadcast it, as other ranks may not see its disk. A collective.
 

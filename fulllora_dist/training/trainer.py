@@ -1,12 +1,10 @@
 """The training loop, the only place that counts batches, logs, saves and rolls back."""
 
 import math
-import sys
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fulllora_dist.checkpoints.format import Checkpoint, CheckpointMetadata
 from fulllora_dist.core.errors import SharedUserError
@@ -76,17 +74,7 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """The remaining batches, on the device. Rank 0 shows loss, accuracy, images per second and remaining time."""
         run, size = self._run, self._run.config.optim.batch_size
-        bar = tqdm(
-            total=self.total_steps * size,
-            initial=self.step * size,
-            unit="img",
-            unit_scale=True,
-            file=sys.stderr,
-            disable=not run.comm.is_main,
-            dynamic_ncols=True,
-            mininterval=1.0,
-        )
-        with bar, run.stop.deferred():
+        with run.progress_bar(self.total_steps * size, self.step * size) as bar, run.stop.deferred():
             while self.step < self.total_steps:
                 phase = self.phases.at(self.step)
                 self.stream.resize(phase.image_size or self.engine.model.info.image_size)
