@@ -174,21 +174,25 @@ def _fork(
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[bytes] | str:
-    """Every rank's result, or the traceback of the first that fails: the others may wait for it forever."""
+    """Every rank's result, or the traceback of the first that fails: the others may wait for it forever. A rank that
+    died comes before those that failed for it."""
     results: dict[int, bytes] = {}
     while len(results) < len(pipes):
         waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
         ready = wait(waiting, max(0.0, deadline - time.monotonic()))
         if not ready:
             return f"ranks {[pipes.index(p) for p in waiting]} took too long"  # type: ignore[arg-type]
+        failed = None
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
                 fine, results[rank] = pipe.recv()  # type: ignore[union-attr]
             except EOFError:
                 return f"rank {rank} died, or took too long (its stderr says where)"
-            if not fine:
-                return f"rank {rank}:\n{pickle.loads(results[rank])}"
+            if not fine and failed is None:
+                failed = f"rank {rank}:\n{pickle.loads(results[rank])}"
+        if failed is not None:
+            return failed
     return [results[rank] for rank in range(len(pipes))]
 
 

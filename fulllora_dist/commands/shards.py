@@ -37,7 +37,7 @@ What was read survives an interruption: re-run the same command for the other sh
 """
 
 
-def _make_parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=MAKE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="image folder, or a tar of one, or a tar of tars")
     parser.add_argument("destination", metavar="DST", help="folder, s3:// or gs:// for shards and index")
@@ -77,7 +77,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def make() -> None:
     """Make shards as the command line says."""
-    result = _run(make_shards, _make_parser().parse_args())
+    result = _run(make_shards, make_parser().parse_args())
     if result is None:
         return
     for split in result["splits"]:
@@ -111,7 +111,7 @@ def _classes(text: str) -> int | list[str]:
         raise UserError(f"--classes must be a number or a file with one class name per line, got {text}") from error
 
 
-def _index_parser() -> argparse.ArgumentParser:
+def index_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=INDEX, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "shards",
@@ -136,7 +136,7 @@ def _index_parser() -> argparse.ArgumentParser:
 
 def index() -> None:
     """Index shards as the command line says."""
-    args = _index_parser().parse_args()
+    args = index_parser().parse_args()
     args.classes = None if args.classes is None else _classes(args.classes)
     result = _run(index_shards, args)
     if result is None:

@@ -1,12 +1,12 @@
 """docs/data.md: its Python runs, its commands are ones that the tools understand."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from fulllora_dist.commands import shards as shard_commands
 from fulllora_dist.data.index import Index
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +39,9 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_are_understood(command: str) -> None:
     _, tool, *arguments = shlex.split(command)
-    spec = importlib.util.spec_from_file_location(Path(tool).stem, ROOT / tool)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module._parser().parse_args(arguments).workers >= 1
+    assert (ROOT / tool).is_file()
+    parser = {"make_shards": shard_commands.make_parser, "index_shards": shard_commands.index_parser}[Path(tool).stem]()
+    assert parser.parse_args(arguments).workers >= 1
 
 
 def test_there_are_commands() -> None:

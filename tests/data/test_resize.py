@@ -28,5 +28,5 @@ def test_stream_gives_each_size_from_where_it_stands(shards: Path) -> None:
     assert torch.equal(second.images, expected.images)
     assert torch.equal(second.ids, expected.ids)
     assert not torch.equal(first.ids, second.ids)
-    with pytest.raises(UserError, match="image size 0"):
+    with pytest.raises(UserError, match="image size must be >= 1, got 0"):
         changing.resize(0)

@@ -195,7 +195,7 @@ def _outlast(comm: Comm, shards: str, seconds: float) -> int:
     dataclasses.replace(comm, patience=timedelta(seconds=seconds)).limit_waiting()
     progress.STILL_SECONDS = 2.0
     evaluator = Evaluator(["pgd10"], Linf(EPS), comm, progress=False)
-    return evaluator.run(Slow(comm.rank), _stream(shards, 20))["n"]
+    return evaluator.run(Slow(comm.rank), _stream(shards, 10))["n"]
 
 
 def test_a_piece_may_outlast_the_limit_of_a_collective(server: RankServer, shards: str) -> None:
