@@ -102,6 +102,8 @@ class Trainer:
         check = self._check(last)
         if check is not None and check.collapsed and self._answer_collapse():
             return
+        if check is not None:  # a signal may have arrived during the check, which takes a while
+            requests = max(requests, self._run.comm.max_each([(self._run.stop.signal or 0) << 1])[0])
         self._stop(requests >> 1)
         if last or self.stopped or (check is not None and check.keep) or requests & 1:
             self.save()
@@ -113,7 +115,7 @@ class Trainer:
 
     def _gather_requests(self) -> int:
         """The stop signal received by any rank, times two, plus one if rank 0 wants a checkpoint. This is the only host
-        collective of a batch; it also finds out whether any rank has bad samples to count."""
+        collective of a batch without a check; it also finds out whether any rank has bad samples to count."""
         own = (self._run.stop.signal or 0) << 1 | self._wants_checkpoint()
         requests, bad = self._run.comm.max_each([own, self.stream.uncounted_bad])
         if bad:
