@@ -18,7 +18,7 @@ from fulllora_dist.training import rollback
 from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import Check, Guard
 from fulllora_dist.training.phases import Phases
-from fulllora_dist.training.resume import check_backbone, state_of_adapter
+from fulllora_dist.training.resume import initial_state
 from fulllora_dist.training.run_plots import show_check
 
 
@@ -50,12 +50,13 @@ class Trainer:
         self.stopped = False
         self._saved_step: int | None = None
         self._seen_skipped = 0
+        initial = initial_state(model, run.saved, config.adapter.init_from)
         self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
         if run.saved is not None:
             self._resume(*run.saved)
             run.saved = None  # frees memory: large with the per-slot perturbations of Free
-        elif config.adapter.init_from:
-            self.engine.restore(state_of_adapter(model, config.adapter.init_from))
+        elif initial is not None:
+            self.engine.restore(initial)
 
     @property
     def total_steps(self) -> int:
@@ -222,7 +223,6 @@ class Trainer:
 
     def _resume(self, tensors: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
         """Resume the run from a checkpoint."""
-        check_backbone(self.engine.model, metadata["backbone_sha256"])
         self.rollbacks = metadata["rollbacks"]
         if self.rollbacks:
             rollback.check_settings(self.rollbacks[-1], self._run.config.guard)
