@@ -13,12 +13,14 @@ from typing import Any, NoReturn
 
 import fsspec
 import timm
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.settings import explain
 from fulllora_dist.models.adapt import build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, set_tensors
 from fulllora_dist.models.adapter_description import AdapterDescription
@@ -200,27 +202,33 @@ def build(
 
     Args:
         checkpoint_path: location of the backbone's weights, if it has changed since training.
+
+    Raises:
+        UserError: a description with values that no setting allows.
     """
-    model = ModelSettings(
-        backbone=info.name,
-        checkpoint_path=checkpoint_path or info.checkpoint,
-        pretrained=info.pretrained,
-        num_classes=None if info.classes is not None else info.num_classes,
-        class_indices=None if info.classes is None else list(info.classes),
-        image_size=info.image_size,
-        mean=info.mean,
-        std=info.std,
-        model_kwargs=info.architecture,
-        precision=precision,
-    )
-    adapter = AdapterSettings(
-        rank=spec.rank,
-        alpha=spec.alpha,
-        components=spec.placement,
-        qkv=spec.qkv,
-        patch_norm_eps=spec.patch_norm_eps,
-        head=spec.head,
-    )
+    try:
+        model = ModelSettings(
+            backbone=info.name,
+            checkpoint_path=checkpoint_path or info.checkpoint,
+            pretrained=info.pretrained,
+            num_classes=None if info.classes is not None else info.num_classes,
+            class_indices=None if info.classes is None else list(info.classes),
+            image_size=info.image_size,
+            mean=info.mean,
+            std=info.std,
+            model_kwargs=info.architecture,
+            precision=precision,
+        )
+        adapter = AdapterSettings(
+            rank=spec.rank,
+            alpha=spec.alpha,
+            components=spec.placement,
+            qkv=spec.qkv,
+            patch_norm_eps=spec.patch_norm_eps,
+            head=spec.head,
+        )
+    except ValidationError as error:  # a file of another version, or made by hand
+        raise UserError(f"adapter: {explain(error, lambda _: ())}") from None
     return build_adapted(model, adapter, spec.finetune, seed=spec.seed)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fulllora_dist.checkpoints.format import Checkpoint
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.zero_state import TrainableState
@@ -60,6 +61,20 @@ def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
             f"run.output_dir: {output} holds a run with run.seed={saved['run']['seed']}, got {now['run']['seed']}; "
             "use the same setting to resume, or another output folder"
         )
+
+
+def initial_state(model: AdaptedModel, saved: Checkpoint | None, init_from: str | None) -> TrainableState | None:
+    """The state of the adapter `init_from`; None without one, and if the run resumes from the checkpoint `saved`.
+
+    Called before DeepSpeed starts, which takes seconds.
+
+    Raises:
+        UserError: the checkpoint or the adapter has a different backbone, or the adapter different settings.
+    """
+    if saved is not None:
+        check_backbone(model, saved[1]["backbone_sha256"])
+        return None
+    return state_of_adapter(model, init_from) if init_from else None
 
 
 def check_backbone(model: AdaptedModel, sha256: str | None) -> None:

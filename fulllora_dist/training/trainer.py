@@ -18,7 +18,7 @@ from fulllora_dist.training import rollback
 from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import Check, Guard
 from fulllora_dist.training.phases import Phases
-from fulllora_dist.training.resume import check_backbone, state_of_adapter
+from fulllora_dist.training.resume import initial_state
 from fulllora_dist.training.run_plots import show_check
 
 
@@ -50,12 +50,13 @@ class Trainer:
         self.stopped = False
         self._saved_step: int | None = None
         self._seen_skipped = 0
+        initial = initial_state(model, run.saved, config.adapter.init_from)
         self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
         if run.saved is not None:
             self._resume(*run.saved)
             run.saved = None  # frees memory: large with the per-slot perturbations of Free
-        elif config.adapter.init_from:
-            self.engine.restore(state_of_adapter(model, config.adapter.init_from))
+        elif initial is not None:
+            self.engine.restore(initial)
 
     @property
     def total_steps(self) -> int:
@@ -102,6 +103,8 @@ class Trainer:
         check = self._check(last)
         if check is not None and check.collapsed and self._answer_collapse():
             return
+        if check is not None:  # a signal may have arrived during the check, which takes a while
+            requests = max(requests, self._run.comm.max_each([(self._run.stop.signal or 0) << 1])[0])
         self._stop(requests >> 1)
         if last or self.stopped or (check is not None and check.keep) or requests & 1:
             self.save()
@@ -113,7 +116,7 @@ class Trainer:
 
     def _gather_requests(self) -> int:
         """The stop signal received by any rank, times two, plus one if rank 0 wants a checkpoint. This is the only host
-        collective of a batch; it also finds out whether any rank has bad samples to count."""
+        collective of a batch without a check; it also finds out whether any rank has bad samples to count."""
         own = (self._run.stop.signal or 0) << 1 | self._wants_checkpoint()
         requests, bad = self._run.comm.max_each([own, self.stream.uncounted_bad])
         if bad:
@@ -220,7 +223,6 @@ class Trainer:
 
     def _resume(self, tensors: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
         """Resume the run from a checkpoint."""
-        check_backbone(self.engine.model, metadata["backbone_sha256"])
         self.rollbacks = metadata["rollbacks"]
         if self.rollbacks:
             rollback.check_settings(self.rollbacks[-1], self._run.config.guard)
