@@ -103,7 +103,7 @@ def test_a_method_by_name_alone_takes_settings_from_above(path: Path, written: s
 REFUSED = {
     "optim.lrr=1": "unknown setting optim.lrr; did you mean lr?",
     "optmi.lr=1": "unknown setting optmi; did you mean optim?",
-    "run.ouptut=x": "unknown setting run.ouptut; did you mean output?",
+    "run.ouptut=x": r"unknown setting run.ouptut; did you mean output_dir\?",
     "method.stepz=1": "unknown setting method.stepz; did you mean steps?",
     "threat.eps=4": r"threat.eps: 4 is outside \[0, 1\].* write 4/255",
     "threat.eps=0..5": "threat.eps: '0..5' is not a size in pixels",

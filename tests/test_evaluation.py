@@ -501,7 +501,7 @@ def test_progress_counts_all_ranks_and_tells_the_time_left(shards: Path) -> None
 
 
 def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:
-    """An evaluation that could not be written goes on with other checks: no attack is made again."""
+    """An evaluation that could not be written continues with other checks: no attack is made again."""
     comm = Comm(0, 1, torch.device("cpu"), None)
 
     def fail(_: object) -> None:

@@ -37,7 +37,7 @@ class CheckpointMetadata(TypedDict):
         updates, skipped: optimizer updates made, and those that were skipped as not finite.
         stream: position in the data, and the bad samples so far.
         best, guard: the guard's best check, and the rest of its state.
-        rollbacks: each time that the run went back after a collapse.
+        rollbacks: each rollback of the run after a collapse.
         mlflow_run_id: of the run that it is tracked in.
         config: all settings of the run.
         backbone_sha256: fingerprint of the frozen weights.
@@ -126,7 +126,7 @@ def _write_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             _write(os.path.join(temporary, name), content)
         _flush_folder(temporary)
-        if os.path.exists(final):  # a run that went back to an older checkpoint makes this step again
+        if os.path.exists(final):  # a run that rolled back to an older checkpoint makes this step again
             shutil.rmtree(final)
         os.rename(temporary, final)
     except OSError:

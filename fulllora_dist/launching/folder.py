@@ -58,7 +58,7 @@ def launching(output: str) -> Iterator[None]:
     while True:
         try:
             launches.mkdir(parents=True, exist_ok=True)
-            lock = open(launches / LOCK, "w")  # noqa: SIM115 (it stays open while the launch goes on)
+            lock = open(launches / LOCK, "w")  # noqa: SIM115 (it stays open during the launch)
         except FileNotFoundError:
             continue  # another launch that failed took the folder away
         except OSError as error:

@@ -90,7 +90,7 @@ class Guard:
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
         self._comm, self._seed, self._settings = comm, config.run.seed, settings
-        self._save_every, self._averages = config.run.checkpoint_every, config.optim.ema_decay > 0
+        self._checkpoint_every, self._averages = config.run.checkpoint_every, config.optim.ema_decay > 0
         self._of = [stream.index.hash, self._n, self.attack]
         self._least = least_that_counts(self._n, model.num_classes)
         if self._least > 1 and settings.on_collapse != "warn":
@@ -157,7 +157,7 @@ class Guard:
         self.has_collapsed = has_collapsed
         keep = best
         if not warns and trained >= _GOOD * highest:
-            keep |= self.good is None or step // self._save_every > self.good // self._save_every
+            keep |= self.good is None or step // self._checkpoint_every > self.good // self._checkpoint_every
             if keep:
                 self.good = step
         return Check(score, keep, collapsed)

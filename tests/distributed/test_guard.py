@@ -1,4 +1,4 @@
-"""Held-out images in the midst of training: right figures, the best state kept, and the training as without them."""
+"""Held-out images during training: right figures, the best checkpoint kept, and the training as without them."""
 
 import dataclasses
 import json
@@ -60,8 +60,8 @@ def _states(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, 
 
 
 def _figures(output: Path, name: str = "guard/robust_accuracy") -> dict[int, float]:
-    points = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {p["step"]: p[name] for p in points if name in p}
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {p["step"]: p[name] for p in metrics if name in p}
 
 
 def _figure_of(config: dict, average: dict[str, torch.Tensor], held_out: str) -> float:
@@ -99,7 +99,7 @@ def test_figures_and_training_at_every_stage(
 
 
 def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
-    """Besides the newest, also by a run that was cut short."""
+    """Besides the newest, also by an interrupted run."""
     few = [("run", "keep_checkpoints", 1), ("run", "checkpoint_every", 2)]
     whole, cut = (_guarded(tmp_path / name, shards, held_out, 1, 1, *few) for name in ("whole", "cut"))
     server.run(2, _train_all, [(whole, BATCHES), (cut, 5)])
@@ -165,23 +165,23 @@ def test_a_look_waits_for_an_update(shards: str, held_out: str, tmp_path: Path) 
     assert not guard.due(6, True)
     again = _guard(tmp_path, shards, held_out, every=2)
     again.resume(guard.best, guard.state_dict())
-    assert not again.due(7, False), "without a best look there is nothing to go on from"
+    assert not again.due(7, False), "without a best check there is nothing to resume from"
     guard.judge(0.5, 4)
     again.resume(guard.best, guard.state_dict())
     assert again.due(7, False)
 
 
 def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path) -> None:
-    """What trains has collapsed, the average of it not yet: noticed, and no good state."""
+    """What trains has collapsed, the average of it not yet: noticed, and no good checkpoint."""
     guard = _guard(tmp_path, shards, held_out, every=2, on_collapse="rollback")
-    looks = [guard.judge(*check) for check in ((0.75, 2, 0.9), (0.8, 4, 0.85), (0.82, 6, 0.2), (0.81, 8, 0.95))]
-    assert [check.collapsed for check in looks] == [False, False, True, False]
+    checks = [guard.judge(*check) for check in ((0.75, 2, 0.9), (0.8, 4, 0.85), (0.82, 6, 0.2), (0.81, 8, 0.95))]
+    assert [check.collapsed for check in checks] == [False, False, True, False]
     assert guard.best is not None
     assert (guard.best["step"], guard.good, guard.highest) == (6, 8, 0.95)
     assert guard.good_steps == [8], "where the average was best the parameters had fallen"
     assert "95.0 % at batch 8, best 95.0 %" in guard.describe_collapse()
     guard.resume({"step": 6, "robust_accuracy": 0.9, "of": guard.best["of"]}, {"highest": 0.9})
-    assert guard.good_steps == [], "an earlier state does not say how the parameters were"
+    assert guard.good_steps == [], "an earlier checkpoint does not say how the parameters were"
     guard._averages = False
     assert guard.good_steps == [6], "without an average they were as good"
 

@@ -100,7 +100,7 @@ def test_a_symptom_is_seen(
     eps = 3 * EPS if check == "square" else EPS  # 300 queries do little at a small one
     found = _look(model, other(stream(images)) if other else stream(images), eps)
     assert [line for line in found["warnings"] if line.startswith(f"{check}: ")], (found["checks"], found["warnings"])
-    assert found["attacks"]["clean"]["accuracy"] > 0.5 or check == "pixels", "it is right without an attack"
+    assert found["attacks"]["clean"]["accuracy"] > 0.5 or check == "pixels", "it is correct without an attack"
 
 
 @pytest.mark.parametrize("name", HEALTHY)

@@ -29,7 +29,7 @@ from fulllora_dist.evaluation.checks import CHECKS, Numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO, FULL, PAGE = Path("runs/demo"), Path("runs/symptoms/full"), Path("docs/symptoms.md")
-EPS, IMAGES = 12 / 255, 50  # the demo's; as many as a check looks at
+EPS, IMAGES = 12 / 255, 50  # the demo's; as many as a check takes
 HEALTHY = {
     "standard": DEMO / "backbone" / "adapter",
     "full adversarial finetuning": FULL / "adapter",
