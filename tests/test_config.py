@@ -245,7 +245,11 @@ def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:
     overrides = ["method.name=free", "method.replays=4", "optim.epochs=3", "threat.eps_warmup_ratio=0.25"]
     phases = build_phases(load_config(str(path), overrides), steps_per_epoch=21)
     method = phases.at(0).method
-    assert (phases.total_steps, phases.total_updates, method.ramps.eps) == (16, 64, 4)  # 63 updates, four on each batch
+    assert (phases.total_steps, phases.total_updates, method.warmup.eps) == (
+        16,
+        64,
+        4,
+    )  # 63 updates, four on each batch
     assert [method.threat_at(step).eps * 255 for step in (0, 3, 4, 9)] == pytest.approx([4 / 5, 16 / 5, 4, 4])
 
 

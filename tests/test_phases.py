@@ -155,7 +155,7 @@ def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
     assert second.method.threat_at(30).eps == 0.04
 
 
-def test_state_of_slots_is_that_of_the_phase_that_goes_on() -> None:
+def test_state_of_slots_is_that_of_the_phase_that_continues() -> None:
     """Free's perturbation is kept within its phase, also over a restart, and not beyond: the next one starts anew."""
     free = {"name": "free", "replays": 1, "step_size": 0.01}
     wanted = [{"fraction": 0.5, "method": free}, {"fraction": 0.5, "method": free, "eps": 0.02}]

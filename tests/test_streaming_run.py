@@ -96,7 +96,7 @@ class Job:
 
 
 @pytest.mark.long
-def test_a_killed_run_on_s3_goes_on_where_it_was(
+def test_a_killed_run_on_s3_resumes_where_it_was(
     rank_server: RankServer, s3: MockS3, folder: Path, tmp_path: Path
 ) -> None:
     job = Job(rank_server, tmp_path, s3, s3.upload(folder, "train"))

@@ -15,7 +15,7 @@ from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.evaluation import EvalAttack, is_right
+from fulllora_dist.evaluation import EvalAttack, is_correct
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.training.build import build_eval_stream, load_index
@@ -220,8 +220,8 @@ class Guard:
             x_adv = attack(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
             with torch.no_grad(), attack_mode(model):
                 before, after = model(x), model(x_adv)
-            clean = is_right(before, y) & batch.mask
-            robust = clean & is_right(after, y)  # the clean image is in the ball, too
+            clean = is_correct(before, y) & batch.mask
+            robust = clean & is_correct(after, y)  # the clean image is in the ball, too
             correct += torch.stack([clean.sum(), robust.sum()]).cpu()
             if examples is None:
                 shown = (x, x_adv, y, before.argmax(dim=1), after.argmax(dim=1))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EPS, noise_shards
-from test_guard import _guarded, _states
+from test_guard import _checkpoints, _guarded
 from test_resume import BATCHES, _start, _train
 
 from fulllora_dist.checkpoints.format import write_checkpoint
@@ -136,7 +136,7 @@ def _train_both(comm: Comm, runs: Sequence[tuple], plain: Sequence[dict]) -> lis
 
 def _left(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[dict]]:
     """The newest checkpoint and the metrics, without times."""
-    tensors, metadata = _states(output)[max(_states(output))]
+    tensors, metadata = _checkpoints(output)[max(_checkpoints(output))]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     kept = {key: value for key, value in metadata.items() if key not in ("config", "sha256")}
     return tensors, kept, [{key: value for key, value in line.items() if key != "time"} for line in lines]
@@ -159,7 +159,7 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
     first = [(run, ONCE, until[name]) for (name, _), run in runs.items()]
     found = server.run(2, _run_all, first, timeout=300)[0]
     assert found[-1].endswith("killed")
-    assert _states(tmp_path / f"amid{stages[0]}").keys() == {2}
+    assert _checkpoints(tmp_path / f"amid{stages[0]}").keys() == {2}
     for seen, said in found[: len(stages)]:
         assert seen == [1, 2, 3, 2, 3, 4, 5, 6]
         safer = f"training with pgd at {size_in('linf', EPS / 2)} and 0.5 of the learning rate"
@@ -171,8 +171,8 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
     config = tmp_path / "main.yaml"
     config.write_text(json.dumps(_collapsing(tmp_path / "main", shards, held_out, stages[0], "rollback")))
     assert server.run(2, _main, config, ONCE, timeout=300) == [0, 0]
-    ours = _states(tmp_path / "main")[6][0]
-    assert _same(ours, _states(tmp_path / f"plain{stages[0]}")[6][0]), "train.py itself"
+    ours = _checkpoints(tmp_path / "main")[6][0]
+    assert _same(ours, _checkpoints(tmp_path / f"plain{stages[0]}")[6][0]), "train.py itself"
     card = model_card(read_adapter(str(tmp_path / "main" / "adapter"))[0])
     assert re.search(
         f"- batches 0 to 2: name n_fgsm, .*; {size_in('linf', EPS)}\n- batches 2 to 6: name pgd, .*; "
@@ -183,7 +183,7 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
     for stage in stages:
         tensors, metadata, metrics = _left(tmp_path / f"whole{stage}")
         assert [(rollback["at"], rollback["to"]) for rollback in metadata["rollbacks"]] == [(4, 2)]
-        assert _same(tensors, _states(tmp_path / f"plain{stage}")[6][0]), stage
+        assert _same(tensors, _checkpoints(tmp_path / f"plain{stage}")[6][0]), stage
         for name in ("late", "early", "amid") if stage == stages[0] else ("late",):
             left = _left(tmp_path / f"{name}{stage}")
             assert _same(tensors, left[0]), (stage, name)
@@ -198,7 +198,7 @@ def _plain(settings: dict, output: Path) -> dict:
     safe = settings | {"phases": [{"fraction": 1, "method": "pgd", "eps": settings["guard"]["rollback_eps"]}]}
     safe |= {"optim": settings["optim"] | {"lr": settings["optim"]["lr"] / 2}}
     safe |= {"run": settings["run"] | {"output_dir": str(output)}, "guard": settings["guard"] | {"on_collapse": "warn"}}
-    tensors, metadata = _states(Path(settings["run"]["output_dir"]))[2]
+    tensors, metadata = _checkpoints(Path(settings["run"]["output_dir"]))[2]
     metadata = {key: value for key, value in metadata.items() if key not in ("step", "format_version")}
     metadata["config"] = Config.model_validate(safe).model_dump(mode="json")
     write_checkpoint(str(output / "checkpoints"), 2, tensors, metadata, keep=9)
@@ -237,7 +237,7 @@ def test_other_answers(server: RankServer, shards: str, held_out: str, tmp_path:
 
     assert stopped.startswith("guard.on_collapse: stop: collapse at batch 4: ")
     assert "the newest good checkpoint is of batch 2;" in stopped
-    assert {2, 3} <= _states(tmp_path / "stop").keys(), "nothing is lost"
+    assert {2, 3} <= _checkpoints(tmp_path / "stop").keys(), "nothing is lost"
     config = tmp_path / "stop.yaml"
     config.write_text(json.dumps(make("main", "stop")))
     assert server.run(2, _main, config, FOR_GOOD, timeout=300)[0].startswith("guard.on_collapse: stop: ")
@@ -317,7 +317,7 @@ def test_another_safer_setting_is_refused_once_it_is_in_use() -> None:
         check_settings(rollback | {"rollback_eps": 0.1}, GuardSettings())
 
 
-def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path) -> None:
+def test_a_warm_up_continues_by_updates(shards: str, held_out: str, tmp_path: Path) -> None:
     """Free makes four updates of a batch: what it would have grown in one, PGD grows in four."""
     settings = _method(_collapsing(tmp_path, shards, held_out, 0, "rollback"), "free", epochs=8)
     settings["method"]["replays"] = 4
@@ -335,7 +335,7 @@ def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path
         made = [(part["first"], part["end"], part["method"]["name"]) for part in again.made(18)]
         assert made == [(0, 2, "free"), (2, 18, "pgd")], "however often it rolled back"
     kept = [
-        Weakened(PGDSettings(attention_drop=0.5), None, safer.at(step).method.ramps, 0, step, torch.arange(2))
+        Weakened(PGDSettings(attention_drop=0.5), None, safer.at(step).method.warmup, 0, step, torch.arange(2))
         for step in (4, 6)
     ]
     assert [weakened._attention_kept for weakened in kept] == pytest.approx([3.5 / 4, 1])

@@ -26,7 +26,7 @@ from fulllora_dist.training.guard import Guard
 from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
-ALL_STATES = [("run", "checkpoint_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
+EACH_BATCH = [("run", "checkpoint_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
 STEPS = 3
 
 
@@ -43,7 +43,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _guarded(output: Path, shards: str, held_out: str, stage: int, every: int, *more: tuple[str, str, Any]) -> dict:
-    settings = [*ALL_STATES, ("data", "held_out", held_out), *more]
+    settings = [*EACH_BATCH, ("data", "held_out", held_out), *more]
     config = _config(output, shards, "pgd", stage, settings)
     config["evaluation"] = {"batch_size": 5}  # 24 images: padding, and an odd number of batches
     config["guard"] = {"every": every, "steps": STEPS}
@@ -55,7 +55,7 @@ def _finish(comm: Comm, settings: dict) -> None:
     finalize(run, summarize(run.config, trainer))
 
 
-def _states(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+def _checkpoints(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     return {int(Path(path).name): read_checkpoint(path) for path in list_checkpoints(str(output / "checkpoints"))}
 
 
@@ -79,12 +79,12 @@ def test_figures_and_training_at_every_stage(
     server: RankServer, shards: str, held_out: str, tmp_path: Path, stages: tuple[int, ...]
 ) -> None:
     guarded = {stage: _guarded(tmp_path / f"guarded{stage}", shards, held_out, stage, every=1) for stage in stages}
-    plain = {stage: _config(tmp_path / f"plain{stage}", shards, "pgd", stage, ALL_STATES) for stage in stages}
+    plain = {stage: _config(tmp_path / f"plain{stage}", shards, "pgd", stage, EACH_BATCH) for stage in stages}
     server.run(2, _train_all, [(run, BATCHES) for run in (*guarded.values(), *plain.values())], timeout=300)
     for stage in stages:
-        states, others = _states(tmp_path / f"guarded{stage}"), _states(tmp_path / f"plain{stage}")
+        checkpoints, others = _checkpoints(tmp_path / f"guarded{stage}"), _checkpoints(tmp_path / f"plain{stage}")
         for step in range(1, BATCHES + 1):
-            mine, theirs = states[step][0], others[step][0]
+            mine, theirs = checkpoints[step][0], others[step][0]
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()), (stage, step)
         figures = _figures(tmp_path / f"guarded{stage}")
@@ -92,13 +92,13 @@ def test_figures_and_training_at_every_stage(
         trained = figures | _figures(tmp_path / f"guarded{stage}", "guard/trained_robust_accuracy")
         for found, kind in ((figures, "ema/"), (trained, "master/")):
             for step, figure in found.items():
-                tensors = {n.removeprefix(kind): t for n, t in states[step][0].items() if n.startswith(kind)}
+                tensors = {n.removeprefix(kind): t for n, t in checkpoints[step][0].items() if n.startswith(kind)}
                 assert figure == _figure_of(guarded[stage], tensors, held_out), (stage, step, kind)
             assert len(set(found.values())) > 1, stage
         assert trained != figures
 
 
-def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
     """Besides the newest, also by an interrupted run."""
     few = [("run", "keep_checkpoints", 1), ("run", "checkpoint_every", 2)]
     whole, cut = (_guarded(tmp_path / name, shards, held_out, 1, 1, *few) for name in ("whole", "cut"))
@@ -111,14 +111,14 @@ def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, 
     assert len(set(figures.values())) > 1
     assert best < BATCHES, "the newest is kept anyway"
     for name in ("whole", "cut"):
-        states = _states(tmp_path / name)
-        assert states.keys() == {best, BATCHES}
-        found = states[BATCHES][1]["best"]
+        checkpoints = _checkpoints(tmp_path / name)
+        assert checkpoints.keys() == {best, BATCHES}
+        found = checkpoints[BATCHES][1]["best"]
         assert (found["step"], found["robust_accuracy"]) == (best, figures[best])
     server.run(2, _finish, cut)
     adapter = load_file(tmp_path / "cut" / "adapter_best" / "adapter.safetensors")
     assert adapter
-    assert all(torch.equal(tensor, states[best][0][f"ema/{name}"]) for name, tensor in adapter.items())
+    assert all(torch.equal(tensor, checkpoints[best][0][f"ema/{name}"]) for name, tensor in adapter.items())
 
 
 def test_figures_under_another_attack_are_not_compared(
@@ -127,11 +127,11 @@ def test_figures_under_another_attack_are_not_compared(
     config = _guarded(tmp_path, shards, held_out, 1, every=4)
     server.run(2, _train_all, [(config, 5)])
     assert _figures(tmp_path).keys() == {4}
-    best = _states(tmp_path)[5][1]["best"]
+    best = _checkpoints(tmp_path)[5][1]["best"]
     assert best["of"][-2:] == [24, f"pgd{STEPS}"]
     config["guard"]["steps"] = 40  # none can be more often right under it
     server.run(2, _train_all, [(config, BATCHES)])
-    stronger = _states(tmp_path)[BATCHES][1]["best"]
+    stronger = _checkpoints(tmp_path)[BATCHES][1]["best"]
     assert _figures(tmp_path).keys() == {4, BATCHES}, "the last one too"
     assert stronger["robust_accuracy"] <= best["robust_accuracy"]
     assert (stronger["step"], stronger["of"][-1]) == (BATCHES, "pgd40")

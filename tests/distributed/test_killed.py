@@ -30,7 +30,7 @@ from fulllora_dist.training.trainer import Trainer
 from tests.ranks import RankError, RankServer
 
 TRAINING = ("attack", "backward", "before rename", "after rename")
-FIRST_STATE = 2
+FIRST_CHECKPOINT = 2
 FIRST_PIECE = 10  # steps of the attack on one batch, and the beginning
 WINDOW = 5  # batches of a restart within which it is killed
 
@@ -96,7 +96,7 @@ def _restart(comm: Comm, config: str, log: Path, kill: Kill | None) -> int:
 
 
 def _restart_short(comm: Comm, settings: dict, log: Path, kill: Kill) -> None:
-    _hook(comm.rank, log, kill, after=FIRST_STATE + 1)
+    _hook(comm.rank, log, kill, after=FIRST_CHECKPOINT + 1)
     _train(comm, settings, BATCHES)
 
 
@@ -180,7 +180,9 @@ def test_every_method_and_every_stage(server: RankServer, shards: str, tmp_path:
     rng, log = random.Random(4), tmp_path / "log"
     outputs = {case: (tmp_path / f"{case}-whole", tmp_path / f"{case}-killed") for case in CASES}
     settings: dict[Any, Sequence[dict]] = {
-        case: [_config(output, shards, *case, [("run", "checkpoint_every", FIRST_STATE)]) for output in outputs[case]]
+        case: [
+            _config(output, shards, *case, [("run", "checkpoint_every", FIRST_CHECKPOINT)]) for output in outputs[case]
+        ]
         for case in CASES
     }
     server.run(2, _train_all, [(settings[case][0], BATCHES) for case in CASES], timeout=60 + 20 * len(CASES))
@@ -195,7 +197,9 @@ def test_every_method_and_every_stage(server: RankServer, shards: str, tmp_path:
             log,
             Kill(rank, phase, 1 if "rename" in phase else rng.randint(1, 2)),
         )
-        assert FIRST_STATE <= _newest(outputs[case][1]) < BATCHES, "it resumes from a checkpoint, and has batches left"
+        assert FIRST_CHECKPOINT <= _newest(outputs[case][1]) < BATCHES, (
+            "it resumes from a checkpoint, and has batches left"
+        )
         drawn[phase] += 1
     assert min(drawn[phase] for phase in TRAINING) >= 2
     server.run(2, _train_all, [(settings[case][1], BATCHES) for case in CASES], timeout=60 + 20 * len(CASES))

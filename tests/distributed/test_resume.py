@@ -148,7 +148,7 @@ MOVES = [
 ]
 
 
-def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path) -> None:
+def test_other_topologies_resume(server: RankServer, shards: str, tmp_path: Path) -> None:
     """Other stage, ranks and accumulation: the same losses and adapter but for rounding, Free's delta included."""
     before: dict[int, list] = {1: [], 2: []}
     after: dict[int, list] = {1: [], 2: []}
@@ -213,7 +213,7 @@ def _refused(comm: Comm, settings: dict) -> str:
     return str(error.value)
 
 
-def test_what_cannot_go_on_is_refused(server: RankServer, shards: str, tmp_path: Path) -> None:
+def test_what_cannot_resume_is_refused(server: RankServer, shards: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
     server.run(2, _train, _config(output, shards, "standard", 0), 3)
     shutil.copytree(output / "checkpoints", tmp_path / "kept")

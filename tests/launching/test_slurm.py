@@ -91,7 +91,7 @@ def test_two_nodes_train_and_an_evaluation_follows(cluster: Cluster, site: Site,
     assert said.count("COMPLETED") == 2
 
 
-def test_a_preempted_run_goes_on_where_it_was(cluster: Cluster, site: Site, reference: str) -> None:
+def test_a_preempted_run_resumes_where_it_was(cluster: Cluster, site: Site, reference: str) -> None:
     """Every process of the job gets SIGUSR2, the data's workers too; where a cluster does not send it, SIGTERM."""
     job = start(site, "preempted")
     stopped_at = []

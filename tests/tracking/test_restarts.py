@@ -75,7 +75,7 @@ def _sent(config: Config, run_id: str | None = None, step: int = 0, then: Callab
     _killed(work)
 
 
-def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
+def test_a_killed_run_is_mended_by_the_next(config: Config) -> None:
     """Before its first checkpoint the run is known by a file; later by that; its status is that of the last start."""
     _killed(lambda: Tracker(config.tracked_run(), active=True))  # MLflow may or may not have heard of it
     _sent(config)
@@ -107,7 +107,7 @@ def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
     anew.finish("FINISHED")
 
 
-def test_what_a_killed_attempt_has_not_sent_is_sent_by_the_next(config: Config) -> None:
+def test_what_a_killed_run_has_not_sent_is_sent_by_the_next(config: Config) -> None:
     """Metrics that a checkpoint covers, whether or not MLflow had heard of the run; those after it are made again."""
 
     def unsent(tracker: Tracker) -> None:
