@@ -159,7 +159,7 @@ def delete_checkpoint(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)
         shutil.rmtree(path)
         return
     fs = urls.filesystem(path)
-    for name in sorted(names):  # without its description it is no checkpoint any more, whatever happens next
+    for name in sorted(names):  # without its description it is not a checkpoint any more, whatever happens next
         url = f"{path}/{name}"
         store.persistent(lambda url=url: fs.rm_file(url), path)  # type: ignore[misc]
 
@@ -198,7 +198,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     Raises:
         DamagedCheckpoint: missing files, changed bytes.
         UserError: a format version this program does not know, a bucket that does not answer.
-        OSError: a disk that does not answer: that is no damage, and a restart may find it whole.
+        OSError: a disk that does not answer: that is not damage, and a restart may find it whole.
     """
     try:
         files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)

@@ -42,7 +42,7 @@ def launches_of(output: str) -> Path:
 
 
 def launch_folders(output: str) -> list[Path]:
-    """Of a run's launches, the oldest first."""
+    """The folders of a run's launches, oldest first."""
     folders = (path for path in launches_of(output).glob("[0-9]*") if (path / RECORD).exists())
     return sorted(folders, key=lambda path: int(path.name))
 

@@ -123,7 +123,7 @@ def test_a_launch_that_fails_leaves_nothing(site: Site, monkeypatch: pytest.Monk
     monkeypatch.chdir(site.folder)
     monkeypatch.setenv("PATH", str(tmp_path))
     settings = [*CONFIG, "plugins=[]", "method=pgd", f"run.output_dir={tmp_path}/run"]
-    with pytest.raises(UserError, match="there is no srun here"):
+    with pytest.raises(UserError, match="srun not found; submit on a login node"):
         submit(load_config("config.yaml", settings[2:]), settings, Resources(), "slurm", [])
     assert not (tmp_path / "run").exists()
     config = load_config("config.yaml", settings[2:]).model_copy(update={"plugins": ("/nowhere/gone.py",)})

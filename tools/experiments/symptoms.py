@@ -60,7 +60,7 @@ class Probabilities(Around):
 
 
 class Detached(Around):
-    """A step in the midst that passes no gradient: PGD stays where it starts, Square does not care."""
+    """A step in the middle that passes no gradient: PGD stays where it starts, Square does not care."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x.detach()) + 0 * x.sum()
