@@ -210,7 +210,7 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         create_model("cait_xxs24_224", pretrained=False, input_sizes=[112])
 
 
-def test_mixing_needs_an_even_micro_batch(tmp_path: Path) -> None:
+def test_mixing_needs_an_even_micro_batch() -> None:
     odd = config([], targets={"mixup": 0.2}, optim={"batch_size": 12}, distributed={"gradient_accumulation_steps": 2})
     with pytest.raises(
         UserError, match=r"targets: mixing needs an even number of images per rank and micro-batch, got 3"

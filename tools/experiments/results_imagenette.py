@@ -97,7 +97,8 @@ All rows but "Free-4, fp32" and YOPO saw a full permutation of each epoch, befor
 *Work* is the floating-point operations of the whole training, attack and weight steps, counted on the real model and
 relative to the row of FullLoRA with PGD-2.
 
-Shards, once:
+Shards, once. The tars hold Imagenette v2 squashed to 224 pixels (github.com/thunderInfy/imagenette) in class folders;
+put your own paths in place of `../shared/data`, which is not part of the repository:
 
 ```bash
 python tools/make_shards.py ../shared/data/imagenette224-train.tar data/imagenette/train --limit 2000
