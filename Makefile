@@ -1,5 +1,5 @@
 # Everything runs in .venv, which the first command makes: what requirements.lock names, installed by uv, which is fetched
-# where it is not on PATH, or by pip where uv is not to be had. `make demo` and `make test` are all a newcomer needs.
+# if it is not on PATH, or by pip if uv is not available. `make demo` and `make test` are all a newcomer needs.
 PYTHON ?= python3
 BIN := .venv/bin
 UV = $(shell PATH="$$PATH:$(CURDIR)/$(BIN)" command -v uv 2>/dev/null)
@@ -62,7 +62,7 @@ $(BIN)/python:
 		UV_VENV_CLEAR=1 uv venv --quiet --seed --python $(PYTHON) .venv >&2; \
 	else \
 		$(PYTHON) -m venv --clear .venv >&2 && \
-		{ $(BIN)/python -m pip install --quiet uv >&2 || echo "no uv to be had; pip installs, which takes longer" >&2; }; \
+		{ $(BIN)/python -m pip install --quiet uv >&2 || echo "uv is not available; installing with pip, which takes longer" >&2; }; \
 	fi
 
 # the newest versions of everything, for every platform and Python

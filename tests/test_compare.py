@@ -165,7 +165,7 @@ def test_what_another_evaluation_found_is_not_written_over(tmp_path: Path) -> No
             check_replaced(path, *new)
     for other in ('{"n": "x"}', '{"n": 3, "off": []}', "no json"):
         path.write_text(other)
-        with pytest.raises(UserError, match=r"--output: .* is no evaluation.json; .*; name another file"):
+        with pytest.raises(UserError, match=r"--output: .* is not an evaluation.json; .*; name another file"):
             check_replaced(path, both, "linf", 99, "a")
 
 
@@ -184,7 +184,7 @@ def test_what_is_not_compared_is_said() -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"ids": [1], "attacks": {"clean": {"correct": []}}, "eps": 0}'])
 def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(UserError, match=r"a.json is no evaluation.json"):
+    with pytest.raises(UserError, match=r"a.json is not an evaluation.json"):
         read_evaluation(tmp_path / "a.json")
     with pytest.raises(UserError, match="cannot be read"):
         read_evaluation(tmp_path / "b.json")

@@ -103,7 +103,7 @@ def test_a_method_by_name_alone_takes_settings_from_above(path: Path, written: s
 REFUSED = {
     "optim.lrr=1": "unknown setting optim.lrr; did you mean lr?",
     "optmi.lr=1": "unknown setting optmi; did you mean optim?",
-    "run.ouptut=x": "unknown setting run.ouptut; did you mean output?",
+    "run.ouptut=x": r"unknown setting run.ouptut; did you mean output_dir\?",
     "method.stepz=1": "unknown setting method.stepz; did you mean steps?",
     "threat.eps=4": r"threat.eps: 4 is outside \[0, 1\].* write 4/255",
     "threat.eps=0..5": "threat.eps: '0..5' is not a size in pixels",
@@ -245,7 +245,11 @@ def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:
     overrides = ["method.name=free", "method.replays=4", "optim.epochs=3", "threat.eps_warmup_ratio=0.25"]
     phases = build_phases(load_config(str(path), overrides), steps_per_epoch=21)
     method = phases.at(0).method
-    assert (phases.total_steps, phases.total_updates, method.ramps.eps) == (16, 64, 4)  # 63 updates, four on each batch
+    assert (phases.total_steps, phases.total_updates, method.warmup.eps) == (
+        16,
+        64,
+        4,
+    )  # 63 updates, four on each batch
     assert [method.threat_at(step).eps * 255 for step in (0, 3, 4, 9)] == pytest.approx([4 / 5, 16 / 5, 4, 4])
 
 

@@ -408,7 +408,7 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(rank_server: RankSe
         (["threat.norm=l2"], r"threat.norm: .* not comparable; give --eps too"),
         (["--ids", ""], r"--ids: must not have empty values, got ''"),
         (["--attacks", "clean,,pgd2"], r"--attacks: must not have empty values, got 'clean,,pgd2'"),
-        (["--output", "config.yaml"], r"--output: config.yaml is no evaluation.json; .* name another file"),
+        (["--output", "config.yaml"], r"--output: config.yaml is not an evaluation.json; .* name another file"),
         (["--num-samples", "0"], r"evaluation.num_samples: .*greater than or equal to 1"),
         (["--adapter", "nowhere"], r"--adapter: nowhere has no adapter.json"),
         (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
@@ -501,7 +501,7 @@ def test_progress_counts_all_ranks_and_tells_the_time_left(shards: Path) -> None
 
 
 def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:
-    """An evaluation that could not be written goes on with other checks: no attack is made again."""
+    """An evaluation that could not be written continues with other checks: no attack is made again."""
     comm = Comm(0, 1, torch.device("cpu"), None)
 
     def fail(_: object) -> None:

@@ -76,7 +76,7 @@ def test_the_exit_code_names_the_signal(config: Path, kind: signal.Signals) -> N
 
 @pytest.mark.long
 def test_a_killed_rank_takes_the_others_down(config: Path) -> None:
-    """The launcher names the rank's command and code, rank 0 the rank; a state is there, and MLflow knows."""
+    """The launcher names the rank's command and code, rank 0 the rank; a checkpoint is there, and MLflow knows."""
     output = config.parent / "killed"
     launched = start(config, f"run.output_dir={output}", *LONG)
     wait_for_state(output, 10)

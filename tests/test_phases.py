@@ -155,7 +155,7 @@ def test_a_phase_has_settings_of_its_own_and_ramps_are_the_runs() -> None:
     assert second.method.threat_at(30).eps == 0.04
 
 
-def test_state_of_slots_is_that_of_the_phase_that_goes_on() -> None:
+def test_state_of_slots_is_that_of_the_phase_that_continues() -> None:
     """Free's perturbation is kept within its phase, also over a restart, and not beyond: the next one starts anew."""
     free = {"name": "free", "replays": 1, "step_size": 0.01}
     wanted = [{"fraction": 0.5, "method": free}, {"fraction": 0.5, "method": free, "eps": 0.02}]
@@ -210,7 +210,7 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         create_model("cait_xxs24_224", pretrained=False, input_sizes=[112])
 
 
-def test_mixing_needs_an_even_micro_batch(tmp_path: Path) -> None:
+def test_mixing_needs_an_even_micro_batch() -> None:
     odd = config([], targets={"mixup": 0.2}, optim={"batch_size": 12}, distributed={"gradient_accumulation_steps": 2})
     with pytest.raises(
         UserError, match=r"targets: mixing needs an even number of images per rank and micro-batch, got 3"
@@ -266,7 +266,7 @@ def test_the_plan_counts_what_a_batch_really_costs(method: str) -> None:
         timm.layers.set_fused_attn(True)
     (batches_of_run,) = re.findall(r"([\d,]+) batches, [\d,]+ optimizer updates", plan)
     total = float(re.findall(r"whole run ([\d.]+) EFLOP", plan)[0]) * 1e18
-    # the plan's weight step goes on to the pixels, as Free's does: 1 % of so small a model
+    # the plan's weight step continues to the pixels, as Free's does: 1 % of so small a model
     assert total / int(batches_of_run.replace(",", "")) == pytest.approx(counter.flops, rel=0.015)
 
 

@@ -44,7 +44,7 @@ def without(key: str) -> dict[str, Any]:
 FEW, FAIR = (evaluation(right(int(0.6 * n), n)) for n in (20, 300))
 NAN = float("nan")
 PAIRS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
-    # candidate, champion, what speaks against the candidate; nothing: it passes
+    # candidate, champion, reasons against the candidate; none: it passes
     "the same figures": (CHAMPION, CHAMPION, ()),
     "the same figures, of 20 images": (FEW, FEW, (r"-16.11 to \+16.11\): a loss of more than 1 point is not",)),
     "the same figures, of 300 images": (FAIR, FAIR, ("a loss of more than 1 point is not excluded",)),

@@ -84,19 +84,19 @@ class Job:
     def traced(self) -> list[tuple[int, int, list[int], list[int]]]:
         return [json.loads(line) for line in self.trace.read_text().splitlines()] if self.trace.exists() else []
 
-    def kill_after(self, step: int, attempt: Launched) -> str:
-        """SIGKILL to every process of the attempt at once; what it said."""
+    def kill_after(self, step: int, run: Launched) -> str:
+        """SIGKILL to every process of the run at once; what it said."""
         deadline = time.monotonic() + LIMIT
         while not any(line[0] >= step for line in self.traced()):
-            assert attempt.poll() is None, attempt.stderr()
+            assert run.poll() is None, run.stderr()
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        attempt.kill()
-        return attempt.stdout()
+        run.kill()
+        return run.stdout()
 
 
 @pytest.mark.long
-def test_a_killed_run_on_s3_goes_on_where_it_was(
+def test_a_killed_run_on_s3_resumes_where_it_was(
     rank_server: RankServer, s3: MockS3, folder: Path, tmp_path: Path
 ) -> None:
     job = Job(rank_server, tmp_path, s3, s3.upload(folder, "train"))

@@ -91,7 +91,7 @@ def wait_for_state(output: Path, step: int) -> None:
         if any(int(p.name) >= step for p in (output / "checkpoints").glob("[0-9]*")):
             return
         time.sleep(0.05)
-    raise AssertionError(f"no state of batch {step} in {output}")
+    raise AssertionError(f"no checkpoint of batch {step} in {output}")
 
 
 def rank_process(launcher: subprocess.Popen, rank: int) -> psutil.Process:

@@ -17,7 +17,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.backbone import check_name
 from fulllora_dist.models.survey import Backbone, architectures, examine, page
 
-BUDGET = 0.05
+FRACTION = 0.05
 MARKER = "<!-- written by tools/backbones.py -->\n"
 
 
@@ -26,29 +26,31 @@ def _above_the_marker(path: str) -> str:
         with open(path, "r+") as file:  # for writing too: what cannot be written is said before everything is counted
             above, marker, _ = file.read().partition(MARKER)
     except OSError as error:
-        raise UserError(f"--write: {path} cannot be written ({error.strerror}); give a page that exists") from None
+        raise UserError(f"--write: {path} cannot be written ({error.strerror}); give an existing page") from None
     if not marker:
-        raise UserError(f"--write: {path} has no line {MARKER.strip()}; add it where the tables shall begin")
+        raise UserError(f"--write: {path} has no line {MARKER.strip()}; add it where the tables begin")
     return above
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="timm architectures; left out: all of them")
-    parser.add_argument("--budget", type=float, default=BUDGET, help=f"adapter.trainable_fraction (default {BUDGET})")
+    parser.add_argument(
+        "--trainable-fraction", type=float, default=FRACTION, help=f"adapter.trainable_fraction (default {FRACTION})"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of the table")
     parser.add_argument("--write", metavar="FILE", help="put the table of all below the marker in FILE")
     args = parser.parse_args()
-    if not 0 < args.budget <= 1:
-        raise UserError(f"--budget: {args.budget:g} is no share of the parameters; take a number above 0, up to 1")
-    if args.write is not None and (args.names or args.json or args.budget != BUDGET):
+    if not 0 < args.trainable_fraction <= 1:
+        raise UserError(f"--trainable-fraction must be > 0 and <= 1, got {args.trainable_fraction:g}")
+    if args.write is not None and (args.names or args.json or args.trainable_fraction != FRACTION):
         raise UserError(
-            "--write: the page has all architectures at the default budget; leave out NAME, --json, --budget"
+            "--write: the page has all architectures at the default fraction; leave out NAME and other options"
         )
     above = _above_the_marker(args.write) if args.write is not None else ""
     for name in args.names:
         check_name(name, needs_tag=False)
-    found = [examine(name, args.budget) for name in tqdm(args.names or architectures(), disable=None)]
+    found = [examine(name, args.trainable_fraction) for name in tqdm(args.names or architectures(), disable=None)]
     if args.json:
         metadata = {b.name: {k: v for k, v in dataclasses.asdict(b).items() if k != "name"} for b in found}
         print(json.dumps(metadata))

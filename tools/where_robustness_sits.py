@@ -4,7 +4,7 @@
         --num-samples 200
 
 One process: `python tools/where_robustness_sits.py ...`. Adversarial examples are made anew against each model whose
-branches are off. Prints a table, and writes where.json with where.png beside it. The same command goes on after a kill.
+branches are off. Prints a table, and writes where.json with where.png beside it. The same command resumes after a kill.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     if args.attack == "clean" or "," in args.attack:
         raise UserError(f"--attack: {args.attack}; clean is always measured, name one that changes images")
     if not args.output.endswith(".json"):
-        raise UserError(f"--output: {args.output}; a name that ends in .json is right, the figure goes beside it")
+        raise UserError(f"--output: {args.output} must end in .json; the figure goes beside it")
     # of symptoms of masked gradients evaluate.py has told: here they would be looked for in each variant
     short = [f"evaluation.attacks=[clean,{args.attack}]", "evaluation.eps=[]", "evaluation.gradient_masking_samples=0"]
     short += [f"evaluation.num_samples={args.num_samples}"] if args.num_samples is not None else []
@@ -65,7 +65,7 @@ def _check_replaced(output: str) -> None:
     except (OSError, ValueError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"--output: {output} is there and none of this tool's results; name another file")
+        raise UserError(f"--output: {output} does not hold results of this tool; name another file")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -37,7 +37,7 @@ class CheckpointMetadata(TypedDict):
         updates, skipped: optimizer updates made, and those that were skipped as not finite.
         stream: position in the data, and the bad samples so far.
         best, guard: the guard's best check, and the rest of its state.
-        rollbacks: each time that the run went back after a collapse.
+        rollbacks: each rollback of the run after a collapse.
         mlflow_run_id: of the run that it is tracked in.
         config: all settings of the run.
         backbone_sha256: fingerprint of the frozen weights.
@@ -126,7 +126,7 @@ def _write_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             _write(os.path.join(temporary, name), content)
         _flush_folder(temporary)
-        if os.path.exists(final):  # a run that went back to an older checkpoint makes this step again
+        if os.path.exists(final):  # a run that rolled back to an older checkpoint makes this step again
             shutil.rmtree(final)
         os.rename(temporary, final)
     except OSError:
@@ -159,7 +159,7 @@ def delete_checkpoint(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)
         shutil.rmtree(path)
         return
     fs = urls.filesystem(path)
-    for name in sorted(names):  # without its description it is no checkpoint any more, whatever happens next
+    for name in sorted(names):  # without its description it is not a checkpoint any more, whatever happens next
         url = f"{path}/{name}"
         store.persistent(lambda url=url: fs.rm_file(url), path)  # type: ignore[misc]
 
@@ -198,7 +198,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     Raises:
         DamagedCheckpoint: missing files, changed bytes.
         UserError: a format version this program does not know, a bucket that does not answer.
-        OSError: a disk that does not answer: that is no damage, and a restart may find it whole.
+        OSError: a disk that does not answer: that is not damage, and a restart may find it whole.
     """
     try:
         files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)

@@ -164,7 +164,7 @@ def promote_command(args: Namespace) -> Answer:
 
 
 def describe(outcome: Outcome) -> str:
-    """An outcome in words, with every reason."""
+    """An outcome as text, with every reason."""
     version, previous = outcome.version, outcome.previous
     line = {
         "promoted": f"{version.address} is @{CHAMPION} now" + (f", @{PREVIOUS} is {previous}" if previous else ""),

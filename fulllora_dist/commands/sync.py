@@ -19,7 +19,7 @@ from fulllora_dist.core.errors import UserError
 
 
 def sync(output: str, uri: str | None, seconds: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Send what is left.
+    """Send what has not been sent yet.
 
     Args:
         output: the run's output folder.

@@ -67,6 +67,6 @@ def decode_fast(data: bytes) -> np.ndarray:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """UserError for more than MAX_PIXELS."""
+    """Raise UserError for more than MAX_PIXELS."""
     if width * height > MAX_PIXELS:
         raise UserError(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS}")

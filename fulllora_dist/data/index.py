@@ -122,7 +122,7 @@ class Index:
         return index
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """A mapped index travels as the place of its file, so that worker processes share its pages."""
+        """A mapped index is pickled as the path of its file, so that worker processes share its pages."""
         if self._mapped is None:
             return Index, (self.base, self.classes, self.shards, self.columns, self.hash)
         path, checksum = self._mapped
@@ -187,7 +187,7 @@ class Index:
         return len(self.columns["label"])
 
     def summary(self) -> dict[str, Any]:
-        """JSON fits: samples, shards, bytes of all shards, index_hash."""
+        """JSON-able: samples, shards, bytes of all shards, index_hash."""
         size = sum(shard.bytes for shard in self.shards)
         return {"samples": len(self), "shards": len(self.shards), "bytes": size, "index_hash": self.hash}
 
@@ -240,7 +240,7 @@ def _has_controls(keys: np.ndarray) -> bool:
 
 
 def _stays_remote(name: str) -> bool:
-    """Not a file of this machine: an index from a bucket has no business there."""
+    """Refuse a file of this machine: an index from a bucket must not point to local files."""
     return urls.is_remote(name) if "://" in name else not os.path.isabs(name)
 
 

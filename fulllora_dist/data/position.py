@@ -12,13 +12,13 @@ from fulllora_dist.data.plan import PLAN_VERSION, EpochPlan, Segment, epoch_plan
 
 
 def check_rank(world: int, rank: int) -> None:
-    """UserError for a rank outside the world."""
+    """Raise UserError for a rank outside the world."""
     if not 0 <= rank < world:
         raise UserError(f"rank must be >= 0 and < world={world}, got {rank}")
 
 
 def check_batch_size(batch_size: int, world: int) -> None:
-    """UserError for a global batch that does not divide into equal shares."""
+    """Raise UserError for a global batch that does not divide into equal shares."""
     if batch_size < 1 or batch_size % world:
         raise UserError(f"batch size must be >= 1 and a multiple of world={world}, got {batch_size}")
 
@@ -137,7 +137,7 @@ class StreamPosition:
         return TrainWorks(self._n, self._seed, self.batch_size, rank * count, count, self.epoch, self.done, self.steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON fits: {"plan", "index_hash", "seed", "step", "epoch", "segments": [{"batch_size", "steps"}, ...]}. The
+        """JSON-able: {"plan", "index_hash", "seed", "step", "epoch", "segments": [{"batch_size", "steps"}, ...]}. The
         last segment is the one in progress. Nothing in it depends on ranks or workers."""
         segments = [*self.done, Segment(self.batch_size, self.steps)]
         return {

@@ -64,7 +64,7 @@ class ShardReader:
 
     def check(self, world: int = 1, rank: int = 0) -> None:
         """Refuse, before anything starts, a shard that is missing or not the one that was indexed (by length and etag).
-        Remote ones are divided among the ranks; local ones each rank looks at, they may be copies of its own node."""
+        Remote ones are divided among the ranks; each rank checks the local ones, which may be copies on its node."""
         for number in np.flatnonzero(~self._remote).tolist():
             self._check_length(number, self._on_disk(number, lambda file: os.fstat(file).st_size))
         mine = np.flatnonzero(self._remote)[rank::world].tolist()

@@ -1,7 +1,7 @@
-"""Worker processes that end with their parent, and never before it says so.
+"""Worker processes that end when their parent ends or tells them to, and not before.
 
 A scheduler signals every process of a job. A worker (or the fork server) that dies of that takes the main process along
-in the midst of saving; one that outlives a killed main process keeps memory for good. Neither torch nor
+while it is saving; one that outlives a killed main process keeps memory for good. Neither torch nor
 concurrent.futures sees to this under a fork server: torch's watchdog asks for a new parent id, which never comes.
 """
 
@@ -27,7 +27,7 @@ def fork_server(*preload: str) -> ForkServerContext:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Processes that are started inside are born with the signals of a job blocked, so there is no moment, not even
+    """Processes that are started inside begin with the signals of a job blocked, so there is no moment, not even
     while they import, when one can kill them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _MAIN_DECIDES)
     try:

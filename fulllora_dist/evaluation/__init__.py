@@ -1,7 +1,7 @@
 """Robust accuracy, and whether to believe it."""
 
 from fulllora_dist.attacks.threat import size_in
-from fulllora_dist.evaluation.attacks import EvalAttack, is_right, parse_attacks
+from fulllora_dist.evaluation.attacks import EvalAttack, is_correct, parse_attacks
 from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.evaluation.function import eval_transform, evaluate
 from fulllora_dist.evaluation.images import EvalImages
@@ -16,7 +16,7 @@ __all__ = [
     "check_output",
     "eval_transform",
     "evaluate",
-    "is_right",
+    "is_correct",
     "parse_attacks",
     "size_in",
     "table",

@@ -89,17 +89,17 @@ class EvalAttack:
         ids). torch's own generator is as it was."""
         return self._examples(model, x, y, threat, seed, ids)[0]
 
-    def right(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
+    def correct(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
         """bool [B]: whether the model classifies the image and its adversarial example correctly: the image is in the
         ball, too. For AutoAttack that is its own verdict: it may end at the very boundary, where another batch would
         round to the other side."""
-        examples, right = self._examples(model, x, y, threat, seed, ids)
-        if right is None:
+        examples, correct = self._examples(model, x, y, threat, seed, ids)
+        if correct is None:
             with torch.no_grad(), attack_mode(model):
-                right = is_right(model(examples), y)
+                correct = is_correct(model(examples), y)
                 if examples is not x:
-                    right &= is_right(model(x), y)
-        return right
+                    correct &= is_correct(model(x), y)
+        return correct
 
     def _examples(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, ids: Tensor
@@ -129,7 +129,7 @@ class EvalAttack:
         return examples, None
 
 
-def is_right(logits: Tensor, y: Tensor) -> Tensor:
+def is_correct(logits: Tensor, y: Tensor) -> Tensor:
     """bool [B]: the largest logit is the label's, and all are finite: of NaN alone, argmax is the first class."""
     return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
 

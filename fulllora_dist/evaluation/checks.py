@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.rng import base_key
-from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed, is_right, official_autoattack, own_generator
+from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed, is_correct, official_autoattack, own_generator
 
 Numbers = dict[str, float]
 
@@ -55,12 +55,12 @@ class CheckBatch:
     def standing(self, attack: str, threat: Threat | None = None, seed: int | None = None) -> Tensor:
         """bool [B]: the images that an attack leaves correct."""
         threat, seed = threat or self.threat, self.seed if seed is None else seed
-        return EvalAttack.parse(attack).right(self.model, self.x, self.y, threat=threat, seed=seed, ids=self.ids)
+        return EvalAttack.parse(attack).correct(self.model, self.x, self.y, threat=threat, seed=seed, ids=self.ids)
 
     @cached_property
-    def right(self) -> Tensor:
+    def correct(self) -> Tensor:
         """bool [B]: correct without an attack."""
-        return is_right(self.logits(self.x), self.y)
+        return is_correct(self.logits(self.x), self.y)
 
     @cached_property
     def many(self) -> Tensor:
@@ -135,7 +135,7 @@ def _zero_gradients(batch: CheckBatch) -> Numbers:
         gradient = input_gradient(batch.model, batch.x, batch.y, cross_entropy)
     rows = gradient.flatten(1)
     zero = (rows == 0).all(dim=1) | ~rows.isfinite().all(dim=1)
-    return {"n": int(batch.right.sum()), "zero": int((zero & batch.right).sum())}
+    return {"n": int(batch.correct.sum()), "zero": int((zero & batch.correct).sum())}
 
 
 def _warn_zero_gradients(n: Numbers) -> str | None:
@@ -168,17 +168,17 @@ def _single_step(batch: CheckBatch) -> Numbers:
 
 
 def _square(batch: CheckBatch) -> Numbers:
-    right = batch.right
-    if not right.any():
+    correct = batch.correct
+    if not correct.any():
         return {"other_alone": 0, "many_alone": 0}
     seed = autoattack_seed("check/square", batch.threat, batch.seed, batch.ids)
     classes = batch.logits(batch.x[:1]).shape[1]
     with own_generator(batch.x.device), attack_mode(batch.model):
         adversary = official_autoattack(batch.model, batch.threat, ("square",), seed, batch.x.device, classes).square
         adversary.n_queries = SQUARE_QUERIES
-        examples = adversary.perturb(batch.x[right], batch.y[right])
-    standing = right.clone()
-    standing[right] = is_right(batch.logits(examples), batch.y[right])
+        examples = adversary.perturb(batch.x[correct], batch.y[correct])
+    standing = correct.clone()
+    standing[correct] = is_correct(batch.logits(examples), batch.y[correct])
     return _against_many_steps(batch, standing)
 
 
@@ -186,7 +186,7 @@ def _huge_eps(batch: CheckBatch) -> Numbers:
     # any image can become grey
     radius = 0.5 if batch.threat.norm == "linf" else 0.5 * math.sqrt(batch.x[0].numel())
     huge = batch.threat.scaled(radius / batch.threat.eps)
-    return {"eps": radius, "n": int(batch.right.sum()), "standing": int(batch.standing(MANY_STEPS, huge).sum())}
+    return {"eps": radius, "n": int(batch.correct.sum()), "standing": int(batch.standing(MANY_STEPS, huge).sum())}
 
 
 def _warn_huge_eps(n: Numbers) -> str | None:
@@ -200,7 +200,7 @@ def _warn_huge_eps(n: Numbers) -> str | None:
 
 def _restarts(batch: CheckBatch) -> Numbers:
     """Images that each restart is the first to fool."""
-    standing, wins = batch.right, {}
+    standing, wins = batch.correct, {}
     n = int(standing.sum())
     for restart in range(RESTARTS):
         seed = base_key(batch.seed, f"check/restarts/{restart}", 0)

@@ -148,7 +148,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random
 
 
 def comparison_table(comparison: Comparison) -> str:
-    """What `compare` returned, for people."""
+    """The result of `compare` as text."""
     rows = [("attack", "eps", "A %", "B %", "B - A (95 %)", "A alone", "B alone", "p")]
     for row in comparison["rows"]:
         size = "" if row["eps"] == 0 else number_in(comparison["norm"], row["eps"])

@@ -178,8 +178,8 @@ class Evaluator:
         threat, x = self._threats[item.radius], batch.pixels()
         if item.attack is None:
             return checks.measure(checks.CheckBatch(predict, x, batch.labels, batch.ids, threat, self._seed))
-        right = item.attack.right(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
-        return right.int().tolist()
+        correct = item.attack.correct(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
+        return correct.int().tolist()
 
     def _report(self, images: EvalImages, ids: np.ndarray, items: list[WorkItem], results: Results) -> EvaluationReport:
         labels, classes = images.index.labels[ids], images.index.classes

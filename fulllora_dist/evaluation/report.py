@@ -115,7 +115,7 @@ def read_evaluation(path: str | Path) -> EvaluationReport:
     """An evaluation.json.
 
     Raises:
-        UserError: it cannot be read, or is no evaluation.json.
+        UserError: it cannot be read, or is not an evaluation.json.
     """
     try:
         content = Path(path).read_bytes()
@@ -131,7 +131,7 @@ def parse_evaluation(content: bytes, name: str) -> EvaluationReport:
         name: of the file, for messages.
 
     Raises:
-        UserError: it is no evaluation.json.
+        UserError: it is not an evaluation.json.
     """
     try:
         report = json.loads(content)
@@ -142,7 +142,7 @@ def parse_evaluation(content: bytes, name: str) -> EvaluationReport:
             return report
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    raise UserError(f"{name} is no evaluation.json; evaluate.py --output writes one")
+    raise UserError(f"{name} is not an evaluation.json; evaluate.py --output writes one")
 
 
 def write_evaluation(report: EvaluationReport | Mapping[str, Any], path: str | Path) -> None:
@@ -206,7 +206,7 @@ def read_replaced(path: str | Path) -> EvaluationReport | None:
     """The evaluation that a new one would overwrite; None where there is none.
 
     Raises:
-        UserError: the file there is no evaluation, naming --output.
+        UserError: the file there is not an evaluation, naming --output.
     """
     if not Path(path).exists():
         return None
@@ -219,7 +219,7 @@ def read_replaced(path: str | Path) -> EvaluationReport | None:
 def check_replaced(
     path: str | Path, attacks: Sequence[tuple[float, str]], norm: str, n: int, sha256: str | None
 ) -> None:
-    """Refuse to overwrite an evaluation that has what the new one would not have, or a file that is no evaluation.
+    """Refuse to overwrite an evaluation that has what the new one would not have, or a file that is not an evaluation.
 
     Args:
         path: where the new one is to be written.

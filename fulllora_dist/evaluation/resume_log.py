@@ -37,7 +37,7 @@ def fingerprint(predict: nn.Module, images: EvalImages, seed: int) -> str:
 class ResumeLog:
     """Results of finished work items by their names, a line each in a file of this rank alone.
 
-    A line that was cut short by a kill is skipped. Files of other evaluations (another `fingerprint`) lie in other
+    A line that a kill truncated is skipped. Files of other evaluations (another `fingerprint`) lie in other
     folders and are not touched.
 
     Args:
@@ -77,7 +77,7 @@ class ResumeLog:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with open(self._file, "ab") as file:
                 if file.tell():
-                    line = b"\n" + line  # what a kill cut short ends here
+                    line = b"\n" + line  # a line that a kill truncated ends here
                 file.write(line)
         except OSError as error:
             raise UserError(f"--output: cannot write {self._file} ({error.strerror or error})") from None

@@ -42,7 +42,7 @@ def launches_of(output: str) -> Path:
 
 
 def launch_folders(output: str) -> list[Path]:
-    """Of a run's launches, the oldest first."""
+    """The folders of a run's launches, oldest first."""
     folders = (path for path in launches_of(output).glob("[0-9]*") if (path / RECORD).exists())
     return sorted(folders, key=lambda path: int(path.name))
 
@@ -58,7 +58,7 @@ def launching(output: str) -> Iterator[None]:
     while True:
         try:
             launches.mkdir(parents=True, exist_ok=True)
-            lock = open(launches / LOCK, "w")  # noqa: SIM115 (it stays open while the launch goes on)
+            lock = open(launches / LOCK, "w")  # noqa: SIM115 (it stays open during the launch)
         except FileNotFoundError:
             continue  # another launch that failed took the folder away
         except OSError as error:

@@ -92,7 +92,7 @@ def submit(
         UserError: a job of the run is alive, or the scheduler refuses.
     """
     if executor == "slurm" and shutil.which("srun") is None:
-        raise UserError("--executor slurm: there is no srun here; submit on a login node, or take --executor local")
+        raise UserError("--executor slurm: srun not found; submit on a login node, or use --executor local")
     with launching(config.run.output_dir):
         refuse_second(config.run.output_dir)
         folder = make_folder(config)

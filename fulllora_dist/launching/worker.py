@@ -92,7 +92,7 @@ class Worker:
 
     @staticmethod
     def _leave(environment: JobEnvironment, code: int) -> None:
-        """Without a result: the job is not done. Rank 0 speaks for all, as one code that is not 0 ends the others."""
+        """Without a result: the job is not done. Rank 0 reports for all, as one code that is not 0 ends the others."""
         if environment.global_rank:
             code = 0
         elif environment.cluster == "local" and code - 128 in REQUEUE_SIGNALS:

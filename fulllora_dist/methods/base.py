@@ -50,7 +50,7 @@ class Method(ABC):
         settings: an instance of `Settings`.
         threat: the threat model after the warm-up.
         seed: seed of all randomness.
-        ramps: warm-up of eps and step size.
+        warmup: warm-up of eps and step size.
         targets: how images and labels are mixed.
 
     Attributes:
@@ -68,22 +68,22 @@ class Method(ABC):
         settings: Any,
         threat: Threat,
         seed: int,
-        ramps: WarmupSchedule | None = None,
+        warmup: WarmupSchedule | None = None,
         targets: TargetSettings | None = None,
     ):
         self.settings = settings
         self.threat = threat
         self.seed = seed
-        self.ramps = ramps or WarmupSchedule()
+        self.warmup = warmup or WarmupSchedule()
         self.mix = Mixer(targets or TargetSettings(), seed)
 
     def threat_at(self, step: int) -> Threat:
         """The threat model of batch `step`, smaller during the warm-up."""
-        return self.threat.scaled(ramp(self.ramps.at(step), self.ramps.eps))
+        return self.threat.scaled(ramp(self.warmup.at(step), self.warmup.eps))
 
     def step_size(self, size: float, step: int) -> float:
         """The attack's step size at batch `step`, equal to `size` after the warm-up."""
-        return size * ramp(self.ramps.at(step), self.ramps.step_size)
+        return size * ramp(self.warmup.at(step), self.warmup.step_size)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy with label smoothing; y: labels [B] or probabilities [B, classes]."""

@@ -71,7 +71,7 @@ class Free(Method):
             return {}
         if (
             self.settings.step_size is None
-            and self.ramps.eps == self.ramps.step_size == 0
+            and self.warmup.eps == self.warmup.step_size == 0
             and isinstance(self.threat, Linf)
         ):
             # every value is -eps, 0 or eps, so that one byte per value is exact

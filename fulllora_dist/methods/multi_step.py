@@ -48,7 +48,7 @@ class MultiStep(PerturbedStep):
         settings = self.settings
         for name in ("attention_drop", "perturbation_mask"):
             share = getattr(settings, name)
-            if share and round(share * self.ramps.run) <= first:
+            if share and round(share * self.warmup.run) <= first:
                 raise UserError(
                     f"method.{name}: {share:g} of the run is over before batch {first}, with which this phase of "
                     f"{settings.name} begins; give a larger share, or 0"
@@ -89,7 +89,7 @@ class MultiStep(PerturbedStep):
             steps=settings.steps,
             step_size=self.step_size(size, step),
             loss=loss,
-            hook=Weakened(settings, patch, self.ramps, self.seed, step, ids) if weakened else None,
+            hook=Weakened(settings, patch, self.warmup, self.seed, step, ids) if weakened else None,
         )
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
@@ -123,18 +123,18 @@ class Weakened:
 
     Args:
         patch: side of the patches in pixels, a divisor of the images'; None where none are masked.
-        ramps: with the batches of the whole run.
+        warmup: with the batches of the whole run.
         step: number of this batch.
         ids: int64 [B].
     """
 
     def __init__(
-        self, settings: MultiStepSettings, patch: int | None, ramps: WarmupSchedule, seed: int, step: int, ids: Tensor
+        self, settings: MultiStepSettings, patch: int | None, warmup: WarmupSchedule, seed: int, step: int, ids: Tensor
     ):
         self._patch = patch
         self._seed, self._step, self._ids = seed, step, ids
-        self._attention_kept = ramp(ramps.at(step), round(settings.attention_drop * ramps.run))
-        self._patches_kept = ramp(ramps.at(step), round(settings.perturbation_mask * ramps.run))
+        self._attention_kept = ramp(warmup.at(step), round(settings.attention_drop * warmup.run))
+        self._patches_kept = ramp(warmup.at(step), round(settings.perturbation_mask * warmup.run))
 
     def _draw(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         return sample_rng(self._seed, f"train/{purpose}", self._step, self._ids).uniform(shape)

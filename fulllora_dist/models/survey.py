@@ -78,8 +78,8 @@ def architectures() -> list[str]:
     return sorted({name for module in MODULES for name in timm.list_models(module=module)})
 
 
-def examine(name: str, budget: float = 0.05) -> Backbone | Refusal:
-    """Measure an adapter with trainable_fraction `budget` on a timm architecture, without downloading weights."""
+def examine(name: str, trainable_fraction: float = 0.05) -> Backbone | Refusal:
+    """Measure an adapter with that `trainable_fraction` on a timm architecture, without downloading weights."""
     tag = timm.models.get_pretrained_cfg(name)
     new_head = tag is not None and tag.num_classes == 0
     try:
@@ -89,7 +89,7 @@ def examine(name: str, budget: float = 0.05) -> Backbone | Refusal:
                 pretrained=False,
                 num_classes=NEW_CLASSES if new_head else None,
                 head="trained" if new_head else "frozen",
-                trainable_fraction=budget,
+                trainable_fraction=trainable_fraction,
             )
     except UserError as error:
         return Refusal(name, str(error))

@@ -89,7 +89,7 @@ def _recipe(description: AdapterDescription) -> list[str]:
     for rollback in training.get("rollbacks", ()):
         factor *= rollback["rollback_lr_factor"]
         at, to = rollback["at"], rollback["to"]
-        lines.append(f"- collapsed at batch {at}, went back to {to} and on with {factor:g} of the learning rate")
+        lines.append(f"- collapsed at batch {at}, rolled back to {to}, continued with {factor:g} of the learning rate")
     if training.get("optim"):
         lines.append(f"- optim: {_listed(training['optim'])}")
     if "updates" in training:

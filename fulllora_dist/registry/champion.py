@@ -11,7 +11,7 @@ MLflow's aliases have no compare-and-set, so promotions take turns by tags of th
    rollback writes the alias first.
 
 A promotion that was killed leaves its claim, which counts for STALE_SECONDS, or stops between the writes of 4: the
-alias `@champion` then is right, and the next promotion repairs the rest by it. By the order in 4, the alias's version
+alias `@champion` then counts, and the next promotion repairs the rest from it. By the order in 4, the alias's version
 is in the tag, and versions behind it there are not champions (yet, or any more).
 """
 
@@ -141,7 +141,7 @@ class _Turn:
         self._deadline = time.monotonic() + STALE_SECONDS / 2
 
     def champions(self) -> list[int]:
-        """Numbers of all champions, the present one last. Where the tag and `@champion` differ, the alias is right: a
+        """Numbers of all champions, the present one last. Where the tag and `@champion` differ, the alias counts: a
         promotion or rollback was killed between the two, or somebody moved it by hand."""
         model = self._registry.model(self._name)
         if CHAMPION not in model.aliases:

@@ -46,7 +46,7 @@ class Store:
         self.uri = uri or mlflow.get_tracking_uri()
         file = self.uri.removeprefix("sqlite:///")
         if file != self.uri and not create and not os.path.exists(file):
-            raise UserError(f"there is no MLflow store {file}; set MLFLOW_TRACKING_URI (or --uri) to where it is")
+            raise UserError(f"there is no MLflow store {file}; set MLFLOW_TRACKING_URI (or --uri) to an existing store")
         mlflow.set_tracking_uri(self.uri)  # create_model_version looks for models:/m-ID there, whatever client asks
         with self._explaining(), first_use_alone(self.uri):
             self._client = mlflow.MlflowClient(self.uri, self.uri)

@@ -40,7 +40,7 @@ def predict(
 ) -> dict[str, int]:
     """Write the most likely class of each image to `output`.
 
-    Images that have a line already are skipped; a line that a kill cut short is written again. An unreadable image
+    Images that have a line already are skipped; a line that a kill truncated is written again. An unreadable image
     gets a line with the error.
 
     Args:

@@ -1,4 +1,4 @@
-"""An adapter becomes a version of a registered model, once, however often that is tried and wherever it was cut short.
+"""An adapter becomes a version of a registered model, once, however often it is tried or interrupted.
 
 MLflow's `register_model` makes another version at each call. Here an adapter is known by its sha256:
 

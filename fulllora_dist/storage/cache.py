@@ -73,7 +73,7 @@ class RangeCache:
                 os.unlink(temporary)
 
     def drop(self, name: str) -> None:
-        """Forget a file that does not hold what it should."""
+        """Delete a damaged file."""
         with self._locked(), suppress(OSError):
             path = self._path(name)
             length = path.stat().st_size
@@ -94,7 +94,7 @@ class RangeCache:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def _size(self) -> int:
-        """As counted; by looking where the count is missing. A count that a killed process left a little wrong is
+        """The counted size; measured where the count is missing. A count that a killed process left a little wrong is
         corrected when room is made."""
         text = os.pread(self._lock, 32, 0)
         return int(text) if text.strip().isdigit() else sum(entry[1] for entry in self._entries())

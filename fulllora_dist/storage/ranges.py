@@ -161,7 +161,7 @@ class RangeFetcher:
         while True:
             try:
                 async with self._places:
-                    begun = begun or time.monotonic()  # waiting for a place is no failure of the store
+                    begun = begun or time.monotonic()  # waiting for a place is not a failure of the store
                     return await asyncio.wait_for(attempt(), self._policy.request_timeout_s)
             except Exception as error:
                 failure = urls.classify_error(error, url)

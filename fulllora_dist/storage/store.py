@@ -114,7 +114,7 @@ def upload(path: Path, url: str) -> None:
 
 
 def refuse_read_only(url: str) -> None:
-    """UserError where nothing can be written to."""
+    """Raise UserError for a URL that cannot be written to."""
     if urls.scheme_of(url) in ("http", "https"):
         raise UserError(f"{urls.redacted(url)}: http(s) cannot be written to; use a path, s3:// or gs://")
 

@@ -69,7 +69,7 @@ def scheme_of(url: str) -> str:
 
 
 def refuse_credentials(url: str) -> None:
-    """UserError for user:password@."""
+    """Raise UserError for a URL with user:password@."""
     if _CREDENTIALS.match(url):
         raise UserError(
             f"{redacted(url)}: a URL must not hold user:password@; credentials belong in the environment or "

@@ -15,7 +15,7 @@ from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.evaluation import EvalAttack, is_right
+from fulllora_dist.evaluation import EvalAttack, is_correct
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.training.build import build_eval_stream, load_index
@@ -90,7 +90,7 @@ class Guard:
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
         self._comm, self._seed, self._settings = comm, config.run.seed, settings
-        self._save_every, self._averages = config.run.checkpoint_every, config.optim.ema_decay > 0
+        self._checkpoint_every, self._averages = config.run.checkpoint_every, config.optim.ema_decay > 0
         self._of = [stream.index.hash, self._n, self.attack]
         self._least = least_that_counts(self._n, model.num_classes)
         if self._least > 1 and settings.on_collapse != "warn":
@@ -157,7 +157,7 @@ class Guard:
         self.has_collapsed = has_collapsed
         keep = best
         if not warns and trained >= _GOOD * highest:
-            keep |= self.good is None or step // self._save_every > self.good // self._save_every
+            keep |= self.good is None or step // self._checkpoint_every > self.good // self._checkpoint_every
             if keep:
                 self.good = step
         return Check(score, keep, collapsed)
@@ -220,8 +220,8 @@ class Guard:
             x_adv = attack(model, x, y, threat=self._threat, seed=self._seed, ids=batch.ids)
             with torch.no_grad(), attack_mode(model):
                 before, after = model(x), model(x_adv)
-            clean = is_right(before, y) & batch.mask
-            robust = clean & is_right(after, y)  # the clean image is in the ball, too
+            clean = is_correct(before, y) & batch.mask
+            robust = clean & is_correct(after, y)  # the clean image is in the ball, too
             correct += torch.stack([clean.sum(), robust.sum()]).cpu()
             if examples is None:
                 shown = (x, x_adv, y, before.argmax(dim=1), after.argmax(dim=1))

@@ -93,8 +93,8 @@ class Phases:
             updates = (phase.end - start) * phase.method.updates_per_batch
             batches = math.ceil(updates / phase.after_rollback.updates_per_batch)
             rate = phase.after_rollback.updates_per_batch / phase.method.updates_per_batch
-            method, before = copy(phase.after_rollback), phase.method.ramps
-            method.ramps = replace(method.ramps, since=first, planned=before.at(start), rate=before.rate * rate)
+            method, before = copy(phase.after_rollback), phase.method.warmup
+            method.warmup = replace(method.warmup, since=first, planned=before.at(start), rate=before.rate * rate)
             phases.append(replace(phase, first=first, end=first + batches, method=method))
         return Phases(phases)
 
@@ -138,14 +138,14 @@ def build_phases(config: Config, steps_per_epoch: int) -> Phases:
         after_rollback = _method_after_rollback(method, config)
         phases.append(Phase(first, first + batches, settings.image_size, method, after_rollback))
         first, planned = phases[-1].end, planned + phases[-1].updates
-    ramps = WarmupSchedule(
+    warmup = WarmupSchedule(
         round(config.threat.eps_warmup_ratio * first), round(config.threat.step_size_warmup_ratio * first), first
     )
     for phase in phases:
-        phase.method.ramps = ramps
+        phase.method.warmup = warmup
         share = phase.after_rollback.threat.eps / phase.method.threat.eps if phase.method.threat.eps else 1.0
         # a smaller eps is reached sooner, so that a rollback during the warm-up does not shrink it any further
-        phase.after_rollback.ramps = replace(ramps, eps=max(0, round((ramps.eps + 1) * share) - 1))
+        phase.after_rollback.warmup = replace(warmup, eps=max(0, round((warmup.eps + 1) * share) - 1))
     guard = config.guard
     if (
         guard.on_collapse == "rollback"

@@ -128,7 +128,7 @@ def test_any_chain_of_topologies_repeats_nothing_within_an_epoch(uneven: Path, c
 
 
 @pytest.mark.parametrize("batch_size", [16, 48])
-def test_another_batch_size_goes_on_with_the_rest_of_the_epoch(
+def test_another_batch_size_continues_with_the_rest_of_the_epoch(
     uneven: Path, batch_size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = train(uneven)

@@ -196,7 +196,7 @@ def test_a_shard_that_was_replaced_is_read_again(shards: Path, tmp_path: Path) -
     assert Index.load(folder).shards[1].sha256 == hashlib.sha256(other).hexdigest()
 
 
-def test_killed_at_any_time_it_goes_on_without_rereading(rank_server: RankServer, shards: Path, tmp_path: Path) -> None:
+def test_killed_at_any_time_it_resumes_without_rereading(rank_server: RankServer, shards: Path, tmp_path: Path) -> None:
     """Over http, each answer late: the server's log tells what was read."""
     with FaultServer(copied(shards, tmp_path / "d"), lambda request: "late") as server:
         server.late = 0.5

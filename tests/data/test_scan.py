@@ -125,7 +125,7 @@ def test_foreign_members_and_folders_are_no_samples_of_their_own(tmp_path: Path)
     assert (result.keys(), result.columns["size"].tolist()) == (["d/k"], [1])
 
 
-def test_a_scan_takes_constant_memory(tmp_path: Path) -> None:
+def test_a_scan_takes_constant_memory() -> None:
     stream = OnlyForward(tar_bytes([("big.jpg", bytes(32 << 20)), ("big.cls", b"0")]))
     assert scan_stream(stream, "big.tar").columns["size"].tolist() == [32 << 20]
     assert stream.largest <= 1 << 20

@@ -96,7 +96,7 @@ def test_ranks_and_workers_change_neither_order_nor_augmentation(shards, world: 
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_goes_on_bit_for_bit(shards, workers: int) -> None:
+def test_a_resumed_stream_continues_bit_for_bit(shards, workers: int) -> None:
     uninterrupted = list(islice(train(shards, transform=AUGMENTED), 16))
     first = train(shards, transform=AUGMENTED, workers=workers)
     consumed = list(islice(first, 8))  # in the second epoch

@@ -54,7 +54,7 @@ RECIPES: dict[str, Recipe] = {
         "method": {"name": "pgd", "steps": 2},
         "phases": [
             {"fraction": 1 / 3, "image_size": 8, "eps": 0.02, "method": {"name": "pgd", "steps": 1}},
-            {"fraction": 1 / 2},  # a run that is cut short goes on in its midst
+            {"fraction": 1 / 2},  # an interrupted run resumes within it
             {"fraction": 1 / 6, "image_size": 8},
         ],
     },

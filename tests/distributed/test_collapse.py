@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cases import EPS, noise_shards
-from test_guard import _guarded, _states
+from test_guard import _checkpoints, _guarded
 from test_resume import BATCHES, _start, _train
 
 from fulllora_dist.checkpoints.format import write_checkpoint
@@ -38,11 +38,11 @@ from fulllora_dist.training.rollback import check_settings
 from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
-# {factor of the learning rate, which tells the attempts apart: {batch: robust accuracy}}; looks at even batches
+# {factor of the learning rate, which tells the restarts apart: {batch: robust accuracy}}; checks at even batches
 ONCE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.6, 6: 0.65}}
 TWICE = {1.0: {2: 0.8, 4: 0.2}, 0.5: {4: 0.1}, 0.25: {4: 0.6, 6: 0.85}}
 FOR_GOOD = {1.0: {2: 0.8, 4: 0.2, 6: 0.1}}
-AMID = -1  # of a rollback: its states are deleted, its metrics are not
+AMID = -1  # of a rollback: its checkpoints are deleted, its metrics are not
 
 Script = dict[float, dict[int, float]]
 
@@ -58,7 +58,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _collapsing(output: Path, shards: str, held_out: str, stage: int, answer: str, *more: tuple[str, str, Any]) -> dict:
-    """FGSM without a random start, states after every batch, looks after every second."""
+    """FGSM without a random start, a checkpoint after every batch, a check after every second."""
     config = _guarded(output, shards, held_out, stage, 2, ("optim", "lr", 3e-3), *more)
     config["method"] = {"name": "n_fgsm", "noise": 0}
     config["guard"] |= {"on_collapse": answer, "rollback_eps": config["threat"]["eps"] / 2}
@@ -68,7 +68,7 @@ def _collapsing(output: Path, shards: str, held_out: str, stage: int, answer: st
 
 @contextmanager
 def _scripted(script: Script) -> Iterator[None]:
-    """Looks that find what the script says, 0.6 where it says nothing."""
+    """Checks that find what the script says, 0.6 where it says nothing."""
     real = Guard.check
 
     def check(guard: Guard, engine: Engine, step: int) -> Check:
@@ -85,24 +85,24 @@ def _scripted(script: Script) -> Iterator[None]:
 
 
 def _run(comm: Comm, settings: dict, script: Script, until: int | None = None, with_end: bool = False) -> Any:
-    """As train.py does; falling over after batch `until` of a run that went back, or AMID that. Batches of the attempt,
+    """As train.py does; failing after batch `until` of a run that rolled back, or AMID that. Batches of the start,
     or the line that ended it."""
     seen: list[int] = []
     said: list[str] = []
     try:
         with _scripted(script):
-            run, state = _start(comm, settings)
+            run, trainer = _start(comm, settings)
             run.say = said.append  # type: ignore[method-assign]
             if until == AMID:
                 run.tracker.go_back = _killed  # type: ignore[method-assign]
-            for batch in state.batches():
-                run.settle()  # or a state that is due waits for a slow one, and comes a batch later
-                if state.rollbacks and state.step == until:
+            for batch in trainer.batches():
+                run.settle()  # or a checkpoint that is due waits for a slow one, and comes a batch later
+                if trainer.rollbacks and trainer.step == until:
                     break
-                state.advance(batch)
-                seen.append(state.step)
+                trainer.advance(batch)
+                seen.append(trainer.step)
             if with_end:
-                finalize(run, summarize(run.config, state))
+                finalize(run, summarize(run.config, trainer))
             run.settle()
     except SharedUserError as error:
         return str(error)
@@ -135,8 +135,8 @@ def _train_both(comm: Comm, runs: Sequence[tuple], plain: Sequence[dict]) -> lis
 
 
 def _left(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[dict]]:
-    """The newest state and the metrics, without times."""
-    tensors, metadata = _states(output)[max(_states(output))]
+    """The newest checkpoint and the metrics, without times."""
+    tensors, metadata = _checkpoints(output)[max(_checkpoints(output))]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     kept = {key: value for key, value in metadata.items() if key not in ("config", "sha256")}
     return tensors, kept, [{key: value for key, value in line.items() if key != "time"} for line in lines]
@@ -148,8 +148,8 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("stages", [(1,), pytest.param((2, 0, 3), marks=pytest.mark.long)])
 def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Path, stages: Sequence[int]) -> None:
-    """The rest of the run is that of a plain run with the safer setting from the good state, bit for bit; so is one
-    that was killed after it went back, or (at the first stage) before that was in a state, or amid it."""
+    """The rest is that of a plain run with the safer setting from the good checkpoint, bit for bit; so is one
+    that was killed after the rollback, or (at the first stage) before a checkpoint had it, or amid it."""
     runs = {
         (name, stage): _collapsing(tmp_path / f"{name}{stage}", shards, held_out, stage, "rollback")
         for name, at in (("whole", stages), ("late", stages), ("early", stages[:1]), ("amid", stages[:1]))
@@ -159,7 +159,7 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
     first = [(run, ONCE, until[name]) for (name, _), run in runs.items()]
     found = server.run(2, _run_all, first, timeout=300)[0]
     assert found[-1].endswith("killed")
-    assert _states(tmp_path / f"amid{stages[0]}").keys() == {2}
+    assert _checkpoints(tmp_path / f"amid{stages[0]}").keys() == {2}
     for seen, said in found[: len(stages)]:
         assert seen == [1, 2, 3, 2, 3, 4, 5, 6]
         safer = f"training with pgd at {size_in('linf', EPS / 2)} and 0.5 of the learning rate"
@@ -171,33 +171,34 @@ def test_going_back(server: RankServer, shards: str, held_out: str, tmp_path: Pa
     config = tmp_path / "main.yaml"
     config.write_text(json.dumps(_collapsing(tmp_path / "main", shards, held_out, stages[0], "rollback")))
     assert server.run(2, _main, config, ONCE, timeout=300) == [0, 0]
-    ours = _states(tmp_path / "main")[6][0]
-    assert _same(ours, _states(tmp_path / f"plain{stages[0]}")[6][0]), "train.py itself"
+    ours = _checkpoints(tmp_path / "main")[6][0]
+    assert _same(ours, _checkpoints(tmp_path / f"plain{stages[0]}")[6][0]), "train.py itself"
     card = model_card(read_adapter(str(tmp_path / "main" / "adapter"))[0])
     assert re.search(
         f"- batches 0 to 2: name n_fgsm, .*; {size_in('linf', EPS)}\n- batches 2 to 6: name pgd, .*; "
-        f"{size_in('linf', EPS / 2)}\n- collapsed at batch 4, went back to 2 and on with 0.5 of the learning rate",
+        f"{size_in('linf', EPS / 2)}\n"
+        "- collapsed at batch 4, rolled back to 2, continued with 0.5 of the learning rate",
         card,
     )
     for stage in stages:
-        tensors, metadata, points = _left(tmp_path / f"whole{stage}")
+        tensors, metadata, metrics = _left(tmp_path / f"whole{stage}")
         assert [(rollback["at"], rollback["to"]) for rollback in metadata["rollbacks"]] == [(4, 2)]
-        assert _same(tensors, _states(tmp_path / f"plain{stage}")[6][0]), stage
+        assert _same(tensors, _checkpoints(tmp_path / f"plain{stage}")[6][0]), stage
         for name in ("late", "early", "amid") if stage == stages[0] else ("late",):
             left = _left(tmp_path / f"{name}{stage}")
             assert _same(tensors, left[0]), (stage, name)
-            assert (metadata, points) == left[1:], (stage, name)
-        assert [line["step"] for line in points if "train/loss" in line] == [1, 2, 3, 4, 5, 6], "each once"
+            assert (metadata, metrics) == left[1:], (stage, name)
+        assert [line["step"] for line in metrics if "train/loss" in line] == [1, 2, 3, 4, 5, 6], "each once"
         before = (tmp_path / f"whole{stage}" / "metrics_before_rollback_1.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in before] == [3, 4, 4], "two batches and the look"
+        assert [json.loads(line)["step"] for line in before] == [3, 4, 4], "two batches and the check"
 
 
 def _plain(settings: dict, output: Path) -> dict:
-    """The config of a run that is safe from the beginning, with the good state of `settings`'s run as its newest."""
+    """The config of a run that is safe from the start, with the good checkpoint of `settings`'s run as its newest."""
     safe = settings | {"phases": [{"fraction": 1, "method": "pgd", "eps": settings["guard"]["rollback_eps"]}]}
     safe |= {"optim": settings["optim"] | {"lr": settings["optim"]["lr"] / 2}}
     safe |= {"run": settings["run"] | {"output_dir": str(output)}, "guard": settings["guard"] | {"on_collapse": "warn"}}
-    tensors, metadata = _states(Path(settings["run"]["output_dir"]))[2]
+    tensors, metadata = _checkpoints(Path(settings["run"]["output_dir"]))[2]
     metadata = {key: value for key, value in metadata.items() if key not in ("step", "format_version")}
     metadata["config"] = Config.model_validate(safe).model_dump(mode="json")
     write_checkpoint(str(output / "checkpoints"), 2, tensors, metadata, keep=9)
@@ -236,7 +237,7 @@ def test_other_answers(server: RankServer, shards: str, held_out: str, tmp_path:
 
     assert stopped.startswith("guard.on_collapse: stop: collapse at batch 4: ")
     assert "the newest good checkpoint is of batch 2;" in stopped
-    assert {2, 3} <= _states(tmp_path / "stop").keys(), "nothing is lost"
+    assert {2, 3} <= _checkpoints(tmp_path / "stop").keys(), "nothing is lost"
     config = tmp_path / "stop.yaml"
     config.write_text(json.dumps(make("main", "stop")))
     assert server.run(2, _main, config, FOR_GOOD, timeout=300)[0].startswith("guard.on_collapse: stop: ")
@@ -262,13 +263,13 @@ def test_figures_that_could_be_noise_are_no_collapse(shards: str, held_out: str,
         _collapsing(tmp_path, shards, held_out, 0, "rollback", ("run", "checkpoint_every", 4))
     )
     guard = Guard(config, held_out, build_model(config).info, Comm(0, 1, torch.device("cpu"), None))
-    looks = [guard.judge(score, step) for step, score in [(2, 17 / 24), (4, 0.0)]]
-    assert [(check.keep, check.collapsed) for check in looks] == [(True, False), (False, False)]
+    checks = [guard.judge(score, step) for step, score in [(2, 17 / 24), (4, 0.0)]]
+    assert [(check.keep, check.collapsed) for check in checks] == [(True, False), (False, False)]
     scores = [(6, 0.8), (8, 0.41), (10, 0.75), (11, 0.75), (12, 0.73), (13, 0.71), (14, 0.39)]
-    looks = [guard.judge(score, step) for step, score in scores]
+    checks = [guard.judge(score, step) for step, score in scores]
     # kept: the best, and the first good ones (nine tenths of it) after four more batches
-    assert [check.keep for check in looks] == [True, False, True, False, True, False, False]
-    assert [check.collapsed for check in looks] == [False] * 6 + [True], "just below half"
+    assert [check.keep for check in checks] == [True, False, True, False, True, False, False]
+    assert [check.collapsed for check in checks] == [False] * 6 + [True], "just below half"
     assert guard.good_steps == [12, 6]
 
 
@@ -316,7 +317,7 @@ def test_another_safer_setting_is_refused_once_it_is_in_use() -> None:
         check_settings(rollback | {"rollback_eps": 0.1}, GuardSettings())
 
 
-def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path) -> None:
+def test_a_warm_up_continues_by_updates(shards: str, held_out: str, tmp_path: Path) -> None:
     """Free makes four updates of a batch: what it would have grown in one, PGD grows in four."""
     settings = _method(_collapsing(tmp_path, shards, held_out, 0, "rollback"), "free", epochs=8)
     settings["method"]["replays"] = 4
@@ -332,9 +333,9 @@ def test_a_warm_up_goes_on_by_updates(shards: str, held_out: str, tmp_path: Path
         sizes = [again.at(step).method.step_size(1.0, step) for step in (0, 1, 2, 3, 6, 14)]
         assert sizes == pytest.approx([1 / 6, 2 / 6, 3 / 6, 3.25 / 6, 4 / 6, 1])
         made = [(part["first"], part["end"], part["method"]["name"]) for part in again.made(18)]
-        assert made == [(0, 2, "free"), (2, 18, "pgd")], "however often it went back"
+        assert made == [(0, 2, "free"), (2, 18, "pgd")], "however often it rolled back"
     kept = [
-        Weakened(PGDSettings(attention_drop=0.5), None, safer.at(step).method.ramps, 0, step, torch.arange(2))
+        Weakened(PGDSettings(attention_drop=0.5), None, safer.at(step).method.warmup, 0, step, torch.arange(2))
         for step in (4, 6)
     ]
     assert [weakened._attention_kept for weakened in kept] == pytest.approx([3.5 / 4, 1])

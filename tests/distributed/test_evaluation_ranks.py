@@ -44,7 +44,7 @@ def _stream(shards: str, n: int | None = None) -> EvalStream:
 
 def _log_turns(rank: int, log: Path | None, kill: int, pause: float) -> None:
     """Write down which rank attacks which batch with what; be slow, or end at the n-th piece."""
-    right, count = EvalAttack.right, 0
+    right, count = EvalAttack.correct, 0
 
     def logged(attack: EvalAttack, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal count
@@ -59,7 +59,7 @@ def _log_turns(rank: int, log: Path | None, kill: int, pause: float) -> None:
                 file.write(line)
         return result
 
-    EvalAttack.right = logged  # type: ignore[method-assign]
+    EvalAttack.correct = logged  # type: ignore[method-assign]
 
 
 def _evaluate(
@@ -168,13 +168,13 @@ def _evaluate_other(comm: Comm, shards: str, partial: str) -> None:
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
     log: list[str] = []
-    right = EvalAttack.right
+    right = EvalAttack.correct
 
     def logged(attack: EvalAttack, *args: Any, **kwargs: Any) -> Tensor:
         log.append(attack.name)
         return right(attack, *args, **kwargs)
 
-    EvalAttack.right = logged  # type: ignore[method-assign]
+    EvalAttack.correct = logged  # type: ignore[method-assign]
     Evaluator(["pgd2"], Linf(EPS), comm, progress=False, seed=3).run(model, _stream(shards), partial)
     assert len(log) == 5
 

@@ -33,15 +33,15 @@ def _run(
     store.PATIENCE_SECONDS = 0.0
     said: Said = []
     try:
-        run, state = _start(comm, settings)
+        run, trainer = _start(comm, settings)
         run.say = said.append  # type: ignore[method-assign]
         run.checkpoints._say = said.append
-        for batch in state.batches():
+        for batch in trainer.batches():
             run.settle()  # or a checkpoint that is due waits for a slow one, and comes a batch later
-            if comm.is_main and state.step in events:
-                subprocess.run(events[state.step], shell=True, check=True)
-            state.advance(batch)
-        finalize(run, summarize(run.config, state))
+            if comm.is_main and trainer.step in events:
+                subprocess.run(events[trainer.step], shell=True, check=True)
+            trainer.advance(batch)
+        finalize(run, summarize(run.config, trainer))
     except SharedUserError as error:
         return str(error), said
     return "", said
@@ -76,7 +76,7 @@ EACH = [("run", "checkpoint_every", 1), ("run", "keep_checkpoints", 2)]
 
 
 def test_a_full_disk(server: RankServer, shards: str, disk: Path) -> None:
-    """The training goes on; each checkpoint that is not saved is named; older ones stay; with space it saves again."""
+    """Training continues; each checkpoint that is not saved is named; older ones stay; with space it saves again."""
     output = disk / "run"
     fill = f"cat /dev/zero > {disk}/filler 2>/dev/null; test -s {disk}/filler"
     config = _config(output, shards, "standard", 0, EACH)
@@ -90,7 +90,9 @@ def test_a_full_disk(server: RankServer, shards: str, disk: Path) -> None:
     assert _steps(output / "checkpoints") == [6, 5]
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["00000005", "00000006"]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, BATCHES + 1)), "points wait for space, and none is half"
+    assert [line["step"] for line in lines] == list(range(1, BATCHES + 1)), (
+        "metrics wait for space, and no line is half written"
+    )
 
     # full for good: the older checkpoints outlive it, and the end says what is missing
     again = _config(disk / "again", shards, "standard", 0, EACH)
@@ -206,10 +208,10 @@ def _slow(comm: Comm, settings: dict) -> list[bool]:
     manager.write_checkpoint = slow  # type: ignore[assignment]
     if comm.rank == 1:
         manager.time = SimpleNamespace(monotonic=lambda: 0.0)  # type: ignore[assignment]  # rank 0's clock counts
-    _, state = _start(comm, settings)
-    for batch in state.batches():
-        state.advance(batch)
-        if state.step == BATCHES - 1:
+    _, trainer = _start(comm, settings)
+    for batch in trainer.batches():
+        trainer.advance(batch)
+        if trainer.step == BATCHES - 1:
             released.set()
     return in_time
 

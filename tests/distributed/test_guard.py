@@ -1,4 +1,4 @@
-"""Held-out images in the midst of training: right figures, the best state kept, and the training as without them."""
+"""Held-out images during training: right figures, the best checkpoint kept, and the training as without them."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from fulllora_dist.training.guard import Guard
 from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
-ALL_STATES = [("run", "checkpoint_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
+EACH_BATCH = [("run", "checkpoint_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
 STEPS = 3
 
 
@@ -43,7 +43,7 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _guarded(output: Path, shards: str, held_out: str, stage: int, every: int, *more: tuple[str, str, Any]) -> dict:
-    settings = [*ALL_STATES, ("data", "held_out", held_out), *more]
+    settings = [*EACH_BATCH, ("data", "held_out", held_out), *more]
     config = _config(output, shards, "pgd", stage, settings)
     config["evaluation"] = {"batch_size": 5}  # 24 images: padding, and an odd number of batches
     config["guard"] = {"every": every, "steps": STEPS}
@@ -55,13 +55,13 @@ def _finish(comm: Comm, settings: dict) -> None:
     finalize(run, summarize(run.config, trainer))
 
 
-def _states(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+def _checkpoints(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     return {int(Path(path).name): read_checkpoint(path) for path in list_checkpoints(str(output / "checkpoints"))}
 
 
 def _figures(output: Path, name: str = "guard/robust_accuracy") -> dict[int, float]:
-    points = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {p["step"]: p[name] for p in points if name in p}
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {p["step"]: p[name] for p in metrics if name in p}
 
 
 def _figure_of(config: dict, average: dict[str, torch.Tensor], held_out: str) -> float:
@@ -79,12 +79,12 @@ def test_figures_and_training_at_every_stage(
     server: RankServer, shards: str, held_out: str, tmp_path: Path, stages: tuple[int, ...]
 ) -> None:
     guarded = {stage: _guarded(tmp_path / f"guarded{stage}", shards, held_out, stage, every=1) for stage in stages}
-    plain = {stage: _config(tmp_path / f"plain{stage}", shards, "pgd", stage, ALL_STATES) for stage in stages}
+    plain = {stage: _config(tmp_path / f"plain{stage}", shards, "pgd", stage, EACH_BATCH) for stage in stages}
     server.run(2, _train_all, [(run, BATCHES) for run in (*guarded.values(), *plain.values())], timeout=300)
     for stage in stages:
-        states, others = _states(tmp_path / f"guarded{stage}"), _states(tmp_path / f"plain{stage}")
+        checkpoints, others = _checkpoints(tmp_path / f"guarded{stage}"), _checkpoints(tmp_path / f"plain{stage}")
         for step in range(1, BATCHES + 1):
-            mine, theirs = states[step][0], others[step][0]
+            mine, theirs = checkpoints[step][0], others[step][0]
             assert mine.keys() == theirs.keys()
             assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items()), (stage, step)
         figures = _figures(tmp_path / f"guarded{stage}")
@@ -92,14 +92,14 @@ def test_figures_and_training_at_every_stage(
         trained = figures | _figures(tmp_path / f"guarded{stage}", "guard/trained_robust_accuracy")
         for found, kind in ((figures, "ema/"), (trained, "master/")):
             for step, figure in found.items():
-                tensors = {n.removeprefix(kind): t for n, t in states[step][0].items() if n.startswith(kind)}
+                tensors = {n.removeprefix(kind): t for n, t in checkpoints[step][0].items() if n.startswith(kind)}
                 assert figure == _figure_of(guarded[stage], tensors, held_out), (stage, step, kind)
             assert len(set(found.values())) > 1, stage
         assert trained != figures
 
 
-def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
-    """Besides the newest, also by a run that was cut short."""
+def test_the_best_checkpoint_is_kept(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
+    """Besides the newest, also by an interrupted run."""
     few = [("run", "keep_checkpoints", 1), ("run", "checkpoint_every", 2)]
     whole, cut = (_guarded(tmp_path / name, shards, held_out, 1, 1, *few) for name in ("whole", "cut"))
     server.run(2, _train_all, [(whole, BATCHES), (cut, 5)])
@@ -111,14 +111,14 @@ def test_the_best_state_is_kept(server: RankServer, shards: str, held_out: str, 
     assert len(set(figures.values())) > 1
     assert best < BATCHES, "the newest is kept anyway"
     for name in ("whole", "cut"):
-        states = _states(tmp_path / name)
-        assert states.keys() == {best, BATCHES}
-        found = states[BATCHES][1]["best"]
+        checkpoints = _checkpoints(tmp_path / name)
+        assert checkpoints.keys() == {best, BATCHES}
+        found = checkpoints[BATCHES][1]["best"]
         assert (found["step"], found["robust_accuracy"]) == (best, figures[best])
     server.run(2, _finish, cut)
     adapter = load_file(tmp_path / "cut" / "adapter_best" / "adapter.safetensors")
     assert adapter
-    assert all(torch.equal(tensor, states[best][0][f"ema/{name}"]) for name, tensor in adapter.items())
+    assert all(torch.equal(tensor, checkpoints[best][0][f"ema/{name}"]) for name, tensor in adapter.items())
 
 
 def test_figures_under_another_attack_are_not_compared(
@@ -127,11 +127,11 @@ def test_figures_under_another_attack_are_not_compared(
     config = _guarded(tmp_path, shards, held_out, 1, every=4)
     server.run(2, _train_all, [(config, 5)])
     assert _figures(tmp_path).keys() == {4}
-    best = _states(tmp_path)[5][1]["best"]
+    best = _checkpoints(tmp_path)[5][1]["best"]
     assert best["of"][-2:] == [24, f"pgd{STEPS}"]
     config["guard"]["steps"] = 40  # none can be more often right under it
     server.run(2, _train_all, [(config, BATCHES)])
-    stronger = _states(tmp_path)[BATCHES][1]["best"]
+    stronger = _checkpoints(tmp_path)[BATCHES][1]["best"]
     assert _figures(tmp_path).keys() == {4, BATCHES}, "the last one too"
     assert stronger["robust_accuracy"] <= best["robust_accuracy"]
     assert (stronger["step"], stronger["of"][-1]) == (BATCHES, "pgd40")
@@ -165,23 +165,23 @@ def test_a_look_waits_for_an_update(shards: str, held_out: str, tmp_path: Path) 
     assert not guard.due(6, True)
     again = _guard(tmp_path, shards, held_out, every=2)
     again.resume(guard.best, guard.state_dict())
-    assert not again.due(7, False), "without a best look there is nothing to go on from"
+    assert not again.due(7, False), "without a best check there is nothing to resume from"
     guard.judge(0.5, 4)
     again.resume(guard.best, guard.state_dict())
     assert again.due(7, False)
 
 
 def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path) -> None:
-    """What trains has collapsed, the average of it not yet: noticed, and no good state."""
+    """What trains has collapsed, the average of it not yet: noticed, and no good checkpoint."""
     guard = _guard(tmp_path, shards, held_out, every=2, on_collapse="rollback")
-    looks = [guard.judge(*check) for check in ((0.75, 2, 0.9), (0.8, 4, 0.85), (0.82, 6, 0.2), (0.81, 8, 0.95))]
-    assert [check.collapsed for check in looks] == [False, False, True, False]
+    checks = [guard.judge(*check) for check in ((0.75, 2, 0.9), (0.8, 4, 0.85), (0.82, 6, 0.2), (0.81, 8, 0.95))]
+    assert [check.collapsed for check in checks] == [False, False, True, False]
     assert guard.best is not None
     assert (guard.best["step"], guard.good, guard.highest) == (6, 8, 0.95)
     assert guard.good_steps == [8], "where the average was best the parameters had fallen"
     assert "95.0 % at batch 8, best 95.0 %" in guard.describe_collapse()
     guard.resume({"step": 6, "robust_accuracy": 0.9, "of": guard.best["of"]}, {"highest": 0.9})
-    assert guard.good_steps == [], "an earlier state does not say how the parameters were"
+    assert guard.good_steps == [], "an earlier checkpoint does not say how the parameters were"
     guard._averages = False
     assert guard.good_steps == [6], "without an average they were as good"
 

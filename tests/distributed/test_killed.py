@@ -30,13 +30,13 @@ from fulllora_dist.training.trainer import Trainer
 from tests.ranks import RankError, RankServer
 
 TRAINING = ("attack", "backward", "before rename", "after rename")
-FIRST_STATE = 2
+FIRST_CHECKPOINT = 2
 FIRST_PIECE = 10  # steps of the attack on one batch, and the beginning
-WINDOW = 5  # batches of an attempt within which it is killed
+WINDOW = 5  # batches of a restart within which it is killed
 
 
 class Kill(NamedTuple):
-    """SIGKILL to `rank` when it comes to `phase` for the `nth` time in this attempt."""
+    """SIGKILL to `rank` when it comes to `phase` for the `nth` time in this restart."""
 
     rank: int
     phase: str
@@ -80,23 +80,23 @@ def _hook(rank: int, log: Path, kill: Kill | None, after: int = 0) -> None:
     around(Evaluator, "run", before="evaluation")
     advance = Trainer.advance
 
-    def counted(state: Trainer, batch: Batch) -> None:
+    def counted(trainer: Trainer, batch: Batch) -> None:
         nonlocal batches
-        advance(state, batch)
+        advance(trainer, batch)
         batches += 1
 
     Trainer.advance = counted  # type: ignore[method-assign]
 
 
-def _attempt(comm: Comm, config: str, log: Path, kill: Kill | None) -> int:
+def _restart(comm: Comm, config: str, log: Path, kill: Kill | None) -> int:
     """train.py itself."""
     _hook(comm.rank, log, kill)
     sys.argv = ["train.py", "--config", config]
     return train.main()
 
 
-def _attempt_short(comm: Comm, settings: dict, log: Path, kill: Kill) -> None:
-    _hook(comm.rank, log, kill, after=FIRST_STATE + 1)
+def _restart_short(comm: Comm, settings: dict, log: Path, kill: Kill) -> None:
+    _hook(comm.rank, log, kill, after=FIRST_CHECKPOINT + 1)
     _train(comm, settings, BATCHES)
 
 
@@ -144,7 +144,7 @@ def _draw(counts: Counter[tuple[int, str]], batches: int, each: int) -> list[Kil
 
 @pytest.mark.parametrize("each", [1, pytest.param(5, marks=pytest.mark.long)])
 def test_a_chain_of_kills(server: RankServer, shards: str, tmp_path: Path, each: int) -> None:
-    batches = 4 * each * WINDOW + 4  # so many that no attempt but the last comes to the end of training
+    batches = 4 * each * WINDOW + 4  # so many that no restart but the last comes to the end of training
     log = tmp_path / "log"
     files = {}
     for name in ("whole", "chain"):
@@ -154,15 +154,15 @@ def test_a_chain_of_kills(server: RankServer, shards: str, tmp_path: Path, each:
         config["evaluation"] = {"attacks": ["clean", "pgd20"], "batch_size": 1, "gradient_masking_samples": 0}
         files[name] = tmp_path / f"{name}.yaml"
         files[name].write_text(json.dumps(config))
-    assert server.run(2, _attempt, str(files["whole"]), log, None) == [0, 0]
+    assert server.run(2, _restart, str(files["whole"]), log, None) == [0, 0]
     counts = _phases(log)
     assert {phase for _, phase in counts} == {*TRAINING, "evaluation"}
     kills = _draw(counts, batches, each)
     log.unlink()
 
     for kill in kills:
-        _killed(server, _attempt, str(files["chain"]), log, kill)
-    assert server.run(2, _attempt, str(files["chain"]), log, None) == [0, 0]
+        _killed(server, _restart, str(files["chain"]), log, kill)
+    assert server.run(2, _restart, str(files["chain"]), log, None) == [0, 0]
 
     (expected, metadata), (tensors, others) = _final(tmp_path / "whole"), _final(tmp_path / "chain")
     assert metadata["facts"]["step"] == batches
@@ -176,11 +176,13 @@ CASES = [(method, stage) for i, method in enumerate(RECIPES) for stage in STAGES
 
 @pytest.mark.long
 def test_every_method_and_every_stage(server: RankServer, shards: str, tmp_path: Path) -> None:
-    """A kill each, in a phase that is drawn, when there is a state to go on from; each method at two of the stages."""
+    """A kill each, in a random phase, when there is a checkpoint to resume from; each method at two of the stages."""
     rng, log = random.Random(4), tmp_path / "log"
     outputs = {case: (tmp_path / f"{case}-whole", tmp_path / f"{case}-killed") for case in CASES}
     settings: dict[Any, Sequence[dict]] = {
-        case: [_config(output, shards, *case, [("run", "checkpoint_every", FIRST_STATE)]) for output in outputs[case]]
+        case: [
+            _config(output, shards, *case, [("run", "checkpoint_every", FIRST_CHECKPOINT)]) for output in outputs[case]
+        ]
         for case in CASES
     }
     server.run(2, _train_all, [(settings[case][0], BATCHES) for case in CASES], timeout=60 + 20 * len(CASES))
@@ -190,12 +192,14 @@ def test_every_method_and_every_stage(server: RankServer, shards: str, tmp_path:
         rank = 0 if "rename" in phase else rng.choice([0, 1])
         _killed(
             server,
-            _attempt_short,
+            _restart_short,
             settings[case][1],
             log,
             Kill(rank, phase, 1 if "rename" in phase else rng.randint(1, 2)),
         )
-        assert FIRST_STATE <= _newest(outputs[case][1]) < BATCHES, "it goes on from a state, and has batches left"
+        assert FIRST_CHECKPOINT <= _newest(outputs[case][1]) < BATCHES, (
+            "it resumes from a checkpoint, and has batches left"
+        )
         drawn[phase] += 1
     assert min(drawn[phase] for phase in TRAINING) >= 2
     server.run(2, _train_all, [(settings[case][1], BATCHES) for case in CASES], timeout=60 + 20 * len(CASES))

@@ -1,4 +1,4 @@
-"""A run that goes on from its state ends like one that was never cut short."""
+"""A run that resumes from its checkpoint ends like an uninterrupted one."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from fulllora_dist.training.trainer import Trainer
 from tests.ranks import RankServer
 
 BATCHES = 6
-CUT = 4  # batches until the run is cut short; its last state is that of the third
+CUT = 4  # batches until the run is interrupted; its last checkpoint is that of the third
 
 
 def _config(output: Path, shards: str, method: str, stage: int, settings: Sequence[tuple[str, str, Any]] = ()) -> dict:
@@ -78,14 +78,14 @@ def _start(comm: Comm, settings: dict) -> tuple[RunContext, Trainer]:
 
 def _train(comm: Comm, settings: dict, until: int) -> tuple[int, int]:
     """As train.py does, but falling over after batch `until`. The batches it began at and ended at."""
-    run, state = _start(comm, settings)
-    began = state.step
-    for batch in state.batches():
-        state.advance(batch)
-        if state.step == until:
+    run, trainer = _start(comm, settings)
+    began = trainer.step
+    for batch in trainer.batches():
+        trainer.advance(batch)
+        if trainer.step == until:
             break
     run.settle()
-    return began, state.step
+    return began, trainer.step
 
 
 def _train_all(comm: Comm, runs: Sequence[tuple[dict, int]]) -> list[tuple[int, int]]:
@@ -112,7 +112,7 @@ SHORT = [("free", 0), ("pgd", 1), ("free", 2), ("n_fgsm", 3), ("pgd_mixed", 1), 
 
 
 def _check_same_topology(server: RankServer, shards: str, folder: Path, cases: list, world: int) -> None:
-    """Uninterrupted, cut short, continued: the last two in ranks of their own."""
+    """Uninterrupted, interrupted, resumed: the last two in ranks of their own."""
     outputs = {case: (folder / f"{case}-whole", folder / f"{case}-cut") for case in cases}
     whole = [(_config(outputs[case][0], shards, *case), BATCHES) for case in cases]
     cut = [(_config(outputs[case][1], shards, *case), CUT) for case in cases]
@@ -148,7 +148,7 @@ MOVES = [
 ]
 
 
-def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path) -> None:
+def test_other_topologies_resume(server: RankServer, shards: str, tmp_path: Path) -> None:
     """Other stage, ranks and accumulation: the same losses and adapter but for rounding, Free's delta included."""
     before: dict[int, list] = {1: [], 2: []}
     after: dict[int, list] = {1: [], 2: []}
@@ -189,19 +189,19 @@ def test_other_topologies_go_on(server: RankServer, shards: str, tmp_path: Path)
 def _signalled(comm: Comm, settings: dict) -> tuple[int, bool, int | None]:
     """Rank 1 alone gets SIGTERM in the second batch."""
     with GracefulStop() as stop:
-        run, state = _start(comm, settings)
+        run, trainer = _start(comm, settings)
         run.stop = stop
-        for batch in state.batches():
-            if comm.rank == 1 and state.step == 1:
+        for batch in trainer.batches():
+            if comm.rank == 1 and trainer.step == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            state.advance(batch)
-            if comm.rank == 0 and state.stopped:  # the scheduler's signal to the others comes a little later
+            trainer.advance(batch)
+            if comm.rank == 0 and trainer.stopped:  # the scheduler's signal to the others comes a little later
                 os.kill(os.getpid(), signal.SIGTERM)
-        return state.step, state.stopped, stop.signal
+        return trainer.step, trainer.stopped, stop.signal
 
 
 def test_a_signal_to_one_rank_stops_all(server: RankServer, shards: str, tmp_path: Path) -> None:
-    """All ranks leave after the same batch, with the state saved and the signal to report."""
+    """All ranks leave after the same batch, with the checkpoint saved and the signal to report."""
     found = server.run(2, _signalled, _config(tmp_path / "run", shards, "standard", 0))
     assert found == [(2, True, signal.SIGTERM)] * 2
     assert read_checkpoint(list_checkpoints(str(tmp_path / "run" / "checkpoints"))[0])[1]["step"] == 2
@@ -213,7 +213,7 @@ def _refused(comm: Comm, settings: dict) -> str:
     return str(error.value)
 
 
-def test_what_cannot_go_on_is_refused(server: RankServer, shards: str, tmp_path: Path) -> None:
+def test_what_cannot_resume_is_refused(server: RankServer, shards: str, tmp_path: Path) -> None:
     output = tmp_path / "run"
     server.run(2, _train, _config(output, shards, "standard", 0), 3)
     shutil.copytree(output / "checkpoints", tmp_path / "kept")
@@ -224,7 +224,7 @@ def test_what_cannot_go_on_is_refused(server: RankServer, shards: str, tmp_path:
     ):
         lines = server.run(2, _refused, _config(output, shards, "standard", 0, settings))
         assert all(named in line and "\n" not in line for line in lines)
-    # a new output folder goes on from a given state
+    # a new output folder resumes from a given checkpoint
     elsewhere = _config(
         tmp_path / "new", shards, "standard", 0, [("run", "resume_from", str(tmp_path / "kept" / "00000003"))]
     )

@@ -97,20 +97,20 @@ def test_frees_perturbation_outlives_a_bad_image(server: RankServer, threat: dic
 
 def _run(comm: Comm, settings: dict, bad: list[int], until: int) -> tuple[int, str, list[str]]:
     """As train.py does, with rank 1's images NaN in some batches, until it falls over: its last step and words."""
-    run, state = _start(comm, settings)
+    run, trainer = _start(comm, settings)
     said: list[str] = []
     run.say = said.append  # type: ignore[method-assign]
     try:
-        for batch in state.batches():
-            if comm.rank == 1 and state.step in bad:
+        for batch in trainer.batches():
+            if comm.rank == 1 and trainer.step in bad:
                 batch = replace(batch, images=batch.pixels() * torch.nan)
-            state.advance(batch)
-            if state.step == until:
+            trainer.advance(batch)
+            if trainer.step == until:
                 run.settle()
                 break
     except SharedUserError as error:
-        return state.step, str(error), said
-    return state.step, "", said
+        return trainer.step, str(error), said
+    return trainer.step, "", said
 
 
 def test_skipped_updates_are_counted_over_restarts_and_bounded(server: RankServer, shards: str, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_skipped_updates_are_counted_over_restarts_and_bounded(server: RankServe
         (line,) = (text for text in said if "skipped" in text)
         assert "batch 1: loss or gradient is not finite" in line
     assert [int(Path(p).name) for p in list_checkpoints(str(tmp_path / "run" / "checkpoints"))] == [3, 1], (
-        "no state in doubt"
+        "no checkpoint in doubt"
     )
     logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped"] for line in logged] == [0, 1, 1]

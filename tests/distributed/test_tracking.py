@@ -73,19 +73,19 @@ def _train(comm: Comm, config: str, stops: Sequence[int], kill: int | None = Non
     advance, gate = Trainer.advance, Path(config).with_name("gate")
     longest = 0.0
 
-    def paced(state: Trainer, batch: Batch) -> None:
+    def paced(trainer: Trainer, batch: Batch) -> None:
         nonlocal longest
-        tracker = state._run.tracker
+        tracker = trainer._run.tracker
         if not hasattr(tracker, "timed"):
             tracker.timed = True  # type: ignore[attr-defined]
             for name in ("log", "commit", "system"):
                 setattr(tracker, name, timed(getattr(tracker, name)))
-        advance(state, batch)
-        if comm.rank == 0 and state.step == kill:
+        advance(trainer, batch)
+        if comm.rank == 0 and trainer.step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
-        if comm.rank == 0 and state.step in stops:
-            gate.with_suffix(f".{state.step}").touch()
-            while gate.with_suffix(f".{state.step}").exists():
+        if comm.rank == 0 and trainer.step in stops:
+            gate.with_suffix(f".{trainer.step}").touch()
+            while gate.with_suffix(f".{trainer.step}").exists():
                 time.sleep(0.02)
 
     def timed(call: Any) -> Any:
@@ -135,7 +135,7 @@ def _run(uri: str, output: Path) -> Any:
 
 
 def _begun(output: Path) -> bool:
-    """Whether MLflow has got points."""
+    """Whether MLflow has got metrics."""
     return json.loads((output / "tracking" / "sent.json").read_text())["sent"]["metrics"][0] > 0
 
 
@@ -150,7 +150,7 @@ def _await(happened: Callable[[], bool]) -> None:
 def test_a_server_that_is_killed(
     server: RankServer, shards: str, database: Path, tmp_path: Path, late: bool, record_property: Any
 ) -> None:
-    """1,500 points in, 1,500 out, and a look at all else that a run has to tell.
+    """1,500 metric values in, 1,500 out, and all else that a run logs.
 
     The server starts with the training, which is there first; or late in its midst, away again for 100 batches.
     """
@@ -222,8 +222,8 @@ def test_a_server_that_is_killed(
         kept = {file.path for file in client.list_artifacts(run_id)}
         assert kept >= {"adapter", "adapter_best", "config.yaml", "evaluation.json", "evaluation_classes.png"}
         images = {Path(file.path).name for file in client.list_artifacts(run_id, "figures")}
-        looks = {f"examples_{batch:08d}.png" for batch in (100, 200, 300)}
-        assert images == looks | {"examples.png", "curves.png", "adapter_norms.png"}
+        checks = {f"examples_{batch:08d}.png" for batch in (100, 200, 300)}
+        assert images == checks | {"examples.png", "curves.png", "adapter_norms.png"}
 
 
 @pytest.mark.long

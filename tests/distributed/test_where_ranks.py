@@ -63,7 +63,7 @@ def _measure(
     comm: Comm, experiment: Path, output: Path, more: list[str], log: Path | None = None, kill: int = 0
 ) -> str | None:
     """The tool on this rank: what it refuses. Pieces are written down; at the n-th one rank 1 ends."""
-    right, count = EvalAttack.right, 0
+    right, count = EvalAttack.correct, 0
 
     def logged(attack: EvalAttack, *args: object, **kwargs: Tensor) -> Tensor:
         nonlocal count
@@ -76,7 +76,7 @@ def _measure(
                 file.write(f"{comm.rank} {attack.name}\n")
         return result
 
-    EvalAttack.right = logged  # type: ignore[method-assign, assignment]
+    EvalAttack.correct = logged  # type: ignore[method-assign, assignment]
     adapter = ["--adapter", str(experiment / "fulllora")] if "--adapter" not in more else []
     arguments = ["--config", str(experiment / "config.yaml"), *adapter, "--output", str(output), *more]
     try:

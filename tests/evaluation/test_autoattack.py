@@ -136,4 +136,4 @@ def test_clean_mistakes_are_no_robustness(name: str) -> None:
     attack, metadata = EvalAttack.parse(name), {"threat": Linf(0.4), "seed": 0, "ids": ids}
     assert Valley()(x).argmax() != y
     assert Valley()(attack(Valley(), x, y, **metadata)).argmax() == y
-    assert not attack.right(Valley(), x, y, **metadata).any()
+    assert not attack.correct(Valley(), x, y, **metadata).any()

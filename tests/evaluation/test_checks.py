@@ -81,7 +81,7 @@ SICK: dict[str, tuple[type[Around] | None, type[Shifted] | None]] = {
 }
 
 
-def _look(model: nn.Module, images: Any, eps: float = EPS) -> dict[str, Any]:
+def _check(model: nn.Module, images: Any, eps: float = EPS) -> dict[str, Any]:
     return evaluate(model, images, attacks=("clean",), eps=eps, gradient_masking_samples=50)
 
 
@@ -98,14 +98,14 @@ def test_a_symptom_is_seen(
     broken, other = SICK[check]
     model: nn.Module = _broken(broken, healthy["standard"], training)
     eps = 3 * EPS if check == "square" else EPS  # 300 queries do little at a small one
-    found = _look(model, other(stream(images)) if other else stream(images), eps)
+    found = _check(model, other(stream(images)) if other else stream(images), eps)
     assert [line for line in found["warnings"] if line.startswith(f"{check}: ")], (found["checks"], found["warnings"])
-    assert found["attacks"]["clean"]["accuracy"] > 0.5 or check == "pixels", "it is right without an attack"
+    assert found["attacks"]["clean"]["accuracy"] > 0.5 or check == "pixels", "it is correct without an attack"
 
 
 @pytest.mark.parametrize("name", HEALTHY)
 def test_healthy_models_are_left_alone(name: str, healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
-    found = _look(healthy[name], stream(images))
+    found = _check(healthy[name], stream(images))
     assert found["warnings"] == []
     assert list(found["checks"]) == [check.name for check in CHECKS]
     assert found["checks"]["huge_eps"]["n"] >= 15, "right often enough for a symptom to show"

@@ -15,7 +15,7 @@ from fulllora_dist.plots.figures import Curve, per_class_bars, robustness_curve
 
 
 def _results(classes: list[str], more_eps: tuple[float, ...] = ()) -> dict[str, Any]:
-    """An evaluation of ten images a class: of class k, k mod 11 survive the attack and one more is right without."""
+    """An evaluation of ten images a class: of class k, k mod 11 survive the attack and one more is correct without."""
     labels = np.repeat(np.arange(len(classes)), 10)
 
     def scored(more: int) -> dict[str, Any]:

@@ -84,7 +84,7 @@ print(json.dumps(benchmark(fd.load(adapter), n_examples=n, eps=eps, batch_size=n
 
 
 LISTED = 48
-STRONG = 1.2 * EPS  # at which the model below is right on some of them
+STRONG = 1.2 * EPS  # at which the model below is correct on some of them
 
 
 def _imagenet(folder: Path, listed: list[str]) -> None:

@@ -110,9 +110,9 @@ def test_settings_that_contradict_the_saved_run_are_refused(site: Site, monkeypa
     monkeypatch.chdir(site.folder)
     settings = ["plugins=[]", "method=pgd", "run.output_dir=saved"]
     saved = load_config("config.yaml", [*settings, "optim.lr=0.5"]).model_dump(mode="json")
-    state = site.folder / "saved" / "checkpoints" / "10"
-    state.mkdir(parents=True)
-    (state / "checkpoint.json").write_text(json.dumps({"config": saved}))
+    checkpoint = site.folder / "saved" / "checkpoints" / "10"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"config": saved}))
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *settings])
     with pytest.raises(UserError, match=r"saved holds a run with optim.lr=0.5, got 0.001"):
         runpy.run_path(LAUNCH)["main"]()
@@ -123,7 +123,7 @@ def test_a_launch_that_fails_leaves_nothing(site: Site, monkeypatch: pytest.Monk
     monkeypatch.chdir(site.folder)
     monkeypatch.setenv("PATH", str(tmp_path))
     settings = [*CONFIG, "plugins=[]", "method=pgd", f"run.output_dir={tmp_path}/run"]
-    with pytest.raises(UserError, match="there is no srun here"):
+    with pytest.raises(UserError, match="srun not found; submit on a login node"):
         submit(load_config("config.yaml", settings[2:]), settings, Resources(), "slurm", [])
     assert not (tmp_path / "run").exists()
     config = load_config("config.yaml", settings[2:]).model_copy(update={"plugins": ("/nowhere/gone.py",)})

@@ -70,7 +70,7 @@ def one_start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 def test_a_job_without_progress_gives_up(tmp_path: Path, one_start: Callable[..., int]) -> None:
-    """A state each time, then none any more."""
+    """A checkpoint each time, then none any more."""
     folder = launched(tmp_path)
 
     def saved(step: int) -> int:

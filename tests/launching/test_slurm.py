@@ -1,4 +1,4 @@
-"""On a real SLURM, two nodes of one rank each: whatever ends an attempt, the run ends as the uninterrupted one, bit for
+"""On a real SLURM, two nodes of one rank each: whatever ends a job, the run ends as the uninterrupted one, bit for
 bit."""
 
 import json
@@ -55,7 +55,7 @@ def start(site: Site, run: str, *arguments: str, batches: int = 3, seconds: floa
 
 
 def finish(cluster: Cluster, site: Site, run: str, job: str, reference: str) -> list[str]:
-    """See the run through to its end; the last attempts' log in lines."""
+    """See the run through to its end; the log of its last restarts in lines."""
     site.order()
     until(lambda: fact(cluster, job, "JobState") in ("COMPLETED", "FAILED", "CANCELLED"), f"the end of {run}")
     logs = sorted((site.folder / run / "launches").glob("*/*_0_log.out"))
@@ -91,7 +91,7 @@ def test_two_nodes_train_and_an_evaluation_follows(cluster: Cluster, site: Site,
     assert said.count("COMPLETED") == 2
 
 
-def test_a_preempted_run_goes_on_where_it_was(cluster: Cluster, site: Site, reference: str) -> None:
+def test_a_preempted_run_resumes_where_it_was(cluster: Cluster, site: Site, reference: str) -> None:
     """Every process of the job gets SIGUSR2, the data's workers too; where a cluster does not send it, SIGTERM."""
     job = start(site, "preempted")
     stopped_at = []
@@ -112,7 +112,7 @@ def test_a_preempted_run_goes_on_where_it_was(cluster: Cluster, site: Site, refe
 
 
 def test_a_run_outlives_its_time_limit(cluster: Cluster, site: Site, reference: str) -> None:
-    # on a busy machine a start alone takes most of a minute, and three attempts without a batch end the job
+    # on a busy machine a start alone takes most of a minute, and three restarts without a batch end the job
     job = start(site, "limited", "--time", "2", "--signal-seconds", "20", batches=1, seconds=4)
     until(lambda: "stopped by SIGUSR2" in site.events("limited"), "the signal")
     finish(cluster, site, "limited", job, reference)
@@ -132,7 +132,7 @@ def test_cancel_saves_and_a_requeue_and_a_lost_node_resume(cluster: Cluster, sit
 
     job = start(site, "tossed", batches=stopped_at[0] + 3)
     cluster.run("scontrol", "requeue", job)
-    until(lambda: site.events("tossed", "002").count("started") == 2, "the attempt after scontrol requeue")
+    until(lambda: site.events("tossed", "002").count("started") == 2, "the restart after scontrol requeue")
     stopped_at.append(site.batches("tossed"))
     until(lambda: site.batches("tossed") >= stopped_at[1] + 2, "its training")
     node = cluster.nodes[1]

@@ -329,7 +329,7 @@ def test_a_mixed_image_is_right_by_its_larger_share() -> None:
 @pytest.mark.parametrize(
     ("case", "kept"), [("free", "delta_sign"), ("free, small steps", "delta"), ("free, eps warm-up", "delta")]
 )
-def test_free_goes_on_from_its_state_as_if_never_stopped(case: str, kept: str) -> None:
+def test_free_resumes_from_its_state_as_if_never_stopped(case: str, kept: str) -> None:
     """In fp32, as in a run, and exactly: with a step of eps one byte a pixel says all."""
     data = list(batches(5, size=4, dtype=torch.float32))
     model, method = start().float(), build(case)

@@ -97,17 +97,17 @@ def test_a_name_on_the_command_line(rank_server: RankServer) -> None:
     [
         (
             ["--write", "page.md", "convit_tiny"],
-            "--write: the page has all architectures at the default budget; leave out",
+            "--write: the page has all architectures at the default fraction; leave out",
         ),
         (["--write", "page.md", "--json"], "--write: the page has all architectures"),
-        (["--write", "page.md", "--budget", "0.1"], "--write: the page has all architectures"),
+        (["--write", "page.md", "--trainable-fraction", "0.1"], "--write: the page has all architectures"),
         (["--write", "missing/dir.md"], "--write: missing/dir.md cannot be written (No such file or directory); give"),
         (["--write", "page.md"], "--write: page.md has no line <!-- written by tools/backbones.py -->; add it"),
         (
-            ["--budget", "-1", "convit_tiny"],
-            "--budget: -1 is no share of the parameters; take a number above 0, up to 1",
+            ["--trainable-fraction", "-1", "convit_tiny"],
+            "--trainable-fraction must be > 0 and <= 1, got -1",
         ),
-        (["--budget", "nan", "convit_tiny"], "--budget: nan is no share"),
+        (["--trainable-fraction", "nan", "convit_tiny"], "--trainable-fraction must be > 0 and <= 1, got nan"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_writes_nothing(

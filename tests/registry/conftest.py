@@ -60,7 +60,7 @@ def adapter(tmp_path: Path) -> Callable[..., str]:
 
 
 def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **metadata: Any) -> dict[str, Any]:
-    """evaluation.json of images that are right (1) or not under pgd20."""
+    """evaluation.json of images that are correct (1) or not under pgd20."""
     labels = np.arange(len(robust)) % CLASSES
     classes = TRAINING["data"]["classes"]
     clean = np.ones_like(robust) if clean is None else clean
@@ -82,5 +82,5 @@ def evaluation(robust: np.ndarray, clean: np.ndarray | None = None, **metadata: 
 
 
 def right(n: int, of: int = 200) -> np.ndarray:
-    """The first n of so many images are right."""
+    """The first n of so many images are correct."""
     return (np.arange(of) < n).astype(int)

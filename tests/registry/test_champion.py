@@ -112,7 +112,7 @@ def test_processes_at_once(registry: Registry, versions: list[Version]) -> None:
 
 
 def test_threads_at_once(registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each goes on at the same moment from the point where it has judged."""
+    """Each continues at the same moment, once it has judged."""
     name = versions[0].name
     for _ in range(4):
         while len(registry.aliases(name)) > 1:
@@ -176,7 +176,7 @@ def _die_at(registry: Registry, monkeypatch: pytest.MonkeyPatch, n: int) -> None
 def test_killed_between_its_writes(
     registry: Registry, versions: list[Version], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Wherever it stops, the next promotion finds one champion and goes on; the claim left counts for a while."""
+    """Wherever it stops, the next promotion finds one champion and continues; the claim left counts for a while."""
     name = versions[0].name
     promote(registry, address(versions[0]), RULES)
     for writes in range(8):
@@ -227,7 +227,7 @@ def put(registry: Registry, name: str, champions: list[int]) -> None:
 
 
 def read(registry: Registry, name: str) -> list[int]:
-    with champion._turn(registry, name, "a look") as turn:
+    with champion._turn(registry, name, "a check") as turn:
         return turn.champions()
 
 

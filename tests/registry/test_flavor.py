@@ -119,7 +119,7 @@ def test_the_card_says_what_trained_which_batches() -> None:
     card = model_card(description).splitlines()
     assert "- batches 0 to 4: name standard; clean, 8 pixels" in card
     assert "- batches 4 to 9: name pgd; linf eps = 4/255" in card
-    assert "- collapsed at batch 7, went back to 4 and on with 0.25 of the learning rate" in card
+    assert "- collapsed at batch 7, rolled back to 4, continued with 0.25 of the learning rate" in card
 
 
 def test_the_card(tmp_path: Path) -> None:

@@ -336,11 +336,11 @@ def test_what_is_no_store(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_two_that_make_an_experiment_at_once(sqlite: str, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = Registry(sqlite, create=True).store, Registry(sqlite).store
-    look = one.get_experiment_by_name
+    get = one.get_experiment_by_name
 
     def late(name: str) -> Any:
         monkeypatch.undo()
-        found = look(name)
+        found = get(name)
         other.experiment_id(name)
         return found
 

@@ -157,7 +157,7 @@ def expected(model: fd.AdaptedModel, file: Path) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
-def test_predictions_go_on_where_they_were(photos: Path, tmp_path: Path, suffix: str) -> None:
+def test_predictions_resume_where_they_were(photos: Path, tmp_path: Path, suffix: str) -> None:
     model, output = stir(tiny()), tmp_path / f"out.{suffix}"
     (photos / "ant" / "00.png").write_bytes(b"\x89PNG broken")
     transform = EvalTransform(size=SIDE, crop_pct=1.0)

@@ -74,7 +74,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _log_all(tracker: Tracker, at: dict[int, Callable[[], object]]) -> float:
-    """1,500 points, a state every 25 lines; `at` is called after those lines. The longest call, in seconds."""
+    """1,500 metric values, a checkpoint every 25 lines; `at` is called after those. The longest call, in seconds."""
     longest = 0.0
     for step in range(1, LINES + 1):
         began = time.perf_counter()
@@ -114,7 +114,7 @@ def test_a_server_that_comes_late_and_is_killed(
             assert tracker.settle(60)
 
         longest = _log_all(tracker, {100: come, 150: server.kill, 225: server.start})
-        tracker.log({"train/loss": float("nan"), "train/skipped": 1.0}, LINES + 1)  # no state covers this batch
+        tracker.log({"train/loss": float("nan"), "train/skipped": 1.0}, LINES + 1)  # no checkpoint covers this batch
         began = time.perf_counter()
         with _watched():
             tracker.finish("FINISHED")

@@ -1,4 +1,4 @@
-"""What a killed attempt leaves in MLflow and in the output folder, and what the next one makes of it."""
+"""What a killed run leaves in MLflow and in the output folder, and what the next start makes of it."""
 
 import json
 import os
@@ -65,7 +65,7 @@ def _killed(work: Callable[[], object]) -> None:
 
 
 def _sent(config: Config, run_id: str | None = None, step: int = 0, then: Callable[[Tracker], object] = id) -> None:
-    """An attempt that has sent what it may, does `then` and is killed."""
+    """A start that has sent what it may, does `then` and is killed."""
 
     def work() -> None:
         tracker = Tracker(config.tracked_run(), active=True, run_id=run_id, step=step)
@@ -75,13 +75,13 @@ def _sent(config: Config, run_id: str | None = None, step: int = 0, then: Callab
     _killed(work)
 
 
-def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
-    """Before its first state the run is known by a file; later by the state; its status is that of the last attempt."""
+def test_a_killed_run_is_mended_by_the_next(config: Config) -> None:
+    """Before its first checkpoint the run is known by a file; later by that; its status is that of the last start."""
     _killed(lambda: Tracker(config.tracked_run(), active=True))  # MLflow may or may not have heard of it
     _sent(config)
     ((run_id, status),) = _runs(config).items()
     assert status == "RUNNING"
-    second = Tracker(config.tracked_run(), active=True)  # no state yet
+    second = Tracker(config.tracked_run(), active=True)  # no checkpoint yet
     assert second.run_id == run_id
     second.log({"train/loss": 1.0}, 1)
     second.commit(1)
@@ -98,7 +98,7 @@ def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
     assert tags["restart/5/hosts"] == "a, b"
     assert tags["restart/5/began_at_batch"] == "1"
 
-    # its states are lost, so that it begins anew: what was sent stays with the old one, which says how it ended
+    # its checkpoints are lost, so that it begins anew: what was sent stays with the old one, which says how it ended
     _sent(config, run_id, 1)
     anew = Tracker(config.tracked_run(), active=True)
     anew.settle()
@@ -107,19 +107,19 @@ def test_a_killed_attempt_is_mended_by_the_next(config: Config) -> None:
     anew.finish("FINISHED")
 
 
-def test_what_a_killed_attempt_has_not_sent_is_sent_by_the_next(config: Config) -> None:
-    """Points that a state covers, whether or not MLflow had heard of the run; those after it are made again."""
+def test_what_a_killed_run_has_not_sent_is_sent_by_the_next(config: Config) -> None:
+    """Metrics that a checkpoint covers, whether or not MLflow had heard of the run; those after it are made again."""
 
     def unsent(tracker: Tracker) -> None:
         for step in (1, 2, 3):
             tracker.log({"train/loss": float(step)}, step)
 
     _killed(lambda: unsent(Tracker(config.tracked_run(), active=True)))
-    second = Tracker(config.tracked_run(), active=True, step=2)  # its state, which does not know MLflow's id
+    second = Tracker(config.tracked_run(), active=True, step=2)  # its checkpoint, which does not know MLflow's id
     second.log({"train/loss": 30.0}, 3)
     second.finish("KILLED")
     assert len(_runs(config)) == 1
-    assert _points(config, second.run_id, "train/loss") == [(1, 1.0), (2, 2.0)], "no state covers the third"
+    assert _points(config, second.run_id, "train/loss") == [(1, 1.0), (2, 2.0)], "no checkpoint covers the third"
 
     # the answer to the request that made the run was lost, or the file
     os.unlink(Path(config.run.output_dir, "tracking", "sent.json"))
@@ -141,8 +141,8 @@ def test_the_run_is_found_whose_making_was_not_heard_of(config: Config) -> None:
 
 
 def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
-    """A final evaluation that is repeated, and steps after a state that was lost: the same values are the same
-    points, others are further ones."""
+    """A final evaluation that is repeated, and steps after a checkpoint that was lost: the same values are the same
+    metrics, others are further ones."""
     first = Tracker(config.tracked_run(), active=True)
     for step in (1, 2, 3):
         first.log({"train/loss": float(step), "train/accuracy": 0.5}, step)
@@ -151,7 +151,9 @@ def test_steps_that_are_made_again_are_not_doubled(config: Config) -> None:
     first.finish("FINISHED")
     written = Path(config.run.output_dir, "metrics.jsonl").read_bytes()
 
-    again = Tracker(config.tracked_run(), active=True, run_id=first.run_id, step=1)  # the state of batch 3 is damaged
+    again = Tracker(
+        config.tracked_run(), active=True, run_id=first.run_id, step=1
+    )  # the checkpoint of batch 3 is damaged
     assert len(list(again.lines())) == 1
     for step in (2, 3):
         again.log({"train/loss": float(step), "train/accuracy": 0.5}, step)
@@ -196,7 +198,7 @@ def test_a_run_that_goes_back(config: Config) -> None:
 
 
 def test_lines_that_are_under_way_when_training_goes_back(tmp_path: Path) -> None:
-    """Made again with the same values, they are the same points; and no later line is skipped."""
+    """Made again with the same values, they are the same metrics; and no later line is skipped."""
     outbox = Outbox(str(tmp_path))
     outbox.begin(None, 0)
     for step in (1, 2, 3, 4):
@@ -236,7 +238,7 @@ def test_one_process_at_a_time_makes_a_store(tmp_path: Path) -> None:
 
 
 def test_a_name_that_mlflow_refuses(config: Config, capsys: pytest.CaptureFixture) -> None:
-    """Its points stay in the file, said once; all others arrive, and so does what comes after them."""
+    """Its metrics stay in the file, said once; all others arrive, and so does what comes after them."""
     tracker = Tracker(config.tracked_run(), active=True)
     for step in (1, 2):
         tracker.log({"train/loss": 1.0, "train//x": 2.0, "train/accuracy": 0.5}, step)
@@ -257,7 +259,7 @@ def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Confi
     tracker = Tracker(config.tracked_run(), active=True)
     assert tracker.settle()
     client.delete_run(tracker.run_id)
-    tracker.log({"train/loss": float("nan"), "train/norm": float("-inf")}, 1)  # tags, no points
+    tracker.log({"train/loss": float("nan"), "train/norm": float("-inf")}, 1)  # tags, no metrics
     assert not tracker.settle(0.5)
     tracker.log({"train/loss": 1.0}, 2)
     tracker.commit(2)
@@ -272,7 +274,7 @@ def test_a_run_in_mlflows_bin_gets_everything_once_it_is_taken_out(config: Confi
 
 
 def test_a_run_that_fails_shows_its_last_points(config: Config) -> None:
-    """No state covers them, so that they may be made again: a file has them."""
+    """No checkpoint covers them, so that they may be made again: a file has them."""
     tracker = Tracker(config.tracked_run(), active=True)
     for step in (1, 2, 3):
         tracker.log({"train/loss": 10.0**step}, step)

@@ -30,7 +30,7 @@ def _blocks(model: Any) -> list[Any]:
 class AGATSettings(NFGSMSettings):
     name: Literal["agat_n_fgsm"] = "agat_n_fgsm"  # type: ignore[assignment]
     keep: float = Field(0.7, gt=0, le=1)
-    """Share of the patch tokens that go on at each of the blocks in `at`."""
+    """Share of the patch tokens that continue at each of the blocks in `at`."""
     at: tuple[int, ...] = (3, 6, 9)
     """Blocks (from 0) before which tokens are dropped."""
 

@@ -2,7 +2,7 @@
 
     make demo && python tools/experiments/collapse.py [--arms NAME,...] [--table-only]
 
-An arm that is done is kept, one that was cut short goes on where it was, and page and image are written after each.
+Finished arms are kept, an interrupted one resumes, and page and image are written after each.
 About half an hour on two CPU cores.
 """
 
@@ -113,7 +113,7 @@ and no page shows yet a guard that saves a pretrained ViT on photographs.
 accuracy under PGD-10 of 256 images held out of training. The others are of 400 validation images in fp32, with Wilson's
 95 % intervals, at {EPS}/255.
 
-| finetuned | by | went back | best held out % | last held out % | clean % | FGSM % | PGD-10 % |
+| finetuned | by | rolled back | best held out % | last held out % | clean % | FGSM % | PGD-10 % |
 |---|---|---|---|---|---|---|---|
 """
 
@@ -217,8 +217,8 @@ def _percent(points: list[list[float]]) -> tuple[list[float], list[float]]:
 
 
 def row(name: str, result: dict[str, Any]) -> str:
-    looks = itertools.chain(result["held_out"], *result["thrown_away"])
-    best = max(accuracy for _, accuracy in looks)
+    checks = itertools.chain(result["held_out"], *result["thrown_away"])
+    best = max(accuracy for _, accuracy in checks)
     scores = (
         f"{100 * s['accuracy']:.1f} ({100 * s['low']:.1f} to {100 * s['high']:.1f})" for s in result["attacks"].values()
     )

@@ -2,7 +2,7 @@
 
     python tools/experiments/results_imagenette.py [--data ../shared/data] [--rows NAME,...] [--table-only]
 
-A row that is done is kept, one that was cut short goes on where it was, and the table is written after each row.
+Finished rows are kept, an interrupted one resumes, and the table is written after each row.
 About 8 minutes a row on two CPU cores.
 """
 
@@ -97,7 +97,8 @@ All rows but "Free-4, fp32" and YOPO saw a full permutation of each epoch, befor
 *Work* is the floating-point operations of the whole training, attack and weight steps, counted on the real model and
 relative to the row of FullLoRA with PGD-2.
 
-Shards, once:
+Shards, once. The tars hold Imagenette v2 squashed to 224 pixels (github.com/thunderInfy/imagenette) in class folders;
+put your own paths in place of `../shared/data`, which is not part of the repository:
 
 ```bash
 python tools/make_shards.py ../shared/data/imagenette224-train.tar data/imagenette/train --limit 2000
@@ -117,7 +118,7 @@ FINDINGS = """## Cheaper passes
 Both ideas are in `tools/experiments/cheaper_passes.py`, outside of the package. Differences of PGD-10 accuracy are in
 points, paired over the 1,000 images, with the 95 % interval of [evaluation.md](evaluation.md); fp32 rows, one seed.
 
-- **Dropping tokens by attention** (AGAT, arXiv 2207.10498; 70 % of the patch tokens go on at blocks 3, 6 and 9, in
+- **Dropping tokens by attention** (AGAT, arXiv 2207.10498; 70 % of the patch tokens continue at blocks 3, 6 and 9, in
   every pass) saves a third of N-FGSM's work. Training N-FGSM for 5.1 instead of 8 epochs saves as much. AGAT minus
   that: {agat_fp32 - nfgsm_short_fp32}. At 96 pixels there are only 36 patches; at 224 and more the saving in attention
   is larger, which was not measured.

@@ -29,7 +29,7 @@ from fulllora_dist.evaluation.checks import CHECKS, Numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO, FULL, PAGE = Path("runs/demo"), Path("runs/symptoms/full"), Path("docs/symptoms.md")
-EPS, IMAGES = 12 / 255, 50  # the demo's; as many as a check looks at
+EPS, IMAGES = 12 / 255, 50  # the demo's; as many as a check takes
 HEALTHY = {
     "standard": DEMO / "backbone" / "adapter",
     "full adversarial finetuning": FULL / "adapter",
@@ -60,7 +60,7 @@ class Probabilities(Around):
 
 
 class Detached(Around):
-    """A step in the midst that passes no gradient: PGD stays where it starts, Square does not care."""
+    """A step in the middle that passes no gradient: PGD stays where it starts, Square does not care."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.model(x.detach()) + 0 * x.sum()

@@ -45,7 +45,7 @@ def index_shards(
         progress: a bar on stderr.
 
     Returns:
-        index, samples, shards, bytes, classes, empty_classes, index_hash, reused_shards; JSON fits.
+        index, samples, shards, bytes, classes, empty_classes, index_hash, reused_shards; JSON-able.
 
     Raises:
         UserError: see above; no index is written then. What was read is kept: the same command resumes.

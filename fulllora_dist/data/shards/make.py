@@ -76,7 +76,7 @@ def make_shards(
         progress: bars on stderr.
 
     Returns:
-        `classes`, `skipped_files` and `splits`: name, folder, samples, shards, bytes and index_hash of each; JSON fits.
+        `classes`, `skipped_files` and `splits`: name, folder, samples, shards, bytes and index_hash of each; JSON-able.
 
     Raises:
         UserError: a bad setting or source, an unreadable image, a destination with shards of something else.
