@@ -92,7 +92,7 @@ class Job:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         run.kill()
-        return run.stdout()
+        return run.stderr()
 
 
 @pytest.mark.long
@@ -105,7 +105,7 @@ def test_a_killed_run_on_s3_resumes_where_it_was(
     second = len(s3.log)
     last = job.start(ranks=1).wait()
     assert last.returncode == 0, last.stderr
-    assert "resuming at batch 120 of 200" in last.stdout
+    assert "resuming at batch 120 of 200" in last.stderr
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["n"] == 12
 
     # the same samples with the same pixels in the same slots as in a stream that nobody interrupted

@@ -81,6 +81,8 @@ def _train(comm: Comm, config: str, stops: Sequence[int], kill: int | None = Non
             for name in ("log", "commit", "system"):
                 setattr(tracker, name, timed(getattr(tracker, name)))
         advance(trainer, batch)
+        if comm.rank == 0 and kill:
+            trainer._run.settle()  # or a checkpoint that is due waits for a slow one, and comes a batch later
         if comm.rank == 0 and trainer.step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         if comm.rank == 0 and trainer.step in stops:

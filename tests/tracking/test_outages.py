@@ -150,7 +150,7 @@ def test_two_seconds_for_each_answer(tmp_path: Path, record_property: Callable, 
         record_property("longest call, ms", 1000 * longest)
         record_property("answers", slow.answers)
         _check_curves(tracker, server.uri)
-        assert "to send to http://127.0.0.1" in capsys.readouterr().err, "the end shows that it waits, and for what"
+        assert "entries to http://127.0.0.1" in capsys.readouterr().err, "the end shows that it waits, and for what"
 
 
 @pytest.mark.long
