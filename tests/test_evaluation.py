@@ -240,7 +240,7 @@ def test_unknown_attacks_are_refused(name: str) -> None:
 
 def test_classes_must_fit_the_model(shards: Path) -> None:
     other = tiny(num_classes=7)
-    with pytest.raises(UserError, match=r"4 classes, but the model has 7 .*model.num_classes=4"):
+    with pytest.raises(UserError, match=r"4 classes, the model 7 .*model.num_classes=4"):
         evaluate(other, shards, attacks=("clean",))
 
 

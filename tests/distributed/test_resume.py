@@ -81,6 +81,7 @@ def _train(comm: Comm, settings: dict, until: int) -> tuple[int, int]:
     run, trainer = _start(comm, settings)
     began = trainer.step
     for batch in trainer.batches():
+        run.settle()  # or a checkpoint that is due waits for a slow one, and comes a batch later
         trainer.advance(batch)
         if trainer.step == until:
             break
