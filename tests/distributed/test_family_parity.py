@@ -135,4 +135,6 @@ def _refused(comm: Comm) -> str:
 
 def test_a_family_without_checkpointing_is_refused_before_the_first_step(server: RankServer) -> None:
     message = server.run(1, _refused)[0]
-    assert message.startswith("distributed.activation_checkpointing: convit_tiny of the family ConViT does not support it")
+    assert message.startswith(
+        "distributed.activation_checkpointing: convit_tiny of the family ConViT does not support it"
+    )

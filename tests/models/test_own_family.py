@@ -133,7 +133,7 @@ def test_its_adapter_loads_where_its_module_is_imported(
     said = done.stdout.strip().splitlines()[-1]
     if plugin == "neither":
         assert said == (
-            f"adapter: {tmp_path} is of the family toy, which is not registered; import my_family, or name it or its "
+            f"adapter: {tmp_path} is of the family toy, which is not registered; import my_family, or list it or its "
             ".py file under plugins:"
         )
     else:
