@@ -128,7 +128,10 @@ def _serve(pipe: Connection) -> None:
     import fulllora_dist
 
     modules = [found.name for found in pkgutil.walk_packages(fulllora_dist.__path__, "fulllora_dist.")]
-    for name in (*PRELOADED, *modules):
+    for name in PRELOADED:
+        with contextlib.suppress(ModuleNotFoundError):  # older versions lack some
+            importlib.import_module(name)
+    for name in modules:
         importlib.import_module(name)
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     while True:
