@@ -35,7 +35,7 @@ CASES = [
     (name, stage)
     for k, stage in enumerate(STAGES)
     for i, name in enumerate(CONFIGS)
-    if i % 2 == k or name.endswith("n_fgsm")
+    if i % 2 == k or name.endswith("large_n_fgsm")
 ]
 # the shortest attack of each kind; Free's replays are its updates
 SHORTEST = {"pgd": ["method.steps=1"], "free": [f"method.replays={UPDATES}"]}
