@@ -172,9 +172,10 @@ def pgd(
 
     Raises:
         UserError: an argument that is none of these, e.g. images of 0..255 or normalised ones, eps=4, labels that the
-            model has no logits for, a model that returns something else; or a gradient that is not finite.
+            model has no logits for, a model that returns something else; or a gradient that is not finite. Where it is
+            zero at all images, there is a warning.
     """
-    if loss not in LOSSES:
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise UserError(f"loss: {loss!r} is unknown; known: {', '.join(LOSSES)}")
     if not isinstance(random_start, bool):
         raise UserError(f"random_start must be True or False, got {random_start!r}")
@@ -192,8 +193,9 @@ def pgd(
         if not x.numel():
             return x.detach().clone()
         classes = arguments.check_batch(x, target)
-        least = max(3 if loss == "dlr" else 2, classes)
-        victim = Victim(model, least, exactly=classes if target.ndim == 2 else None)
+        soft = target.ndim == 2
+        least = max(3 if loss == "dlr" else 2, 0 if soft else classes)
+        victim = Victim(model, least, exactly=classes if soft else None)
         x_adv = projected_gradient(
             victim,
             in_box(x.detach()),
@@ -209,8 +211,7 @@ def pgd(
             ids=arguments.checked_ids(ids, x),
             purpose=purpose,
         )
-        if broken := int((~x_adv.isfinite()).flatten(1).any(dim=1).sum()):
-            raise UserError(f"model: the gradient of the loss is not finite at {broken} of {len(x)} images")
+        victim.check_gradient(x_adv)
     return x_adv
 
 

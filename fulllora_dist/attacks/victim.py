@@ -1,5 +1,6 @@
 """The model that a public attack attacks: what it is must be clear before, and what it returns at the first pass."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class Victim(nn.Module):
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
         self.least, self.exactly = least, exactly
         self._tried = False
+        self._gradient: tuple[Tensor, Tensor] | None = None  # bool [B]: not finite, zero
         if any(tensor.is_inference() for tensor in (*self.model.parameters(), *self.model.buffers())):
             raise UserError(
                 "model: its tensors were made under torch.inference_mode, and gradients cannot pass them; create or "
@@ -55,6 +57,8 @@ class Victim(nn.Module):
 
     def _first(self, pixels: Tensor) -> Any:
         """The first pass, in which the model may turn out not to take such images."""
+        if pixels.requires_grad:
+            pixels.register_hook(self._look)
         try:
             output = self.model(pixels)
         except (RuntimeError, AssertionError) as error:
@@ -67,6 +71,32 @@ class Victim(nn.Module):
             raise UserError(f"model does not take x {list(pixels.shape)}: {reason}") from error
         self._tried = True
         return output
+
+    def _look(self, gradient: Tensor) -> None:
+        rows = gradient.flatten(1)
+        self._gradient = ~rows.isfinite().all(dim=1), (rows == 0).all(dim=1)
+
+    def check_gradient(self, x_adv: Tensor) -> None:
+        """Look at the gradient of the first pass, after the attack, so that it is waited for only once.
+
+        Args:
+            x_adv: what the attack has found.
+
+        Raises:
+            UserError: it was not finite, or it became so on the way: an attack moves nothing there, or to NaN.
+        """
+        broken, zero = ~x_adv.isfinite().flatten(1).all(dim=1), torch.zeros_like(x_adv[:, 0, 0, 0], dtype=torch.bool)
+        if self._gradient is not None:
+            broken, zero = broken | self._gradient[0], self._gradient[1]
+        count, n_zero = torch.stack([broken.sum(), zero.sum()]).tolist()
+        if count:
+            raise UserError(f"model: the gradient of the loss is not finite at {count} of {len(x_adv)} images")
+        if n_zero == len(x_adv):  # not refused: it is so at the first step of a new head that begins at zero
+            warnings.warn(
+                f"the gradient of the loss is zero at all {len(x_adv)} images, so that no step moves; look for detach, "
+                "round or a saturated softmax in the model",
+                stacklevel=3,
+            )
 
     def _mismatch(self, pixels: Tensor) -> str | None:
         """Why parameters and pixels do not meet; DataParallel brings pixels to its devices itself."""

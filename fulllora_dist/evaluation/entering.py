@@ -67,8 +67,10 @@ def measured_precision(model: nn.Module, images: EvalImages, device: torch.devic
     compute in less than it keeps."""
     short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float64": "fp64"}
     pixels = images.read(images.batches[0][:1]).to(device).pixels()
-    with torch.no_grad(), attack_mode(model), _Dtypes() as dtypes:
-        model(pixels)
+    with torch.no_grad(), attack_mode(model):
+        model(pixels)  # the first pass of an adapted model looks at the pixels, too
+        with _Dtypes() as dtypes:
+            model(pixels)
     seen = dtypes.seen | {p.dtype for p in model.parameters() if p.is_floating_point()}
     roughest = dtype_name(max(seen or {pixels.dtype}, key=lambda dtype: torch.finfo(dtype).eps))
     return short.get(roughest, roughest)
