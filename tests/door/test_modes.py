@@ -143,7 +143,7 @@ def test_a_model_made_under_inference_mode_is_refused(make: Callable[[], nn.Modu
 
 
 def test_a_compiled_model() -> None:
-    model = adapted()
+    model = linear()
     compiled = torch.compile(model, backend="aot_eager")
     assert (fd.pgd(compiled, images(8), Y, **KEY) - fd.pgd(model, images(8), Y, **KEY)).abs().max() <= 1e-7
 
