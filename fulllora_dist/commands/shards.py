@@ -86,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
 def make() -> None:
     """Make shards as the command line says."""
     args = make_parser().parse_args()
-    args.classes = None if args.classes is None else _classes(args.classes, listed=True)
+    args.classes = None if args.classes is None else _classes(args.classes, one=True)
     result = _run(make_shards, args)
     if result is None:
         return
@@ -116,11 +116,11 @@ def _run(function: Callable[..., dict[str, Any]], args: argparse.Namespace) -> d
     return None
 
 
-def _classes(text: str, *, listed: bool = False) -> int | list[str]:
-    """A number, a file of names, or, where they may be `listed`, names with commas between."""
+def _classes(text: str, *, one: bool = False) -> int | list[str]:
+    """A number, a file of names, names with commas between, or, where it may be so, `one` name."""
     if text.isdecimal():
         return int(text)
-    if listed and not os.path.isfile(text):
+    if not os.path.isfile(text) and ("," in text or one):
         return text.split(",")
     return read_classes(Path(text))
 
@@ -139,9 +139,9 @@ def index_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--classes",
-        metavar="N|FILE",
-        help="number of classes, or a file with their names in label order, one a line, which labels may be then too "
-        "(default: as many as occur)",
+        metavar="A,B,...|FILE|N",
+        help="the classes' names in label order, which labels may be then too, or a file with one a line; or how many "
+        "there are (default: as many as the labels say)",
     )
     parser.add_argument(
         "--image-field",

@@ -107,6 +107,18 @@ def _default_order(known: Collection[str]) -> tuple[tuple[str, ...], list[str]]:
             )
         return tuple(names), ["class names are numbers: labels are in numeric order"]
     names = sorted(known)
+    if all(re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", name) for name in names):
+        raise UserError(
+            f"class names are numbers, but not whole ones ({_some(names)}); --classes gives their order, as labels "
+            "they must be whole"
+        )
+    numbers = [name for name in names if _NUMBER.fullmatch(name)]
+    if numbers != sorted(numbers, key=int):
+        others = [name for name in names if name not in numbers]
+        raise UserError(
+            f"some class names are numbers ({_some(numbers)}), others are not ({_some(others)}), so neither numeric "
+            "nor text order is right; remove those, or give --classes"
+        )
     notes = []
     if same := next((names_ for names_ in _alike(names) if len(names_) > 1), None):
         notes.append(f"classes {' and '.join(map(repr, same))} differ only in case or accents' encoding")
