@@ -26,6 +26,8 @@ def single_step(
 ) -> Tensor:
     """Take a step of `step_size` along the steepest direction of the norm, from uniform noise around `x`.
 
+    Training calls it in each step, so that it trusts its arguments: `pgd` with steps=1 checks them.
+
     FGSM-RS (Wong et al., arXiv 2001.03994): noise = eps, step_size = 1.25 eps, projected to the ball.
     N-FGSM (de Jorge et al., arXiv 2202.01181): noise = 2 eps, step_size = eps, not projected: |delta| may reach 3 eps.
     FGSM (Goodfellow et al., arXiv 1412.6572): noise = 0, step_size = eps.

@@ -4,16 +4,19 @@ Attacks are independent of training: they take any `nn.Module` from pixels in [0
 gradient of the input, so that parameter gradients stay untouched and DeepSpeed does not communicate.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fulllora_dist.attacks import arguments
 from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import Threat, in_box, threat_model
+from fulllora_dist.attacks.victim import Victim
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -61,9 +64,19 @@ class HoldsWeights(Protocol):
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Disable autocast within the context: what a model computes in is said by the model, not by who calls it."""
+    with ExitStack() as stack:
+        for device_type in ("cpu", "cuda", "mps", "xpu"):
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+@contextmanager
 def attack_mode(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode and disable parameter gradients; on exit all modes and flags are restored. The weights must
-    not change within, see `HoldsWeights`."""
+    """Set evaluation mode and disable parameter gradients, autocast and inference mode; on exit all modes and flags are
+    restored. The weights must not change within, see `HoldsWeights`."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
@@ -71,7 +84,8 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
         parameter.requires_grad_(False)
     held = [module for module in model.modules() if isinstance(module, HoldsWeights) and module.hold()]
     try:
-        yield
+        with torch.inference_mode(False), without_autocast():
+            yield
     finally:
         for holder in held:
             holder.release()
@@ -133,11 +147,11 @@ def ascend(
 def pgd(
     model: nn.Module,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | Sequence[int],
     *,
-    eps: float,
+    eps: float | str,
     steps: int,
-    step_size: float,
+    step_size: float | str,
     norm: Norm = "linf",
     restarts: int = 1,
     loss: LossName = "ce",
@@ -149,13 +163,17 @@ def pgd(
 ) -> Tensor:
     """Compute adversarial examples in the ball around `x`.
 
+    The result is the same under `no_grad`, `inference_mode` and `autocast`, which are off inside: a model that is to
+    compute in bf16 says so in its own forward.
+
     Args:
-        model: pixels in [0, 1] -> logits. Attacked in evaluation mode; modes and `requires_grad` are restored.
-        x: [B, 3, H, W] in [0, 1], fp32 or fp64.
-        y: int64 [B], or with loss "ce" probabilities [B, classes], of which the largest is the label.
-        eps, step_size: in pixel units of [0, 1], e.g. 4 / 255; lengths in the norm of the ball.
+        model: pixels in [0, 1] -> logits [B, classes], or an object or dict with `logits`. Attacked in evaluation mode;
+            modes and `requires_grad` are restored. DistributedDataParallel is taken off.
+        x: [B, C, H, W] in [0, 1], fp32 or fp64, on the device of the model; rounding may take a pixel 1e-6 out.
+        y: integers [B], or with loss "ce" probabilities [B, classes], of which the largest is the label.
+        eps, step_size: in pixel units of [0, 1], e.g. 4 / 255 or "4/255"; lengths in the norm of the ball.
         norm: "linf" or "l2" (over all pixels and channels of an image).
-        steps: forward and backward passes a restart.
+        steps: forward and backward passes a restart; 0 returns the start.
         restarts: random starts; a sample keeps the first example that fools the model, else the last.
             More than one costs one more forward pass each.
         loss: "ce", "margin" for the loss of Carlini and Wagner, or "dlr" for the difference of logits ratio.
@@ -163,11 +181,70 @@ def pgd(
         seed, step, ids, purpose: key the start (`sample_rng`); ids defaults to 0..B-1.
 
     Returns:
-        [B, 3, H, W] of x's dtype, in [0, 1] and within eps of x, no part of a graph.
+        [B, C, H, W] of x's dtype, in [0, 1] and within eps of x, no part of a graph.
+
+    Raises:
+        UserError: an argument that is none of these, e.g. images of 0..255 or normalised ones, eps=4, labels that the
+            model has no logits for, a model that returns something else; or a gradient that is not finite. Where it is
+            zero at all images, there is a warning.
     """
-    threat = threat_model(norm, eps)
-    ids = torch.arange(len(x), device=x.device) if ids is None else ids
-    x = x.detach()
+    if not isinstance(loss, str) or loss not in LOSSES:
+        raise UserError(f"loss: {loss!r} is unknown; known: {', '.join(LOSSES)}")
+    if not isinstance(random_start, bool):
+        raise UserError(f"random_start must be True or False, got {random_start!r}")
+    radius, size = (
+        arguments.checked_size(name, value, norm) for name, value in (("eps", eps), ("step_size", step_size))
+    )
+    threat = threat_model(norm, radius)
+    steps, restarts = arguments.checked_count("steps", steps, 0), arguments.checked_count("restarts", restarts, 1)
+    if radius and steps and not size:
+        raise UserError("step_size must be > 0, got 0, with which no step moves")
+    arguments.check_images(x)
+    arguments.check_precision(x)
+    with torch.inference_mode(False):
+        target = arguments.checked_target(y, x, needs_labels=loss != "ce")
+        if not x.numel():
+            return x.detach().clone()
+        classes = arguments.check_batch(x, target)
+        soft = target.ndim == 2
+        least = max(3 if loss == "dlr" else 2, 0 if soft else classes)
+        victim = Victim(model, least, exactly=classes if soft else None)
+        x_adv = projected_gradient(
+            victim,
+            in_box(x.detach()),
+            target,
+            threat=threat,
+            steps=steps,
+            step_size=size,
+            restarts=restarts,
+            loss=loss,
+            random_start=random_start,
+            seed=seed,
+            step=step,
+            ids=arguments.checked_ids(ids, x),
+            purpose=purpose,
+        )
+        victim.check_gradient(x_adv)
+    return x_adv
+
+
+def projected_gradient(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: Threat,
+    steps: int,
+    step_size: float,
+    restarts: int,
+    loss: LossName,
+    seed: int,
+    ids: Tensor,
+    purpose: str,
+    random_start: bool = True,
+    step: int = 0,
+) -> Tensor:
+    """`pgd` with a threat model instead of eps and norm, and arguments that are known to be right."""
     kept: Tensor | None = None
     label = y if y.ndim == 1 else y.argmax(dim=1)
     fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)

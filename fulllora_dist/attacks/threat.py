@@ -100,7 +100,7 @@ def threat_model(norm: str, eps: float) -> Threat:
     Raises:
         UserError: an unknown norm, or an invalid radius.
     """
-    if norm not in THREATS:
+    if not isinstance(norm, str) or norm not in THREATS:
         raise UserError(f"norm: {norm!r} is unknown; known: {', '.join(THREATS)}")
     return THREATS[norm](eps)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.shards.classes import read_classes
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.shards.make import make_shards
 
@@ -33,7 +33,8 @@ INDEX = """Existing WebDataset shards -> one index, on disk or in a bucket.
 
 Each shard is read once, from its first to its last byte, and refused by name and offset unless it is a complete, plain
 tar of samples with one image (.jpg, .jpeg, .png, .webp) and one label (.cls, or a field of .json), every key once.
-What was read survives an interruption: re-run the same command for the other shards. The index comes last.
+Other members are passed over. What was read survives an interruption: re-run the same command for the other shards.
+The index comes last.
 """
 
 
@@ -44,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labels",
         metavar="FILE",
-        help="classes of images that lie in no class folders: ImageNet's development kit, or lines 'name class'",
+        help="classes of images that lie in no class folders: ImageNet's development kit, a csv, or lines 'name class'",
     )
     parser.add_argument("--split-name", default="train", help="shards are called NAME-000000.tar ... (default: train)")
     parser.add_argument(
@@ -56,9 +57,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument(
         "--classes",
-        type=lambda text: text.split(","),
-        metavar="A,B,...",
-        help="take only these class folders, labels in this order (default: all, sorted)",
+        metavar="A,B,...|FILE|N",
+        help="take only these classes, labels in this order: names, or a file with one a line; or how many, where they "
+        "are named by numbers (default: all, in numeric order if all are numbers, else in text order)",
     )
     parser.add_argument("--limit", type=int, help="take only so many images, balanced over the classes")
     parser.add_argument(
@@ -71,13 +72,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--holdout-dst", dest="holdout_destination", metavar="DST2", help="folder for the held-out shards"
     )
+    parser.add_argument(
+        "--max-bad-samples",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to so many images that cannot be decoded; more are an error that names them (default: 0)",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of a summary")
     return parser
 
 
 def make() -> None:
     """Make shards as the command line says."""
-    result = _run(make_shards, make_parser().parse_args())
+    args = make_parser().parse_args()
+    args.classes = None if args.classes is None else _classes(args.classes, one=True)
+    result = _run(make_shards, args)
     if result is None:
         return
     for split in result["splits"]:
@@ -87,6 +97,10 @@ def make() -> None:
         )
     if result["skipped_files"]:
         print(f"skipped {result['skipped_files']} files that are not images")
+    if result["unreadable"]:
+        print(f"left out {len(result['unreadable'])} unreadable images: {', '.join(result['unreadable'])}")
+    for note in result["notes"]:
+        print(note)
 
 
 def _run(function: Callable[..., dict[str, Any]], args: argparse.Namespace) -> dict[str, Any] | None:
@@ -102,13 +116,13 @@ def _run(function: Callable[..., dict[str, Any]], args: argparse.Namespace) -> d
     return None
 
 
-def _classes(text: str) -> int | list[str]:
+def _classes(text: str, *, one: bool = False) -> int | list[str]:
+    """A number, a file of names, names with commas between, or, where it may be so, `one` name."""
     if text.isdecimal():
         return int(text)
-    try:
-        return [line.strip() for line in Path(text).read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes must be a number or a file with one class name per line, got {text}") from error
+    if not os.path.isfile(text) and ("," in text or one):
+        return text.split(",")
+    return read_classes(Path(text))
 
 
 def index_parser() -> argparse.ArgumentParser:
@@ -125,8 +139,15 @@ def index_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--classes",
-        metavar="N|FILE",
-        help="number of classes, or a file with their names in label order, one a line (default: as many as occur)",
+        metavar="A,B,...|FILE|N",
+        help="the classes' names in label order, which labels may be then too, or a file with one a line; or how many "
+        "there are (default: as many as the labels say)",
+    )
+    parser.add_argument(
+        "--image-field",
+        metavar="EXT",
+        help="the member that is the image (png, input.jpg), where a sample has several or none is called jpg, jpeg, "
+        "png or webp",
     )
     parser.add_argument("--label-field", default="label", help="field of .json members (default: label)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
@@ -149,3 +170,5 @@ def index() -> None:
         print(f"{result['reused_shards']} shards had been read by an earlier call")
     if result["empty_classes"]:
         print(f"{result['empty_classes']} classes have no samples")
+    if result["skipped_members"]:
+        print(f"passed over {result['skipped_members']} members that belong to no sample")

@@ -1,9 +1,10 @@
 """Images from shards to batches.
 
 `shards/` turns images and tars into data that training can address: `make` writes WebDataset shards (`source` lists the
-images, `labels` knows the classes that no folder tells, `selection` chooses and holds out, `write` makes one shard);
-`indexing` reads existing shards. Both rest on `scan`, the strict pass over one shard, and `tar` below it; `pool` runs
-them in processes.
+images, `labels` knows the classes that no folder tells, `classes` orders them, `selection` chooses and holds out,
+`check` finds what cannot be decoded, `write` makes one shard); `indexing` reads existing shards. Both rest on `scan`,
+the strict pass over one shard (`members` makes samples of what `tar` reads, `fields` knows image and label); `pool`
+runs them in processes, `leftovers` knows the names that tools leave.
 
 `index` joins the scans: one row a sample, and a sample's id is its row. `index_file` is its layout on disk, mapped and
 shared by processes; `index_cache` fetches a remote one.

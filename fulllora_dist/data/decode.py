@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fulllora_dist.core.errors import UserError
 
@@ -42,6 +42,8 @@ def decode(data: bytes) -> Image.Image:
                 return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
             image.info.pop("transparency", None)  # PIL would warn that it is lost
             return image.convert("RGB")
+    except UnidentifiedImageError as error:  # its text is the address of our buffer
+        raise UserError(f"not a readable JPEG, PNG or WebP ({'its header is damaged' if data else 'empty'})") from error
     except Exception as error:  # PIL's plugins raise nearly anything on bad bytes
         raise UserError(f"not a readable JPEG, PNG or WebP ({error})") from error
 

@@ -66,7 +66,7 @@ class Index:
 
         Without `classes` the names are the label numbers.
         """
-        shards, parts = zip(*scans, strict=True)
+        shards, parts = zip(*((scan.shard, scan.columns) for scan in scans), strict=True)
         columns = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS if name != "key_end"}
         before = np.cumsum([0, *(len(part["keys"]) for part in parts)])
         columns["key_end"] = np.concatenate([part["key_end"] + n for part, n in zip(parts, before, strict=False)])

@@ -92,7 +92,9 @@ class WorkerDataset(IterableDataset):
         ids = work.ids.copy()
         bad: list[BadSample] = []
         for place in np.flatnonzero(ids >= 0).tolist():
-            ids[place], images[place] = self._usable(work, place, read, bad)
+            ids[place], image = self._usable(work, place, read, bad)
+            images = images.to(image.dtype)  # a transform of one's own may give floats
+            images[place] = image
         mask = ids >= 0
         labels = np.where(mask, self._index.labels[ids], 0)
         return Part(_batch(images, labels, ids, mask, work.slot), tuple(bad))

@@ -79,6 +79,7 @@ class Engine:
         model.set_activation_checkpointing(settings.activation_checkpointing != "off")  # fail here, not in a step
         self.model = model.to(comm.device)
         self.model.train()
+        self.model.pixels_checked = True  # a run's own decoder made them, and a step is not to wait for the device
         self.comm = comm
         self.updates = self.skipped = self.skipped_in_a_row = 0
         self.lr_scale = 1.0

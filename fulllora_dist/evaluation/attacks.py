@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.fgsm import single_step
-from fulllora_dist.attacks.pgd import LossName, attack_mode, default_step_size, pgd
+from fulllora_dist.attacks.pgd import LossName, attack_mode, default_step_size, projected_gradient
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.core.rng import base_key
@@ -112,12 +112,11 @@ class EvalAttack:
             return single_step(model, x, y, eps=eps, noise=0, step_size=eps, project=True, norm=norm, ids=ids), None
         if self.kind == "autoattack":
             return _autoattack(self, model, x, y, threat, seed, ids)
-        examples = pgd(
+        examples = projected_gradient(
             model,
             x,
             y,
-            eps=threat.eps,
-            norm=threat.norm,
+            threat=threat,
             steps=self.steps,
             step_size=default_step_size(threat.eps, self.steps),
             restarts=self.restarts,

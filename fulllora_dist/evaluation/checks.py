@@ -87,19 +87,6 @@ class Check:
     warn: Callable[[Numbers], str | None]
 
 
-def _pixels(batch: CheckBatch) -> Numbers:
-    return {"lowest": float(batch.x.min()), "highest": float(batch.x.max())}
-
-
-def _warn_pixels(n: Numbers) -> str | None:
-    if n["lowest"] >= 0 and n["highest"] <= 1:
-        return None
-    return (
-        f"pixels range from {n['lowest']:.3g} to {n['highest']:.3g}, outside [0, 1]: normalise inside the model, "
-        "or eps is not in the units that it claims"
-    )
-
-
 def _determinism(batch: CheckBatch) -> Numbers:
     first, second = batch.logits(batch.x), batch.logits(batch.x)
     spread = float((first - first.mean(dim=1, keepdim=True)).abs().mean())
@@ -222,7 +209,6 @@ def _warn_restarts(n: Numbers) -> str | None:
 
 
 CHECKS: tuple[Check, ...] = (
-    Check("pixels", _pixels, _warn_pixels),
     Check("determinism", _determinism, _warn_determinism),
     Check("probabilities", _probabilities, _warn_probabilities),
     Check("zero_gradients", _zero_gradients, _warn_zero_gradients),
@@ -246,7 +232,7 @@ def joined(batches: Sequence[Mapping[str, Numbers]]) -> dict[str, Numbers]:
     """What was measured on several batches, as of one: extremes and counts. Empty where nothing was measured."""
 
     def join(name: str, key: str) -> float:
-        return {"lowest": min, "highest": max, "change": max, "eps": max}.get(key, sum)([b[name][key] for b in batches])
+        return {"change": max, "eps": max}.get(key, sum)([b[name][key] for b in batches])
 
     return {name: {key: join(name, key) for key in numbers} for name, numbers in batches[0].items()} if batches else {}
 

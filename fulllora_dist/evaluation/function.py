@@ -8,12 +8,14 @@ from torch import nn
 
 from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import threat_model
+from fulllora_dist.attacks.victim import Victim
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.units import parse_size
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
+from fulllora_dist.evaluation.entering import CheckedImages, measured_precision, unwrapped
 from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.report import EvaluationReport
@@ -49,7 +51,8 @@ def evaluate(
     """Accuracy of `model` under each attack, in this process, on the device where the model lies.
 
     Args:
-        model: an adapted model, or any module from pixels in [0, 1] to logits.
+        model: an adapted model, or any module from pixels in [0, 1] to logits. The report's precision is measured at
+            one image; autocast around the call is off inside.
         data: folder of shards, cropped as the adapted model's backbone asks for; a module of one's own needs a stream.
         attacks: `clean`, `fgsm`, `pgdK`, `cwK`, `dlrK`, `pgdKxR`, `autoattack`: see `EvalAttack`.
         eps: radius in pixels of [0, 1]; None is 4/255 for "linf", for "l2" there is no default.
@@ -64,10 +67,11 @@ def evaluate(
         The content of evaluation.json, a plain dict: report["attacks"]["pgd20"]["accuracy"].
 
     Raises:
-        UserError: unknown attacks, no shards there, classes that do not fit the model.
+        UserError: unknown attacks, no shards there, classes that do not fit the model, pixels outside [0, 1].
     """
     if isinstance(attacks, str):
         raise UserError(f"attacks must be a list of names, e.g. [{attacks!r}], got {attacks!r}")
+    predict, model = Victim(model), unwrapped(model)
     info = model.info if isinstance(model, AdaptedModel) else None
     if isinstance(data, (str, Path)):
         if info is None:
@@ -87,7 +91,7 @@ def evaluate(
     parameter = next(model.parameters(), torch.empty(0))
     comm = Comm(0, 1, parameter.device, control=None)
     name = info.name if info else type(model).__name__
-    precision = model.precision if isinstance(model, AdaptedModel) else _precision(model)
+    images = CheckedImages(data)
     threat = threat_model(norm, radius)
     evaluator = Evaluator(
         attacks,
@@ -96,14 +100,7 @@ def evaluate(
         seed=seed,
         gradient_masking_samples=gradient_masking_samples,
         backbone=name,
-        precision=precision,
+        precision=measured_precision(predict, images, comm.device),
     )
-    return evaluator.run(model, data)
-
-
-def _precision(model: nn.Module) -> str:
-    """Of the roughest parameter; a module of one's own may compute in less than it keeps."""
-    short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()} or {torch.float32}
-    roughest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    return short.get(roughest, str(roughest).removeprefix("torch."))
+    with torch.inference_mode(False):
+        return evaluator.run(predict, images)

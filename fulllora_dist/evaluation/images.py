@@ -1,7 +1,7 @@
 """What an evaluation asks of its images."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
 
 
+@runtime_checkable
 class EvalImages(Protocol):
     """The evaluated images: `data.loader.EvalStream`, or anything alike.
 

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fulllora_dist.attacks.arguments import check_images, check_range, pixel_range
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import Family
 from fulllora_dist.models.placement import PlacementReport
 from fulllora_dist.models.settings import Finetune, Precision, Qkv
 
+FIRST_BATCH_TOLERANCE = 0.5
+"""How far pixels of a model's first batch may be outside [0, 1]: less than any normalisation takes them, and more than
+a resize or a little noise does."""
 WITH_BRANCHES = ("fulllora", "lora")
 
 
@@ -45,6 +49,9 @@ class AdapterSpec:
 class AdaptedModel(nn.Module):
     """pixels [B, 3, H, W] in [0, 1], fp32 -> logits [B, classes], fp32.
 
+    Images of integers, of another shape, and a first batch far outside [0, 1] raise a UserError. Later batches are not
+    looked at, as this would make each pass wait for the device.
+
     Attributes:
         backbone: the timm model, branches in place, under timm's own keys.
         family: the backbone's family.
@@ -52,10 +59,12 @@ class AdaptedModel(nn.Module):
         spec: how it is adapted.
         report: placement of the branches and number of trainable parameters.
         precision: precision of the blocks.
+        pixels_checked: whether the first batch has been looked at; set it where pixels outside [0, 1] are meant.
     """
 
     mean: Tensor
     std: Tensor
+    pixels_checked = False
 
     def __init__(
         self,
@@ -79,7 +88,24 @@ class AdaptedModel(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_timm_keys)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.backbone((pixels - self.mean) / self.std)
+        check_images(pixels, "pixels", channels=3)
+        if not self.pixels_checked:
+            self._check_first(pixels)
+        return self.backbone((pixels.to(self.mean.dtype) - self.mean) / self.std)
+
+    def _check_first(self, pixels: Tensor) -> None:
+        """Refuse normalised images and those of 0..255, by the first batch that has numbers."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or pixels.is_meta:
+            return
+        try:
+            low, high = pixel_range(pixels)
+        except RuntimeError:  # within vmap, or of a FakeTensor
+            return
+        try:
+            check_range(low, high, "pixels", FIRST_BATCH_TOLERANCE)
+        except UserError as error:
+            raise UserError(f"{error}; where they are meant, set model.pixels_checked = True") from None
+        self.pixels_checked = True
 
     def train(self, mode: bool = True) -> "AdaptedModel":
         """Set training mode, except for BatchNorm, which keeps the statistics of the backbone.

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.shards.scan import ANY_LABELS, IMAGE_EXTENSIONS, Labels, ShardScan, scan_file, scan_stream
+from fulllora_dist.data.shards.scan import ANY_FIELDS, IMAGE_EXTENSIONS, FieldNames, ShardScan, scan_file, scan_stream
 
 SAMPLES = [(f"d/k{i}", bytes([i]) * (300 + 212 * i)) for i in range(4)]  # one fills its blocks exactly
 MEMBERS = [(key + extension, data) for key, jpg in SAMPLES for extension, data in ((".cls", b"1"), (".jpg", jpg))]
@@ -48,16 +48,16 @@ class OnlyForward:
         return self._data.read(size)
 
 
-def scan(folder: Path, data: bytes, labels: Labels = ANY_LABELS) -> ShardScan:
+def scan(folder: Path, data: bytes, wanted: FieldNames = ANY_FIELDS) -> ShardScan:
     """From disk and as a stream of unknown length: the same, refusals included."""
     path = _written(folder, data)
     try:
-        result = scan_file(path, labels=labels)
+        result = scan_file(path, wanted=wanted)
     except UserError:
         with pytest.raises(UserError, match=r"shard-0\.tar"):
-            scan_stream(OnlyForward(data), "shard-0.tar", labels=labels)
+            scan_stream(OnlyForward(data), "shard-0.tar", wanted=wanted)
         raise
-    streamed = scan_stream(OnlyForward(data), "shard-0.tar", labels=labels)
+    streamed = scan_stream(OnlyForward(data), "shard-0.tar", wanted=wanted)
     assert streamed.shard == result.shard
     assert all(np.array_equal(streamed.columns[name], result.columns[name]) for name in result.columns)
     return result
@@ -112,17 +112,19 @@ def test_labels_from_json(tmp_path: Path) -> None:
     result = scan(tmp_path, tar_bytes(JSON))
     assert result.columns["label"].tolist() == [3, 0]
     assert [IMAGE_EXTENSIONS[ext] for ext in result.columns["ext"]] == ["webp"] * 2
-    assert scan(tmp_path, tar_bytes(JSON), Labels("fine")).columns["label"].tolist() == [12, 7]
-    both = [("k.json", b'{"label": "a dog"}'), ("k.cls", b"4"), ("k.jpg", b"")]
+    assert scan(tmp_path, tar_bytes(JSON), FieldNames("fine")).columns["label"].tolist() == [12, 7]
+    both = [("k.json", b'{"label": "a dog"}'), ("k.cls", b"4"), ("k.jpg", b"j")]
     assert scan(tmp_path, tar_bytes(both)).columns["label"].tolist() == [4]
 
 
 def test_foreign_members_and_folders_are_no_samples_of_their_own(tmp_path: Path) -> None:
     folder = tarfile.TarInfo("d")
     folder.type = tarfile.DIRTYPE
-    extra = tar_bytes([("d/k.cls", b"0"), ("d/k.jpg", b"j"), ("d/k.txt", b"a caption"), ("d/k.seg.png", b"a mask")])
+    extra = tar_bytes(
+        [("d/k.cls", b"0"), ("d/k.jpg", b"j"), ("d/k.txt", b"a caption"), ("d/k.seg.png", b"a mask"), ("LICENSE", b"x")]
+    )
     result = scan(tmp_path, folder.tobuf() + extra)
-    assert (result.keys(), result.columns["size"].tolist()) == (["d/k"], [1])
+    assert (result.keys(), result.columns["size"].tolist(), result.skipped) == (["d/k"], [1], 1)
 
 
 def test_a_scan_takes_constant_memory() -> None:
@@ -175,21 +177,22 @@ def test_a_stream_that_ends_early_or_late_is_refused() -> None:
         ),
         pytest.param(_without("d/k2.cls"), r"sample d/k2 at offset \d+ has no label", id="no class"),
         pytest.param(_without("d/k2.jpg"), r"sample d/k2 at offset \d+ must have one image .*, has 0", id="no image"),
-        pytest.param(tar_bytes([*MEMBERS, ("d/k3.png", b"")]), r"must have one image .*, has 2", id="two images"),
-        pytest.param(tar_bytes([("k.cls", b"-1"), ("k.jpg", b"")]), "'-1', which is not a class index", id="bad class"),
+        pytest.param(tar_bytes([*MEMBERS, ("d/k3.png", b"p")]), r"must have one image .*, has 2", id="two images"),
         pytest.param(
-            tar_bytes([("k.cls", "\u0661".encode()), ("k.jpg", b"")]), "which is not a class index", id="odd digit"
+            tar_bytes([("k.cls", b"-1"), ("k.jpg", b"j")]), "'-1', which is not a class index", id="bad class"
         ),
         pytest.param(
-            tar_bytes([("k.cls", b"cat"), ("k.jpg", b"")]), "'cat', which is not a class index", id="class name"
+            tar_bytes([("k.cls", "\u0661".encode()), ("k.jpg", b"j")]), "which is not a class index", id="odd digit"
+        ),
+        pytest.param(
+            tar_bytes([("k.cls", b"cat"), ("k.jpg", b"j")]), "'cat', which is not a class index", id="class name"
         ),
         pytest.param(tar_bytes([("k.cls", bytes(2 << 20))]), "a label may have at most", id="large class"),
-        pytest.param(tar_bytes([("k.json", b"{"), ("k.jpg", b"")]), r"its \.json cannot be read", id="bad json"),
-        pytest.param(tar_bytes([("k.json", b"[" * 99999), ("k.jpg", b"")]), "json cannot be read", id="deep json"),
-        pytest.param(tar_bytes([("k.json", b"[1]"), ("k.jpg", b"")]), "no field 'label'", id="no field"),
-        pytest.param(tar_bytes([("k.json", b'{"label": true}'), ("k.jpg", b"")]), "not a class index", id="a bool"),
-        pytest.param(tar_bytes([("k.json", b'{"label": 1.5}'), ("k.jpg", b"")]), "not a class index", id="a float"),
-        pytest.param(tar_bytes([("noextension", b"")]), "is not a plain file named KEY.EXTENSION", id="no extension"),
+        pytest.param(tar_bytes([("k.json", b"{"), ("k.jpg", b"j")]), r"its \.json cannot be read", id="bad json"),
+        pytest.param(tar_bytes([("k.json", b"[" * 99999), ("k.jpg", b"j")]), "json cannot be read", id="deep json"),
+        pytest.param(tar_bytes([("k.json", b"[1]"), ("k.jpg", b"j")]), "no field 'label'", id="no field"),
+        pytest.param(tar_bytes([("k.json", b'{"label": true}'), ("k.jpg", b"j")]), "not a class index", id="a bool"),
+        pytest.param(tar_bytes([("k.json", b'{"label": 1.5}'), ("k.jpg", b"j")]), "not a class index", id="a float"),
         pytest.param(_symlink(), "is not a plain file", id="link"),
     ],
 )
@@ -210,5 +213,5 @@ def _written(folder: Path, data: bytes) -> Path:
 
 def test_a_label_without_a_class_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"sample d/k0 at offset \d+ has label 1; there are 1 classes"):
-        scan(tmp_path, GOOD, Labels(classes=1))
-    assert scan(tmp_path, GOOD, Labels(classes=2)).shard.samples == 4
+        scan(tmp_path, GOOD, FieldNames(classes=1))
+    assert scan(tmp_path, GOOD, FieldNames(classes=2)).shard.samples == 4

@@ -10,21 +10,18 @@ import argparse
 import os
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fulllora_dist import evaluate, load
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.comm import local_launcher
-from fulllora_dist.evaluation import EvalImages, eval_transform
+from fulllora_dist.evaluation import eval_transform
 from fulllora_dist.evaluation.checks import CHECKS, Numbers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,25 +70,11 @@ class Noisy(Around):
         return self.model(x + 0.1 * torch.randn_like(x))
 
 
-class Shifted:
-    """Images that somebody has normalised before."""
-
-    def __init__(self, images: Any):
-        self._images = images
-        self.batches, self.index, self.digest = images.batches, images.index, "shifted"
-        self.settings = images.settings
-
-    def read(self, ids: np.ndarray) -> Batch:
-        batch = self._images.read(ids)
-        return replace(batch, images=(batch.pixels() - 0.5) / 0.25)
-
-
-BROKEN: dict[str, tuple[Callable[[nn.Module], nn.Module] | None, Callable[[EvalImages], EvalImages] | None]] = {
-    "logits times 10,000": (Saturated, None),
-    "a softmax at the end": (Probabilities, None),
-    "a step without a gradient": (Detached, None),
-    "noise in each pass": (Noisy, None),
-    "images normalised before": (None, Shifted),
+BROKEN: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "logits times 10,000": Saturated,
+    "a softmax at the end": Probabilities,
+    "a step without a gradient": Detached,
+    "noise in each pass": Noisy,
 }
 
 HEAD = """# Symptoms of masked gradients
@@ -107,7 +90,7 @@ again, broken in ways in which evaluations have gone wrong. A result with a warn
 """
 LEGEND = """
 - Clean and PGD-20: accuracy on all 400 images, as reported.
-- pixels: lowest and highest value. determinism: change of the logits between two passes, in % of their spread.
+- determinism: change of the logits between two passes, in % of their spread.
 - probabilities, zero_gradients, huge_eps: images whose outputs are probabilities, where the gradient is zero, that
   stay correct at eps = 0.5.
 - single_step, square: images that only FGSM, or only Square in 300 queries, fools : images that only PGD-20 fools.
@@ -141,17 +124,14 @@ def examine(adapter: Path, broken: str | None = None) -> dict[str, Any]:
     """A model of the demo, or what `BROKEN` makes of it."""
     model = load(str(adapter))
     transform = eval_transform(model.info, crop_pct=1.0, interpolation="bicubic")
-    images: EvalImages = EvalStream(DEMO / "shards" / "val", batch_size=50, transform=transform)
-    around, other = (None, None) if broken is None else BROKEN[broken]
-    predict, seen = around(model) if around else model, other(images) if other else images
-    return evaluate(predict, seen, attacks=("clean", "pgd20"), eps=EPS, gradient_masking_samples=IMAGES)
+    images = EvalStream(DEMO / "shards" / "val", batch_size=50, transform=transform)
+    predict = model if broken is None else BROKEN[broken](model)
+    return evaluate(predict, images, attacks=("clean", "pgd20"), eps=EPS, gradient_masking_samples=IMAGES)
 
 
 def cell(check: str, numbers: Numbers) -> str:
     """What a check has measured, in short."""
     match check:
-        case "pixels":
-            return f"{numbers['lowest']:.2f} to {numbers['highest']:.2f}"
         case "determinism":
             return f"{100 * numbers['change']:.1f}"
         case "single_step" | "square":

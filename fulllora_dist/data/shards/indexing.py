@@ -16,8 +16,10 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index, split_index
 from fulllora_dist.data.index_cache import cache_folder
 from fulllora_dist.data.index_file import map_columns, pack_columns
+from fulllora_dist.data.shards.classes import check_count, check_names
+from fulllora_dist.data.shards.fields import FieldNames
 from fulllora_dist.data.shards.pool import run_jobs
-from fulllora_dist.data.shards.scan import ANY_LABELS, Labels, Shard, ShardScan, scan_file, scan_stream
+from fulllora_dist.data.shards.scan import ANY_FIELDS, Shard, ShardScan, scan_file, scan_stream
 from fulllora_dist.storage import store, urls
 
 _ASKING = 16  # objects whose length is asked for at a time
@@ -29,6 +31,7 @@ def index_shards(
     *,
     classes: int | Sequence[str] | None = None,
     label_field: str = "label",
+    image_field: str | None = None,
     workers: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -39,40 +42,53 @@ def index_shards(
         output: folder or URL for index.safetensors, or its full name. Without it, the folder that all shards share.
             Shards below it are recorded by their names within it, so that all can move together; others by their full
             paths or URLs.
-        classes: how many, or their names in label order. Without it, as many as the labels say.
+        classes: how many, or their names in label order, which labels may be then instead of numbers. Without it, as
+            many as the labels say.
         label_field: of JSON labels.
+        image_field: the member of a sample that is the image, as webdataset names it (`png`, `input.jpg`), where there
+            are several or none is called just jpg, jpeg, png or webp.
         workers: processes; each reads whole shards.
         progress: a bar on stderr.
 
     Returns:
-        index, samples, shards, bytes, classes, empty_classes, index_hash, reused_shards; JSON-able.
+        index, samples, shards, bytes, classes, empty_classes, index_hash, reused_shards, skipped_members (of no sample:
+        what tools leave, README.md); JSON-able.
 
     Raises:
         UserError: see above; no index is written then. What was read is kept: the same command resumes.
     """
     if workers < 1:
         raise UserError(f"workers must be >= 1, got {workers}")
-    names = None if classes is None else [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
-    first: dict[str, int] = {}
-    for label, name in enumerate(names or ()):
-        if not name.strip() or first.setdefault(name, label) != label:
-            raise UserError(f"classes: number {label} is {name!r}; each label needs a name of its own")
+    names: list[str] | None = None
+    if isinstance(classes, int):
+        check_count(classes)
+        names = [str(i) for i in range(classes)]
+    elif classes is not None:
+        names = list(classes)
+        check_names(names)
+    given = None if isinstance(classes, int) or names is None else tuple(names)
+    wanted = FieldNames(label_field, image_field, None if names is None else len(names), given)
+    wanted.check()
     shard_urls = store.expand(shards)
     base, file_name = split_index(output if output is not None else _common_folder(shard_urls))
-    base = store.writable_folder(base)
-    labels = Labels(label_field, None if names is None else len(names))
+    store.refuse_read_only(base)
+    base = base if urls.is_remote(base) else urls.local_path(base)
     with ThreadPoolExecutor(_ASKING) as pool:
         versions = pool.map(version_of, shard_urls)
-        jobs = [ScanJob(url, _recorded_name(url, base), v, labels) for url, v in zip(shard_urls, versions, strict=True)]
+        jobs = [ScanJob(url, _recorded_name(url, base), v, wanted) for url, v in zip(shard_urls, versions, strict=True)]
     scans = {job.url: scan for job in jobs if (scan := recorded_scan(job)) is not None}
     reused = len(scans)
     missing = [job for job in jobs if job.url not in scans]
     total = sum(job.version.bytes for job in jobs)
-    with tqdm(total=total, desc="shards", unit="B", unit_scale=True, disable=not progress) as bar:
+    with tqdm(total=total, desc="shards", unit="B", unit_scale=True, delay=1, disable=not progress) as bar:
         bar.update(total - sum(job.version.bytes for job in missing))
         new = run_jobs(scan_and_record, missing, workers, lambda job: bar.update(job.version.bytes))
     scans |= {job.url: scan for job, scan in zip(missing, new, strict=True)}
+    skipped = sum(scan.skipped for scan in scans.values())
+    if skipped and not any(scan.shard.samples for scan in scans.values()):
+        raise UserError(f"{urls.redacted(shard_urls[0])}: no samples, only {skipped} other members")
     index = Index.from_scans(base, [scans[job.url] for job in jobs], names)
+    store.writable_folder(base)
     index.save(file_name)
     for job in jobs:
         forget_scan(job)
@@ -82,6 +98,7 @@ def index_shards(
         "classes": len(index.classes),
         "empty_classes": len(index.classes) - len(np.unique(index.labels)),
         "reused_shards": reused,
+        "skipped_members": skipped,
     }
 
 
@@ -133,12 +150,12 @@ def version_of(url: str) -> Version:
 
 @dataclass(frozen=True)
 class ScanJob:
-    """A shard to read: where it is, what the index will call it, its version, which labels it may have."""
+    """A shard to read: where it is, what the index will call it, its version, which members are image and label."""
 
     url: str
     name: str
     version: Version
-    labels: Labels = ANY_LABELS
+    wanted: FieldNames = ANY_FIELDS
 
 
 def scan_and_record(job: ScanJob) -> ShardScan:
@@ -150,13 +167,13 @@ def scan_and_record(job: ScanJob) -> ShardScan:
     if urls.is_remote(job.url):
         with store.ObjectStream(job.url, job.version.bytes) as stream:
             scan = scan_stream(
-                stream, urls.redacted(job.url), length=job.version.bytes, etag=job.version.etag, labels=job.labels
+                stream, urls.redacted(job.url), length=job.version.bytes, etag=job.version.etag, wanted=job.wanted
             )
     else:
-        scan = scan_file(Path(urls.local_path(job.url)), job.url, job.labels)
+        scan = scan_file(Path(urls.local_path(job.url)), job.url, job.wanted)
     if version_of(job.url) != job.version:
         raise UserError(f"{urls.redacted(job.url)}: changed while it was read")
-    scan = ShardScan(replace(scan.shard, url=job.name), scan.columns)
+    scan = scan._replace(shard=replace(scan.shard, url=job.name))
     record_scan(job, scan)
     return scan
 
@@ -170,7 +187,7 @@ def recorded_scan(job: ScanJob) -> ShardScan | None:
         meta, columns, _ = map_columns(path)
     except UserError:
         return None
-    return ShardScan(replace(Shard(**meta["shard"]), url=job.name), columns)
+    return ShardScan(replace(Shard(**meta["shard"]), url=job.name), columns, meta["skipped"])
 
 
 def record_scan(job: ScanJob, scan: ShardScan) -> None:
@@ -179,7 +196,7 @@ def record_scan(job: ScanJob, scan: ShardScan) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write(pack_columns({"shard": asdict(scan.shard)}, scan.columns))
+            file.write(pack_columns({"shard": asdict(scan.shard), "skipped": scan.skipped}, scan.columns))
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME") from error
 
@@ -191,5 +208,5 @@ def forget_scan(job: ScanJob) -> None:
 
 def _record(job: ScanJob) -> Path:
     address = job.url if urls.is_remote(job.url) else os.path.abspath(urls.local_path(job.url))
-    name = hashlib.sha256(repr((address, job.version, job.labels)).encode()).hexdigest()
+    name = hashlib.sha256(repr((address, job.version, job.wanted)).encode()).hexdigest()
     return cache_folder() / "scans" / f"{name}.safetensors"

@@ -11,25 +11,18 @@ from fulllora_dist.data.plan import stratified_order
 from fulllora_dist.data.shards.source import SourceImage
 
 
-def choose(
-    images: list[SourceImage], classes: Sequence[str] | None, limit: int | None
-) -> tuple[list[SourceImage], tuple[str, ...]]:
-    """The images to take, shuffled so that every shard mixes classes, and the class names in label order."""
-    present = {image.class_name for image in images}
-    names = tuple(sorted(present) if classes is None else classes)
-    if len(set(names)) < len(names):
-        raise UserError(f"classes {','.join(names)}: a class is named twice")
-    if missing := [name for name in names if name not in present]:
-        raise UserError(f"classes: the source has no images of {', '.join(missing)}")
+def choose(images: list[SourceImage], names: Sequence[str], limit: int | None) -> list[SourceImage]:
+    """The images of these classes, shuffled so that every shard mixes classes."""
     position = {name: label for label, name in enumerate(names)}
     taken = [image for image in images if image.class_name in position]
     if limit is not None:
-        if not len(names) <= limit <= len(taken):
-            raise UserError(f"limit must be between {len(names)} (one a class) and {len(taken)}, got {limit}")
         labels = np.array([position[image.class_name] for image in taken])
+        present = len(np.unique(labels))
+        if not present <= limit <= len(taken):
+            raise UserError(f"limit must be between {present} (one a class) and {len(taken)}, got {limit}")
         taken = [taken[i] for i in np.sort(stratified_order(labels)[:limit])]
     shuffled = np.argsort(numpy_rng(0, "make_shards", 0).bit_generator.random_raw(len(taken)), kind="stable")
-    return [taken[i] for i in shuffled], names
+    return [taken[i] for i in shuffled]
 
 
 def hold_out(images: list[SourceImage], amount: float) -> tuple[list[SourceImage], list[SourceImage]]:

@@ -106,7 +106,9 @@ def walk_tar(stream: Readable, name: str, length: int | None = None) -> Iterator
     except Exception as error:  # on hostile headers tarfile raises nearly anything, RecursionError included
         for magic, kind in _COMPRESSED.items():
             if offset == 0 and forward.last.startswith(magic):
-                raise UserError(f"{name}: compressed with {kind}; samples are addressed in a plain tar") from error
+                raise UserError(
+                    f"{name}: compressed with {kind}; samples are addressed in a plain tar: decompress it"
+                ) from error
         raise UserError(f"{name}: truncated or damaged at offset {offset} ({error})") from error
     _check_end(forward, tar.offset, name)
 

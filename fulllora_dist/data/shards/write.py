@@ -44,7 +44,7 @@ def make_shard(job: ShardJob) -> tuple[ScanJob, ShardScan]:
     scan = None if store.exists(job.url) else _write(job, expected)
     scan_job = ScanJob(job.url, job.name, version_of(job.url))
     if scan is not None:
-        scan = ShardScan(replace(scan.shard, etag=scan_job.version.etag), scan.columns)
+        scan = scan._replace(shard=replace(scan.shard, etag=scan_job.version.etag))
         record_scan(scan_job, scan)
     else:
         scan = recorded_scan(scan_job) or scan_and_record(scan_job)
@@ -94,17 +94,13 @@ def _write_samples(job: ShardJob, file: BinaryIO) -> list[int]:
 
 
 def _encoded(image: SourceImage, image_size: int | None) -> tuple[str, bytes]:
-    """(extension, bytes), by content: ImageNet has a PNG named .JPEG. Decoded even where bytes are kept."""
+    """(extension, bytes), by content: ImageNet has a PNG named .JPEG."""
     data = image.read()
-    try:
-        decoded = decode(data)
-    except UserError as error:
-        raise UserError(f"{image.name}: {error}") from error
     kind = image_format(data)
     if image_size is None:
         return _EXTENSIONS[kind], data
     kind = "PNG" if kind == "PNG" else "JPEG"
-    small = centre_crop(decoded, image_size, crop_pct=1.0, crop_mode="center", interpolation="bicubic")
+    small = centre_crop(decode(data), image_size, crop_pct=1.0, crop_mode="center", interpolation="bicubic")
     buffer = io.BytesIO()
     small.save(buffer, kind, quality=_JPEG_QUALITY)
     return _EXTENSIONS[kind], buffer.getvalue()
