@@ -21,7 +21,7 @@ class RunSettings(Settings):
     max_nonfinite_steps: int = Field(10, ge=0)
     """Consecutive updates with a non-finite loss or gradient that are skipped before the run is ended."""
     resume_from: Location | None = None
-    """Checkpoint (folder or URL) to start from when output_dir holds none."""
+    """Checkpoint (folder or URL) of a run with the same settings, epochs too, to resume when output_dir holds none."""
     log_every: int = Field(10, ge=1)
     """Log metrics every so many batches."""
 
