@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -101,6 +102,7 @@ class Config(Settings):
                 f"{self.optim.batch_size} and {self.distributed.gradient_accumulation_steps}"
             )
         self._check_phases()
+        self._check_store()
         if self.guard.on_collapse != "warn" and self.data.held_out is None:
             raise ValueError(
                 f"guard.on_collapse: {self.guard.on_collapse} needs data.held_out, images to detect a collapse on; "
@@ -137,6 +139,16 @@ class Config(Settings):
                 f"guard.rollback_eps: must be smaller than the largest training eps {max(trained):g}, got "
                 f"{rollback_eps:g}"
             )
+
+    def _check_store(self) -> None:
+        """SQLAlchemy reads what follows a `?`, and from 2.1 on `%20`, as another file than is written."""
+        uri = self.tracking_uri()
+        if self.tracking.enabled and uri.startswith("sqlite:///") and re.search(r"\?|%[0-9a-fA-F]{2}", uri):
+            remedy = "set tracking.uri, tracking=none or another folder"
+            place = (
+                f"run.output_dir: the MLflow store beside it, {uri}," if self.tracking.uri is None else "tracking.uri:"
+            )
+            raise ValueError(f"{place} must not have ? or %XX in its path; {remedy}")
 
     def tracking_uri(self) -> str:
         """The MLflow tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else sqlite next to the output folder."""

@@ -16,7 +16,7 @@ from fulllora_dist.checkpoints.format import DESCRIPTION, list_checkpoints
 from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.launching.executors import batch_script, build_executor, detached
+from fulllora_dist.launching.executors import batch_script, build_executor, detached, own_environment
 from fulllora_dist.launching.folder import CONFIG, launches_of, launching, make_folder, write_record
 from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.resources import ExecutorName, Resources
@@ -66,7 +66,7 @@ def _check_newest_checkpoint(config: Config) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     if saved is not None:
-        check_same_run(config, saved, config.run.output_dir)
+        check_same_run(config, saved)
 
 
 def submit(
@@ -111,7 +111,9 @@ def submit(
             for entry, arguments in entries:
                 after = jobs[-1].job_id if jobs else None
                 runner = build_executor(config, resources, executor, folder, entry, after)
-                with redirect_stderr(io.StringIO()), detached() if executor == "local" else nullcontext():
+                in_background = detached() if executor == "local" else nullcontext()
+                ours = nullcontext() if executor == "debug" else own_environment(resources)
+                with redirect_stderr(io.StringIO()), in_background, ours:
                     jobs.append(runner.submit(Worker(entry, arguments)))
                 tasks = resources.nodes * resources.gpus_per_node
                 record["jobs"].append({"id": jobs[-1].job_id, "entry": entry, "tasks": tasks})

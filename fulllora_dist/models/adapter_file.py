@@ -228,7 +228,7 @@ def build(
             head=spec.head,
         )
     except ValidationError as error:  # a file of another version, or made by hand
-        raise UserError(f"adapter: {explain(error, lambda _: ())}") from None
+        raise UserError(f"adapter: {explain(error)}") from None
     return build_adapted(model, adapter, spec.finetune, seed=spec.seed)
 
 

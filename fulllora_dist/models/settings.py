@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from fulllora_dist.core.settings import Positive, Settings
+from fulllora_dist.core.settings import Location, Positive, Settings
 
 Finetune = Literal["fulllora", "lora", "full", "head", "layernorm"]
 
@@ -28,7 +28,7 @@ COMPONENTS: tuple[Component, ...] = get_args(Component)
 class ModelSettings(Settings):
     backbone: str
     """timm's full arch.tag, e.g. vit_base_patch16_224.augreg2_in21k_ft_in1k."""
-    checkpoint_path: str | None = None
+    checkpoint_path: Location | None = None
     """Weights under timm's keys (.safetensors or .pth), a path or fsspec URL; null downloads them from timm's hub."""
     pretrained: bool = True
     """false starts from random weights."""
@@ -64,5 +64,5 @@ class AdapterSettings(Settings):
     """eps of the LayerNorm over flattened patches, in squared units of normalised pixels."""
     head: Head = "auto"
     """frozen, trained or adapted (a branch); auto freezes the checkpoint's own head and trains a new one."""
-    init_from: str | None = None
+    init_from: Location | None = None
     """Adapter folder to initialise from; must have the same backbone and shapes."""

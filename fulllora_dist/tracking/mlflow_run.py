@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from fulllora_dist.storage import urls
@@ -227,7 +228,7 @@ def artifact_location(uri: str) -> str | None:
     """Beside a sqlite file, where MLflow would take the working directory; None for a server, which has its own."""
     if not uri.startswith("sqlite:///"):
         return None
-    return "file://" + os.path.join(os.path.dirname(os.path.abspath(uri.removeprefix("sqlite:///"))), "mlruns")
+    return Path(os.path.abspath(uri.removeprefix("sqlite:///"))).with_name("mlruns").as_uri()
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ class RunContext:
     def _find_checkpoint(self) -> Checkpoint | None:
         checkpoint = self.checkpoints.find()
         if checkpoint is not None:
-            check_same_run(self.config, checkpoint[1]["config"], self.config.run.output_dir)
+            check_same_run(self.config, checkpoint[1]["config"], its_own=self.checkpoints.newest is not None)
         return checkpoint
 
     def _open_output(self, resolved: str) -> None:

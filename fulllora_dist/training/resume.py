@@ -33,8 +33,11 @@ _MAY_CHANGE = {
 }
 
 
-def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
+def check_same_run(config: Config, saved: dict[str, Any], its_own: bool = True) -> None:
     """Check that a checkpoint with the config `saved` belongs to the same run as `config`.
+
+    Args:
+        its_own: whether it was found in the run's own folders, else it is that of `run.resume_from`.
 
     Raises:
         UserError: a setting that must not change on resume differs.
@@ -49,18 +52,22 @@ def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
             if isinstance(new, dict) and isinstance(old, dict):
                 compare(new, old, name + ".")
             elif new != old:
-                raise UserError(
-                    f"run.output_dir: {output} holds a run with {name}={old}, got {new}; "
-                    "use the same setting to resume, or another output folder"
-                )
+                raise UserError(_differs(config, its_own, name, old, new))
 
     now = config.model_dump(mode="json")
     compare(now, saved, "")
     if now["run"]["seed"] != saved["run"]["seed"]:
-        raise UserError(
-            f"run.output_dir: {output} holds a run with run.seed={saved['run']['seed']}, got {now['run']['seed']}; "
-            "use the same setting to resume, or another output folder"
-        )
+        raise UserError(_differs(config, its_own, "run.seed", saved["run"]["seed"], now["run"]["seed"]))
+
+
+def _differs(config: Config, its_own: bool, name: str, old: object, new: object) -> str:
+    if its_own:
+        place, other = f"run.output_dir: {config.run.output_dir} holds", "another output folder"
+    else:
+        place, other = f"run.resume_from: {config.run.resume_from} is of", "remove run.resume_from"
+    if name == "optim.epochs":  # learning rate, phases and warm-ups are fractions of the whole run
+        other += " and, to train its adapter for longer on a new schedule, adapter.init_from=ADAPTER"
+    return f"{place} a run with {name}={old}, got {new}; use the same setting to resume, or {other}"
 
 
 def initial_state(model: AdaptedModel, saved: Checkpoint | None, init_from: str | None) -> TrainableState | None:
