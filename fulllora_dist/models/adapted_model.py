@@ -13,6 +13,7 @@ from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import Family
 from fulllora_dist.models.placement import PlacementReport
 from fulllora_dist.models.settings import Finetune, Precision, Qkv
+from fulllora_dist.models.training_record import TrainingRecord
 
 WITH_BRANCHES = ("fulllora", "lora")
 
@@ -52,6 +53,7 @@ class AdaptedModel(nn.Module):
         spec: how it is adapted.
         report: placement of the branches and number of trainable parameters.
         precision: precision of the blocks.
+        record: what is known of its training: class names, crop, threat model; set by `load`.
     """
 
     mean: Tensor
@@ -73,6 +75,7 @@ class AdaptedModel(nn.Module):
         self.spec = spec
         self.report = report
         self.precision = precision
+        self.record = TrainingRecord()
         self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
         self.register_buffer("mean", torch.tensor(info.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(1, 3, 1, 1), persistent=False)

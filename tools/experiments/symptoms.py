@@ -140,7 +140,7 @@ def train_full() -> None:
 def examine(adapter: Path, broken: str | None = None) -> dict[str, Any]:
     """A model of the demo, or what `BROKEN` makes of it."""
     model = load(str(adapter))
-    transform = eval_transform(model.info, crop_pct=1.0, interpolation="bicubic")
+    transform = eval_transform(model, crop_pct=1.0, interpolation="bicubic")
     images: EvalImages = EvalStream(DEMO / "shards" / "val", batch_size=50, transform=transform)
     around, other = (None, None) if broken is None else BROKEN[broken]
     predict, seen = around(model) if around else model, other(images) if other else images
