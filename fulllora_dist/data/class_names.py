@@ -86,7 +86,7 @@ def _check_names(model: Sequence[str], data: Sequence[str], model_is: str, data_
     if strange or missing:
         raise UserError(
             f"{data_is} has other classes than {model_is}: {_quoted(strange) or 'none'} instead of "
-            f"{_quoted(missing) or 'none'}; give data of the model's classes"
+            f"{_quoted(missing) or 'none'}; both must have the same classes"
         )
     if twice := sorted({name for name in model if model.count(name) > 1}):
         raise UserError(

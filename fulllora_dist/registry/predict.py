@@ -133,7 +133,8 @@ def _probabilities(model: nn.Module, images: list[Tensor], device: torch.device)
         return np.empty((0, 0))
     with torch.inference_mode():
         logits = model(torch.stack(images).to(device).float() / 255)
-        return logits.softmax(dim=1).cpu().numpy()
+        finite = logits.isfinite().all(dim=1, keepdim=True)
+        return torch.where(finite, logits.softmax(dim=1), torch.nan).cpu().numpy()
 
 
 def _images(source: str) -> list[tuple[str, Read]]:
