@@ -27,7 +27,7 @@ from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.progress import Progress, heartbeat, wait_for_all
 from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKeys, score
 from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
-from fulllora_dist.evaluation.trained import own_pictures, record_of
+from fulllora_dist.evaluation.trained import classes_of, own_pictures
 from fulllora_dist.evaluation.work_items import WorkItem, take_turns, work_items
 from fulllora_dist.models.precision import in_full_fp32
 
@@ -131,7 +131,7 @@ class Evaluator:
         results: Results = dict(comm.all_gather_list(list(log.results().items())))
         results |= self._finish(predict, variants, images, items, results, log, match)
         model: ModelKeys = {
-            "classes": list(record_of(predict).classes) or None,
+            "classes": list(classes_of(predict, images.index.classes)) or None,
             "class_match": match.note,
             "own_pictures": own_pictures(predict),
         }
@@ -149,7 +149,7 @@ class Evaluator:
     def _match_classes(self, predict: nn.Module, images: EvalImages) -> ClassMatch:
         """Which output each label is, after checking that the attacks and the data fit the model."""
         try:
-            match = match_classes(record_of(predict).classes, images.index.classes)
+            match = match_classes(classes_of(predict, images.index.classes), images.index.classes)
         except UserError as error:
             raise SharedUserError(str(error)) from None
         batch = images.read(images.batches[0][:1]).to(self._comm.device)

@@ -1,9 +1,11 @@
 """What a model knows of its training, as far as evaluations depend on it: class names, and the crop of images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import timm
+from timm.data import ImageNetInfo
 from torch import nn
 
 from fulllora_dist.data.transforms import EvalTransform
@@ -16,6 +18,23 @@ def record_of(model: nn.Module) -> TrainingRecord:
     """An adapter's record; an empty one of any other module."""
     record = getattr(model, "record", None)
     return record if isinstance(record, TrainingRecord) else TrainingRecord()
+
+
+def classes_of(model: nn.Module, data: Sequence[str]) -> tuple[str, ...]:
+    """Names of a model's outputs: those that it records; of a head that is ImageNet's own the WordNet ids, where the
+    data has as many classes and is named by such ids, too. Empty where they are not known.
+
+    Args:
+        data: class names of the data.
+    """
+    recorded = record_of(model).classes
+    if recorded or not isinstance(model, AdaptedModel) or not model.info.own_classes:
+        return recorded
+    tag = timm.models.get_pretrained_cfg(model.info.name)
+    names = ImageNetInfo("imagenet-1k").label_names()
+    rows = range(len(names)) if model.info.classes is None else model.info.classes
+    imagenet = tag is not None and tag.num_classes == len(names) and len(rows) == len(data)
+    return tuple(names[row] for row in rows) if imagenet and set(data) <= set(names) else ()
 
 
 def eval_transform(

@@ -15,6 +15,7 @@ from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.schedule import check_batch
 from fulllora_dist.evaluation import Evaluator, eval_transform, parse_attacks
+from fulllora_dist.evaluation.trained import classes_of
 from fulllora_dist.models.adapt import build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
@@ -234,7 +235,7 @@ def build_eval_stream(
         policy=_policy(data),
     )
     _check_same(stream.index, comm, setting)
-    match_classes(model.record.classes, stream.index.classes, data_is=setting)
+    match_classes(classes_of(model, stream.index.classes), stream.index.classes, data_is=setting)
     check_classes(stream.index, model.info, setting)
     return stream
 

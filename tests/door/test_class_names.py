@@ -138,7 +138,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 
 
 def _pixels(folder: str) -> tuple[Tensor, Tensor]:
-    (batch,) = EvalStream(folder, batch_size=100, transform=EvalTransform(size=SIDE, crop_pct=1.0))
+    stream = EvalStream(folder, batch_size=100, transform=EvalTransform(size=SIDE, crop_pct=1.0))
+    batch = stream.read(stream.ids)
     return batch.pixels(), batch.labels
 
 
@@ -224,6 +225,56 @@ def test_an_interrupted_evaluation_is_not_continued_under_other_names(
     stream = EvalStream(data(TURNED), batch_size=5, transform=EvalTransform(size=SIDE, crop_pct=1.0))
     named, nameless = (fd.load(str(experiment / name)) for name in ("adapter", "nameless"))
     assert fingerprint(named, stream, 0) != fingerprint(nameless, stream, 0)
+
+
+WORDNET = ["n01440764", "n02102040", "n02979186", "n03000684"]  # rows 0, 217, 482 and 491 of ImageNet's head
+ROWS = [0, 217, 482, 491]
+
+
+@pytest.fixture(scope="module")
+def imagenet_head(tmp_path_factory: pytest.TempPathFactory) -> fd.AdaptedModel:
+    """A backbone whose 1,000 outputs are ImageNet's, of which four rows are kept. Nothing was trained."""
+    checkpoint = tmp_path_factory.mktemp("imagenet") / "backbone.safetensors"
+    save_file(tiny(finetune="head", num_classes=1000).backbone.state_dict(), checkpoint)
+    return fd.create_model(
+        "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+        checkpoint_path=str(checkpoint),
+        class_indices=ROWS,
+        image_size=SIDE,
+        model_kwargs=ARCHITECTURE,
+        rank=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (WORDNET, ""),
+        (WORDNET[::-1], MAPPED),
+        ([*WORDNET[:3], "n01443537"], OTHER.format("the data", "the model", "'n01443537'", "'n03000684'")),
+        (NAMES, "not compared, as the model has no class names: label k is taken as output k"),
+    ],
+)
+def test_rows_of_imagenet_s_own_head_are_known_by_wordnet_ids(
+    imagenet_head: fd.AdaptedModel, tmp_path: Path, names: list[str], found: str
+) -> None:
+    _write(tmp_path / "in", names)
+    make_shards(tmp_path / "in", tmp_path / "shards", classes=names, progress=False)
+    if found.startswith("the data"):
+        with pytest.raises(UserError) as caught:
+            fd.evaluate(imagenet_head, tmp_path / "shards", attacks=("clean",))
+        assert str(caught.value) == found
+        return
+    transform = EvalTransform(size=SIDE, crop_pct=1.0)
+    stream = EvalStream(tmp_path / "shards", batch_size=100, transform=transform)
+    report = fd.evaluate(imagenet_head, stream, attacks=("clean",))
+    assert report["class_match"] == found
+    x, labels = _pixels(str(tmp_path / "shards"))
+    order = [WORDNET.index(name) if name in WORDNET else k for k, name in enumerate(names)]
+    outputs = torch.tensor(order)[labels]
+    with torch.no_grad():
+        expected = (imagenet_head(x).argmax(dim=1) == outputs).int().tolist()
+    assert report["attacks"]["clean"]["correct"] == expected
 
 
 # ---- command lines
