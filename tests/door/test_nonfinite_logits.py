@@ -141,18 +141,25 @@ def test_the_others_are_attacked_as_if_alone(part: str, threat: Threat, value: f
 
 
 def test_square_attacks_the_others_as_if_alone() -> None:
-    """In fewer queries than AutoAttack's; the NaN of one class alone made it fail."""
-    dark, eps = ~BRIGHT, 0.25
-    alone = AutoAttack(Nearest(), norm="Linf", eps=eps, version="standard", seed=5).square
-    alone.n_queries = 400
-    expected = Nearest()(alone.perturb(X[dark], Y[dark])).argmax(dim=1) == Y[dark]
+    """The NaN of one class alone made it fail. Here it comes at one query of one image, after which the attack begins
+    anew: with one more class its examples are those of the model that never had it."""
+    alone = AutoAttack(Nearest(), norm="Linf", eps=0.25, version="standard", seed=5).square
+    alone.n_queries = 300
+    calls = 0
+
+    class Once(Nearest):
+        def forward(self, x: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            logits = super().forward(x)
+            return logits.index_fill(1, torch.tensor([0]), torch.nan) if calls == 3 else logits
+
+    found = square(Once(), X, Y, threat=Linf(0.25), seed=5, queries=300)
+    torch.testing.assert_close(found, alone.perturb(X, Y), rtol=0, atol=0)
+    assert calls > 100
     broken = Broken(bright, torch.nan, 0)
-    examples = square(broken, X[dark], Y[dark], threat=Linf(eps), seed=5, queries=400)
-    assert torch.equal(Nearest()(examples).argmax(dim=1) == Y[dark], expected)
-    assert 0 < expected.sum() < 8
-    every = square(broken, X, Y, threat=Linf(eps), seed=5, queries=400)
-    assert ((every - X).abs() <= eps + 1e-6).all()
-    assert every.isfinite().all()
+    every = square(broken, X, Y, threat=Linf(EPS), seed=5, queries=100)
+    assert ((every - X).abs() <= EPS + 1e-6).all()
 
 
 @pytest.mark.parametrize("part", ["apgd-ce", "apgd-t"])
