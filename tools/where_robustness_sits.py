@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     comm = start_comm(config.distributed.timeout_minutes)
     adapter = comm.broadcast(comm.run_on_rank0(lambda: resolved(args.adapter, config.tracking_uri())))
     model = build_evaluated(config, adapter).to(comm.device)
-    stream = build_eval_stream(config, folder, model.info, comm, subset=check_evaluation(config))
+    stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))
     evaluator = build_evaluator(config, model.info, comm, adapter)
 
     def write(results: dict[str, Any]) -> None:

@@ -12,13 +12,14 @@ from fulllora_dist.commands.plan import estimate
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.distributed.comm import is_main_process
+from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.training.build import build_model, build_stream, check_inputs, track_data
 from fulllora_dist.training.context import start_run
 from fulllora_dist.training.finalize import finalize, save_best
 from fulllora_dist.training.guard import build_guard
 from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.rollback import Collapsed
-from fulllora_dist.training.summary import summarize
+from fulllora_dist.training.summary import data_record, summarize
 from fulllora_dist.training.trainer import Trainer
 
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.say(f"{stream.steps_per_epoch} batches per epoch, {stream.dropped} images dropped in each")
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
-        guard = build_guard(config, model.info, run.comm)
+        model.record = TrainingRecord({"data": data_record(config, stream.index)})
+        guard = build_guard(config, model, run.comm)
         trainer = Trainer(run, model, stream, phases, guard)  # resumes from a checkpoint, if any
         try:
             trainer.train()

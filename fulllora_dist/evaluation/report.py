@@ -40,6 +40,14 @@ class EpsPoint(TypedDict):
     attacks: dict[str, Score]
 
 
+class ModelKeys(TypedDict):
+    """What a report says of the model's training; see `EvaluationReport`."""
+
+    classes: list[str] | None
+    class_match: str
+    own_pictures: dict[str, Any] | None
+
+
 class EvaluationReport(TypedDict):
     """The content of evaluation.json. What is not required may be missing from a report that others wrote.
 
@@ -56,7 +64,10 @@ class EvaluationReport(TypedDict):
         backbone, adapter, adapter_sha256: what was evaluated.
         seed: of the attacks' random starts.
         data: hash of the data set's index.
-        pictures: how the images were made from the data, and the batch size.
+        pictures: how the images were made from the data: size, crop_pct, interpolation; and the batch size.
+        own_pictures: how the adapter was trained to see them; None for a module of one's own.
+        classes: names of the model's outputs, in order; None where it does not record them.
+        class_match: how they were compared with the data's: empty where both are the same, see `match_classes`.
     """
 
     n: int
@@ -74,6 +85,9 @@ class EvaluationReport(TypedDict):
     seed: NotRequired[int]
     data: NotRequired[str]
     pictures: NotRequired[dict[str, Any]]
+    own_pictures: NotRequired[dict[str, Any] | None]
+    classes: NotRequired[list[str] | None]
+    class_match: NotRequired[str]
 
 
 def score(correct: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Score:

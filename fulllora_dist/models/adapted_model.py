@@ -14,6 +14,7 @@ from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import Family
 from fulllora_dist.models.placement import PlacementReport
 from fulllora_dist.models.settings import Finetune, Precision, Qkv
+from fulllora_dist.models.training_record import TrainingRecord
 
 FIRST_BATCH_TOLERANCE = 0.5
 """How far pixels of a model's first batch may be outside [0, 1]: less than any normalisation takes them, and more than
@@ -60,6 +61,7 @@ class AdaptedModel(nn.Module):
         report: placement of the branches and number of trainable parameters.
         precision: precision of the blocks.
         pixels_checked: whether the first batch has been looked at; set it where pixels outside [0, 1] are meant.
+        record: what is known of its training: class names, crop, threat model; set by `load`.
     """
 
     mean: Tensor
@@ -82,6 +84,7 @@ class AdaptedModel(nn.Module):
         self.spec = spec
         self.report = report
         self.precision = precision
+        self.record = TrainingRecord()
         self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
         self.register_buffer("mean", torch.tensor(info.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(1, 3, 1, 1), persistent=False)

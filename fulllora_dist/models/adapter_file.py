@@ -27,6 +27,7 @@ from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import FAMILIES
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings, Precision
+from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.storage.urls import classify_error, redacted
 
 FORMAT_VERSION = 1
@@ -75,8 +76,11 @@ def save_adapter(
     Args:
         folder: local path or fsspec URL; created if it does not exist.
         state: trained tensors to save instead of the model's own (such as an average, or gathered ones).
-        training: JSON-able record of how it was trained (threat model, method, data, seed).
+        training: JSON-able record of how it was trained (threat model, method, data, seed); without it, the data that
+            the model remembers (`AdaptedModel.record`), so that class names and crop are kept.
     """
+    if training is None:
+        training = {key: value for key, value in model.record.content.items() if key == "data"}
     tensors = save_safetensors(adapter_state(model, state))
     description = {
         "format_version": FORMAT_VERSION,
@@ -87,7 +91,7 @@ def save_adapter(
         "trainable": model.report.trainable,
         "trainable_share": model.report.share,
         "sha256": hashlib.sha256(tensors).hexdigest(),
-        "training": dict(training or {}),
+        "training": dict(training),
     }
     description["checksum"] = _checksum(description)
     filesystem, path = fsspec.core.url_to_fs(folder)
@@ -182,6 +186,7 @@ def load(folder: str, *, checkpoint_path: str | None = None, precision: Precisio
     if whole_model:  # its origin is still the backbone that it was trained from
         kept = {key: getattr(info, key) for key in ("checkpoint", "pretrained", "own_classes", "sha256")}
         model.info = dataclasses.replace(model.info, **kept)
+    model.record = TrainingRecord(description.training)
     return model
 
 

@@ -22,6 +22,7 @@ from fulllora_dist.models.adapter_switch import AdapterSwitch, Choice, OwnTensor
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.placement import Site
 from fulllora_dist.models.settings import Precision
+from fulllora_dist.models.training_record import TrainingRecord
 
 _SAME = ("name", "architecture", "image_size", "mean", "std", "num_classes", "classes", "sha256")
 
@@ -41,6 +42,7 @@ class MultiAdapter(nn.Module):
 
     Attributes:
         info: description of the backbone.
+        records: {name: what is known of the adapter's training}.
 
     Raises:
         UserError: adapters of different backbones, a whole model (finetune: full); as for `load`.
@@ -59,6 +61,7 @@ class MultiAdapter(nn.Module):
             raise UserError("adapters: must not be empty; give at least one {name: folder}")
         self._local_folder = local_folder
         self._specs: dict[str, AdapterSpec] = {}
+        self.records: dict[str, TrainingRecord] = {}
         self._own: dict[str, OwnTensors] = {}
         self.own = nn.ModuleList()
         for name, where in adapters.items():
@@ -101,6 +104,7 @@ class MultiAdapter(nn.Module):
                 planned = build(info, spec)
         self._place(name, planned, state)
         self._specs[name] = spec
+        self.records[name] = TrainingRecord(description.training)
 
     def _check_same(self, where: str, info: BackboneInfo, spec: AdapterSpec) -> None:
         for key in _SAME:
@@ -153,7 +157,7 @@ class MultiAdapter(nn.Module):
             UserError: there is no adapter of that name.
         """
         self._check_known([name])
-        del self._specs[name]
+        del self._specs[name], self.records[name]
         holders = [m.branches for m in self.modules() if isinstance(m, AdapterSwitch)]
         for holder in [*holders, *(own.tensors for own in self._own.values())]:
             if name in holder:
@@ -199,6 +203,11 @@ class SelectedAdapter(nn.Module):
     def __init__(self, several: MultiAdapter, adapter: str | Sequence[str | None] | None):
         super().__init__()
         self.several, self.adapter = several, adapter
+
+    @property
+    def record(self) -> TrainingRecord:
+        """Of the adapter; empty where several are chosen, or none."""
+        return self.several.records[self.adapter] if isinstance(self.adapter, str) else TrainingRecord()
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.several(pixels, self.adapter)

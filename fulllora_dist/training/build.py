@@ -5,6 +5,7 @@ import os
 from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.randaugment import RandAugment
@@ -14,6 +15,7 @@ from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.schedule import check_batch
 from fulllora_dist.evaluation import Evaluator, eval_transform, parse_attacks
+from fulllora_dist.evaluation.trained import classes_of
 from fulllora_dist.models.adapt import build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
@@ -96,11 +98,7 @@ def check_files(config: Config) -> None:
     indexes = {name: load_index(location, name) for name, location in named.items() if location is not None}
     train = indexes.pop("data.train")
     for name, index in indexes.items():
-        if list(index.classes) != list(train.classes):
-            raise UserError(
-                f"{name}: must have the same classes as data.train, got {len(index.classes)} and "
-                f"{len(train.classes)} classes; make both from the same class folders"
-            )
+        match_classes(train.classes, index.classes, model_is="data.train", data_is=name)
     validation, held_out = indexes.get("data.validation"), indexes.get("data.held_out")
     if validation is not None:
         check_evaluated(config, validation)
@@ -212,7 +210,7 @@ def build_stream(config: Config, model: BackboneInfo, comm: Comm) -> TrainStream
 def build_eval_stream(
     config: Config,
     folder: str,
-    model: BackboneInfo,
+    model: AdaptedModel,
     comm: Comm,
     *,
     subset: Subset,
@@ -228,7 +226,7 @@ def build_eval_stream(
     stream = EvalStream(
         folder,
         batch_size=config.evaluation.batch_size,
-        transform=eval_transform(model, data.crop_pct, data.interpolation),
+        transform=eval_transform(model, data.crop_pct, data.interpolation),  # what is not set is the adapter's
         subset=subset,
         world=comm.world,
         rank=comm.rank,
@@ -237,7 +235,8 @@ def build_eval_stream(
         policy=_policy(data),
     )
     _check_same(stream.index, comm, setting)
-    check_classes(stream.index, model, setting)
+    match_classes(classes_of(model, stream.index.classes), stream.index.classes, data_is=setting)
+    check_classes(stream.index, model.info, setting)
     return stream
 
 

@@ -73,7 +73,7 @@ def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None
     model = load(adapter, checkpoint_path=config.model.checkpoint_path).to(run.comm.device)
     path = os.path.join(config.run.output_dir, "evaluation.json")
     evaluator = build_evaluator(config, model.info, run.comm, adapter, adapter_sha256(model))
-    stream = build_eval_stream(config, validation, model.info, run.comm, subset=check_evaluation(config))
+    stream = build_eval_stream(config, validation, model, run.comm, subset=check_evaluation(config))
 
     def write(report: EvaluationReport) -> None:
         print(table(report), file=sys.stdout, flush=True)

@@ -196,4 +196,4 @@ def test_too_few_images_to_notice_a_collapse_by(shards: str, held_out: str, tmp_
 def _guard(output: Path, shards: str, held_out: str, every: int, **settings: Any) -> Guard:
     values = _guarded(output, shards, held_out, 0, every)
     config = Config.model_validate(values | {"guard": values["guard"] | settings})
-    return Guard(config, held_out, build_model(config).info, Comm(0, 1, torch.device("cpu"), None))
+    return Guard(config, held_out, build_model(config), Comm(0, 1, torch.device("cpu"), None))

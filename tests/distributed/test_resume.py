@@ -72,7 +72,7 @@ def _start(comm: Comm, settings: dict) -> tuple[RunContext, Trainer]:
     model = build_model(config)
     stream = build_stream(config, model.info, comm)
     phases = build_phases(config, stream.steps_per_epoch)
-    guard = build_guard(config, model.info, comm)
+    guard = build_guard(config, model, comm)
     return run, Trainer(run, model, stream, phases, guard)
 
 
