@@ -55,7 +55,7 @@ def explain(error: ValidationError, known_keys: Callable[[Sequence[Any]], Sequen
     if details["type"] == "missing":
         return f"{name} is missing; it has no default"
     message = details["msg"].removeprefix("Value error, ")
-    if not name:
+    if not name or message.startswith(f"{name}."):  # a check of a section names the setting itself
         return message
     given = details["input"]
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) and repr(given) not in message else ""

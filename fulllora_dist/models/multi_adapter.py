@@ -75,7 +75,7 @@ class MultiAdapter(nn.Module):
             self._seed = spec.seed
             bare = replace(spec, finetune="head", head="trained", rank=None, alpha=None)
             base = build(info, bare, checkpoint_path=checkpoint_path, precision=precision)
-            check_backbone(folder, info, base.info)
+            check_backbone(folder, description, base.info)
         self._base: AdaptedModel = base.requires_grad_(False)
         self.info: BackboneInfo = base.info
 
@@ -108,7 +108,8 @@ class MultiAdapter(nn.Module):
             if _plain(expected) != _plain(actual):
                 shown = (str(value)[:40] for value in (expected, actual))
                 raise UserError("adapter: {} must have the backbone's {} {}, got {}".format(where, key, *shown))
-        if not info.own_classes and spec.head != "trained" and spec.seed != self._seed:
+        another_head = spec.seed != self._seed or info.head_sha256 not in (None, self.info.head_sha256)
+        if not info.own_classes and spec.head != "trained" and another_head:
             raise UserError(
                 f"adapter: {where} must have an untrained head from seed {self._seed}, as the first adapter, got seed "
                 f"{spec.seed}; only adapters with trained heads can share a backbone across seeds"
