@@ -24,7 +24,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import explain
 from fulllora_dist.models.adapt import build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors, set_tensors
-from fulllora_dist.models.adapter_description import AdapterDescription
+from fulllora_dist.models.adapter_description import AdapterDescription, backbone_content
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.checkpoint_header import read_header
 from fulllora_dist.models.families import FAMILIES
@@ -43,7 +43,10 @@ def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = No
         trained: trained tensors to use instead of the model's own, such as an average, or gathered ones (ZeRO-3).
     """
     tensors = {**(model.trainable() if trained is None else trained), **model.statistics()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # cloned, as safetensors refuses tensors that share memory, such as views of one flat buffer
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def adapter_sha256(model: AdaptedModel) -> str:
@@ -84,7 +87,7 @@ def save_adapter(
     description = {
         "format_version": FORMAT_VERSION,
         "adapter": dataclasses.asdict(model.spec),
-        "backbone": dataclasses.asdict(model.info),
+        "backbone": backbone_content(model.info),
         "family": {"name": model.family.name, "plugin": model.family.plugin},
         "timm": timm.__version__,
         "trainable": model.report.trainable,

@@ -75,7 +75,8 @@ def _load(url: str, path: str) -> Any:
             file = opened if "://" not in url else io.BytesIO(opened.read())
             if weights_format(file, path) == "safetensors":
                 return load_safetensors(file.read())
-            with torch.serialization.safe_globals(_allowed()):
+            with torch.serialization.safe_globals(_allowed()), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
                 return torch.load(file, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -94,7 +95,7 @@ def _load(url: str, path: str) -> Any:
                 f"{named[1].rstrip('.,')}; save the weights alone where that is trusted: "
                 "torch.save(model.state_dict(), FILE)"
             ) from None
-        reason = re.search(r"WeightsUnpickler error: (.+)", text)  # torch's advice around it is to trust the file
+        reason = re.search(r"WeightsUnpickler error:\s+(.+)", text)  # torch's advice around it is to trust the file
         raise UserError(
             f"model.checkpoint_path: {path} does not load with weights_only=True "
             f"({one_line(reason[1] if reason else text)}); it must be a "

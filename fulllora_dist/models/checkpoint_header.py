@@ -104,6 +104,8 @@ def read_header(path: str) -> dict[str, tuple[str, tuple[int, ...]]] | None:
         header.pop("__metadata__", None)
         ends = [entry["data_offsets"][1] for entry in header.values()]
         tensors = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in header.items()}
+    except UserError:
+        raise
     except FileNotFoundError:
         raise _refusal(path, "does not exist; give a .safetensors or .pth file") from None
     except OSError as error:

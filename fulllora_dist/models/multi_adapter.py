@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapt import attach_at
-from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec
+from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors
 from fulllora_dist.models.adapter_file import build, check_backbone, described, read_adapter
 from fulllora_dist.models.adapter_switch import AdapterSwitch, Choice, OwnTensors, choosing
 from fulllora_dist.models.backbone import BackboneInfo
@@ -117,7 +117,7 @@ class MultiAdapter(nn.Module):
 
     def _place(self, name: str, planned: AdaptedModel, state: Mapping[str, Tensor]) -> None:
         """Put the adapter's tensors into switches and forward hooks."""
-        _check_tensors(planned, state)
+        check_tensors(planned.held(), state)
         remaining = dict(state)
         device = self._base.mean.device
         for adapted in planned.report.adapted:
@@ -215,11 +215,3 @@ def _check_shares(where: str, spec: AdapterSpec) -> None:
         raise UserError(
             f"adapter: {where} is a whole model (finetune: full) and cannot share a backbone; load it alone"
         )
-
-
-def _check_tensors(planned: AdaptedModel, state: Mapping[str, Tensor]) -> None:
-    expected = {name: tuple(parameter.shape) for name, parameter in planned.trainable().items()}
-    actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            raise UserError(f"adapter: {name} must have shape {expected.get(name)}, got {actual.get(name)}")

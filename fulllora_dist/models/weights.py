@@ -108,7 +108,7 @@ def load_into(
         raise _misfit(source, differences)
     if own is None and num_classes is None:
         raise UserError(
-            f"model.checkpoint_path: {source} has no head ({', '.join(heads)}), which would tell the number of classes; "
+            f"model.checkpoint_path: {source} has no head ({', '.join(heads)}), and so no number of classes; "
             "set model.num_classes to start a new one"
         )
     backbone.load_state_dict(fitted, strict=False)

@@ -30,6 +30,7 @@ _MAY_CHANGE = {
     "data.cache_dir",
     "data.cache_gb",
     "model.checkpoint_path",
+    "model.checkpoint_key",
 }
 
 
