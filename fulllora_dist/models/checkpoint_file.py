@@ -171,19 +171,20 @@ def check_values(weights: Mapping[str, Tensor], source: str) -> None:
     Raises:
         UserError: see above.
     """
-    adapter = next((name for name in weights if "lnlora" in name.split(".")), None)
+    names = sorted(weights)  # safetensors reads them in any order
+    adapter = next((name for name in names if "lnlora" in name.split(".")), None)
     if adapter is not None:
         raise UserError(
             f"model.checkpoint_path: {source} holds the branches of an adapter ({adapter}), which a backbone has none "
             "of; save it with save_adapter, and give that folder to load or adapter.init_from"
         )
-    lora = next((name for name in weights if ".lora_A." in name or ".base_layer." in name), None)
+    lora = next((name for name in names if ".lora_A." in name or ".base_layer." in name), None)
     if lora is not None:
         raise UserError(
             f"model.checkpoint_path: {source} holds an adapter of peft ({lora}); merge it first: "
             "torch.save(model.merge_and_unload().state_dict(), FILE)"
         )
-    broken = [name for name, t in weights.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    broken = [n for n in names if weights[n].is_floating_point() and not torch.isfinite(weights[n]).all()]
     if broken:
         count = int((~torch.isfinite(weights[broken[0]])).sum())
         raise UserError(
@@ -213,7 +214,7 @@ def unwrapped(
     counts = Counter(
         name[: len(name) - len(rest)] for name in weights for rest in _rests(name) if rest in own
     )  # {prefix: tensors of the model below it}
-    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    best = sorted(prefix for prefix, count in counts.items() if count == max(counts.values()))
     if not best or 2 * counts[best[0]] < min(len(own), len(weights)):  # other keys, which timm may convert
         while all(name.startswith(("module.", "_orig_mod.")) for name in weights):
             weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
@@ -241,7 +242,7 @@ def unwrapped(
     if unused:
         warnings.warn(
             f"model.checkpoint_path: {source}: what is outside of {prefix.rstrip('.')} is not used, {len(unused)} "
-            f"tensors, e.g. {unused[0]}",
+            f"tensors, e.g. {min(unused)}",
             stacklevel=2,
         )
     return inside, normaliser

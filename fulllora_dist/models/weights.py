@@ -125,7 +125,7 @@ def _differences(backbone: nn.Module, weights: Mapping[str, Tensor], may_lack: S
     """Count and name what differs between weights and a model; "" if nothing does."""
     own: dict[str, Tensor] = backbone.state_dict()
     missing = [name for name in own if name not in weights and name.rpartition(".")[0] not in may_lack]
-    unexpected = [name for name in weights if name not in own]
+    unexpected = sorted(weights.keys() - own.keys())  # safetensors reads names in any order
     both = [name for name in own if name in weights]
     shapes = [
         f"{name} {list(weights[name].shape)} for {list(own[name].shape)}"

@@ -4,6 +4,7 @@ import argparse
 import collections
 import gzip
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -146,7 +147,7 @@ def test_dino_s_projection_head_is_not_used_and_named(tmp_path: Path) -> None:
     student = under("module.backbone.", OTHER) | under("module.", PROJECTION)
     teacher = under("backbone.", BODY) | PROJECTION
     torch.save({"student": student, "teacher": teacher, "dino_loss": {"center": torch.ones(1, 9)}, "args": ARGS}, path)
-    with pytest.warns(UserWarning, match="outside of backbone is not used, 2 tensors, e.g. head.mlp.0.weight$"):
+    with pytest.warns(UserWarning, match="outside of backbone is not used, 2 tensors, e.g. head.last_layer.weight_v$"):
         model = from_file(path, checkpoint_key="teacher", num_classes=CLASSES, head="trained")
     with torch.no_grad():
         for name, tensor in HEAD.items():
@@ -377,6 +378,33 @@ def test_what_is_no_weights_file_is_named(
     assert "\x1b" not in str(caught.value)
 
 
+CONFIG = {
+    "model": {"backbone": TAG, "image_size": SIDE, "model_kwargs": ARCHITECTURE},
+    "threat": {"eps": "4/255"},
+    "method": {"name": "pgd", "steps": 1},
+    "data": {"train": "shards"},
+    "run": {"output_dir": "out"},
+    "tracking": {"uri": "sqlite:///mlflow.db"},
+}
+TOLD_EARLY = [
+    "empty", "a web page", "git-lfs", "JSON", "gzip", "arrays", "a zip", "TorchScript", "half a torch file",
+    "half a safetensors file",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOLD_EARLY)
+def test_train_refuses_it_before_anything_is_written(kind: str, tmp_path: Path, refused: Callable[..., str]) -> None:
+    content, line = NOT_WEIGHTS[kind]
+    (tmp_path / "w.pth").write_bytes(content())
+    (tmp_path / "run.yaml").write_text(json.dumps(CONFIG))  # which is YAML too
+    told = refused(
+        "fulllora_dist/train.py", "--config", "run.yaml", "model.checkpoint_path=w.pth", keep=(tmp_path,), cwd=tmp_path
+    )
+    if kind == "half a safetensors file":
+        line = "is not a complete safetensors file; copy or download it again"
+    assert told == f"error: model.checkpoint_path: w.pth {line}"
+
+
 def test_code_inside_a_torch_file_is_not_run(tmp_path: Path, unchanged: Callable) -> None:
     for i, options in enumerate(({}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4})):
         path = tmp_path / f"{i}.pth"
@@ -420,7 +448,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "deeper": (
         lambda: under("module.", random_weights(depth=3)),
         {},
-        "does not fit the backbone (12 unexpected, e.g. blocks.2.norm1.weight); give weights of the same model",
+        "does not fit the backbone (12 unexpected, e.g. blocks.2.attn.proj.bias); give weights of the same model",
     ),
     "shallower": (
         lambda: {"state_dict": random_weights(depth=1)},
@@ -442,7 +470,7 @@ MISFITS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "Swin": (
         lambda: tiny("swin", finetune="full").backbone.state_dict(),
         {},
-        "does not fit the backbone (26 tensors missing, e.g. cls_token; 46 unexpected, e.g. patch_embed.norm.weight; 2 "
+        "does not fit the backbone (26 tensors missing, e.g. cls_token; 46 unexpected, e.g. head.fc.bias; 2 "
         "of another shape, e.g. patch_embed.proj.weight [16, 3, 4, 4] for [32, 3, 4, 4]); give weights of the same "
         "model",
     ),
@@ -465,14 +493,14 @@ MISFITS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "infinite, in bf16": (
         lambda: {name: (tensor * torch.inf).bfloat16() for name, tensor in RIGHT.items()},
         {},
-        "has values that are not finite in 32 of 32 tensors, e.g. 32 in cls_token; give weights from before the "
-        "training diverged",
+        "has values that are not finite in 32 of 32 tensors, e.g. 32 in blocks.0.attn.proj.bias; give weights from before "
+        "the training diverged",
     ),
     "an adapter's branches": (
         lambda: stir(tiny()).state_dict(),
         {},
-        "holds the branches of an adapter (backbone.patch_embed.proj.lnlora.A), which a backbone has none of; save it "
-        "with save_adapter, and give that folder to load or adapter.init_from",
+        "holds the branches of an adapter (backbone.blocks.0.attn.proj.lnlora.A), which a backbone has none of; save "
+        "it with save_adapter, and give that folder to load or adapter.init_from",
     ),
     "peft": (
         lambda: under("base_model.model.") | {"base_model.model.norm.lora_A.default.weight": torch.ones(1)},

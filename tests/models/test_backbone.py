@@ -110,7 +110,7 @@ def test_files_that_are_missing_damaged_or_of_another_model_are_refused(
         "tensor.pth": r"does not fit the backbone \(30 tensors missing, e.g. cls_token; 1 unexpected, e.g. model\)",
         "more.pth": "must contain only tensors",
         "wide.safetensors": r"does not fit the backbone \(.* of another shape, e.g. cls_token \[1, 1, 48\] for",
-        "deep.safetensors": r"does not fit the backbone \(12 unexpected, e.g. blocks.2.norm1.weight\); give weights of",
+        "deep.safetensors": r"does not fit the backbone \(12 unexpected, e.g. blocks.2.attn.proj.bias\); give",
         "shallow.safetensors": r"does not fit the backbone \(12 tensors missing, e.g. blocks.1.norm1.weight\); give",
         "nonsense.safetensors": "does not fit the backbone",
     }
