@@ -493,8 +493,8 @@ MISFITS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "infinite, in bf16": (
         lambda: {name: (tensor * torch.inf).bfloat16() for name, tensor in RIGHT.items()},
         {},
-        "has values that are not finite in 32 of 32 tensors, e.g. 32 in blocks.0.attn.proj.bias; give weights from before "
-        "the training diverged",
+        "has values that are not finite in 32 of 32 tensors, e.g. 32 in blocks.0.attn.proj.bias; give weights from "
+        "before the training diverged",
     ),
     "an adapter's branches": (
         lambda: stir(tiny()).state_dict(),

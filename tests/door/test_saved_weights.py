@@ -19,6 +19,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.branches import branches_of, disable_adapter
+from fulllora_dist.training.resume import state_of_adapter
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, architecture, images, roughen, stir, tiny
 
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -249,6 +250,9 @@ def test_tensors_that_are_not_the_adapter_s(change: str, tmp_path: Path) -> None
     assert str(caught.value) == line
     with pytest.raises(UserError):
         fd.MultiAdapter({"a": str(tmp_path / "a")})
+    with pytest.raises(UserError) as caught:
+        state_of_adapter(model, str(tmp_path / "a"))
+    assert str(caught.value) == f"adapter.init_from: {tmp_path}/a: {line.removeprefix('adapter: ')}"
     alter(state)
     with pytest.raises(UserError) as caught:
         fd.save_adapter(model, str(tmp_path / "b"), state=state)
