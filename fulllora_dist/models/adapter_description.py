@@ -1,12 +1,18 @@
 """The typed content of adapter.json, for loading, the registry and the commands."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fulllora_dist.models.adapted_model import AdapterSpec
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.training_record import TrainingData, TrainingRecord
+
+
+def backbone_content(info: BackboneInfo) -> dict[str, Any]:
+    """The section `backbone`, without what few backbones have: readers refuse keys that they do not know."""
+    rare = ("checkpoint_key", "head_sha256")
+    return {key: value for key, value in asdict(info).items() if value is not None or key not in rare}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapt import attach_at
-from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec
+from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors
 from fulllora_dist.models.adapter_file import build, check_backbone, described, read_adapter
 from fulllora_dist.models.adapter_switch import AdapterSwitch, Choice, OwnTensors, choosing
 from fulllora_dist.models.backbone import BackboneInfo
@@ -78,7 +78,7 @@ class MultiAdapter(nn.Module):
             self._seed = spec.seed
             bare = replace(spec, finetune="head", head="trained", rank=None, alpha=None)
             base = build(info, bare, checkpoint_path=checkpoint_path, precision=precision)
-            check_backbone(folder, info, base.info)
+            check_backbone(folder, description, base.info)
         self._base: AdaptedModel = base.requires_grad_(False)
         self.info: BackboneInfo = base.info
 
@@ -112,7 +112,8 @@ class MultiAdapter(nn.Module):
             if _plain(expected) != _plain(actual):
                 shown = (str(value)[:40] for value in (expected, actual))
                 raise UserError("adapter: {} must have the backbone's {} {}, got {}".format(where, key, *shown))
-        if not info.own_classes and spec.head != "trained" and spec.seed != self._seed:
+        another_head = spec.seed != self._seed or info.head_sha256 not in (None, self.info.head_sha256)
+        if not info.own_classes and spec.head != "trained" and another_head:
             raise UserError(
                 f"adapter: {where} must have an untrained head from seed {self._seed}, as the first adapter, got seed "
                 f"{spec.seed}; only adapters with trained heads can share a backbone across seeds"
@@ -120,7 +121,7 @@ class MultiAdapter(nn.Module):
 
     def _place(self, name: str, planned: AdaptedModel, state: Mapping[str, Tensor]) -> None:
         """Put the adapter's tensors into switches and forward hooks."""
-        _check_tensors(planned, state)
+        check_tensors(planned.held(), state)
         remaining = dict(state)
         device = self._base.mean.device
         for adapted in planned.report.adapted:
@@ -223,11 +224,3 @@ def _check_shares(where: str, spec: AdapterSpec) -> None:
         raise UserError(
             f"adapter: {where} is a whole model (finetune: full) and cannot share a backbone; load it alone"
         )
-
-
-def _check_tensors(planned: AdaptedModel, state: Mapping[str, Tensor]) -> None:
-    expected = {name: tuple(parameter.shape) for name, parameter in planned.trainable().items()}
-    actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            raise UserError(f"adapter: {name} must have shape {expected.get(name)}, got {actual.get(name)}")

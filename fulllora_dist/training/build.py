@@ -19,6 +19,7 @@ from fulllora_dist.evaluation.trained import classes_of
 from fulllora_dist.models.adapt import build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.checkpoint_header import read_header
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.tracking.run import Tracker
@@ -93,6 +94,8 @@ def check_files(config: Config) -> None:
     for name, path in local.items():
         if path is not None and "://" not in path and not os.path.exists(path):
             raise UserError(f"{name}: {path} does not exist")
+    if config.model.checkpoint_path is not None and "://" not in config.model.checkpoint_path:
+        read_header(config.model.checkpoint_path)
     data = config.data
     named = {"data.train": data.train, "data.validation": data.validation, "data.held_out": data.held_out}
     indexes = {name: load_index(location, name) for name, location in named.items() if location is not None}

@@ -6,7 +6,7 @@ from fulllora_dist.checkpoints.format import Checkpoint
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.zero_state import TrainableState
-from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.adapted_model import AdaptedModel, check_tensors
 from fulllora_dist.models.adapter_file import read_adapter
 
 # settings that may change on resume: the trained adapter does not depend on them, or (paths) their content is checked
@@ -30,6 +30,7 @@ _MAY_CHANGE = {
     "data.cache_dir",
     "data.cache_gb",
     "model.checkpoint_path",
+    "model.checkpoint_key",
 }
 
 
@@ -120,4 +121,8 @@ def state_of_adapter(model: AdaptedModel, folder: str) -> TrainableState:
                 raise UserError(
                     f"adapter.init_from: {folder} was trained with {key}={then}, got {now}; use the same setting"
                 )
+    try:
+        check_tensors(model.held(), tensors)
+    except UserError as error:
+        raise UserError(f"adapter.init_from: {folder}: {str(error).removeprefix('adapter: ')}") from None
     return TrainableState(0, {"master": tensors})
