@@ -15,7 +15,7 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.methods import METHODS
-from fulllora_dist.training.build import check_inputs
+from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.phases import build_phases
 
 CONFIGS = Path(__file__).parents[1] / "configs"

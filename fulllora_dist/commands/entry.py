@@ -2,9 +2,19 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fulllora_dist.distributed.failures import exit_answer
+
+
+@contextmanager
+def on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside says what is `kept` and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(kept()) from None
 
 
 def run_entry(main: Callable[[], int | None]) -> None:
@@ -16,9 +26,9 @@ def run_entry(main: Callable[[], int | None]) -> None:
     """
     try:
         code = main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if os.environ.get("RANK", "0") == "0":
-            print("interrupted", file=sys.stderr, flush=True)
+            print(": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)
     except Exception as error:

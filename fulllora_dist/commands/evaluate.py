@@ -23,14 +23,8 @@ from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings
 from fulllora_dist.registry.address import in_mlflow, load, resolved
 from fulllora_dist.storage.urls import redacted
-from fulllora_dist.training.build import (
-    build_eval_stream,
-    build_evaluator,
-    build_model,
-    check_evaluated,
-    check_evaluation,
-    load_index,
-)
+from fulllora_dist.training.build import build_eval_stream, build_evaluator, build_model
+from fulllora_dist.training.inputs import check_evaluated, check_evaluation, load_index
 
 
 def check_inputs(config: Config, adapter: str | None, output: str | None = None) -> str:

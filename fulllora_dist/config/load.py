@@ -15,7 +15,7 @@ from fulllora_dist.config.plugins import import_plugins
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import explain, section_of
-from fulllora_dist.methods import METHODS
+from fulllora_dist.methods.settings import METHOD_SETTINGS
 from fulllora_dist.tracking.settings import TrackingSettings
 
 
@@ -118,7 +118,7 @@ def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
     for part in location:
         values = values[part]
         if part == "method":
-            return list(METHODS[values["name"]].Settings.model_fields)
+            return list(METHOD_SETTINGS[values["name"]].model_fields)
         if isinstance(part, str):  # a number is an index in a list of sections
             field = model.model_fields.get(part) if model else None
             model = section_of(field.annotation) if field else None
