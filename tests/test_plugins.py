@@ -13,8 +13,8 @@ from fulllora_dist.config.load import load_config
 from fulllora_dist.config.plugins import import_plugins
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.methods import METHODS, register_method
-from fulllora_dist.methods.settings import METHOD_SETTINGS
 from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+from fulllora_dist.methods.settings import METHOD_SETTINGS
 from fulllora_dist.training.phases import build_phases
 from tests.methods.test_methods import PlainEngine, start
 from tests.tiny import batches

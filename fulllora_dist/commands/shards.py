@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.storage.urls import redacted
 
 MAKE = """Images -> WebDataset shards + index, on disk or in a bucket.
 
@@ -77,7 +79,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def make() -> None:
     """Make shards as the command line says."""
-    result = _run(make_shards, make_parser().parse_args())
+    args = make_parser().parse_args()
+    kept = f"what is finished is kept in {redacted(args.destination)}; re-run the same command to resume"
+    with on_interrupt(lambda: kept):
+        result = _run(make_shards, args)
     if result is None:
         return
     for split in result["splits"]:
@@ -138,7 +143,8 @@ def index() -> None:
     """Index shards as the command line says."""
     args = index_parser().parse_args()
     args.classes = None if args.classes is None else _classes(args.classes)
-    result = _run(index_shards, args)
+    with on_interrupt(lambda: "the shards that were read are kept in mind; re-run the same command to resume"):
+        result = _run(index_shards, args)
     if result is None:
         return
     print(

@@ -19,8 +19,8 @@ class GracefulStop:
     SystemExit, or after the step while `deferred`.
 
     The same signal more than a second later exits immediately without saving, whatever the main thread waits for. Used
-    as a context manager around the run; on exit the previous handlers are restored. A signal that the process was
-    started to ignore, as SIGHUP under nohup, stays ignored.
+    as a context manager around the run; on exit the previous handlers are restored. Under nohup, SIGHUP stays
+    ignored.
 
     Attributes:
         announce: called with the signal's number, whether the end is deferred, and whether it is the second signal, at
@@ -39,7 +39,8 @@ class GracefulStop:
         os.set_blocking(self._arrival, False)
         threading.Thread(target=self._watch, args=(arrivals,), daemon=True).start()
         self._wakeup_before = signal.set_wakeup_fd(self._arrival, warn_on_full_buffer=False)
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        heard = [number for number in SIGNALS if not (nohup and number == signal.SIGHUP)]
         self._before = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
