@@ -15,7 +15,6 @@ import os
 import random
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -213,7 +212,7 @@ class FolderLock:
                     if taken is not None or time.time() - renewed > STALE_SECONDS:
                         by = taken or "another process"
                         line = f"error: {self._path.parent}: taken over by {by}; this process ends without saving\n"
-                        os.write(sys.stderr.fileno(), line.encode())
+                        os.write(2, line.encode())
                         os._exit(1)
                     _create(held, me)  # somebody tidied up
                 os.utime(held)

@@ -145,7 +145,7 @@ class RunContext:
             )
         else:
             line = f"{name}: stopping at once; re-run the same command to resume from {saved}"
-        os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
+        os.write(2, f"\n{line}\n".encode())
         if not again:
             self.tracker.interrupted()
 
