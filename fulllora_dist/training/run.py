@@ -53,8 +53,8 @@ def train(config: Config) -> int:
         UserError: a refused start, which has written nothing; or what ends a training.
     """
     check_model(config)
+    model = build_model(config)
     with start_run(config) as run:
-        model = build_model(config)
         stream = build_stream(config, model.info, run.comm)
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
