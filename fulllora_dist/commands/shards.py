@@ -143,7 +143,7 @@ def index() -> None:
     """Index shards as the command line says."""
     args = index_parser().parse_args()
     args.classes = None if args.classes is None else _classes(args.classes)
-    with on_interrupt(lambda: "the shards that were read are kept in mind; re-run the same command to resume"):
+    with on_interrupt(lambda: "shards that were read are not read again; re-run the same command to resume"):
         result = _run(index_shards, args)
     if result is None:
         return

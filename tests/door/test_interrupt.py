@@ -65,8 +65,8 @@ def test_the_first_one_stops_after_the_batch_and_saves(
     done = run.wait()
     assert done.returncode == 128 + number
     told = re.search(
-        rf"\n{name}: stopping after this batch \((\d+) of 600000\), then saving a checkpoint; {name} again ends at once "
-        r"and loses the (\d+) batches since the checkpoint of batch (\d+)\n",
+        rf"\n{name}: stopping after this batch \((\d+) of 600000\), then saving a checkpoint; {name} again ends "
+        r"at once and loses the (\d+) batches since the checkpoint of batch (\d+)\n",
         done.stderr,
     )
     assert told is not None, done.stderr[-2000:]
