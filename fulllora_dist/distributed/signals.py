@@ -31,7 +31,7 @@ class GracefulStop:
         self.announce: Callable[[int, bool, bool], None] = lambda number, deferred, again: None
         self._received: int | None = None
         self._elsewhere: int | None = None
-        self._deferred = False
+        self._deferred = self._was_deferred = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "GracefulStop":
@@ -70,6 +70,7 @@ class GracefulStop:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         again, self._received = self.signal is not None, self._received or number
+        self._was_deferred |= self._deferred
         if not self._deferred and not again:
             raise SystemExit(128 + number)
 
@@ -82,7 +83,8 @@ class GracefulStop:
             if number not in self._before:
                 continue
             if not first:
-                self.announce(number, self._deferred, False)
+                # a quick step may be over by now
+                self.announce(number, self._deferred or self._was_deferred, False)
             if now - first.setdefault(number, now) > ECHO_SECONDS:
                 self.announce(number, self._deferred, True)
                 os._exit(128 + number)

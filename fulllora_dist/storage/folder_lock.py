@@ -17,8 +17,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -217,17 +216,6 @@ class FolderLock:
                     _create(held, me)  # somebody tidied up
                 os.utime(held)
                 renewed = time.time()
-
-
-@contextmanager
-def locked(path: Path, setting: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold a `FolderLock` inside."""
-    lock = FolderLock(path, setting, say)
-    lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _create(path: Path, holder: Holder) -> bool:
