@@ -15,7 +15,7 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.methods import METHODS
-from fulllora_dist.training.build import check_inputs
+from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.phases import build_phases
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -236,9 +236,10 @@ def test_what_is_missing_or_indivisible_is_refused(path: Path, override: str, wo
             member.size = 1
             tar.addfile(member, io.BytesIO(b"0"))
     index_shards([str(shards)], progress=False)
-    check_inputs(load_config(str(path), [f"data.train={shards}"]), world=1)
+    small = [f"data.train={shards}", "optim.batch_size=1"]
+    check_inputs(load_config(str(path), small), world=1)
     with pytest.raises(UserError, match=words):
-        check_inputs(load_config(str(path), [f"data.train={shards}", *override.split()]), world=world)
+        check_inputs(load_config(str(path), [*small, *override.split()]), world=world)
 
 
 def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:

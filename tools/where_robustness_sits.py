@@ -24,7 +24,8 @@ from fulllora_dist.evaluation import write_evaluation
 from fulllora_dist.evaluation.where import parse_by, where_robustness_sits
 from fulllora_dist.evaluation.where_report import where_figure, where_table
 from fulllora_dist.registry.address import resolved
-from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
+from fulllora_dist.training.build import build_eval_stream, build_evaluator
+from fulllora_dist.training.inputs import check_evaluation
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:

@@ -17,7 +17,7 @@ from fulllora_dist.config.yaml_text import parse_value, read_yaml
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import PlainText, explain, first_error, section_of
 from fulllora_dist.core.suggest import suggestion
-from fulllora_dist.methods import METHODS, MethodSettings
+from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings
 from fulllora_dist.tracking.settings import TrackingSettings
 
 COMMAND_LINE = "command line"
@@ -186,7 +186,7 @@ def _suggest(location: Sequence[Any], key: str, values: Any) -> str:
         values = values[part]
         if isinstance(part, str):  # a number is an index in a list of sections
             field = model.model_fields.get(part) if model else None
-            model = METHODS[_name(values)].Settings if part in _METHODS else section_of(field and field.annotation)
+            model = METHOD_SETTINGS[_name(values)] if part in _METHODS else section_of(field and field.annotation)
     known = list(model.model_fields) if model else []
     elsewhere = {name: f"it is {' or '.join(places)}" for name, places in _places().items()}
     if location and location[-1] in _METHODS:
@@ -226,7 +226,7 @@ def _places() -> dict[str, list[str]]:
 def _method_settings() -> dict[str, list[str]]:
     """The methods that take a setting."""
     takers: dict[str, list[str]] = {}
-    for name, method in METHODS.items():
-        for key in method.Settings.model_fields.keys() - {"name"}:
+    for name, settings in METHOD_SETTINGS.items():
+        for key in settings.model_fields.keys() - {"name"}:
             takers.setdefault(key, []).append(name)
     return takers

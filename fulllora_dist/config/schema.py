@@ -22,8 +22,7 @@ from fulllora_dist.core.units import check_pixel_range
 from fulllora_dist.data.settings import DataSettings
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.evaluation.settings import EvaluationSettings
-from fulllora_dist.methods import METHODS
-from fulllora_dist.methods.targets import TargetSettings
+from fulllora_dist.methods.settings import TargetSettings
 from fulllora_dist.models.settings import (
     AdapterSettings,
     Finetune,
@@ -121,7 +120,7 @@ class Config(Settings):
         if self.guard.rollback_method is not None:
             chosen["guard.rollback_method"] = self.guard.rollback_method
         for name, method in chosen.items():
-            if METHODS[method.name].needs_labels and self.targets.mixes:
+            if method.needs_labels and self.targets.mixes:
                 raise ValueError(f"{name}: {method.name} needs one label per image; remove targets.mixup and cutmix")
         if self.threat.norm == "linf":
             sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in PIXELS}

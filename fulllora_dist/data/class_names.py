@@ -3,12 +3,14 @@
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHOWN = 3
 
@@ -25,9 +27,13 @@ class ClassMatch:
     outputs: np.ndarray | None = None
     note: str = ""
 
-    def of(self, labels: Tensor) -> Tensor:
+    def of(self, labels: "Tensor") -> "Tensor":
         """The outputs of labels, int64 [B] both."""
-        return labels if self.outputs is None else torch.from_numpy(self.outputs).to(labels.device)[labels]
+        if self.outputs is None:
+            return labels
+        import torch  # names are compared without it
+
+        return torch.from_numpy(self.outputs).to(labels.device)[labels]
 
 
 def match_classes(

@@ -167,11 +167,6 @@ def hosts() -> list[str]:
     return [host for host, _ in _processes] or [socket.gethostname()]
 
 
-def is_main_process() -> bool:
-    """Whether this is rank 0, also before `start_comm`."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def start_comm(timeout_minutes: float = 30) -> Comm:
     """Join the ranks that the launcher started, or run as the only one under plain `python`.
 
@@ -187,6 +182,8 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     except ValueError as error:
         raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}; must be integers, as set by a launcher") from None
+    if not 0 <= rank < world:
+        raise UserError(f"RANK must be >= 0 and < WORLD_SIZE={world}, got {rank}; start with `deepspeed` or `torchrun`")
     if world > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError("MASTER_ADDR and MASTER_PORT are not set, but WORLD_SIZE is over 1; start with `deepspeed`")
     port = os.environ.get("MASTER_PORT", "29500")

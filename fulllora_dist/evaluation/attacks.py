@@ -1,30 +1,17 @@
 """The attacks of an evaluation, by their names in the settings."""
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.fgsm import single_step
-from fulllora_dist.attacks.pgd import LossName, attack_mode, default_step_size, is_correct, projected_gradient
+from fulllora_dist.attacks.pgd import attack_mode, default_step_size, is_correct, projected_gradient
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.core.rng import base_key
+from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.evaluation.official import autoattack
-
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""The four parts of the standard AutoAttack, in order."""
-_PARTS: dict[str, int] = {"apgd-ce": 200, "apgd-t": 1800, "fab-t": 1800, "square": 5000}  # forward and backward passes
-_PARTS |= {"apgd-dlr": 200, "fab": 200}
-_ITERATED = re.compile(r"(pgd|cw|dlr)([1-9]\d*)(?:x([1-9]\d*))?")
-_LOSSES: dict[str, LossName] = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
-_KNOWN = (
-    "clean, fgsm, autoattack, parts of it (apgd-ce, apgd-t, fab-t, square, or several: apgd-ce+square), and pgdK, cwK "
-    "and dlrK for K steps, with R restarts pgdKxR, e.g. clean,pgd20,cw20,pgd50x5,autoattack"
-)
 
 
 class Outcome(NamedTuple):
@@ -39,60 +26,8 @@ class Outcome(NamedTuple):
     not_finite: Tensor
 
 
-@dataclass(frozen=True)
-class EvalAttack:
-    """An attack by its name.
-
-    Attributes:
-        name: `clean`; `fgsm` (Goodfellow et al.: one step of eps from the image); `pgdK` (cross-entropy), `cwK` (the
-            margin loss of Carlini and Wagner) or `dlrK` (the difference of logits ratio) under PGD, K steps, with `xR`
-            behind it the best of R random starts; `autoattack`, the standard version (Croce and Hein, arXiv
-            2003.01690); or parts of AutoAttack joined by +, with the standard version's parameters.
-        kind: how it is made.
-        steps, loss, restarts: of PGD.
-        parts: of AutoAttack, in the order in which they run.
-    """
-
-    name: str
-    kind: Literal["clean", "fgsm", "pgd", "autoattack"]
-    steps: int = 0
-    loss: LossName = "ce"
-    restarts: int = 1
-    parts: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, name: str) -> "EvalAttack":
-        """Raises UserError: the name is unknown."""
-        if name in ("clean", "fgsm"):
-            return cls(name, name)  # type: ignore[arg-type]
-        parts = STANDARD if name == "autoattack" else tuple(name.split("+"))
-        if all(part in _PARTS for part in parts) and len(set(parts)) == len(parts):
-            return cls(name, "autoattack", parts=parts)
-        match = _ITERATED.fullmatch(name)
-        if match is None:
-            raise UserError(f"evaluation.attacks: unknown attack {name!r}; known: {_KNOWN}")
-        kind, steps, restarts = match.groups()
-        return cls(name, "pgd", int(steps), _LOSSES[kind], int(restarts or 1))
-
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes of an image, at most, the prediction included; the measure of its cost."""
-        if self.kind == "autoattack":
-            return 1 + sum(_PARTS[part] for part in self.parts)
-        if self.kind == "clean":
-            return 1
-        if self.kind == "fgsm":
-            return 4
-        return 2 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
-
-    def check_classes(self, classes: int) -> None:
-        """Raises SharedUserError: the attack's loss needs more logits than there are."""
-        needed = 4 if "apgd-t" in self.parts else 3 if "apgd-dlr" in self.parts or self.loss == "dlr" else 2
-        if classes < needed:
-            raise SharedUserError(
-                f"evaluation.attacks: {self.name} needs at least {needed} classes, got {classes}; pgd20, cw20 and "
-                "apgd-ce+square need two"
-            )
+class EvalAttack(AttackName):
+    """An attack by its name."""
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
         """Adversarial examples for `x` (`pgd` says the shapes). PGD takes steps of 2.5 eps / K as Madry et al. do, at
@@ -148,10 +83,7 @@ class EvalAttack:
 
 def parse_attacks(names: Sequence[str]) -> list[EvalAttack]:
     """The attacks by their names. Raises UserError for unknown, repeated or no attacks."""
-    parsed = [EvalAttack.parse(name) for name in names]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"evaluation.attacks: name each attack once, e.g. clean,pgd20, got {','.join(names) or 'none'}")
-    return parsed
+    return EvalAttack.parse_all(names)
 
 
 def autoattack_seed(name: str, threat: Threat, seed: int, ids: Tensor) -> int:

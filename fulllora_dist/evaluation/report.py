@@ -1,5 +1,6 @@
 """evaluation.json: what it holds, and how it is written, read and checked."""
 
+import contextlib
 import json
 import math
 import os
@@ -200,7 +201,7 @@ def check_accuracies(report: EvaluationReport, name: str) -> None:
 
 
 def check_output(path: str | Path) -> None:
-    """Refuse what `write_evaluation` could not write in the end; makes the folder where there is none.
+    """Refuse what `write_evaluation` could not write in the end; changes nothing.
 
     Raises:
         UserError: naming --output.
@@ -208,11 +209,17 @@ def check_output(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; name a file, e.g. {path / 'evaluation.json'}")
+    missing = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)  # nothing else tells whether it can be made
+        writable = os.access(path.parent, os.W_OK)
     except OSError as error:
         raise UserError(f"--output: cannot create {path.parent} ({error.strerror or error})") from None
-    if not os.access(path.parent, os.W_OK):
+    finally:
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+    if not writable:
         raise UserError(f"--output: {path.parent} is not writable; name a file in another folder")
 
 

@@ -18,9 +18,9 @@ from fulllora_dist.evaluation.trained import record_of
 from fulllora_dist.models.adapted_model import AdaptedModel
 
 
-def items_done(output: str | Path) -> int:
-    """Finished work items of the evaluations under way whose evaluation*.json is to lie in a folder."""
-    files = Path(output).glob("evaluation*.json.partial/*/rank-*.jsonl")
+def items_done(output: str | Path, name: str = "evaluation*.json") -> int:
+    """Finished work items of the evaluations under way whose file of that name is to lie in a folder."""
+    files = Path(output).glob(f"{name}.partial/*/rank-*.jsonl")
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 

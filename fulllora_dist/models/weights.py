@@ -31,6 +31,7 @@ def download(name: str) -> dict[str, Tensor]:
     Raises:
         UserError: the tag has no weights on the hub, or they cannot be downloaded.
     """
+    from huggingface_hub.utils import logging as hub_logging
     from timm.models import load_state_dict_from_hf
 
     config = timm.models.get_pretrained_cfg(name)
@@ -38,6 +39,7 @@ def download(name: str) -> dict[str, Tensor]:
         raise UserError(f"model.backbone: {name} has no weights on the hub; set model.checkpoint_path to a file")
     location = config.hf_hub_id if "/" in config.hf_hub_id else f"timm/{config.hf_hub_id}"
     try:
+        hub_logging.set_verbosity_error()  # a line a retry, to no use: the last error is told below
         filename = {"filename": config.hf_hub_filename} if config.hf_hub_filename else {}
         return load_state_dict_from_hf(location, **filename, weights_only=True)
     except Exception as error:  # hub, proxy and disk errors have no common class

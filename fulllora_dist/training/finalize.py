@@ -6,8 +6,9 @@ import sys
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
-from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
+from fulllora_dist.training.build import build_eval_stream, build_evaluator
 from fulllora_dist.training.context import RunContext
+from fulllora_dist.training.inputs import check_evaluation
 from fulllora_dist.training.run_plots import show_end
 from fulllora_dist.training.summary import TrainingSummary
 

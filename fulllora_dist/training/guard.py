@@ -18,7 +18,8 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.evaluation import EvalAttack, is_correct
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.training.build import build_eval_stream, load_index
+from fulllora_dist.training.build import build_eval_stream
+from fulllora_dist.training.inputs import load_index
 
 _SHOWN = 4  # example images logged to the tracker
 _FEWEST = 10  # images that the best check must have got right before a drop counts as a collapse

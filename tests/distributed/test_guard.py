@@ -20,9 +20,10 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import evaluate
-from fulllora_dist.training.build import build_model, check_inputs
+from fulllora_dist.training.build import build_model
 from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Guard
+from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 

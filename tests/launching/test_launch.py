@@ -112,7 +112,7 @@ def test_settings_that_contradict_the_saved_run_are_refused(site: Site, monkeypa
     saved = load_config("config.yaml", [*settings, "optim.lr=0.5"]).model_dump(mode="json")
     checkpoint = site.folder / "saved" / "checkpoints" / "10"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"config": saved}))
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"format_version": 1, "config": saved}))
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *settings])
     with pytest.raises(UserError, match=r"saved holds a run with optim.lr=0.5, got 0.001"):
         runpy.run_path(LAUNCH)["main"]()
