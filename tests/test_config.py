@@ -15,7 +15,7 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.methods import METHODS
-from fulllora_dist.training.build import check_inputs
+from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.phases import build_phases
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -114,14 +114,14 @@ REFUSED = {
     "targets.mix_probability=0.5": "targets: mix_probability has no effect",
     "targets.mixup=0.2 method=mart": "method: mart needs one label per image; remove targets.mixup",
     "plugins=noise.py": r"plugins: must be a list of modules or files, got 'noise.py'; write plugins=.noise.py.",
-    "plugins=3": "plugins: must be a list of modules or files, got 3",
+    "plugins=3": "plugins: must be a list of modules or files, got '3'",
     "method.name=[pgd]": r"method: name: unknown method \['pgd'\]",
     "method=trades method.start=4": r"method.start: 4 is outside \[0, 1\].* write 4/255",
     "plugins=[no_such_module]": "plugins: no_such_module cannot be imported .ModuleNotFoundError",
     "plugins=[no/such/file.py]": "plugins: no/such/file.py cannot be imported .FileNotFoundError",
     "method.step_size=2": r"method.step_size: 2 is outside \[0, 1\].* write 2/255",
     "method=pdg": "method: name: unknown method 'pdg'; known: fgsm_rs, free, mart",
-    "method=[pgd]": "method: cannot merge a section with a list or value",
+    "method=[pgd]": r"method: must be a section of settings \(got \['pgd'\]\)",
     "finetune=lroa": "finetune: .*'lora'.*'lroa'",
     "distributed.gradient_accumulation_steps=3": "optim.batch_size must be divisible by .*got 256 and 3",
     "deepspeed.train_batch_size=8": "deepspeed.train_batch_size is derived from optim.batch_size",
@@ -138,12 +138,12 @@ REFUSED = {
     "model.std=[0,1,1]": "model.std.0: .*greater than 0",
     "model.class_indices=[]": "model.class_indices: .*at least 2",
     "model.class_indices=[-1,2]": "model.class_indices.0: .*greater than or equal to 0",
-    "model=": "model: .*valid dictionary",
-    "optim=3": "optim: .*valid dictionary",
-    "tracking=mlflow": "tracking: .*valid dictionary",
-    "run.output_dir=": "run.output_dir: .*valid string",
+    "model=": "command line: model= has no value; write model=null for none",
+    "optim=3": r"optim: must be a section of settings \(got '3'\)",
+    "tracking=mlflow": "tracking: must be a section of settings",
+    "run.output_dir=": "run.output_dir= has no value; write run.output_dir=null",
     "run.output_dir=${nowhere}": "nowhere",
-    "optim.lr=[": "parsing",
+    "optim.lr=[": r"command line: optim.lr: \[ is not valid YAML",
     "optim.lr": "'optim.lr' is not a setting; write key=value",
     "=3": "'=3' is not a setting; write key=value",
     "finetune=full adapter.init_from=a": "adapter.init_from: finetune: full has no adapter",
@@ -187,15 +187,15 @@ def test_bad_phases_are_refused(path: Path, phases: str, words: str) -> None:
         (SMALLEST.replace("model:", "modle:"), "unknown setting modle; did you mean model?"),
         (SMALLEST.replace("eps: 4/255", ""), "threat.eps is missing"),
         (SMALLEST.replace("out}", "'???'}"), "mandatory value: output"),
-        ("", "model is missing"),
-        ("- 1\n", "is empty or a list"),
-        ("3\n", "is not valid YAML"),
+        ("", "is empty; it must contain settings"),
+        ("- 1\n", "is a list; it must contain settings"),
+        ("3\n", "is a single value; it must contain settings"),
         ("model: [\n", "is not valid YAML"),
         (SMALLEST + "run: {}\n", "duplicate key run"),
         ("base: gone.yaml\n", "gone.yaml does not exist"),
         ("base: bad.yaml\n", "refers back to itself"),
-        ("base: [a, b]\n", "does not exist"),
-        ("base: below.yaml\nmethod: {name: pgd}\n", "cannot merge a section"),
+        ("base: [a, b]\n", r"base: must be one file, got \['a', 'b'\]"),
+        ("base: below.yaml\nmethod: {name: pgd}\n", "method: is a list; write all of it"),
         (None, "does not exist; see configs/ for examples"),
     ],
 )
@@ -236,9 +236,10 @@ def test_what_is_missing_or_indivisible_is_refused(path: Path, override: str, wo
             member.size = 1
             tar.addfile(member, io.BytesIO(b"0"))
     index_shards([str(shards)], progress=False)
-    check_inputs(load_config(str(path), [f"data.train={shards}"]), world=1)
+    small = [f"data.train={shards}", "optim.batch_size=1"]
+    check_inputs(load_config(str(path), small), world=1)
     with pytest.raises(UserError, match=words):
-        check_inputs(load_config(str(path), [f"data.train={shards}", *override.split()]), world=world)
+        check_inputs(load_config(str(path), [*small, *override.split()]), world=world)
 
 
 def test_epochs_and_warm_up_are_counted_in_batches(path: Path) -> None:

@@ -345,7 +345,8 @@ def test_without_adapter_it_is_the_backbone(
         "batch_size": 4
     }
     made = here["pictures"] | {"batch_size": 5}
-    assert json.loads(output.read_text()) == {**here, "backbone": "vit_tiny_patch16_224.augreg_in21k", "pictures": made}
+    bare = {"backbone": "vit_tiny_patch16_224.augreg_in21k", "adapter_sha256": None}
+    assert json.loads(output.read_text()) == {**here, **bare, "pictures": made}
 
 
 def test_listed_images_at_several_eps(start: Callable[..., Launched], experiment: Path, shards: Path) -> None:

@@ -17,7 +17,8 @@ from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapt import create_model
-from fulllora_dist.training.build import build_model, check_inputs
+from fulllora_dist.training.build import build_model
+from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.phases import Phases, build_phases
 from tests.methods.test_methods import PlainEngine, start
 from tests.tiny import ARCHITECTURE, SIDE, batches, images, stir, tiny

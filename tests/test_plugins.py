@@ -14,6 +14,7 @@ from fulllora_dist.config.plugins import import_plugins
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.methods import METHODS, register_method
 from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+from fulllora_dist.methods.settings import METHOD_SETTINGS
 from fulllora_dist.training.phases import build_phases
 from tests.methods.test_methods import PlainEngine, start
 from tests.tiny import batches
@@ -37,10 +38,12 @@ def example(name: str) -> str:
 
 @pytest.fixture(autouse=True)
 def clean_registry() -> Iterator[None]:
-    known, modules, path = dict(METHODS), set(sys.modules), list(sys.path)
+    registries = METHODS, METHOD_SETTINGS
+    known, modules, path = [dict(registry) for registry in registries], set(sys.modules), list(sys.path)
     yield
-    METHODS.clear()
-    METHODS.update(known)
+    for registry, before in zip(registries, known, strict=True):
+        registry.clear()
+        registry.update(before)  # type: ignore[arg-type]
     sys.path[:] = path
     for name in set(sys.modules) - modules:
         if "noise" in name:

@@ -27,6 +27,7 @@ def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
         }
     )
     run = RunContext(config, Comm(0, 1, torch.device("cpu"), None), GracefulStop())
+    run.open()
     shown, deadline = "", time.monotonic() + 60
     while "warning: MLflow" not in shown and time.monotonic() < deadline:  # nobody serves there
         time.sleep(0.1)

@@ -24,7 +24,8 @@ from fulllora_dist.evaluation import write_evaluation
 from fulllora_dist.evaluation.where import parse_by, where_robustness_sits
 from fulllora_dist.evaluation.where_report import where_figure, where_table
 from fulllora_dist.registry.address import resolved
-from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
+from fulllora_dist.training.build import build_eval_stream, build_evaluator
+from fulllora_dist.training.inputs import check_evaluation
 
 
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     comm = start_comm(config.distributed.timeout_minutes)
     adapter = comm.broadcast(comm.run_on_rank0(lambda: resolved(args.adapter, config.tracking_uri())))
     model = build_evaluated(config, adapter).to(comm.device)
-    stream = build_eval_stream(config, folder, model.info, comm, subset=check_evaluation(config))
+    stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))
     evaluator = build_evaluator(config, model.info, comm, adapter)
 
     def write(results: dict[str, Any]) -> None:

@@ -95,6 +95,11 @@ def attack_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def is_correct(logits: Tensor, y: Tensor) -> Tensor:
+    """bool [B]: the largest logit is the label's, and all are finite: of NaN alone, argmax is the first class."""
+    return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
+
+
 def input_gradient(model: nn.Module, pixels: Tensor, target: Tensor, loss: Loss) -> Tensor:
     """The gradient of the loss with respect to the pixels, both [B, C, H, W]; inside `attack_mode`. One forward and one
     backward pass."""
@@ -258,6 +263,6 @@ def projected_gradient(
             kept = x_adv if kept is None else torch.where(fooled.view(-1, 1, 1, 1), kept, x_adv)
             if restarts > 1:
                 with torch.no_grad():
-                    fooled |= model(x_adv).argmax(dim=1) != label
+                    fooled |= ~is_correct(model(x_adv), label)
     assert kept is not None
     return kept

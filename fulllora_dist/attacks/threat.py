@@ -38,7 +38,7 @@ class Threat(ABC):
 
     @abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
-        """The direction of unit norm in which the loss rises fastest; zero if the gradient is zero."""
+        """The direction of unit norm in which the loss rises fastest; zero where the gradient is zero or NaN."""
 
     @abstractmethod
     def random_start(self, rng: SampleRng, like: Tensor, radius: float | None = None) -> Tensor:
@@ -62,7 +62,7 @@ class Linf(Threat):
         return delta.clamp(-self.eps, self.eps)
 
     def steepest(self, gradient: Tensor) -> Tensor:
-        return gradient.sign()
+        return gradient.sign()  # that of NaN is 0
 
     def random_start(self, rng: SampleRng, like: Tensor, radius: float | None = None) -> Tensor:
         radius = self.eps if radius is None else radius
@@ -80,7 +80,7 @@ class L2(Threat):
 
     def steepest(self, gradient: Tensor) -> Tensor:
         # scale by the largest entry first: the squares of a fp32 gradient of 1e-25 would underflow
-        tiny = torch.finfo(gradient.dtype).tiny
+        tiny, gradient = torch.finfo(gradient.dtype).tiny, gradient.nan_to_num()
         gradient = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
         return gradient / _norms(gradient).clamp_min(tiny)
 

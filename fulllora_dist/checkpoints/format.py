@@ -12,17 +12,17 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
-from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage import store, urls
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = 1
 TENSORS = "checkpoint.safetensors"
@@ -55,7 +55,7 @@ class CheckpointMetadata(TypedDict):
     backbone_sha256: str | None
 
 
-Checkpoint = tuple[dict[str, Tensor], CheckpointMetadata]
+Checkpoint = tuple[dict[str, "Tensor"], CheckpointMetadata]
 """Tensors {"<kind>/<name>": host}, and metadata."""
 
 
@@ -88,7 +88,7 @@ def _digest(content: bytes, metadata: Mapping[str, Any]) -> str:
 def write_checkpoint(
     place: str,
     step: int,
-    tensors: Mapping[str, Tensor],
+    tensors: "Mapping[str, Tensor]",
     metadata: CheckpointMetadata,
     keep: int,
     spared: Collection[int] = (),
@@ -103,6 +103,8 @@ def write_checkpoint(
     Raises:
         OSError, UserError: it cannot be written there; older checkpoints are as they were.
     """
+    from safetensors.torch import save as save_safetensors
+
     content = save_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()})
     description = {"format_version": FORMAT_VERSION, **metadata, "step": step}
     description["sha256"] = _digest(content, description)
@@ -200,6 +202,8 @@ def read_checkpoint(path: str) -> Checkpoint:
         UserError: a format version this program does not know, a bucket that does not answer.
         OSError: a disk that does not answer: that is not damage, and a restart may find it whole.
     """
+    from safetensors.torch import load as load_safetensors
+
     try:
         files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)
         metadata, content = json.loads(files[DESCRIPTION]), files[TENSORS]
@@ -214,6 +218,17 @@ def read_checkpoint(path: str) -> Checkpoint:
         return load_safetensors(content), metadata
     except SafetensorError as error:
         raise DamagedCheckpoint(f"{path}/{TENSORS} is damaged ({error})") from None
+
+
+def read_metadata(places: Sequence[str], instead: str | None) -> CheckpointMetadata | None:
+    """The metadata of the newest checkpoint of `places`, or else of the checkpoint `instead`, which are folders;
+    without its tensors or torch. None where there is none, or it is not readable."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        path = next(iter(list_checkpoints(*places)), instead)
+        if path is not None and not urls.is_remote(path):
+            metadata = json.loads(Path(path, DESCRIPTION).read_text())
+            return metadata if metadata["format_version"] == FORMAT_VERSION else None
+    return None
 
 
 def _read_folder(path: str) -> dict[str, bytes]:

@@ -5,10 +5,10 @@ import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 from yaml import YAMLError
 
 from fulllora_dist.checkpoints.format import (
@@ -25,6 +25,9 @@ from fulllora_dist.checkpoints.format import (
 from fulllora_dist.checkpoints.settings import RunSettings
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage import store, urls
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def checkpoint_places(settings: RunSettings) -> list[str]:
@@ -112,6 +115,15 @@ class CheckpointManager:
             checkpoint[1].update({"mlflow_run_id": None, "best": None, "guard": {}})  # these belong to the other run
         return checkpoint
 
+    def check_unchanged(self) -> None:
+        """Raise UserError if another process has written checkpoints since `find`."""
+        steps = [step_of(path) for path in list_checkpoints(*self._search)]
+        if newer := [step for step in steps if step > (self.newest or -1) and step not in self._damaged]:
+            raise UserError(
+                f"run.output_dir: another process has just trained to batch {newer[0]} in "
+                f"{self._settings.output_dir}; re-run the same command to resume from there"
+            )
+
     def due(self, step: int) -> bool:
         """Whether one is due after `step` batches: by `run.checkpoint_every`, `run.checkpoint_minutes` or `ask`. It
         stays due until one is written."""
@@ -173,7 +185,7 @@ class CheckpointManager:
         self._kept = frozenset(kept for kept in self._kept if kept <= step)
         return checkpoint
 
-    def write(self, step: int, tensors: Mapping[str, Tensor], metadata: CheckpointMetadata) -> None:
+    def write(self, step: int, tensors: "Mapping[str, Tensor]", metadata: CheckpointMetadata) -> None:
         """Begin to write a checkpoint, in a thread; one that is still being written comes first.
 
         Args:
@@ -210,7 +222,7 @@ class CheckpointManager:
         return "none" if self.newest is None else f"that of batch {self.newest}"
 
     def _write(
-        self, step: int, tensors: Mapping[str, Tensor], metadata: CheckpointMetadata, spared: Collection[int]
+        self, step: int, tensors: "Mapping[str, Tensor]", metadata: CheckpointMetadata, spared: Collection[int]
     ) -> list[str]:
         """Why each place that did not take it did not."""
         failed = []

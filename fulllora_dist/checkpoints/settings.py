@@ -2,13 +2,13 @@
 
 from pydantic import Field, field_validator
 
-from fulllora_dist.core.settings import Settings
+from fulllora_dist.core.settings import Location, Settings
 
 
 class RunSettings(Settings):
-    output_dir: str
+    output_dir: Location
     """Output folder: checkpoints, adapter, evaluation, metrics. A run that is found there is resumed."""
-    checkpoint_dir: str | None = None
+    checkpoint_dir: Location | None = None
     """Another folder or bucket (s3://, gs://) for checkpoints; while a bucket fails they go to output_dir."""
     seed: int = 0
     """Random seed."""
@@ -20,8 +20,8 @@ class RunSettings(Settings):
     """Number of recent checkpoints to keep."""
     max_nonfinite_steps: int = Field(10, ge=0)
     """Consecutive updates with a non-finite loss or gradient that are skipped before the run is ended."""
-    resume_from: str | None = None
-    """Checkpoint (folder or URL) to start from when output_dir holds none."""
+    resume_from: Location | None = None
+    """Checkpoint (folder or URL) of a run with the same settings, epochs too, to resume when output_dir holds none."""
     log_every: int = Field(10, ge=1)
     """Log metrics every so many batches."""
 

@@ -17,13 +17,12 @@ from fulllora_dist.core.text_table import text_table
 from fulllora_dist.evaluation import eval_transform
 from fulllora_dist.evaluation.compare import Comparison, compare, comparison_table
 from fulllora_dist.evaluation.report import read_evaluation
-from fulllora_dist.models.adapter_description import TrainingData
 from fulllora_dist.models.adapter_diff import differing_settings, layer_differences, summed
 from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
 from fulllora_dist.registry.address import load, local_folder
 from fulllora_dist.registry.champion import LostRace, Outcome, check, promote, rollback
 from fulllora_dist.registry.flavor import CARD
-from fulllora_dist.registry.predict import predict
+from fulllora_dist.registry.predict import compare_labels, predict
 from fulllora_dist.registry.promotion import Rules, Verdict
 from fulllora_dist.registry.publish import CONFIG, publish
 from fulllora_dist.registry.registry import CHAMPION, PREVIOUS, Registry, Version, content_of
@@ -232,18 +231,20 @@ def predict_command(args: Namespace) -> Answer:
     with local_folder(address, args.uri) as folder:
         description = read_adapter(folder)[0]
         model = load(folder, checkpoint_path=args.checkpoint)
-    data = description.data or TrainingData()
+    classes, transform = model.record.classes, eval_transform(model)
     counts = predict(
         model.to("cuda" if torch.cuda.is_available() else "cpu"),
         args.source,
         args.output,
-        eval_transform(model.info, data.crop_pct, data.interpolation),
-        data.classes or [str(i) for i in range(model.info.num_classes)],
+        transform,
+        classes or [str(i) for i in range(model.info.num_classes)],
         batch_size=args.batch_size,
         workers=args.workers,
         adapter=description.sha256,
     )
-    text = f"{args.output}: {counts['pictures']} images, {counts['predicted']} of them new"
+    lines = [f"{args.output}: {counts['pictures']} images, {counts['predicted']} of them new"]
     if counts["unreadable"]:
-        text += f"; warning: {counts['unreadable']} unreadable, with the reason in their lines"
-    return text, counts | {"output": args.output, "adapter": address}, 0
+        lines[0] += f"; warning: {counts['unreadable']} without a prediction, with the reason in their lines"
+    notes = [note] if (note := compare_labels(args.source, classes)) else []
+    result = counts | {"output": args.output, "adapter": address, "own_pictures": dataclasses.asdict(transform)}
+    return "\n".join([*lines, *notes]), result | {"notes": notes}, 0

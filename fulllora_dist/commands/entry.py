@@ -1,10 +1,39 @@
 """Entry points of commands: exit codes and one-line error messages."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from fulllora_dist.distributed.failures import exit_answer
+from fulllora_dist.distributed.launcher import is_main_process
+
+
+class _Told(KeyboardInterrupt):
+    """Ctrl-C whose line is printed already."""
+
+
+@contextmanager
+def on_interrupt(kept: Callable[[], str]) -> Iterator[None]:
+    """Ctrl-C inside says at once what is kept and how to go on, and ends the command when what was under way is
+    cleared up; a second one does not wait for that."""
+
+    def tell(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if is_main_process():
+            print(f"interrupted: {kept()}", file=sys.stderr, flush=True)
+        raise _Told
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # a job's, which also knows about requeuing
+        yield
+        return
+    signal.signal(signal.SIGINT, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_entry(main: Callable[[], int | None]) -> None:
@@ -16,9 +45,9 @@ def run_entry(main: Callable[[], int | None]) -> None:
     """
     try:
         code = main()
-    except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":
-            print("interrupted", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as interrupt:
+        if is_main_process() and not isinstance(interrupt, _Told):
+            print("interrupted: nothing was changed", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)
     except Exception as error:

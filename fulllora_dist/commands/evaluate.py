@@ -9,28 +9,28 @@ counts with --output.
 import argparse
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from fulllora_dist.commands.arguments import add_num_samples, parser
+from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.distributed.comm import start_comm, stop_comm
+from fulllora_dist.distributed.launcher import join_launcher, say
 from fulllora_dist.evaluation import EvaluationReport, check_output, table, write_evaluation, write_figures
 from fulllora_dist.evaluation.report import check_replaced, read_replaced
+from fulllora_dist.evaluation.resume_log import items_done
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings
 from fulllora_dist.registry.address import in_mlflow, load, resolved
+from fulllora_dist.storage.folder_lock import FolderLock
 from fulllora_dist.storage.urls import redacted
-from fulllora_dist.training.build import (
-    build_eval_stream,
-    build_evaluator,
-    build_model,
-    check_evaluated,
-    check_evaluation,
-    load_index,
-)
+from fulllora_dist.training.build import build_eval_stream, build_evaluator, build_model
+from fulllora_dist.training.inputs import check_evaluated, check_evaluation, load_index
 
 
 def check_inputs(config: Config, adapter: str | None, output: str | None = None) -> str:
@@ -153,21 +153,43 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate according to the command line."""
+    join_launcher()
     args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter, args.output)
     if args.output:
         read_replaced(args.output)
+    with ExitStack() as stack:
+        stack.enter_context(on_interrupt(lambda: _kept(args.output)))
+        _evaluate(args, config, folder, stack)
 
+
+def _kept(output: str | None) -> str:
+    """What an interrupted evaluation leaves, and how to go on."""
+    if output is None:
+        return "nothing is kept; with --output FILE the same command would resume"
+    done = items_done(os.path.dirname(output) or ".", os.path.basename(output))
+    return f"{done} finished batches are kept in {output}.partial; re-run the same command to resume"
+
+
+def _evaluate(args: argparse.Namespace, config: Config, folder: str, stack: ExitStack) -> None:
     comm = start_comm(config.distributed.timeout_minutes)
     adapter = comm.broadcast(comm.run_on_rank0(lambda: args.adapter and resolved(args.adapter, config.tracking_uri())))
     model = build_evaluated(config, adapter).to(comm.device)
-    stream = build_eval_stream(config, folder, model.info, comm, subset=check_evaluation(config))
+    stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))
     sha256 = None if adapter is None else adapter_sha256(model)
     evaluator = build_evaluator(config, model.info, comm, adapter, sha256)
     if args.output:
         names, sizes = config.evaluation.attacks, (config.threat.eps, *config.evaluation.eps)
         new = [(0.0 if name == "clean" else eps, name) for name in names for eps in sizes]
-        comm.run_on_rank0(lambda: check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256))
+        lock = FolderLock(Path(f"{args.output}.lock"), "--output", say)
+        stack.callback(lock.release)
+
+        def open_output() -> None:
+            check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256)
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+
+        comm.run_on_rank0(open_output, f"--output: cannot write {args.output}")
 
     def write(report: EvaluationReport) -> None:
         print(table(report), flush=True)

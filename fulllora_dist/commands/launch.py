@@ -16,6 +16,7 @@ import shlex
 import sys
 from typing import Any
 
+from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.resources import EXECUTORS, Resources, read_profile, resources
 
@@ -45,7 +46,8 @@ def main(profiles: str) -> int:
     if args.dry_run:
         print(script(config, requested, evaluation))
         return 0
-    folder, jobs = submit(config, settings, requested, args.executor, sys.argv, evaluation)
+    with on_interrupt(lambda: "no job was submitted"):
+        folder, jobs = submit(config, settings, requested, args.executor, sys.argv, evaluation)
     print(f"{folder}: " + ", then ".join(f"job {job.job_id}" for job in jobs), file=sys.stderr)
     if args.executor == "debug":
         try:
@@ -55,7 +57,9 @@ def main(profiles: str) -> int:
             return 1
     if not args.wait:
         return 0
-    ended = wait(folder)
+    output = config.run.output_dir
+    with on_interrupt(lambda: f"the jobs go on; `launch.py status {output}` shows them, `cancel {output}` stops them"):
+        ended = wait(folder)
     for job in ended:
         if job.state != "COMPLETED":
             reason = job.failure() or f"its log is {job.log()}"

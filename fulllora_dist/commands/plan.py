@@ -12,8 +12,8 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.training.build import build_model, check_files, check_settings, load_index
-from fulllora_dist.training.phases import build_phases
+from fulllora_dist.training.inputs import check_files, check_settings, load_index
+from fulllora_dist.training.run import on_meta
 
 IMAGENET = 1_281_167
 ASSUMED_FLOPS = 3e14
@@ -87,10 +87,7 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         images = IMAGENET
     else:
         check_files(config)
-    with torch.device("meta"):
-        model = build_model(config)
-    phases = build_phases(config, images // config.optim.batch_size)
-    phases.prepare(model.backbone, model.info.image_size)
+    model, phases = on_meta(config, images)
     micro = config.optim.batch_size // world // config.distributed.gradient_accumulation_steps
     checkpointing = config.distributed.activation_checkpointing
 

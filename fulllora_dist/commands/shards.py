@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.data.shards.classes import read_classes
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.storage.urls import redacted
 
 MAKE = """Images -> WebDataset shards + index, on disk or in a bucket.
 
@@ -87,7 +89,9 @@ def make() -> None:
     """Make shards as the command line says."""
     args = make_parser().parse_args()
     args.classes = None if args.classes is None else _classes(args.classes, one=True)
-    result = _run(make_shards, args)
+    kept = f"what is finished is kept in {redacted(args.destination)}; re-run the same command to resume"
+    with on_interrupt(lambda: kept):
+        result = _run(make_shards, args)
     if result is None:
         return
     for split in result["splits"]:
@@ -159,7 +163,8 @@ def index() -> None:
     """Index shards as the command line says."""
     args = index_parser().parse_args()
     args.classes = None if args.classes is None else _classes(args.classes)
-    result = _run(index_shards, args)
+    with on_interrupt(lambda: "shards that were read are not read again; re-run the same command to resume"):
+        result = _run(index_shards, args)
     if result is None:
         return
     print(

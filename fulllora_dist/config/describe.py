@@ -4,7 +4,7 @@ from pydantic import BaseModel
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.settings import section_of
-from fulllora_dist.methods import METHODS, MethodSettings
+from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings
 
 
 def describe_settings() -> str:
@@ -27,7 +27,7 @@ def describe_settings() -> str:
                 describe(section, f"{prefix}{key}[].")
 
     describe(Config, "")
-    for name, method in METHODS.items():
+    for name, settings in METHOD_SETTINGS.items():
         lines.append(f"method: {name}")
-        describe(method.Settings, "  method.")
+        describe(settings, "  method.")
     return "\n".join(lines)

@@ -1,22 +1,26 @@
 """Load a `Config` from a YAML file and `key=value` arguments; any error is a single clear line."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
 
 from fulllora_dist.checkpoints.settings import RunSettings
 from fulllora_dist.config.plugins import import_plugins
 from fulllora_dist.config.schema import Config
+from fulllora_dist.config.yaml_text import parse_value, read_yaml
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.core.settings import explain, section_of
-from fulllora_dist.methods import METHODS
+from fulllora_dist.core.settings import PlainText, explain, first_error, section_of
+from fulllora_dist.core.suggest import suggestion
+from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings
 from fulllora_dist.tracking.settings import TrackingSettings
+
+COMMAND_LINE = "command line"
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
@@ -27,30 +31,38 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: an invalid setting or file, which the message names.
     """
-    merged = _read(path)
-    settings = []
+    layers = _Layers()
+    layers.read(path)
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key.strip():
+        key, equals, text = override.partition("=")
+        names = key.strip().split(".")
+        if not equals or not all(names):
             raise UserError(f"{override!r} is not a setting; write key=value, e.g. optim.lr=1e-3")
+        if not text.strip():
+            raise UserError(f"{COMMAND_LINE}: {override} has no value; write {key}=null for none, or remove it")
+        try:
+            value = parse_value(text)
+        except UserError as error:
+            raise UserError(f"{COMMAND_LINE}: {key}: {error}") from None
         # a bare name would be overwritten by a following setting of the method
-        named = key == "method" and not value.lstrip().startswith(("{", "["))
-        settings.append(f"method.name={value}" if named else override)
-    try:
-        merged = _merge(merged, OmegaConf.from_dotlist(settings))
-        values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{path}: {_first_line(error)}") from None
+        if names == ["method"] and isinstance(value, str):
+            names.append("name")
+        for name in reversed(names):
+            value = {name: value}
+        layers.add(value, COMMAND_LINE)
+    values = layers.resolved()
     plugins = values.get("plugins") or []
     if not isinstance(plugins, list) or not all(isinstance(name, str) for name in plugins):
         raise UserError(
-            f"{path}: plugins: must be a list of modules or files, got {plugins!r}; write plugins=[{plugins}]"
+            f"{layers.source(['plugins'])}: plugins: must be a list of modules or files, got {plugins!r}; "
+            f"write plugins=[{plugins}]"
         )
-    import_plugins(plugins)
+    import_plugins(map(os.path.expanduser, plugins))
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{path}: {explain(error, lambda section: _known_keys(section, values))}") from None
+        message = explain(error, lambda section, key: _suggest(section, key, values))
+        raise UserError(f"{layers.blamed(first_error(error)['loc'], message)}: {message}") from None
 
 
 def read_frame(path: Path, output_dir: str | None = None) -> Config:
@@ -63,7 +75,7 @@ def read_frame(path: Path, output_dir: str | None = None) -> Config:
         UserError: the file cannot be read.
     """
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path))
+        values = read_yaml(str(path), "config")
         moved = {} if output_dir is None else {"output_dir": output_dir}
         parts: dict[str, Any] = {
             "run": RunSettings.model_validate(values["run"] | moved),
@@ -74,52 +86,147 @@ def read_frame(path: Path, output_dir: str | None = None) -> Config:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:150]})") from None
 
 
-def _merge(below: Any, above: Any) -> Any:
-    """Merge two configs; keys of `above` take precedence. Choosing another method drops the settings of the old one."""
-    old, new = below.get("method"), above.get("method")
-    if isinstance(old, str):
-        below["method"] = old = {"name": old}
-    if OmegaConf.is_dict(old) and OmegaConf.is_dict(new) and "name" in new and new["name"] != old.get("name"):
-        del below["method"]
-    try:
-        return OmegaConf.merge(below, above)
-    except (TypeError, OmegaConfBaseException):
-        raise UserError(
-            f"{', '.join(map(str, above))}: cannot merge a section with a list or value; write a section in both files"
-        ) from None
+class _Layers:
+    """Files and arguments, each above those before it, with the source of every setting."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self._sources: dict[str, str] = {}
+        self._path = ""
+
+    def read(self, path: str, named_by: Sequence[str] = (), option: str = "--config") -> None:
+        """Add a file above the one that it names as its base."""
+        path = os.path.expanduser(path)
+        values = read_yaml(path, option)
+        self._path = path
+        base = values.pop("base", None)
+        if base is not None:
+            if not isinstance(base, str):
+                raise UserError(f"{path}: base: must be one file, got {base!r}")
+            chain = (*named_by, os.path.realpath(path))
+            below = os.path.join(os.path.dirname(path), os.path.expanduser(base))
+            if os.path.realpath(below) in chain:
+                raise UserError(f"{path}: base: {base} refers back to itself; name a different file")
+            self.read(below, chain, f"{path}: base")
+            self._path = path
+        self.add(values, path)
+
+    def add(self, values: Mapping[str, Any], source: str) -> None:
+        """Merge `values` over all before. Choosing another method drops the settings of the old one."""
+        old, new = self._values.get("method"), values.get("method")
+        if isinstance(old, str):
+            self._values["method"] = old = {"name": old}
+        if isinstance(old, dict) and isinstance(new, dict) and "name" in new and new["name"] != old.get("name"):
+            del self._values["method"]
+        self._merge(self._values, values, source, "")
+
+    def _merge(self, below: dict[str, Any], above: Mapping[str, Any], source: str, prefix: str) -> None:
+        for key, value in above.items():
+            name, old = f"{prefix}{key}", below.get(key)
+            if isinstance(old, dict) and isinstance(value, dict):
+                self._merge(old, value, source, f"{name}.")
+                continue
+            if isinstance(old, list) and isinstance(value, dict):
+                raise UserError(f"{source}: {name}: is a list; write all of it, e.g. {name}=[...]")
+            below[key] = value
+            self._sources = {n: s for n, s in self._sources.items() if not n.startswith(f"{name}.")} | {name: source}
+
+    def resolved(self) -> dict[str, Any]:
+        """The values, with OmegaConf's `${...}` filled in.
+
+        Raises:
+            UserError: one that cannot be.
+        """
+        try:
+            filled = OmegaConf.to_container(
+                OmegaConf.create(_strings(self._values)), resolve=True, throw_on_missing=True
+            )
+        except OmegaConfBaseException as error:
+            key = str(getattr(error, "full_key", None) or "")
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.source(key.split('.'))}: {key}: {reason[:200]}") from None
+        result: dict[str, Any] = _retyped(self._values, filled)
+        return result
+
+    def source(self, location: Sequence[Any]) -> str:
+        """The file, or the command line, that a setting is from."""
+        names = [str(part) for part in location]
+        prefixes = (".".join(names[:length]) for length in range(len(names), 0, -1))
+        return next((self._sources[name] for name in prefixes if name in self._sources), self._path)
+
+    def blamed(self, location: Sequence[Any], message: str) -> str:
+        """The source to name for a message: of several settings that disagree, the command line's is the last word."""
+        named = re.findall(r"[a-z]\w*(?:\.\w+)+|^[a-z]\w*(?=:)", message)
+        sources = [self.source(location), *(self.source(name.split(".")) for name in named)] if location else []
+        sources = sources or [self.source(name.split(".")) for name in named]
+        return COMMAND_LINE if COMMAND_LINE in sources else next(iter(sources), self._path)
 
 
-def _read(path: str, named_by: Sequence[str] = ()) -> Any:
-    if not os.path.isfile(path):
-        raise UserError(f"--config: {path} does not exist; see configs/ for examples")
-    try:
-        values: Any = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {_first_line(error)}") from None
-    if not OmegaConf.is_dict(values):
-        raise UserError(f"{path} is empty or a list; it must contain sections such as model: and data:")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    chain = (*named_by, os.path.realpath(path))
-    below = os.path.join(os.path.dirname(path), str(base))
-    if os.path.realpath(below) in chain:
-        raise UserError(f"{path}: base: {base} refers back to itself; name a different file")
-    return _merge(_read(below, chain), values)
+def _strings(value: Any) -> Any:
+    """Plain text as ordinary strings, which OmegaConf takes."""
+    if isinstance(value, dict):
+        return {key: _strings(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_strings(part) for part in value]
+    return str(value) if isinstance(value, PlainText) else value
 
 
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+def _retyped(before: Any, after: Any) -> Any:
+    if isinstance(before, dict):
+        return {key: _retyped(part, after[key]) for key, part in before.items()}
+    if isinstance(before, list):
+        return [_retyped(*pair) for pair in zip(before, after, strict=True)]
+    return PlainText(after) if isinstance(before, PlainText) and isinstance(after, str) else after
 
 
-def _known_keys(location: Sequence[Any], values: Any) -> list[str]:
-    """The valid keys of the section at `location`."""
+def _suggest(location: Sequence[Any], key: str, values: Any) -> str:
+    """What to say about the unknown `key` of the section at `location`."""
     model: type[BaseModel] | None = Config
     for part in location:
         values = values[part]
-        if part == "method":
-            return list(METHODS[values["name"]].Settings.model_fields)
         if isinstance(part, str):  # a number is an index in a list of sections
             field = model.model_fields.get(part) if model else None
-            model = section_of(field.annotation) if field else None
-    return list(model.model_fields) if model else []
+            model = METHOD_SETTINGS[_name(values)] if part in _METHODS else section_of(field and field.annotation)
+    known = list(model.model_fields) if model else []
+    elsewhere = {name: f"it is {' or '.join(places)}" for name, places in _places().items()}
+    if location and location[-1] in _METHODS:
+        known.remove("name")
+        for name, methods in _method_settings().items():
+            takes = f"{_name(values)} takes {', '.join(known) or 'no settings'}"
+            elsewhere[name] = f"it is a setting of {', '.join(methods)}; {takes}"
+    return suggestion(key, known, elsewhere)
+
+
+_METHODS = ("method", "rollback_method")
+
+
+def _name(method: Any) -> str:
+    return method if isinstance(method, str) else method["name"]
+
+
+def _places() -> dict[str, list[str]]:
+    """The full names of all settings by their last part."""
+    places: dict[str, list[str]] = {}
+
+    def add(model: type[BaseModel], prefix: str) -> None:
+        for key, field in model.model_fields.items():
+            section = section_of(field.annotation)
+            one = section is field.annotation  # not a list of them
+            if section is not None and one and not issubclass(section, MethodSettings):
+                add(section, f"{prefix}{key}.")
+            else:
+                places.setdefault(key, []).append(prefix + key)
+
+    add(Config, "")
+    for name in _method_settings():
+        places.setdefault(name, []).append(f"method.{name}")
+    return places
+
+
+def _method_settings() -> dict[str, list[str]]:
+    """The methods that take a setting."""
+    takers: dict[str, list[str]] = {}
+    for name, settings in METHOD_SETTINGS.items():
+        for key in settings.model_fields.keys() - {"name"}:
+            takers.setdefault(key, []).append(name)
+    return takers

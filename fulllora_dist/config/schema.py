@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -21,8 +22,7 @@ from fulllora_dist.core.units import check_pixel_range
 from fulllora_dist.data.settings import DataSettings
 from fulllora_dist.distributed.settings import DistributedSettings, OptimSettings
 from fulllora_dist.evaluation.settings import EvaluationSettings
-from fulllora_dist.methods import METHODS
-from fulllora_dist.methods.targets import TargetSettings
+from fulllora_dist.methods.settings import TargetSettings
 from fulllora_dist.models.settings import (
     AdapterSettings,
     Finetune,
@@ -101,6 +101,7 @@ class Config(Settings):
                 f"{self.optim.batch_size} and {self.distributed.gradient_accumulation_steps}"
             )
         self._check_phases()
+        self._check_store()
         if self.guard.on_collapse != "warn" and self.data.held_out is None:
             raise ValueError(
                 f"guard.on_collapse: {self.guard.on_collapse} needs data.held_out, images to detect a collapse on; "
@@ -119,7 +120,7 @@ class Config(Settings):
         if self.guard.rollback_method is not None:
             chosen["guard.rollback_method"] = self.guard.rollback_method
         for name, method in chosen.items():
-            if METHODS[method.name].needs_labels and self.targets.mixes:
+            if method.needs_labels and self.targets.mixes:
                 raise ValueError(f"{name}: {method.name} needs one label per image; remove targets.mixup and cutmix")
         if self.threat.norm == "linf":
             sizes = {f"{name}.{key}": getattr(method, key, None) for name, method in chosen.items() for key in PIXELS}
@@ -137,6 +138,16 @@ class Config(Settings):
                 f"guard.rollback_eps: must be smaller than the largest training eps {max(trained):g}, got "
                 f"{rollback_eps:g}"
             )
+
+    def _check_store(self) -> None:
+        """SQLAlchemy reads what follows a `?`, and from 2.1 on `%20`, as another file than is written."""
+        uri = self.tracking_uri()
+        if self.tracking.enabled and uri.startswith("sqlite:///") and re.search(r"\?|%[0-9a-fA-F]{2}", uri):
+            remedy = "set tracking.uri, tracking=none or another folder"
+            place = (
+                f"run.output_dir: the MLflow store beside it, {uri}," if self.tracking.uri is None else "tracking.uri:"
+            )
+            raise ValueError(f"{place} must not have ? or %XX in its path; {remedy}")
 
     def tracking_uri(self) -> str:
         """The MLflow tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else sqlite next to the output folder."""

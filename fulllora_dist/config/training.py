@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from fulllora_dist.core.settings import Settings
 from fulllora_dist.core.units import Size
-from fulllora_dist.methods import METHODS, MethodSettings
+from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings
 
 
 def _method(value: object) -> object:
@@ -16,9 +16,9 @@ def _method(value: object) -> object:
         value = {"name": value}
     if isinstance(value, Mapping):
         name = value.get("name")
-        if not isinstance(name, str) or name not in METHODS:
-            raise ValueError(f"name: unknown method {name!r}; known: {', '.join(METHODS)}")
-        return METHODS[name].Settings.model_validate(dict(value))
+        if not isinstance(name, str) or name not in METHOD_SETTINGS:
+            raise ValueError(f"name: unknown method {name!r}; known: {', '.join(METHOD_SETTINGS)}")
+        return METHOD_SETTINGS[name].model_validate(dict(value))
     return value
 
 

@@ -9,9 +9,12 @@ output i of key k is mix64(k + (i + 1) * GOLDEN).
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLY_1 = 0xBF58476D1CE4E5B9
@@ -24,12 +27,12 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+def _shift_right(z: "torch.Tensor", bits: int) -> "torch.Tensor":
     """Logical right shift of int64: torch's `>>` copies the sign bit, which the mask removes."""
     return (z >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def _mix64(z: torch.Tensor) -> torch.Tensor:
+def _mix64(z: "torch.Tensor") -> "torch.Tensor":
     z = (z ^ _shift_right(z, 30)) * _signed(_MULTIPLY_1)
     z = (z ^ _shift_right(z, 27)) * _signed(_MULTIPLY_2)
     return z ^ _shift_right(z, 31)
@@ -44,25 +47,29 @@ def base_key(seed: int, purpose: str, step: int) -> int:
 class SampleRng:
     """Random numbers for a batch, with an independent stream per sample. Draws advance a shared counter."""
 
-    def __init__(self, keys: torch.Tensor):
+    def __init__(self, keys: "torch.Tensor"):
         self._keys = keys  # int64 [B]
         self._drawn = 0
 
-    def uniform(self, shape: Sequence[int]) -> torch.Tensor:
+    def uniform(self, shape: Sequence[int]) -> "torch.Tensor":
         """fp32 [B, *shape] in [0, 1), multiples of 2**-24, on the device of the ids."""
+        import torch  # here and below: what needs numpy alone need not wait for it
+
         count = int(np.prod(shape))
         counter = torch.arange(self._drawn + 1, self._drawn + count + 1, device=self._keys.device)
         self._drawn += count
         bits = _mix64(self._keys[:, None] + counter * _signed(_GOLDEN))
         return (_shift_right(bits, 40).to(torch.float32) * 2.0**-24).view(-1, *shape)
 
-    def normal(self, shape: Sequence[int]) -> torch.Tensor:
+    def normal(self, shape: Sequence[int]) -> "torch.Tensor":
         """fp32 [B, *shape] of the standard normal distribution, by Box and Muller's transform of two uniforms each."""
+        import torch
+
         radius = (-2 * torch.log1p(-self.uniform(shape))).sqrt()  # 1 - u is never 0
         return radius * torch.cos(2 * math.pi * self.uniform(shape))
 
 
-def sample_rng(seed: int, purpose: str, step: int, ids: torch.Tensor) -> SampleRng:
+def sample_rng(seed: int, purpose: str, step: int, ids: "torch.Tensor") -> SampleRng:
     """Create random number streams for the samples of a batch.
 
     Args:

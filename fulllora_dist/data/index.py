@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from urllib.parse import unquote
 
 import numpy as np
 
@@ -91,6 +93,8 @@ class Index:
                 content has.
         """
         base, name = split_index(str(address))
+        if _names_shards(base):
+            raise UserError(f"{urls.redacted(base)}: must be the folder of the shards or its index, not the shards")
         if urls.is_remote(base):
             url = urls.join(base, name)
             try:
@@ -247,13 +251,22 @@ def _stays_remote(name: str) -> bool:
 def split_index(address: str) -> tuple[str, str]:
     """(folder, file name) of an index: `address` is the folder itself unless it ends in .safetensors. A
     signature goes to the folder, from where `urls.join` gives it to every file."""
-    path, mark, query = address.partition("?")
+    web = urls.scheme_of(address) in ("http", "https")
+    path, mark, query = (
+        address.partition("?" if web else "?versionId=") if urls.is_remote(address) else (address, "", "")
+    )
     if not path.endswith(".safetensors"):
         return address, INDEX_NAME
     folder, _, name = path.rpartition("/")
-    if urls.scheme_of(address) in ("http", "https"):
-        return folder + mark + query, name
+    if web:
+        return folder + mark + query, unquote(name)
     return folder or ".", name + mark + query
+
+
+def _names_shards(base: str) -> bool:
+    """Whether it is a shard or a pattern of them, and no folder that is called so."""
+    path = base.partition("?")[0] if base.lower().startswith("http") else base
+    return bool(re.search(r"[*{]|\.tar$", path)) and (urls.is_remote(base) or not os.path.isdir(urls.local_path(base)))
 
 
 def content_hash(classes: Sequence[str], columns: Mapping[str, np.ndarray]) -> str:

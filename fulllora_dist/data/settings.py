@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from fulllora_dist.core.settings import Area, Settings
+from fulllora_dist.core.settings import Area, Location, Settings
 
 
 class RandAugmentSettings(Settings):
@@ -15,11 +15,11 @@ class RandAugmentSettings(Settings):
 
 
 class DataSettings(Settings):
-    train: str
+    train: Location
     """Shards with their index: a folder, a URL (s3://, gs://, https://), or path or URL of an index (.safetensors)."""
-    validation: str | None = None
+    validation: Location | None = None
     """Shards for the final evaluation, named like data.train; null leaves it out."""
-    held_out: str | None = None
+    held_out: Location | None = None
     """Shards of images held out of training (make_shards.py --holdout), for the guard; null leaves it out."""
     augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
     """none, horizontal flip, random resized crop and flip, or these and RandAugment; keyed by the sample, the same on
@@ -44,7 +44,7 @@ class DataSettings(Settings):
     """Seconds until an unanswered request is retried."""
     retry_timeout_s: float = Field(600.0, gt=0)
     """Seconds of retries until a range that the store does not deliver ends the run."""
-    cache_dir: str | None = None
+    cache_dir: Location | None = None
     """Local folder that keeps what was read of remote shards, for all processes of the machine; null keeps nothing."""
     cache_gb: float = Field(100.0, gt=0)
     """Its largest size, 10**9 bytes; the least recently used go first."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext
 
-_MAIN_DECIDES = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_MAIN_DECIDES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def fork_server(*preload: str) -> ForkServerContext:
@@ -52,7 +52,7 @@ def settle_in() -> None:
             pass
         os._exit(0)
 
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=await_end, daemon=True).start()
     if hasattr(signal, "sigwaitinfo"):

@@ -167,11 +167,6 @@ def hosts() -> list[str]:
     return [host for host, _ in _processes] or [socket.gethostname()]
 
 
-def is_main_process() -> bool:
-    """Whether this is rank 0, also before `start_comm`."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
 def start_comm(timeout_minutes: float = 30) -> Comm:
     """Join the ranks that the launcher started, or run as the only one under plain `python`.
 
@@ -181,14 +176,19 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
         timeout_minutes: timeout of collectives.
 
     Raises:
-        UserError: the launcher's variables are incomplete, or there are more local ranks than GPUs.
+        UserError: the launcher's variables are incomplete, its port is in use, or there are more local ranks than GPUs.
     """
     try:
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     except ValueError as error:
         raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}; must be integers, as set by a launcher") from None
+    if not 0 <= rank < world:
+        raise UserError(f"RANK must be >= 0 and < WORLD_SIZE={world}, got {rank}; start with `deepspeed` or `torchrun`")
     if world > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError("MASTER_ADDR and MASTER_PORT are not set, but WORLD_SIZE is over 1; start with `deepspeed`")
+    port = os.environ.get("MASTER_PORT", "29500")
+    if not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise UserError(f"MASTER_PORT: must be a port such as 29500, got {port!r}")
     patience = timedelta(minutes=timeout_minutes)
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
@@ -207,12 +207,25 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local)}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience)
+        try:
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience)
+        except dist.DistNetworkError as error:
+            if "EADDRINUSE" not in str(error):
+                raise
+            raise UserError(_port_in_use()) from None
     control: Any = dist.new_group(backend="gloo", timeout=patience) if device.type == "cuda" else dist.group.WORLD
     _processes[:] = [(socket.gethostname(), os.getpid())] * world
     if world > 1:
         dist.all_gather_object(_processes, _processes[rank], group=control)
     return Comm(rank, world, device, control, patience)
+
+
+def _port_in_use() -> str:
+    port = os.environ["MASTER_PORT"]
+    line = f"MASTER_PORT: port {port} of {socket.gethostname()} is in use by another program, such as another run"
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        return f"{line}; it follows from the job's number, so launch again for another one"
+    return f"{line}; choose another one: deepspeed --master_port N, torchrun --master-port N"
 
 
 def stop_comm() -> None:

@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.schedule import check_batch, learning_rate
@@ -261,6 +261,6 @@ def _start_deepspeed(
             dist_init_required=False,
         )
     except (DeepSpeedConfigError, ValidationError) as error:
-        raise UserError(f"deepspeed: {' '.join(str(error).split())[:300]}") from None
+        raise SharedUserError(f"deepspeed: {' '.join(str(error).split())[:300]}") from None
     comm.limit_waiting()
     return engine

@@ -1,87 +1,33 @@
 """The attacks of an evaluation, by their names in the settings."""
 
-import logging
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.fgsm import single_step
-from fulllora_dist.attacks.pgd import LossName, attack_mode, default_step_size, projected_gradient
+from fulllora_dist.attacks.pgd import attack_mode, default_step_size, is_correct, projected_gradient
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.core.rng import base_key
-
-STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-"""The four parts of the standard AutoAttack, in order."""
-_PARTS: dict[str, int] = {"apgd-ce": 200, "apgd-t": 1800, "fab-t": 1800, "square": 5000}  # forward and backward passes
-_PARTS |= {"apgd-dlr": 200, "fab": 200}
-_ITERATED = re.compile(r"(pgd|cw|dlr)([1-9]\d*)(?:x([1-9]\d*))?")
-_LOSSES: dict[str, LossName] = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
-_KNOWN = (
-    "clean, fgsm, autoattack, parts of it (apgd-ce, apgd-t, fab-t, square, or several: apgd-ce+square), and pgdK, cwK "
-    "and dlrK for K steps, with R restarts pgdKxR, e.g. clean,pgd20,cw20,pgd50x5,autoattack"
-)
+from fulllora_dist.evaluation.attack_names import AttackName
+from fulllora_dist.evaluation.official import autoattack
 
 
-@dataclass(frozen=True)
-class EvalAttack:
-    """An attack by its name.
+class Outcome(NamedTuple):
+    """What an attack did to a batch.
 
     Attributes:
-        name: `clean`; `fgsm` (Goodfellow et al.: one step of eps from the image); `pgdK` (cross-entropy), `cwK` (the
-            margin loss of Carlini and Wagner) or `dlrK` (the difference of logits ratio) under PGD, K steps, with `xR`
-            behind it the best of R random starts; `autoattack`, the standard version (Croce and Hein, arXiv
-            2003.01690); or parts of AutoAttack joined by +, with the standard version's parameters.
-        kind: how it is made.
-        steps, loss, restarts: of PGD.
-        parts: of AutoAttack, in the order in which they run.
+        correct: bool [B], whether the model classifies the image and its adversarial example correctly.
+        not_finite: int64 [B], how many logits of the example are NaN or infinite.
     """
 
-    name: str
-    kind: Literal["clean", "fgsm", "pgd", "autoattack"]
-    steps: int = 0
-    loss: LossName = "ce"
-    restarts: int = 1
-    parts: tuple[str, ...] = ()
+    correct: Tensor
+    not_finite: Tensor
 
-    @classmethod
-    def parse(cls, name: str) -> "EvalAttack":
-        """Raises UserError: the name is unknown."""
-        if name in ("clean", "fgsm"):
-            return cls(name, name)  # type: ignore[arg-type]
-        parts = STANDARD if name == "autoattack" else tuple(name.split("+"))
-        if all(part in _PARTS for part in parts) and len(set(parts)) == len(parts):
-            return cls(name, "autoattack", parts=parts)
-        match = _ITERATED.fullmatch(name)
-        if match is None:
-            raise UserError(f"evaluation.attacks: unknown attack {name!r}; known: {_KNOWN}")
-        kind, steps, restarts = match.groups()
-        return cls(name, "pgd", int(steps), _LOSSES[kind], int(restarts or 1))
 
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes of an image, at most, the prediction included; the measure of its cost."""
-        if self.kind == "autoattack":
-            return 1 + sum(_PARTS[part] for part in self.parts)
-        if self.kind == "clean":
-            return 1
-        if self.kind == "fgsm":
-            return 4
-        return 2 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
-
-    def check_classes(self, classes: int) -> None:
-        """Raises SharedUserError: the attack's loss needs more logits than there are."""
-        needed = 4 if "apgd-t" in self.parts else 3 if "apgd-dlr" in self.parts or self.loss == "dlr" else 2
-        if classes < needed:
-            raise SharedUserError(
-                f"evaluation.attacks: {self.name} needs at least {needed} classes, got {classes}; pgd20, cw20 and "
-                "apgd-ce+square need two"
-            )
+class EvalAttack(AttackName):
+    """An attack by its name."""
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
         """Adversarial examples for `x` (`pgd` says the shapes). PGD takes steps of 2.5 eps / K as Madry et al. do, at
@@ -92,14 +38,21 @@ class EvalAttack:
     def correct(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
         """bool [B]: whether the model classifies the image and its adversarial example correctly: the image is in the
         ball, too. For AutoAttack that is its own verdict: it may end at the very boundary, where another batch would
-        round to the other side."""
+        round to the other side. Logits that are not finite are a wrong prediction."""
+        return self.outcome(model, x, y, threat=threat, seed=seed, ids=ids).correct
+
+    def outcome(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Outcome:
+        """`correct`, and the logits that are not finite."""
         examples, correct = self._examples(model, x, y, threat, seed, ids)
-        if correct is None:
-            with torch.no_grad(), attack_mode(model):
-                correct = is_correct(model(examples), y)
+        with torch.no_grad(), attack_mode(model):
+            if correct is not None and correct.all():
+                return Outcome(correct, torch.zeros_like(y))
+            logits = model(examples)
+            if correct is None:
+                correct = is_correct(logits, y)
                 if examples is not x:
                     correct &= is_correct(model(x), y)
-        return correct
+        return Outcome(correct, (~logits.isfinite()).sum(dim=1))
 
     def _examples(
         self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, ids: Tensor
@@ -128,17 +81,9 @@ class EvalAttack:
         return examples, None
 
 
-def is_correct(logits: Tensor, y: Tensor) -> Tensor:
-    """bool [B]: the largest logit is the label's, and all are finite: of NaN alone, argmax is the first class."""
-    return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
-
-
 def parse_attacks(names: Sequence[str]) -> list[EvalAttack]:
     """The attacks by their names. Raises UserError for unknown, repeated or no attacks."""
-    parsed = [EvalAttack.parse(name) for name in names]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"evaluation.attacks: name each attack once, e.g. clean,pgd20, got {','.join(names) or 'none'}")
-    return parsed
+    return EvalAttack.parse_all(names)
 
 
 def autoattack_seed(name: str, threat: Threat, seed: int, ids: Tensor) -> int:
@@ -152,42 +97,5 @@ def _autoattack(
 ) -> tuple[Tensor, Tensor]:
     """The official code on one batch: (examples, whether each image survives)."""
     number = autoattack_seed(attack.name, threat, seed, ids)
-    with own_generator(x.device), attack_mode(model), _silent():
-        with torch.no_grad():
-            classes = model(x[:1]).shape[1]
-        adversary = official_autoattack(model, threat, attack.parts, number, x.device, classes)
-        examples, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
-    return examples, predicted == y
-
-
-def official_autoattack(
-    model: nn.Module, threat: Threat, parts: Sequence[str], seed: int, device: torch.device, classes: int
-) -> Any:
-    """pyautoattack's `AutoAttack`, standard version, reduced to `parts`. Where there are fewer than ten classes its
-    targeted attacks take all wrong ones, instead of nine."""
-    from pyautoattack import AutoAttack
-
-    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-    adversary = AutoAttack(model, norm=norm, eps=threat.eps, version="standard", device=device, seed=seed)
-    adversary.attacks_to_run = list(parts)
-    targets = min(9, classes - 1)
-    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
-    return adversary
-
-
-@contextmanager
-def own_generator(device: torch.device) -> Iterator[None]:
-    """Seeds and draws of torch's generators inside are forgotten afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without pyautoattack's remarks on each batch: `checks` looks at the whole evaluation."""
-    logger = logging.getLogger("auto-attack")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+    with attack_mode(model):
+        return autoattack(model, x, y, threat=threat, seed=number, parts=attack.parts)

@@ -16,10 +16,11 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient
+from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient, is_correct
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.rng import base_key
-from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed, is_correct, official_autoattack, own_generator
+from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed
+from fulllora_dist.evaluation.official import square
 
 Numbers = dict[str, float]
 
@@ -89,8 +90,10 @@ class Check:
 
 def _determinism(batch: CheckBatch) -> Numbers:
     first, second = batch.logits(batch.x), batch.logits(batch.x)
-    spread = float((first - first.mean(dim=1, keepdim=True)).abs().mean())
-    return {"change": float((first - second).abs().max()) / max(spread, 1e-12)}
+    finite = (first.isfinite() & second.isfinite()).all(dim=1)
+    first, second = first[finite], second[finite]
+    spread = float((first - first.mean(dim=1, keepdim=True)).abs().mean()) if len(first) else 1.0
+    return {"change": float((first - second).abs().max() if len(first) else 0) / max(spread, 1e-12)}
 
 
 def _warn_determinism(n: Numbers) -> str | None:
@@ -159,13 +162,11 @@ def _square(batch: CheckBatch) -> Numbers:
     if not correct.any():
         return {"other_alone": 0, "many_alone": 0}
     seed = autoattack_seed("check/square", batch.threat, batch.seed, batch.ids)
-    classes = batch.logits(batch.x[:1]).shape[1]
-    with own_generator(batch.x.device), attack_mode(batch.model):
-        adversary = official_autoattack(batch.model, batch.threat, ("square",), seed, batch.x.device, classes).square
-        adversary.n_queries = SQUARE_QUERIES
-        examples = adversary.perturb(batch.x[correct], batch.y[correct])
+    x, y = batch.x[correct], batch.y[correct]
+    with attack_mode(batch.model):
+        examples = square(batch.model, x, y, threat=batch.threat, seed=seed, queries=SQUARE_QUERIES)
     standing = correct.clone()
-    standing[correct] = is_correct(batch.logits(examples), batch.y[correct])
+    standing[correct] = is_correct(batch.logits(examples), y)
     return _against_many_steps(batch, standing)
 
 
@@ -268,3 +269,17 @@ def order_warnings(columns: Mapping[EvalAttack, np.ndarray], prefix: str) -> lis
             if line := _warn_order(name, attack.name, alone):
                 lines.append(f"{check}: {prefix}{line}")
     return lines
+
+
+def finite_warnings(columns: Mapping[EvalAttack, np.ndarray], eps: float) -> list[str]:
+    """Of the reported figures: logits that are NaN or infinite, on all images. `columns` has int [n] of each attack, -k
+    where k logits are not finite; `eps` is that of all but `clean`."""
+    counts = {
+        attack: (-values[values < 0].sum(), (values < 0).sum(), len(values)) for attack, values in columns.items()
+    }
+    return [
+        f"finite: {logits} logits of {images} of {n} images are not finite under {attack.name}"
+        f"{'' if attack.kind == 'clean' else f' at eps = {eps:.4g}'}: these images count as wrong"
+        for attack, (logits, images, n) in counts.items()
+        if images
+    ]

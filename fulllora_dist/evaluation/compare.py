@@ -83,7 +83,8 @@ def compare(
         check_unique_ids(report, label)
     for what in SAME:
         if a.get(what) != b.get(what):
-            raise UserError(f"{what} of A is {a.get(what)}, of B {b.get(what)}: they cannot be compared")
+            why = class_difference(a, b) if what == "data" else ""
+            raise UserError(f"{what} of A is {a.get(what)}, of B {b.get(what)}{why}: they cannot be compared")
     ids, in_a, in_b = np.intersect1d(a["ids"], b["ids"], assume_unique=True, return_indices=True)
     if not (len(ids) == len(a["ids"]) == len(b["ids"])) and not shared:
         raise UserError(
@@ -92,6 +93,8 @@ def compare(
         )
     if not len(ids):
         raise UserError("A and B have no image in common; evaluate both on the same ones")
+    if len(ids) == len(a["ids"]) == len(b["ids"]) and (why := class_difference(a, b)):
+        raise UserError(f"A and B have the same ids{why}: they are not of the same images")
     of_a, of_b = scores(a), scores(b)
     common = [key for key in of_a if key in of_b]
     chosen = [(eps, name) for eps, name in common if attacks is None or name in attacks]
@@ -116,6 +119,21 @@ def compare(
         if key != "batch_size" and images_b.get(key, value) != value
     ]
     return {"n": len(ids), "norm": a["norm"], "rows": rows, "warnings": warnings}
+
+
+def class_difference(a: EvaluationReport, b: EvaluationReport) -> str:
+    """How the classes of the images differ, as the end of a sentence; empty where they do not, or are not known."""
+    classes_a, classes_b = (
+        next(({name: n for name, (_, n) in s["per_class"].items()} for s in scores(r).values() if "per_class" in s), {})
+        for r in (a, b)
+    )
+    if not classes_a or not classes_b or list(classes_a.items()) == list(classes_b.items()):
+        return ""
+    if classes_a == classes_b:
+        return ", with the same classes in another order"
+    name = min(name for name, _ in classes_a.items() ^ classes_b.items())
+    counts = (f"{classes.get(name, 'no')} images of class {name!r}" for classes in (classes_a, classes_b))
+    return ", A with {}, B with {}".format(*counts)
 
 
 def paired_difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random.Generator) -> PairedDifference:

@@ -1,12 +1,11 @@
-"""What enters `evaluate` from a notebook: images of a transform of one's own, models in wrappers, and what they compute
-in, which is measured."""
+"""What enters `evaluate` from a notebook: images of a transform of one's own, and what a model computes in, which is
+measured."""
 
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,7 +14,6 @@ from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.evaluation.images import EvalImages
-from fulllora_dist.models.adapted_model import AdaptedModel
 
 
 class CheckedImages:
@@ -39,14 +37,6 @@ class CheckedImages:
             check_images(batch.images, "data")
             check_range(*pixel_range(batch.images), "data")
         return batch
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The adapted model that torch.compile, DataParallel or DistributedDataParallel wraps; of others the model."""
-    inner: Any = getattr(model, "_orig_mod", model)
-    if isinstance(inner, (DataParallel, DistributedDataParallel)):
-        inner = inner.module
-    return inner if isinstance(inner, AdaptedModel) else model
 
 
 class _Dtypes(TorchDispatchMode):

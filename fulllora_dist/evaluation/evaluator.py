@@ -7,6 +7,7 @@ the results in a log (`resume_log`) and exchange them at the end; of all of them
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,21 @@ from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.attacks.threat import Threat, number_in
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.data.class_names import ClassMatch, match_classes
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import checks
 from fulllora_dist.evaluation.attacks import parse_attacks
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.progress import Progress, heartbeat, wait_for_all
-from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, score
+from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKeys, score
 from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
+from fulllora_dist.evaluation.trained import classes_of, own_pictures
 from fulllora_dist.evaluation.work_items import WorkItem, take_turns, work_items
 from fulllora_dist.models.precision import in_full_fp32
 
 Results = dict[str, Any]
-"""By the name of a work item: of an attack 0 or 1 for each id of its batch, of the checks {check: its numbers}."""
+"""By the name of a work item: of an attack for each id of its batch 1 where it is correct, 0 where it is wrong, -k
+where it is wrong and k logits are not finite; of the checks {check: its numbers}."""
 
 
 class Evaluator:
@@ -94,8 +98,8 @@ class Evaluator:
             write: called with the report, on rank 0, before `resume_dir` is emptied.
 
         Raises:
-            SharedUserError: the model has not as many outputs as the data has classes, or too few for an attack; or
-                `write` raises a UserError or an OSError.
+            SharedUserError: the model has not as many outputs as the data has classes, other classes (`match_classes`),
+                or too few for an attack; or `write` raises a UserError or an OSError.
         """
         write_all = None if write is None else lambda reports: write(reports[""])
         return self.run_variants(predict, {"": nullcontext}, images, resume_dir, write_all)[""]
@@ -120,14 +124,19 @@ class Evaluator:
         ids = np.sort(np.concatenate(images.batches))
         if len(np.unique(ids)) < len(ids):
             raise UserError("evaluation: a sample is in two batches")
-        self._check_outputs(predict, images)
+        match = self._match_classes(predict, images)
         comm, items = self._comm, work_items(variants, self._attacks, self._threats, images, self._checked)
         digest = "" if resume_dir is None else fingerprint(predict, images, self._seed)
         log = ResumeLog(resume_dir, digest, comm.rank)
         results: Results = dict(comm.all_gather_list(list(log.results().items())))
-        results |= self._finish(predict, variants, images, items, results, log)
+        results |= self._finish(predict, variants, images, items, results, log, match)
+        model: ModelKeys = {
+            "classes": list(classes_of(predict, images.index.classes)) or None,
+            "class_match": match.note,
+            "own_pictures": own_pictures(predict),
+        }
         reports = {
-            name: self._report(images, ids, [item for item in items if item.variant == name], results)
+            name: self._report(images, ids, [item for item in items if item.variant == name], results, model)
             for name in variants
         }
         if write is None:
@@ -137,7 +146,12 @@ class Evaluator:
         log.forget()
         return reports
 
-    def _check_outputs(self, predict: nn.Module, images: EvalImages) -> None:
+    def _match_classes(self, predict: nn.Module, images: EvalImages) -> ClassMatch:
+        """Which output each label is, after checking that the attacks and the data fit the model."""
+        try:
+            match = match_classes(classes_of(predict, images.index.classes), images.index.classes)
+        except UserError as error:
+            raise SharedUserError(str(error)) from None
         batch = images.read(images.batches[0][:1]).to(self._comm.device)
         with torch.no_grad(), attack_mode(predict):
             outputs = predict(batch.pixels()).shape[1]
@@ -149,6 +163,7 @@ class Evaluator:
             )
         for attack in self._attacks:
             attack.check_classes(outputs)
+        return match
 
     def _finish(
         self,
@@ -158,6 +173,7 @@ class Evaluator:
         items: list[WorkItem],
         known: Results,
         log: ResumeLog,
+        match: ClassMatch,
     ) -> Results:
         """Do what is not known yet, on all ranks together."""
         comm, counters, own = self._comm, self._comm.counters(), Results()
@@ -167,8 +183,9 @@ class Evaluator:
         with attack_mode(predict), in_full_fp32(), heartbeat(predict, counters):
             for item, batch in take_turns(todo, images, counters, comm.world):
                 start = time.monotonic()
+                batch = batch.to(comm.device)
                 with variants[item.variant]():
-                    own[item.name] = self._result(predict, item, batch.to(comm.device))
+                    own[item.name] = self._result(predict, item, replace(batch, labels=match.of(batch.labels)))
                 log.keep(item.name, own[item.name])
                 progress.finished(item, own[item.name], time.monotonic() - start)
             wait_for_all(counters, comm.world)
@@ -178,26 +195,30 @@ class Evaluator:
         threat, x = self._threats[item.radius], batch.pixels()
         if item.attack is None:
             return checks.measure(checks.CheckBatch(predict, x, batch.labels, batch.ids, threat, self._seed))
-        correct = item.attack.correct(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
-        return correct.int().tolist()
+        outcome = item.attack.outcome(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
+        return torch.where(outcome.correct, 1, -outcome.not_finite).tolist()
 
-    def _report(self, images: EvalImages, ids: np.ndarray, items: list[WorkItem], results: Results) -> EvaluationReport:
+    def _report(
+        self, images: EvalImages, ids: np.ndarray, items: list[WorkItem], results: Results, model: ModelKeys
+    ) -> EvaluationReport:
         labels, classes = images.index.labels[ids], images.index.classes
         points: list[EpsPoint] = []
         measured = checks.joined([results[item.name] for item in items if item.attack is None])
         warnings = checks.warnings(measured)
         for radius, threat in enumerate(self._threats):
-            correct = {}
+            found = {}
             for attack in self._attacks if radius == 0 else [a for a in self._attacks if a.kind != "clean"]:
-                correct[attack] = np.full(len(ids), -1)
+                found[attack] = np.full(len(ids), 2)
                 for item in items:
                     if (item.attack, item.radius) == (attack, radius):
-                        correct[attack][np.searchsorted(ids, item.ids)] = results[item.name]
-                assert (correct[attack] >= 0).all(), f"{attack.name}: not every sample was seen"
+                        found[attack][np.searchsorted(ids, item.ids)] = results[item.name]
+                assert (found[attack] < 2).all(), f"{attack.name}: not every sample was seen"
+            correct = {attack: (values == 1).astype(int) for attack, values in found.items()}
             scored = {attack.name: score(hits, labels, classes) for attack, hits in correct.items()}
             points.append({"eps": threat.eps, "attacks": scored})
             standing = {attack: hits == 1 for attack, hits in correct.items()}
             warnings += checks.order_warnings(standing, f"eps = {threat.eps:.4g}: ")
+            warnings += checks.finite_warnings(found, threat.eps)
         if self._precision not in ("fp32", "fp64"):
             warnings.append(f"precision: computed in {self._precision}; a figure to report is computed in fp32")
         return {
@@ -211,6 +232,7 @@ class Evaluator:
             "seed": self._seed,
             "data": images.index.hash,
             "pictures": dict(images.settings),
+            **model,
             "ids": ids.tolist(),
             "attacks": points[0]["attacks"],
             "more_eps": points[1:],

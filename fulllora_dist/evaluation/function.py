@@ -7,32 +7,20 @@ import torch
 from torch import nn
 
 from fulllora_dist.attacks.settings import Norm
-from fulllora_dist.attacks.threat import threat_model
+from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.attacks.victim import Victim
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.units import parse_size
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
-from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation.entering import CheckedImages, measured_precision, unwrapped
+from fulllora_dist.evaluation.entering import CheckedImages, measured_precision
 from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.report import EvaluationReport
+from fulllora_dist.evaluation.trained import eval_transform, record_of, unwrapped
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.models.backbone import BackboneInfo
-
-
-def eval_transform(
-    info: BackboneInfo, crop_pct: float | None = None, interpolation: str | None = None
-) -> EvalTransform:
-    """The crop that a backbone was evaluated with, but for what is given."""
-    return EvalTransform(
-        size=info.image_size,
-        crop_pct=crop_pct or info.crop_pct,
-        interpolation=interpolation or info.interpolation,
-        crop_mode=info.crop_mode,
-    )
+from fulllora_dist.models.adapter_file import adapter_sha256
 
 
 def evaluate(
@@ -41,10 +29,10 @@ def evaluate(
     *,
     attacks: Sequence[str] = ("clean", "pgd20"),
     eps: float | str | None = None,
-    norm: Norm = "linf",
+    norm: Norm | None = None,
     num_samples: int | None = None,
     batch_size: int = 64,
-    seed: int = 0,
+    seed: int | None = None,
     gradient_masking_samples: int = 0,
     workers: int = 0,
 ) -> EvaluationReport:
@@ -53,54 +41,75 @@ def evaluate(
     Args:
         model: an adapted model, or any module from pixels in [0, 1] to logits. The report's precision is measured at
             one image; autocast around the call is off inside.
-        data: folder of shards, cropped as the adapted model's backbone asks for; a module of one's own needs a stream.
+        data: folder of shards, cropped as the adapter was trained with, or else as its backbone asks for; a module of
+            one's own needs a stream. Labels are mapped to the adapter's classes by name.
         attacks: `clean`, `fgsm`, `pgdK`, `cwK`, `dlrK`, `pgdKxR`, `autoattack`: see `EvalAttack`.
-        eps: radius in pixels of [0, 1]; None is 4/255 for "linf", for "l2" there is no default.
-        norm: "linf" or "l2".
+        eps: radius in pixels of [0, 1]; None is what the adapter was trained for, or else 4/255 for "linf"; for "l2"
+            there is no other default.
+        norm: "linf" or "l2"; None is what the adapter was trained for, or else "linf".
         num_samples: how many images, drawn evenly over the classes; None takes all.
         gradient_masking_samples: on how many images symptoms of masked gradients are looked for; 0 looks for none.
         batch_size: images a batch, where `data` is a folder.
-        seed: of the attacks' random starts.
+        seed: of the attacks' random starts; None is that of the adapter's run, or else 0.
         workers: decoding threads, where `data` is a folder.
 
     Returns:
         The content of evaluation.json, a plain dict: report["attacks"]["pgd20"]["accuracy"].
 
     Raises:
-        UserError: unknown attacks, no shards there, classes that do not fit the model, pixels outside [0, 1].
+        UserError: unknown attacks, no shards there, other classes than the model's (`match_classes`), pixels outside
+            [0, 1].
     """
     if isinstance(attacks, str):
         raise UserError(f"attacks must be a list of names, e.g. [{attacks!r}], got {attacks!r}")
     predict, model = Victim(model), unwrapped(model)
     info = model.info if isinstance(model, AdaptedModel) else None
     if isinstance(data, (str, Path)):
-        if info is None:
+        if not isinstance(model, AdaptedModel):
             raise UserError(
                 "evaluate: a folder needs a model of create_model or load, which knows its crop; give an EvalStream"
             )
         data = EvalStream(
-            data, batch_size=batch_size, transform=eval_transform(info), subset=Subset(num_samples), workers=workers
+            data, batch_size=batch_size, transform=eval_transform(model), subset=Subset(num_samples), workers=workers
         )
-    if eps is None and norm != "linf":
-        raise UserError(f"eps: norm {norm} has no default; give a length in pixels of [0, 1], e.g. 0.5")
-    try:
-        radius = parse_size("4/255" if eps is None else eps)
-    except ValueError as error:
-        raise UserError(f"eps: {error}") from None
-    assert isinstance(radius, float)
+    record = record_of(model)
+    threat = _threat(norm, eps, record.threat)
     parameter = next(model.parameters(), torch.empty(0))
     comm = Comm(0, 1, parameter.device, control=None)
     name = info.name if info else type(model).__name__
     images = CheckedImages(data)
-    threat = threat_model(norm, radius)
     evaluator = Evaluator(
         attacks,
         threat,
         comm,
-        seed=seed,
+        seed=seed if seed is not None else record.seed or 0,
         gradient_masking_samples=gradient_masking_samples,
         backbone=name,
+        adapter_sha256=adapter_sha256(model) if isinstance(model, AdaptedModel) else None,
         precision=measured_precision(predict, images, comm.device),
     )
     with torch.inference_mode(False):
         return evaluator.run(predict, images)
+
+
+def _threat(norm: Norm | None, eps: float | str | None, trained: tuple[str, float] | None) -> Threat:
+    """The ball that is asked for; what is left out is that of the training.
+
+    Raises:
+        UserError: an eps without a norm where the training's is not linf; an invalid one.
+    """
+    if norm is None and eps is not None and trained is not None and trained[0] != "linf":
+        raise UserError(
+            f"norm: the adapter was trained for {trained[0]}; give norm, as eps={eps} has no meaning without"
+        )
+    chosen = norm or (trained[0] if trained else "linf")
+    if eps is None:
+        eps = trained[1] if trained and trained[0] == chosen else "4/255" if chosen == "linf" else None
+    if eps is None:
+        raise UserError(f"eps: norm {chosen} has no default; give a length in pixels of [0, 1], e.g. 0.5")
+    try:
+        radius = parse_size(eps)
+    except ValueError as error:
+        raise UserError(f"eps: {error}") from None
+    assert isinstance(radius, float)
+    return threat_model(chosen, radius)

@@ -54,7 +54,7 @@ class Progress:
     def _count(self, item: WorkItem, correct: Sequence[int]) -> None:
         if item.attack is not None:
             self._counters.add(f"seen {self._column(item)}", len(correct))
-            self._counters.add(f"correct {self._column(item)}", sum(correct))
+            self._counters.add(f"correct {self._column(item)}", sum(value == 1 for value in correct))
 
     def _column(self, item: WorkItem) -> str:
         at_eps = f" at {self._sizes[item.radius]}" if len(self._sizes) > 1 and item.kind != "clean" else ""

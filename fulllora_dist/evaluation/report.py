@@ -1,5 +1,6 @@
 """evaluation.json: what it holds, and how it is written, read and checked."""
 
+import contextlib
 import json
 import math
 import os
@@ -40,6 +41,14 @@ class EpsPoint(TypedDict):
     attacks: dict[str, Score]
 
 
+class ModelKeys(TypedDict):
+    """What a report says of the model's training; see `EvaluationReport`."""
+
+    classes: list[str] | None
+    class_match: str
+    own_pictures: dict[str, Any] | None
+
+
 class EvaluationReport(TypedDict):
     """The content of evaluation.json. What is not required may be missing from a report that others wrote.
 
@@ -56,7 +65,10 @@ class EvaluationReport(TypedDict):
         backbone, adapter, adapter_sha256: what was evaluated.
         seed: of the attacks' random starts.
         data: hash of the data set's index.
-        pictures: how the images were made from the data, and the batch size.
+        pictures: how the images were made from the data: size, crop_pct, interpolation; and the batch size.
+        own_pictures: how the adapter was trained to see them; None for a module of one's own.
+        classes: names of the model's outputs, in order; None where it does not record them.
+        class_match: how they were compared with the data's: empty where both are the same, see `match_classes`.
     """
 
     n: int
@@ -74,6 +86,9 @@ class EvaluationReport(TypedDict):
     seed: NotRequired[int]
     data: NotRequired[str]
     pictures: NotRequired[dict[str, Any]]
+    own_pictures: NotRequired[dict[str, Any] | None]
+    classes: NotRequired[list[str] | None]
+    class_match: NotRequired[str]
 
 
 def score(correct: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Score:
@@ -186,7 +201,7 @@ def check_accuracies(report: EvaluationReport, name: str) -> None:
 
 
 def check_output(path: str | Path) -> None:
-    """Refuse what `write_evaluation` could not write in the end; makes the folder where there is none.
+    """Refuse what `write_evaluation` could not write in the end; changes nothing.
 
     Raises:
         UserError: naming --output.
@@ -194,11 +209,17 @@ def check_output(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; name a file, e.g. {path / 'evaluation.json'}")
+    missing = [parent for parent in path.parents if not parent.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)  # nothing else tells whether it can be made
+        writable = os.access(path.parent, os.W_OK)
     except OSError as error:
         raise UserError(f"--output: cannot create {path.parent} ({error.strerror or error})") from None
-    if not os.access(path.parent, os.W_OK):
+    finally:
+        for parent in missing:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+    if not writable:
         raise UserError(f"--output: {path.parent} is not writable; name a file in another folder")
 
 

@@ -14,18 +14,19 @@ from torch import nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.images import EvalImages
+from fulllora_dist.evaluation.trained import record_of
 from fulllora_dist.models.adapted_model import AdaptedModel
 
 
-def items_done(output: str | Path) -> int:
-    """Finished work items of the evaluations under way whose evaluation*.json is to lie in a folder."""
-    files = Path(output).glob("evaluation*.json.partial/*/rank-*.jsonl")
+def items_done(output: str | Path, name: str = "evaluation*.json") -> int:
+    """Finished work items of the evaluations under way whose file of that name is to lie in a folder."""
+    files = Path(output).glob(f"{name}.partial/*/rank-*.jsonl")
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
 def fingerprint(predict: nn.Module, images: EvalImages, seed: int) -> str:
     """Hash of all that the result of a work item depends on besides its name."""
-    digest = hashlib.sha256(f"{images.digest} {seed}".encode())
+    digest = hashlib.sha256(f"{images.digest} {seed} {record_of(predict).classes}".encode())
     if isinstance(predict, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
         digest.update(f"{predict.info} {predict.spec}".encode())
     for name, tensor in chain(predict.named_parameters(), predict.named_buffers()):

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from fulllora_dist.core.settings import Settings
+from fulllora_dist.core.settings import Location, Settings
 from fulllora_dist.core.units import Size
 
 
@@ -15,7 +15,7 @@ class EvaluationSettings(Settings):
     """How many images, drawn evenly over the classes; null takes all."""
     first: int | None = Field(None, ge=1)
     """Instead of num_samples, the first so many of the index."""
-    ids: str | None = None
+    ids: Location | None = None
     """Instead of num_samples, a text file (path or URL) with one id or image name a line, as RobustBench's 5,000."""
     gradient_masking_samples: int = Field(50, ge=0)
     """How many images are checked for symptoms of masked gradients; 0 checks none."""

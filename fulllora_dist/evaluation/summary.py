@@ -10,6 +10,7 @@ from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.stats import wilson
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.evaluation.report import EvaluationReport, Score, eps_points
+from fulllora_dist.evaluation.trained import pictures_line
 from fulllora_dist.plots.figures import Curve, least_and_most, per_class_bars, robustness_curve
 
 
@@ -17,7 +18,7 @@ def table(report: EvaluationReport) -> str:
     """Each attack with its interval at each eps, the classes, and the warnings."""
     attacks = report["attacks"]
     width = max(map(len, ("attack", *attacks)))
-    blocks = [caption(report), ""]
+    blocks = [caption(report), *_about_model(report), ""]
     for k, point in enumerate(eps_points(report)):
         blocks += ["", size_in(report["norm"], point["eps"])] if k else []
         rows = [(name.ljust(width), *accuracy_cells(score)) for name, score in point["attacks"].items()]
@@ -26,6 +27,13 @@ def table(report: EvaluationReport) -> str:
     if report.get("checks") and not report["warnings"]:
         blocks += ["", f"{len(report['checks'])} checks for masked gradients, no warning"]
     return "\n".join([*blocks, *(f"warning: {line}" for line in report["warnings"])])
+
+
+def _about_model(report: EvaluationReport) -> list[str]:
+    """How the images were made, and how classes were compared, a line each."""
+    pictures = pictures_line(report.get("pictures", {}), report.get("own_pictures"))
+    classes = report.get("class_match")
+    return [*([pictures] if pictures else []), *([f"classes: {classes}"] if classes else [])]
 
 
 def _class_table(attacks: Mapping[str, Score]) -> str:

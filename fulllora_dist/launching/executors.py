@@ -11,6 +11,7 @@ from typing import Any
 
 from submitit import DebugExecutor, LocalExecutor, SlurmExecutor
 from submitit.core.core import Executor
+from submitit.helpers import clean_env
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.launching.folder import CODE
@@ -125,6 +126,31 @@ def _slurm_parameters(config: Config, resources: Resources, entry: str, after: s
         **{key: getattr(resources, key) for key in ("partition", "account", "qos", "constraint", "mem")},
     }
     return {key: value for key, value in parameters.items() if value is not None and key not in omitted}
+
+
+_REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SBATCH_EXPORT")
+"""Variables by which the cluster is reached, or a site's environment is made."""
+_PLACES = ("partition", "account", "qos", "constraint", "reservation")
+
+
+@contextmanager
+def own_environment(resources: Resources) -> Iterator[None]:
+    """Without the variables of the job that launch.py may run in, such as SLURM_MEM_PER_CPU, which srun would take for
+    the new job's, and without those of sbatch that override its script; a site's default partition and the like stay
+    where the launch names none."""
+    kept = [*_REACH, *(f"SBATCH_{place.upper()}" for place in _PLACES if not _names(resources, place))]
+    inside = "SLURM_JOB_ID" in os.environ
+    if not inside:
+        kept += [name for name in os.environ if name.startswith(("SLURM_", "SRUN_"))]
+    others = [name for name in os.environ if inside and name.startswith(("PMI_", "PMIX_", "OMPI_COMM_WORLD_"))]
+    values = {name: os.environ[name] for name in kept if name in os.environ}
+    with clean_env(others):
+        os.environ.update(values)
+        yield
+
+
+def _names(resources: Resources, place: str) -> bool:
+    return place in resources.sbatch or getattr(resources, place, None) is not None
 
 
 @contextmanager

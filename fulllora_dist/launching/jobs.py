@@ -22,6 +22,15 @@ _ALIVE = frozenset((
 ))  # fmt: skip
 
 
+# srun's and slurmstepd's own words, which may follow a progress bar in its line
+_SLURM_SAYS = re.compile(r"(?:srun|slurmstepd|sbatch): (?:error|fatal): .*")
+# a task's end, and what it brings about on the others; a preempted step is requeued
+_CONSEQUENCE = re.compile(
+    r": tasks? \d|CANCELLED AT \S+ \*\*\*|DUE TO (PREEMPTION|JOB REQUEUE)|Timed out waiting for job step"
+)
+_NO_STEP = re.compile(r"fatal:|Unable to (create step|allocate|confirm)|(Task|Application) launch .*failed")
+
+
 @dataclass(frozen=True)
 class RunJob:
     """A job and its state in the scheduler now.
@@ -64,7 +73,15 @@ class RunJob:
             process.terminate()
 
     def failure(self) -> str | None:
-        """One line: the first task that failed and its exception, or how it was killed. None where none failed."""
+        """One line: the first task that failed and its exception, or how it was killed, and what SLURM says about it.
+        None where none failed."""
+        cause = self._slurm_cause()
+        if cause and _NO_STEP.search(cause):  # so that no task has ended
+            return cause
+        task = self._failed_task()
+        return f"{task} ({cause})" if task and cause else task or cause
+
+    def _failed_task(self) -> str | None:
         errors = {task: path for task in range(self.tasks) if (path := self._error_file(task)) is not None}
         first = self._first_bad_exit()
         if first is not None and first[0] not in errors:
@@ -75,6 +92,21 @@ class RunJob:
         task = first[0] if first else min(errors, key=lambda task: errors[task].stat().st_mtime_ns)
         return f"task {task}: {_last_line(pickle_load(errors[task])[1])}"
 
+    def _slurm_cause(self) -> str | None:
+        """The last reason that SLURM gives in the logs of the last restart: memory, time limit, a lost node."""
+        causes = [
+            line
+            for task in range(self.tasks)
+            for line in _SLURM_SAYS.findall(self._last_restart(task))
+            if not _CONSEQUENCE.search(line)
+        ]
+        return causes[-1][:300] if causes else None
+
+    def _last_restart(self, task: int = 0) -> str:
+        log = self.log(task)
+        text = log.read_text(errors="replace") if log.exists() else ""
+        return text.rpartition("Starting with JobEnvironment")[2]
+
     def _error_file(self, task: int) -> Path | None:
         path = self.paths(task).result_pickle
         try:
@@ -84,10 +116,7 @@ class RunJob:
 
     def _first_bad_exit(self) -> tuple[int, str] | None:
         """Task and how it ended, as srun reports it of the last restart."""
-        if not self.log().exists():
-            return None
-        last = self.log().read_text(errors="replace").rpartition("Starting with JobEnvironment")[2]
-        match = re.search(r"srun: error: (\S+): tasks? (\d+)\S*: (.*)", last)  # may follow a progress bar in its line
+        match = re.search(r"srun: error: (\S+): tasks? (\d+)\S*: (.*)", self._last_restart())
         return (int(match[2]), f"{match[3]} on {match[1]}") if match else None
 
 

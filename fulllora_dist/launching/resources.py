@@ -6,14 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BeforeValidator, Field, ValidationError
-from yaml import YAMLError
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
+from fulllora_dist.config.yaml_text import read_yaml
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.core.settings import Settings
+from fulllora_dist.core.settings import Settings, explain, first_error
+from fulllora_dist.core.suggest import suggestion
 
 ExecutorName = Literal["slurm", "local", "debug"]
 EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
@@ -21,7 +19,7 @@ EXECUTORS: tuple[str, ...] = get_args(ExecutorName)
 
 def minutes(text: object) -> object:
     """A time as SLURM takes it (minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]) in
-    whole minutes, rounded up. YAML's own numbers are minutes; anything else is returned for the type to refuse."""
+    whole minutes, rounded up. A number is minutes; anything else is returned for the type to refuse."""
     if not isinstance(text, str) or text.isdigit():
         return text
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
@@ -31,6 +29,36 @@ def minutes(text: object) -> object:
     if match[1] is None and match[4] is None:  # minutes:seconds
         return first + math.ceil(second / 60)
     return days * 1440 + first * 60 + second + math.ceil(third / 60)
+
+
+_TASKS = "every GPU gets one task: use --nodes and --gpus-per-node"
+_OURS = {
+    "array": "a run is one job; launch each run with a run.output_dir of its own",
+    "nodes N": "use --nodes",
+    "ntasks n ntasks-per-node tasks-per-node ntasks-per-gpu ntasks-per-core ntasks-per-socket": _TASKS,
+    "gpus G gpus-per-node gpus-per-task gpus-per-socket": "use --gpus-per-node, or --no-gpus for none",
+    "cpus-per-task c cpus-per-gpu": "use --cpus-per-task",
+    "mem": "use --mem",
+    "time t": "use --time",
+    "signal": "use --signal-seconds",
+    "partition p": "use --partition",
+    "account A": "use --account",
+    "qos q": "use --qos",
+    "constraint C": "use --constraint",
+    "output o error e input i": "the logs are in RUN/launches, where `launch.py logs` finds them",
+    "chdir D": "launch from that folder: paths are relative to it",
+    "wrap test-only parsable wait W": "launch.py submits a batch script, see --dry-run and --wait",
+}
+OURS = {option: remedy for options, remedy in _OURS.items() for option in options.split()}
+"""Options of sbatch and srun that would contradict ours."""
+
+
+def _refuse_ours(option: str) -> None:
+    name = option.lstrip("-").partition("=")[0]
+    short = not option.startswith("--") and len(name) > 1 and option.startswith("-")  # -N2
+    name = name[0] if short else name.replace("_", "-")
+    if name in OURS:
+        raise ValueError(f"{name} would contradict the launch; {OURS[name]}")
 
 
 class Resources(Settings):
@@ -68,28 +96,43 @@ class Resources(Settings):
     srun: tuple[str, ...] = ()
     """Further arguments of srun: [--container-image=image.sqsh]."""
 
+    @model_validator(mode="after")
+    def _one_spelling(self) -> "Resources":
+        asked = {option.replace("_", "-"): str(value) for option, value in self.sbatch.items()}
+        if self.gpus and "gpu" in asked.get("gres", ""):
+            raise ValueError("gres asks for GPUs, as --gpus-per-node does; add --no-gpus")
+        if self.mem is not None and (both := asked.keys() & {"mem-per-cpu", "mem-per-gpu"}):
+            raise ValueError(f"{min(both)} contradicts --mem {self.mem}; remove one")
+        return self
+
+    @field_validator("sbatch")
+    @classmethod
+    def _no_other_size(cls, sbatch: Mapping[str, str | int | bool]) -> Mapping[str, str | int | bool]:
+        for option in sbatch:
+            _refuse_ours(option)
+        truth = {"true": True, "false": False}
+        return {option: truth.get(str(value).lower(), value) for option, value in sbatch.items()}
+
+    @field_validator("srun")
+    @classmethod
+    def _no_other_step(cls, srun: tuple[str, ...]) -> tuple[str, ...]:
+        for option in " ".join(srun).split():
+            if option.startswith("-"):
+                _refuse_ours(option)
+        return srun
+
 
 def read_profile(name: str, folder: str) -> dict[str, Any]:
     """The settings of a site, from a YAML file or from NAME.yaml in `folder`.
 
     Raises:
-        UserError: there is none, or it is not a mapping.
+        UserError: there is none, or it is not YAML with settings.
     """
     path = name if name.endswith((".yaml", ".yml")) else os.path.join(folder, f"{name}.yaml")
     if not os.path.isfile(path):
         known = sorted(file.removesuffix(".yaml") for file in os.listdir(folder) if file.endswith(".yaml"))
         raise UserError(f"--profile: {path} does not exist; known: {', '.join(known)}, or the path of a YAML file")
-    try:
-        values: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        if isinstance(values, dict) and isinstance(values.get("time"), int):  # YAML takes 4:00:00 for one of base 60
-            with open(path) as file:
-                written: Any = yaml.compose(file, yaml.SafeLoader)
-            values["time"] = next((value.value for key, value in written.value if key.value == "time"), values["time"])
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"--profile: {path} is not valid YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"--profile: {path} is empty or a list; it should hold settings such as partition: gpu")
-    return values
+    return read_yaml(path, "--profile")
 
 
 def resources(profile: Mapping[str, Any], given: Mapping[str, Any]) -> Resources:
@@ -108,12 +151,11 @@ def resources(profile: Mapping[str, Any], given: Mapping[str, Any]) -> Resources
     try:
         return Resources.model_validate(merged)
     except ValidationError as error:
-        details = error.errors()[0]
-        name = ".".join(str(part) for part in details["loc"])
+        details = first_error(error)
+        section, *_ = details["loc"] or ("sbatch",)  # which _one_spelling is about
+        name = ".".join(str(part) for part in details["loc"] or (section,))
         option = "--" + name.replace("_", "-")
-        source = option if given.get(name) is not None else f"--profile: {name}"
+        source = option if given.get(section) is not None else f"--profile: {name}"
         if details["type"] == "extra_forbidden":
-            raise UserError(f"{source} is not a setting; known: {', '.join(Resources.model_fields)}") from None
-        raise UserError(
-            f"{source}: {details['msg'].removeprefix('Value error, ')} (got {details['input']!r})"
-        ) from None
+            raise UserError(f"{source} is not a setting; {suggestion(name, Resources.model_fields)}") from None
+        raise UserError(f"{source}: {explain(error).removeprefix(f'{name}: ')}") from None

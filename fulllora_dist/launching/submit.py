@@ -1,7 +1,6 @@
 """From a config and resources to jobs: check, submit, or print the batch scripts."""
 
 import io
-import json
 import os
 import shutil
 import subprocess
@@ -12,18 +11,15 @@ from typing import Any
 from submitit.core.core import Job
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from fulllora_dist.checkpoints.format import DESCRIPTION, list_checkpoints
-from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.launching.executors import batch_script, build_executor, detached
+from fulllora_dist.launching.executors import batch_script, build_executor, detached, own_environment
 from fulllora_dist.launching.folder import CONFIG, launches_of, launching, make_folder, write_record
 from fulllora_dist.launching.jobs import run_jobs
 from fulllora_dist.launching.resources import ExecutorName, Resources
 from fulllora_dist.launching.worker import Worker
-from fulllora_dist.storage import urls
-from fulllora_dist.training.build import check_inputs
-from fulllora_dist.training.resume import check_same_run
+from fulllora_dist.training.inputs import check_inputs
+from fulllora_dist.training.resume import check_saved
 
 
 def check(config: Config, resources: Resources, executor: ExecutorName, evaluates: bool) -> None:
@@ -53,20 +49,7 @@ def check(config: Config, resources: Resources, executor: ExecutorName, evaluate
             f"run.output_dir: {config.run.output_dir}: ':' would end the folder's name in the jobs' PYTHONPATH"
         )
     check_inputs(config, world)
-    _check_newest_checkpoint(config)
-
-
-def _check_newest_checkpoint(config: Config) -> None:
-    """The run's own newest checkpoint, if it is on a disk, refuses what the job would refuse after its time in the
-    queue. An unreadable one is left to the job."""
-    places = [place for place in checkpoint_places(config.run) if not urls.is_remote(place)]
-    try:
-        checkpoints = list_checkpoints(*places)
-        saved = json.loads((Path(checkpoints[0]) / DESCRIPTION).read_text())["config"] if checkpoints else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if saved is not None:
-        check_same_run(config, saved, config.run.output_dir)
+    check_saved(config)
 
 
 def submit(
@@ -111,7 +94,9 @@ def submit(
             for entry, arguments in entries:
                 after = jobs[-1].job_id if jobs else None
                 runner = build_executor(config, resources, executor, folder, entry, after)
-                with redirect_stderr(io.StringIO()), detached() if executor == "local" else nullcontext():
+                in_background = detached() if executor == "local" else nullcontext()
+                ours = nullcontext() if executor == "debug" else own_environment(resources)
+                with redirect_stderr(io.StringIO()), in_background, ours:
                     jobs.append(runner.submit(Worker(entry, arguments)))
                 tasks = resources.nodes * resources.gpus_per_node
                 record["jobs"].append({"id": jobs[-1].job_id, "entry": entry, "tasks": tasks})

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.core.settings import Settings
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods.targets import Mixer, TargetSettings
+from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings, TargetSettings
+from fulllora_dist.methods.targets import Mixer
 from fulllora_dist.methods.warmup import WarmupSchedule, ramp
 
 
@@ -36,13 +36,6 @@ class WeightStep(Protocol):
         """Yield the micro-batches of one optimizer update, which is made when the loop ends."""
 
 
-class MethodSettings(Settings):
-    """Settings of all methods. Subclasses narrow `name` to one value."""
-
-    name: str
-    """Name of the method."""
-
-
 class Method(ABC):
     """A training method. Built once per run or phase; `step` is called once per batch.
 
@@ -55,12 +48,10 @@ class Method(ABC):
 
     Attributes:
         Settings: class of the settings.
-        needs_labels: whether it needs one label per image, so that images cannot be mixed.
         images_in_weight_step: number of versions of each image in a weight step, e.g. 2 for clean and perturbed.
     """
 
     Settings: ClassVar[type[MethodSettings]]
-    needs_labels: ClassVar[bool] = False
     images_in_weight_step: ClassVar[int] = 1
 
     def __init__(
@@ -143,11 +134,18 @@ def register_method(method: type[Method]) -> type[Method]:
     name = method.Settings.model_fields["name"].default
     if not isinstance(name, str):
         raise ValueError(f'{method.__name__}.Settings has no default name; write name: Literal["x"] = "x"')
-    known = METHODS.setdefault(name, method)
-    if (known.__module__, known.__qualname__) != (method.__module__, method.__qualname__):
+    known: type = METHODS.get(name, method)
+    if known is method and (settings := METHOD_SETTINGS.get(name)) is not None:
+        known = method if _same(settings, method.Settings) else settings
+    if not _same(known, method):
         raise ValueError(f"method {name!r} of {method.__module__} is already {known.__module__}'s; choose another name")
-    METHODS[name] = method
+    METHODS[name], METHOD_SETTINGS[name] = method, method.Settings
     return method
+
+
+def _same(one: type, other: type) -> bool:
+    """Whether they are one class, which a second import of its module makes again."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
 class MetricAverager:

@@ -6,24 +6,14 @@ to the slot in the global batch, not to the image. Epochs count optimizer update
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import Linf, in_box
-from fulllora_dist.core.units import Size
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods.base import Method, MethodSettings, MetricAverager, WeightStep, register_method
-
-
-class FreeSettings(MethodSettings):
-    name: Literal["free"] = "free"
-    replays: int = Field(4, ge=1)
-    """Optimizer updates per batch (m in the paper)."""
-    step_size: Size | None = None
-    """Step size of the perturbation, for pixels in [0, 1]; null takes eps, as in the paper."""
+from fulllora_dist.methods.base import Method, MetricAverager, WeightStep, register_method
+from fulllora_dist.methods.settings import FreeSettings
 
 
 @register_method

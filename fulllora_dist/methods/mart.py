@@ -5,34 +5,22 @@
 Images that are misclassified without a perturbation have more weight. Clean and perturbed images share a forward pass.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.rng import SampleRng
-from fulllora_dist.core.units import Size
 from fulllora_dist.methods.base import WeightStep, register_method
-from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
+from fulllora_dist.methods.multi_step import MultiStep
+from fulllora_dist.methods.settings import MARTSettings
 from fulllora_dist.methods.trades import gaussian_start
-
-
-class MARTSettings(MultiStepSettings):
-    name: Literal["mart"] = "mart"
-    weight: float = Field(5.0, ge=0)
-    """Weight of the divergence (lambda in the paper)."""
-    start: Size = 1e-3
-    """Standard deviation of the attack's Gaussian start, for pixels in [0, 1]."""
 
 
 @register_method
 class MART(MultiStep):
     Settings = MARTSettings
     images_in_weight_step = 2
-    needs_labels = True
 
     def passes(self) -> tuple[int, int]:
         return self.settings.steps + 2, self.settings.steps + 2

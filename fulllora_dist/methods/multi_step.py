@@ -11,32 +11,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import Loss, ascend, attack_mode, cross_entropy, default_step_size
 from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
-from fulllora_dist.core.units import Size
-from fulllora_dist.methods.base import MethodSettings, PerturbedStep
+from fulllora_dist.methods.base import PerturbedStep
+from fulllora_dist.methods.settings import MultiStepSettings
 from fulllora_dist.methods.warmup import WarmupSchedule, ramp
 from fulllora_dist.models.backbone import patch_size
-
-
-class MultiStepSettings(MethodSettings):
-    steps: int = Field(3, ge=1)
-    """Attack steps, each with one forward and one backward pass."""
-    step_size: Size | None = None
-    """Step size, for pixels in [0, 1]; null takes 2.5 eps / steps, as Madry et al. do, but at most eps."""
-    attention_drop: float = Field(0.0, ge=0, le=1)
-    """Fraction of the run's batches during which attention gradients are randomly dropped, at a decreasing rate; 0
-    disables it."""
-    perturbation_mask: float = Field(0.0, ge=0, le=1)
-    """Fraction of the run's batches during which the perturbation of patches is randomly masked, at a decreasing rate;
-    0 disables it."""
-    mask_patch: int | None = Field(None, ge=1)
-    """Side of the masked patches in pixels; null takes the backbone's patch size."""
 
 
 class MultiStep(PerturbedStep):

@@ -3,18 +3,9 @@
 By design the perturbation may leave the eps ball, up to (noise + step) eps.
 """
 
-from typing import Literal
-
-from pydantic import Field
-
 from fulllora_dist.methods.base import register_method
-from fulllora_dist.methods.single_step import SingleStep, SingleStepSettings
-
-
-class NFGSMSettings(SingleStepSettings):
-    name: Literal["n_fgsm"] = "n_fgsm"
-    noise: float = Field(2.0, ge=0)
-    """Radius of the uniform noise in units of eps."""
+from fulllora_dist.methods.settings import NFGSMSettings
+from fulllora_dist.methods.single_step import SingleStep
 
 
 @register_method

@@ -1,20 +1,13 @@
 """PGD adversarial training (Madry et al., arXiv 1706.06083)."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.rng import SampleRng
 from fulllora_dist.methods.base import register_method
-from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
-
-
-class PGDSettings(MultiStepSettings):
-    name: Literal["pgd"] = "pgd"
-    random_start: bool = True
-    """Start at a uniform random point in the ball instead of at the image."""
+from fulllora_dist.methods.multi_step import MultiStep
+from fulllora_dist.methods.settings import PGDSettings
 
 
 @register_method

@@ -3,17 +3,11 @@
 from abc import abstractmethod
 from typing import ClassVar
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.fgsm import single_step
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.methods.base import MethodSettings, PerturbedStep
-
-
-class SingleStepSettings(MethodSettings):
-    step: float = Field(1.0, gt=0)
-    """Step size in units of eps."""
+from fulllora_dist.methods.base import PerturbedStep
 
 
 class SingleStep(PerturbedStep):

@@ -1,15 +1,10 @@
 """Training on clean images."""
 
-from typing import Literal
-
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.methods.base import MethodSettings, PerturbedStep, register_method
-
-
-class StandardSettings(MethodSettings):
-    name: Literal["standard"] = "standard"
+from fulllora_dist.methods.base import PerturbedStep, register_method
+from fulllora_dist.methods.settings import StandardSettings
 
 
 @register_method

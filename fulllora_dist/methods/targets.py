@@ -7,39 +7,14 @@ always on the same rank. The mixing ratio and position are drawn for each image 
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from scipy.stats import beta
 from torch import Tensor
 
 from fulllora_dist.core.rng import sample_rng
-from fulllora_dist.core.settings import Settings
 from fulllora_dist.data.batch import Batch
+from fulllora_dist.methods.settings import TargetSettings
 
 _QUANTILES = 4097
-
-
-class TargetSettings(Settings):
-    """Mixed images and soft labels. Mixing applies to the attack and the weight step, smoothing to the latter only."""
-
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the label that is spread over all classes."""
-    mixup: float = Field(0.0, ge=0)
-    """alpha of the Beta(alpha, alpha) distribution of the mixup ratio; 0 disables mixup."""
-    cutmix: float = Field(0.0, ge=0)
-    """alpha of the Beta(alpha, alpha) distribution of the CutMix area; 0 disables CutMix."""
-    mix_probability: float = Field(1.0, ge=0, le=1)
-    """Fraction of images that are mixed; with both mixup and cutmix, half of them each."""
-
-    @property
-    def mixes(self) -> bool:
-        """Whether labels become probabilities."""
-        return bool(self.mixup or self.cutmix) and self.mix_probability > 0
-
-    @model_validator(mode="after")
-    def _agree(self) -> "TargetSettings":
-        if self.mix_probability != 1 and not (self.mixup or self.cutmix):
-            raise ValueError("mix_probability has no effect without targets.mixup or targets.cutmix; set one of them")
-        return self
 
 
 def _quantiles(alpha: float) -> Tensor:

@@ -5,33 +5,20 @@
 The weight step passes clean and perturbed images as one batch of twice the size, so that the engine is called once.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import attack_mode, kl_divergence
 from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.core.rng import SampleRng, sample_rng
-from fulllora_dist.core.units import Size
 from fulllora_dist.methods.base import WeightStep, register_method
-from fulllora_dist.methods.multi_step import MultiStep, MultiStepSettings
+from fulllora_dist.methods.multi_step import MultiStep
+from fulllora_dist.methods.settings import TRADESSettings
 
 
 def gaussian_start(deviation: float, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
     """Gaussian noise with standard deviation `deviation`, projected to the ball."""
     return threat.project((deviation * rng.normal(x.shape[1:])).to(x.dtype))
-
-
-class TRADESSettings(MultiStepSettings):
-    name: Literal["trades"] = "trades"
-    beta: float = Field(6.0, ge=0)
-    """Weight of the divergence (1 / lambda in the paper); larger is more robust, but less accurate on clean images."""
-    start: Size = 1e-3
-    """Standard deviation of the attack's Gaussian start, for pixels in [0, 1]. The divergence is flat at the image
-    itself; so near to it the first step depends on fp32 rounding, and runs on other numbers of ranks agree less
-    closely."""
 
 
 @register_method

@@ -1,6 +1,5 @@
 """Build an adapted model: place branches in a frozen backbone and derive their rank from the trainable fraction."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import base_key
 from fulllora_dist.core.settings import Settings, explain
+from fulllora_dist.core.suggest import suggestion
 from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel, AdapterSpec
 from fulllora_dist.models.backbone import build_backbone
 from fulllora_dist.models.families import Family, family_of
@@ -109,15 +109,13 @@ def create_model(
     sections: dict[str, type[Settings]] = {"model": ModelSettings, "adapter": AdapterSettings}
     keys = {section: set(of.model_fields) - {"backbone", "init_from"} for section, of in sections.items()}
     if unknown := sorted(settings.keys() - set().union(*keys.values())):
-        known = sorted(set().union(*keys.values()))
-        near = difflib.get_close_matches(unknown[0], known, n=1)
-        raise UserError(f"unknown setting {unknown[0]}; " + (f"did you mean {near[0]}?" if near else ", ".join(known)))
+        raise UserError(f"unknown setting {unknown[0]}; {suggestion(unknown[0], sorted(set().union(*keys.values())))}")
     values = {section: {key: settings[key] for key in settings.keys() & keys[section]} for section in sections}
     values["model"]["backbone"] = backbone
     try:
         checked = _Arguments.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(error, lambda _: ())) from None
+        raise UserError(explain(error)) from None
     return build_adapted(checked.model, checked.adapter, finetune, seed=seed, input_sizes=input_sizes)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulllora_dist.attacks.arguments import check_images, check_range, pixel_range
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.as_built import AsBuilt
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import Family
 from fulllora_dist.models.placement import PlacementReport
 from fulllora_dist.models.settings import Finetune, Precision, Qkv
+from fulllora_dist.models.training_record import TrainingRecord
 
 FIRST_BATCH_TOLERANCE = 0.5
 """How far pixels of a model's first batch may be outside [0, 1]: less than any normalisation takes them, and more than
@@ -60,6 +62,8 @@ class AdaptedModel(nn.Module):
         report: placement of the branches and number of trainable parameters.
         precision: precision of the blocks.
         pixels_checked: whether the first batch has been looked at; set it where pixels outside [0, 1] are meant.
+        record: what is known of its training: class names, crop, threat model; set by `load`.
+        as_built: what the backbone was built as.
     """
 
     mean: Tensor
@@ -82,7 +86,9 @@ class AdaptedModel(nn.Module):
         self.spec = spec
         self.report = report
         self.precision = precision
+        self.record = TrainingRecord()
         self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
+        self.as_built = AsBuilt.of(backbone, {*self._trainable, *self.statistics()})
         self.register_buffer("mean", torch.tensor(info.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std).view(1, 3, 1, 1), persistent=False)
         self.register_load_state_dict_pre_hook(_accept_timm_keys)
@@ -137,6 +143,50 @@ class AdaptedModel(nn.Module):
         parameters = dict(self.backbone.named_parameters())
         return {name: parameters[name] for name in self._trainable}
 
+    def held(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """{name: (dtype, shape)} of the trainable tensors as the model was built, also while ZeRO-3 has them."""
+        return {name: self.as_built.tensors[name] for name in self._trainable}
+
+    def statistics(self) -> dict[str, Tensor]:
+        """The backbone's buffers, which are stored with a whole model (finetune: full), else nothing."""
+        if self.spec.finetune != "full":
+            return {}
+        parameters = dict(self.backbone.named_parameters())
+        return {name: tensor for name, tensor in self.backbone.state_dict().items() if name not in parameters}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; keys of timm, without `backbone.`, are accepted too.
+
+        Raises:
+            UserError: `strict` is false and not a single tensor fits.
+        """
+        result = super().load_state_dict(state_dict, strict, assign)
+        if state_dict and len(result.unexpected_keys) >= len(state_dict):
+            raise UserError(
+                f"load_state_dict: none of its {len(state_dict)} tensors is one of the model's, e.g. "
+                f"{next(iter(state_dict))}; the model has names such as {next(iter(self.state_dict()))}"
+            )
+        return result
+
+    def check_savable(self, state: Mapping[str, Tensor] | None = None) -> None:
+        """Check that an adapter file would bring back this very model.
+
+        Args:
+            state: trained tensors to save instead of the model's own.
+
+        Raises:
+            UserError: it would not; the message says what changed since the model was created.
+        """
+        self.as_built.check(self.backbone)
+        for name in ("mean", "std"):
+            now, then = getattr(self, name).flatten().tolist(), torch.tensor(getattr(self.info, name)).tolist()
+            if now != then:
+                raise UserError(
+                    f"save_adapter: the model's {name} is {now}, and was {then} when it was created; give {name} to "
+                    "create_model"
+                )
+        check_tensors(self.held(), self.trainable() if state is None else state)
+
     def load_trainable(self, state: Mapping[str, Tensor]) -> None:
         """Set the adapter's tensors.
 
@@ -144,6 +194,30 @@ class AdaptedModel(nn.Module):
             UserError: names or shapes differ from this model's.
         """
         set_tensors(self.trainable(), state)
+
+
+def check_tensors(expected: Mapping[str, tuple[torch.dtype, torch.Size]], state: Mapping[str, Tensor]) -> None:
+    """Check the tensors of an adapter.
+
+    Args:
+        expected: {name: (dtype, shape)}.
+
+    Raises:
+        UserError: names, shapes or dtypes differ, or values are not finite.
+    """
+    if wrong := sorted(expected.keys() ^ state.keys()):
+        raise UserError(f"adapter: {wrong[0]} is {'missing' if wrong[0] in expected else 'not in this model'}")
+    for name, (dtype, shape) in expected.items():
+        tensor = state[name]
+        if tensor.shape != shape:
+            raise UserError(f"adapter: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype:
+            raise UserError(f"adapter: {name} must be {dtype}, got {tensor.dtype}")
+        if count := int((~torch.isfinite(tensor)).sum()):
+            raise UserError(
+                f"adapter: {count} of {tensor.numel()} values of {name} are not finite; take an adapter from before "
+                "the training diverged"
+            )
 
 
 def set_tensors(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

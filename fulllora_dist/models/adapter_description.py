@@ -1,31 +1,18 @@
 """The typed content of adapter.json, for loading, the registry and the commands."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fulllora_dist.models.adapted_model import AdapterSpec
 from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.training_record import TrainingData, TrainingRecord
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """The data that an adapter was trained on; values that were not recorded are None or empty.
-
-    Attributes:
-        name: name of the data set.
-        index: fingerprint of the index of its shards.
-        classes: names of the classes, in label order.
-        augment: training augmentation.
-        crop_pct, interpolation: the evaluation crop, if it differs from the backbone's own.
-    """
-
-    name: str | None = None
-    index: str | None = None
-    classes: tuple[str, ...] = ()
-    augment: str | None = None
-    crop_pct: float | None = None
-    interpolation: str | None = None
+def backbone_content(info: BackboneInfo) -> dict[str, Any]:
+    """The section `backbone`, without what few backbones have: readers refuse keys that they do not know."""
+    rare = ("checkpoint_key", "head_sha256")
+    return {key: value for key, value in asdict(info).items() if value is not None or key not in rare}
 
 
 @dataclass(frozen=True)
@@ -69,14 +56,9 @@ class AdapterDescription:
     @property
     def threat(self) -> tuple[str, float] | None:
         """(norm, eps) that it was trained with; None if not recorded."""
-        threat = self.training.get("threat")
-        return threat and (threat["norm"], threat["eps"])
+        return TrainingRecord(self.training).threat
 
     @property
     def data(self) -> TrainingData | None:
         """The training data; None if not recorded."""
-        data = self.training.get("data")
-        if data is None:
-            return None
-        known = {key: data[key] for key in TrainingData.__dataclass_fields__ if key in data}
-        return TrainingData(**known | {"classes": tuple(data.get("classes", ()))})
+        return TrainingRecord(self.training).data

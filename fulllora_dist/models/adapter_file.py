@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import fsspec
 import timm
+import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
@@ -22,24 +23,18 @@ from torch import Tensor
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import explain
 from fulllora_dist.models.adapt import build_adapted
-from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, set_tensors
-from fulllora_dist.models.adapter_description import AdapterDescription
+from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors, set_tensors
+from fulllora_dist.models.adapter_description import AdapterDescription, backbone_content
 from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.checkpoint_header import read_header
 from fulllora_dist.models.families import FAMILIES
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings, Precision
+from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.storage.urls import classify_error, redacted
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
-
-
-def _statistics(model: AdaptedModel) -> dict[str, Tensor]:
-    """The backbone's buffers, which are stored with a whole model (finetune: full), else nothing."""
-    if model.spec.finetune != "full":
-        return {}
-    parameters = dict(model.backbone.named_parameters())
-    return {name: tensor for name, tensor in model.backbone.state_dict().items() if name not in parameters}
 
 
 def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -48,8 +43,11 @@ def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = No
     Args:
         trained: trained tensors to use instead of the model's own, such as an average, or gathered ones (ZeRO-3).
     """
-    tensors = {**(model.trainable() if trained is None else trained), **_statistics(model)}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {**(model.trainable() if trained is None else trained), **model.statistics()}
+    # cloned, as safetensors refuses tensors that share memory, such as views of one flat buffer
+    return {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
 
 
 def adapter_sha256(model: AdaptedModel) -> str:
@@ -75,21 +73,39 @@ def save_adapter(
     Args:
         folder: local path or fsspec URL; created if it does not exist.
         state: trained tensors to save instead of the model's own (such as an average, or gathered ones).
-        training: JSON-able record of how it was trained (threat model, method, data, seed).
+        training: JSON-able record of how it was trained (threat model, method, data, seed); without it, the data that
+            the model remembers (`AdaptedModel.record`), so that class names and crop are kept.
+
+    Raises:
+        UserError: `load` would not bring this model back, as it was changed after it was created; nothing is written.
     """
+    if not isinstance(model, AdaptedModel):
+        raise UserError(
+            f"save_adapter: must be a model of create_model or load, got {type(model).__name__}; give the one that it "
+            "wraps"
+        )
+    model.check_savable(state)
+    if training is None:
+        training = {key: value for key, value in model.record.content.items() if key == "data"}
     tensors = save_safetensors(adapter_state(model, state))
     description = {
         "format_version": FORMAT_VERSION,
         "adapter": dataclasses.asdict(model.spec),
-        "backbone": dataclasses.asdict(model.info),
+        "backbone": backbone_content(model.info),
         "family": {"name": model.family.name, "plugin": model.family.plugin},
         "timm": timm.__version__,
         "trainable": model.report.trainable,
         "trainable_share": model.report.share,
         "sha256": hashlib.sha256(tensors).hexdigest(),
-        "training": dict(training or {}),
+        "training": dict(training),
     }
-    description["checksum"] = _checksum(description)
+    try:
+        description["checksum"] = _checksum(description)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"save_adapter: training, and model_kwargs of create_model, must be values that JSON can hold ({error}); "
+            "timm takes layers by name too, such as act_layer='relu'"
+        ) from None
     filesystem, path = fsspec.core.url_to_fs(folder)
     filesystem.makedirs(path, exist_ok=True)
     filesystem.pipe_file(f"{path}/{TENSORS}", tensors)
@@ -171,17 +187,21 @@ def load(folder: str, *, checkpoint_path: str | None = None, precision: Precisio
     info, spec = described(folder, description)
     whole_model = spec.finetune == "full"  # its tensors replace the backbone's, which need not be fetched
     if whole_model:
-        model = build(dataclasses.replace(info, checkpoint=None, pretrained=False), spec, precision=precision)
-        whole_model = _statistics(model).keys() <= state.keys()
+        bare = dataclasses.replace(info, checkpoint=None, checkpoint_key=None, pretrained=False, classes=None)
+        model = build(bare, spec, precision=precision)
+        whole_model = model.statistics().keys() <= state.keys()
     if not whole_model:
         model = build(info, spec, checkpoint_path=checkpoint_path, precision=precision)
-        check_backbone(folder, info, model.info)
+        check_backbone(folder, description, model.info)
     # a file without BatchNorm statistics keeps those of the backbone
-    statistics = {name: tensor for name, tensor in _statistics(model).items() if name in state}
+    statistics = {name: tensor for name, tensor in model.statistics().items() if name in state}
+    check_tensors({**model.held(), **{name: (t.dtype, t.shape) for name, t in statistics.items()}}, state)
     set_tensors({**model.trainable(), **statistics}, state)
     if whole_model:  # its origin is still the backbone that it was trained from
-        kept = {key: getattr(info, key) for key in ("checkpoint", "pretrained", "own_classes", "sha256")}
+        origin = ("checkpoint", "checkpoint_key", "pretrained", "classes", "own_classes", "sha256")
+        kept = {key: getattr(info, key) for key in origin}
         model.info = dataclasses.replace(model.info, **kept)
+    model.record = TrainingRecord(description.training)
     return model
 
 
@@ -193,6 +213,12 @@ def described(folder: str, description: AdapterDescription) -> tuple[BackboneInf
     """
     _check_family(folder, description.content.get("family"))
     return description.backbone, description.spec
+
+
+def _key_in(moved_to: str | None, key: str | None) -> str | None:
+    """The set of weights to take: a safetensors file in place of the original checkpoint holds that set alone."""
+    local = moved_to is not None and "://" not in moved_to
+    return None if local and key is not None and read_header(str(moved_to)) is not None else key
 
 
 def build(
@@ -210,6 +236,7 @@ def build(
         model = ModelSettings(
             backbone=info.name,
             checkpoint_path=checkpoint_path or info.checkpoint,
+            checkpoint_key=_key_in(checkpoint_path, info.checkpoint_key),
             pretrained=info.pretrained,
             num_classes=None if info.classes is not None else info.num_classes,
             class_indices=None if info.classes is None else list(info.classes),
@@ -228,24 +255,36 @@ def build(
             head=spec.head,
         )
     except ValidationError as error:  # a file of another version, or made by hand
-        raise UserError(f"adapter: {explain(error, lambda _: ())}") from None
+        raise UserError(f"adapter: {explain(error)}") from None
     return build_adapted(model, adapter, spec.finetune, seed=spec.seed)
 
 
-def check_backbone(folder: str, info: BackboneInfo, actual: BackboneInfo) -> None:
+def check_backbone(folder: str, description: AdapterDescription, actual: BackboneInfo) -> None:
     """Check that the weights of a backbone are those that an adapter belongs to.
 
     Args:
-        info: the backbone in the adapter's description.
         actual: the backbone that was built.
 
     Raises:
         UserError: the fingerprints differ.
     """
+    info, then = description.backbone, f"timm {description.content.get('timm')}"
+    now = f"timm {timm.__version__} and torch {torch.__version__}"
+    if actual.sha256 != info.sha256 and not info.pretrained:
+        raise UserError(
+            f"adapter: {folder} belongs to random weights with fingerprint {str(info.sha256)[:12]}, but seed "
+            f"{info.seed} gives {str(actual.sha256)[:12]} with {now}; use the versions it was saved with ({then}), or "
+            "start from weights in a file"
+        )
     if actual.sha256 != info.sha256:
         raise UserError(
             f"adapter: {folder} belongs to {info.name} with fingerprint {str(info.sha256)[:12]}, "
             f"but these weights have {str(actual.sha256)[:12]}; give the backbone it was trained on"
+        )
+    if description.spec.head != "trained" and info.head_sha256 not in (None, actual.head_sha256):
+        raise UserError(
+            f"adapter: {folder} belongs to an untrained head that seed {info.seed} does not give with {now}; use the "
+            f"versions it was saved with ({then}), or train the head (adapter.head=trained)"
         )
 
 

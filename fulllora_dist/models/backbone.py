@@ -1,7 +1,7 @@
 """Build the frozen timm model and load its weights."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.checkpoint_file import check_normaliser, check_values, read_weights, unwrapped
 from fulllora_dist.models.families import family_of
 from fulllora_dist.models.settings import ModelSettings
-from fulllora_dist.models.weights import download, fingerprint, load_into, read_weights
+from fulllora_dist.models.weights import download, fingerprint, load_into
 from fulllora_dist.storage.urls import redacted
 
 
@@ -34,6 +35,8 @@ class BackboneInfo:
         mean, std: normalisation of the three channels, in units of [0, 1] pixels.
         crop_pct, interpolation, crop_mode: timm's evaluation crop of this tag.
         architecture: arguments that change the tag's architecture (depth, embed_dim, ...).
+        checkpoint_key: which set of weights in the checkpoint; None if it has a single one.
+        head_sha256: `fingerprint` of a new, random head above pretrained weights; None without one.
     """
 
     name: str
@@ -51,6 +54,8 @@ class BackboneInfo:
     interpolation: str
     architecture: dict[str, object]
     crop_mode: str = "center"
+    checkpoint_key: str | None = None
+    head_sha256: str | None = None
 
 
 def check_name(name: str, needs_tag: bool) -> None:
@@ -72,34 +77,6 @@ def check_name(name: str, needs_tag: bool) -> None:
         )
 
 
-def _check_agreement(
-    checkpoint: str | None,
-    pretrained: bool,
-    num_classes: int | None,
-    classes: Sequence[int] | None,
-    architecture: Mapping[str, object],
-) -> None:
-    if checkpoint is not None and not pretrained:
-        raise UserError(
-            f"model.checkpoint_path: must not be set if model.pretrained is false, got {redacted(checkpoint)}; "
-            "remove one of them"
-        )
-    if classes is not None and num_classes not in (None, len(classes)):
-        raise UserError(
-            f"model.num_classes: must be the number of model.class_indices, {len(classes)}, got {num_classes}; "
-            "remove one of them"
-        )
-    for argument, setting in (("img_size", "model.image_size"), ("num_classes", "model.num_classes")):
-        if argument in architecture:
-            raise UserError(f"model.model_kwargs: {argument} is the setting {setting}; set that instead")
-    for argument in ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords"):
-        if architecture.get(argument) is not None:
-            raise UserError(
-                f"model.model_kwargs: {argument} draws new positions in each pass, so that the attack and the "
-                "weight step would see different models; remove it"
-            )
-
-
 def build_backbone(
     settings: ModelSettings, *, seed: int = 0, input_sizes: Sequence[int] = ()
 ) -> tuple[nn.Module, BackboneInfo]:
@@ -116,11 +93,16 @@ def build_backbone(
     name, pretrained, num_classes = settings.backbone, settings.pretrained, settings.num_classes
     checkpoint, classes, image_size = settings.checkpoint_path, settings.class_indices, settings.image_size
     check_name(name, needs_tag=pretrained)
-    _check_agreement(checkpoint, pretrained, num_classes, classes, settings.model_kwargs)
     on_meta = torch.empty(0).device.type == "meta"
     weights: dict[str, Tensor] | None = None
+    source = redacted(checkpoint or name)
+    normaliser: dict[str, tuple[float, ...]] = {}
     if pretrained and not on_meta:
-        weights = read_weights(checkpoint) if checkpoint else download(name)
+        weights = read_weights(checkpoint, settings.checkpoint_key) if checkpoint else download(name)
+        check_values(weights, source)
+        weights, normaliser = unwrapped(
+            weights, lambda: _names(name, settings.model_kwargs), source, settings.checkpoint_key
+        )
     outputs = len(classes) if classes is not None and num_classes is None else num_classes
     arguments: dict[str, Any] = dict(settings.model_kwargs)
     if image_size is not None:
@@ -130,7 +112,13 @@ def build_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = _create(name, arguments, outputs, weights)
-    _check_input_sizes(backbone, name, input_sizes)
+    data = timm.data.resolve_model_data_config(backbone)
+    side = image_size or data["input_size"][-1]
+    if side != _pretrained_cfg(name).get("input_size", (0,))[-1] or "patch_size" in settings.model_kwargs:
+        _check_size(backbone, name, side, "model.image_size")
+        _check_windows(backbone, name, side)
+    for size in input_sizes:
+        _check_size(backbone, name, size, "phases.image_size")
     family = family_of(backbone, name)
     if backbone.num_classes < 1:
         raise UserError(f"model.num_classes: {name} has no classes of its own; set it to the number of classes")
@@ -142,8 +130,7 @@ def build_backbone(
         own_classes = pretrained and num_classes in (None, _pretrained_cfg(name).get("num_classes"))
     else:
         sha256 = fingerprint(weights)
-        own_classes = load_into(backbone, family, heads, weights, classes, outputs, redacted(checkpoint or name))
-    data = timm.data.resolve_model_data_config(backbone)
+        own_classes = load_into(backbone, family, heads, weights, classes, outputs, source)
     info = BackboneInfo(
         name=name,
         checkpoint=checkpoint and redacted(checkpoint),
@@ -153,15 +140,28 @@ def build_backbone(
         num_classes=backbone.num_classes,
         classes=tuple(classes) if classes is not None else None,
         own_classes=own_classes,
-        image_size=image_size or data["input_size"][-1],
+        image_size=side,
         mean=tuple(settings.mean or data["mean"]),
         std=tuple(settings.std or data["std"]),
         crop_pct=float(data["crop_pct"]),
         interpolation=data["interpolation"],
         architecture=dict(settings.model_kwargs),
         crop_mode=data["crop_mode"],
+        checkpoint_key=settings.checkpoint_key,
+        head_sha256=None if weights is None or own_classes else fingerprint(_of_modules(backbone, heads)),
     )
+    check_normaliser(normaliser, {"mean": info.mean, "std": info.std}, source)
     return backbone, info
+
+
+def _of_modules(backbone: nn.Module, paths: Collection[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in backbone.state_dict().items() if name.rpartition(".")[0] in paths}
+
+
+def _names(name: str, arguments: Mapping[str, Any]) -> list[str]:
+    """The names of a timm model's tensors."""
+    with torch.device("meta"):
+        return list(_create(name, dict(arguments), None, None).state_dict())
 
 
 def _create(name: str, arguments: dict[str, Any], outputs: int | None, weights: Mapping[str, Tensor] | None) -> Any:
@@ -198,11 +198,26 @@ def _pretrained_cfg(name: str) -> dict[str, Any]:
     return config.to_dict() if config is not None else {}
 
 
-def _check_input_sizes(backbone: Any, name: str, sizes: Sequence[int]) -> None:
+def _check_size(backbone: Any, name: str, size: int, setting: str) -> None:
+    """Check that the patches cover the image: timm's convolution would leave out what is left at its edges."""
     patch = patch_size(backbone)
-    for size in sizes:
-        if patch is not None and (size % patch[0] or size % patch[1]):
-            raise UserError(f"phases.image_size: must be a multiple of the patch size {patch[0]} of {name}, got {size}")
+    if patch is not None and (size % patch[0] or size % patch[1]):
+        raise UserError(f"{setting}: must be a multiple of the patch size {patch[0]} of {name}, got {size}")
+
+
+def _check_windows(backbone: nn.Module, name: str, size: int) -> None:
+    """Check that windows (of Swin) divide the grid of patches: timm would fill up the rest with unmasked zeros."""
+    for path, module in backbone.named_modules():
+        grid, window = getattr(module, "input_resolution", None), getattr(module, "window_size", None)
+        if not isinstance(grid, tuple) or window is None:
+            continue
+        windows = timm.layers.to_2tuple(window)
+        if any(side % of for side, of in zip(grid, windows, strict=True)):
+            raise UserError(
+                f"model.image_size: {size} gives a grid of {grid[0]} x {grid[1]} in {path} of {name}, which its "
+                f"windows of {windows[0]} x {windows[1]} do not divide; choose another size, or window_size in "
+                "model.model_kwargs"
+            )
 
 
 def patch_size(backbone: nn.Module) -> tuple[int, int] | None:

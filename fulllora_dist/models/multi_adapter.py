@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapt import attach_at
-from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec
+from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors
 from fulllora_dist.models.adapter_file import build, check_backbone, described, read_adapter
 from fulllora_dist.models.adapter_switch import AdapterSwitch, Choice, OwnTensors, choosing
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.placement import Site
 from fulllora_dist.models.settings import Precision
+from fulllora_dist.models.training_record import TrainingRecord
 
 _SAME = ("name", "architecture", "image_size", "mean", "std", "num_classes", "classes", "sha256")
 
@@ -41,6 +42,7 @@ class MultiAdapter(nn.Module):
 
     Attributes:
         info: description of the backbone.
+        records: {name: what is known of the adapter's training}.
 
     Raises:
         UserError: adapters of different backbones, a whole model (finetune: full); as for `load`.
@@ -59,6 +61,7 @@ class MultiAdapter(nn.Module):
             raise UserError("adapters: must not be empty; give at least one {name: folder}")
         self._local_folder = local_folder
         self._specs: dict[str, AdapterSpec] = {}
+        self.records: dict[str, TrainingRecord] = {}
         self._own: dict[str, OwnTensors] = {}
         self.own = nn.ModuleList()
         for name, where in adapters.items():
@@ -75,7 +78,7 @@ class MultiAdapter(nn.Module):
             self._seed = spec.seed
             bare = replace(spec, finetune="head", head="trained", rank=None, alpha=None)
             base = build(info, bare, checkpoint_path=checkpoint_path, precision=precision)
-            check_backbone(folder, info, base.info)
+            check_backbone(folder, description, base.info)
         self._base: AdaptedModel = base.requires_grad_(False)
         self.info: BackboneInfo = base.info
 
@@ -101,6 +104,7 @@ class MultiAdapter(nn.Module):
                 planned = build(info, spec)
         self._place(name, planned, state)
         self._specs[name] = spec
+        self.records[name] = TrainingRecord(description.training)
 
     def _check_same(self, where: str, info: BackboneInfo, spec: AdapterSpec) -> None:
         for key in _SAME:
@@ -108,7 +112,8 @@ class MultiAdapter(nn.Module):
             if _plain(expected) != _plain(actual):
                 shown = (str(value)[:40] for value in (expected, actual))
                 raise UserError("adapter: {} must have the backbone's {} {}, got {}".format(where, key, *shown))
-        if not info.own_classes and spec.head != "trained" and spec.seed != self._seed:
+        another_head = spec.seed != self._seed or info.head_sha256 not in (None, self.info.head_sha256)
+        if not info.own_classes and spec.head != "trained" and another_head:
             raise UserError(
                 f"adapter: {where} must have an untrained head from seed {self._seed}, as the first adapter, got seed "
                 f"{spec.seed}; only adapters with trained heads can share a backbone across seeds"
@@ -116,7 +121,7 @@ class MultiAdapter(nn.Module):
 
     def _place(self, name: str, planned: AdaptedModel, state: Mapping[str, Tensor]) -> None:
         """Put the adapter's tensors into switches and forward hooks."""
-        _check_tensors(planned, state)
+        check_tensors(planned.held(), state)
         remaining = dict(state)
         device = self._base.mean.device
         for adapted in planned.report.adapted:
@@ -153,7 +158,7 @@ class MultiAdapter(nn.Module):
             UserError: there is no adapter of that name.
         """
         self._check_known([name])
-        del self._specs[name]
+        del self._specs[name], self.records[name]
         holders = [m.branches for m in self.modules() if isinstance(m, AdapterSwitch)]
         for holder in [*holders, *(own.tensors for own in self._own.values())]:
             if name in holder:
@@ -200,6 +205,11 @@ class SelectedAdapter(nn.Module):
         super().__init__()
         self.several, self.adapter = several, adapter
 
+    @property
+    def record(self) -> TrainingRecord:
+        """Of the adapter; empty where several are chosen, or none."""
+        return self.several.records[self.adapter] if isinstance(self.adapter, str) else TrainingRecord()
+
     def forward(self, pixels: Tensor) -> Tensor:
         return self.several(pixels, self.adapter)
 
@@ -214,11 +224,3 @@ def _check_shares(where: str, spec: AdapterSpec) -> None:
         raise UserError(
             f"adapter: {where} is a whole model (finetune: full) and cannot share a backbone; load it alone"
         )
-
-
-def _check_tensors(planned: AdaptedModel, state: Mapping[str, Tensor]) -> None:
-    expected = {name: tuple(parameter.shape) for name, parameter in planned.trainable().items()}
-    actual = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
-            raise UserError(f"adapter: {name} must have shape {expected.get(name)}, got {actual.get(name)}")

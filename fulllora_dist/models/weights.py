@@ -1,18 +1,15 @@
-"""Weights of a backbone: read from a file or the hub, fingerprinted, and loaded into a timm model."""
+"""Weights of a backbone: from the hub or a file (`checkpoint_file.py`), fingerprinted, and loaded into a timm model."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 
-import fsspec
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.families import Family
-from fulllora_dist.storage.urls import redacted, refuse_credentials
+from fulllora_dist.storage.urls import one_line
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
@@ -28,49 +25,13 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-_UNSIGNED = "?***"  # the query of a URL after `redacted`
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """Read the tensors of a .safetensors or .pth file at a local path or fsspec URL. Only tensors are unpickled.
-
-    Raises:
-        UserError: the file is missing, damaged, or contains anything but tensors.
-    """
-    url, path = path, redacted(path)
-    try:
-        refuse_credentials(url)
-    except UserError as error:
-        raise UserError(f"model.checkpoint_path: {error}") from None
-    if url.endswith(_UNSIGNED):
-        raise UserError(
-            f"model.checkpoint_path: {path} was saved without its signature; set it to a readable path or URL"
-        )
-    try:
-        with fsspec.open(url, "rb") as file:
-            if (url.partition("?")[0] if "://" in url else url).endswith(".safetensors"):
-                return load_safetensors(file.read())
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"model.checkpoint_path: {path} does not exist; give a .safetensors or .pth file") from None
-    except SafetensorError as error:
-        raise UserError(f"model.checkpoint_path: {path} is not a complete safetensors file ({error})") from None
-    except Exception as error:  # torch.load may raise anything on damaged files
-        reason = redacted(error).split("\n")[0]
-        raise UserError(f"model.checkpoint_path: {path} does not load with weights_only=True ({reason})") from None
-    for key in ("model", "state_dict"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"model.checkpoint_path: {path} must contain only tensors; save the state dict alone")
-    return state
-
-
 def download(name: str) -> dict[str, Tensor]:
     """Download the weights of a tag from the Hugging Face hub, through timm.
 
     Raises:
         UserError: the tag has no weights on the hub, or they cannot be downloaded.
     """
+    from huggingface_hub.utils import logging as hub_logging
     from timm.models import load_state_dict_from_hf
 
     config = timm.models.get_pretrained_cfg(name)
@@ -78,12 +39,12 @@ def download(name: str) -> dict[str, Tensor]:
         raise UserError(f"model.backbone: {name} has no weights on the hub; set model.checkpoint_path to a file")
     location = config.hf_hub_id if "/" in config.hf_hub_id else f"timm/{config.hf_hub_id}"
     try:
+        hub_logging.set_verbosity_error()  # a line a retry, to no use: the last error is told below
         filename = {"filename": config.hf_hub_filename} if config.hf_hub_filename else {}
         return load_state_dict_from_hf(location, **filename, weights_only=True)
     except Exception as error:  # hub, proxy and disk errors have no common class
-        reason = str(error).split("\n")[0][:200]
         raise UserError(
-            f"model.backbone: cannot download the weights of {name} from the hub ({reason}); "
+            f"model.backbone: cannot download the weights of {name} from the hub ({one_line(error)}); "
             "set model.checkpoint_path to a local file"
         ) from None
 
@@ -135,21 +96,49 @@ def load_into(
     num_classes: int | None,
     source: str,
 ) -> bool:
-    """Load weights into the backbone. Returns whether the head is the checkpoint's own."""
+    """Load weights into the backbone. Returns whether the head is the checkpoint's own.
+
+    Raises:
+        UserError: tensors are missing, unexpected, or of another shape or kind; the message counts and names them.
+    """
     try:
         converted = _converted(family, weights, backbone)
         fitted, own = _fit_head(converted, heads, classes, num_classes)
-        result = backbone.load_state_dict(fitted, strict=False)
-    except RuntimeError as error:  # names match, but shapes differ
-        reason = " ".join(str(error).split())[:200]
+    except RuntimeError as error:  # from timm's filter, on weights of another model
+        raise _misfit(source, _differences(backbone, weights, heads) or one_line(error)) from None
+    if differences := _differences(backbone, fitted, [] if own is not None else heads):
+        raise _misfit(source, differences)
+    if own is None and num_classes is None:
         raise UserError(
-            f"model.checkpoint_path: {source} does not fit the backbone ({reason}); give weights of the same model"
-        ) from None
-    missing = [key for key in result.missing_keys if own is not None or key.rpartition(".")[0] not in heads]
-    if missing or result.unexpected_keys:
-        wrong = missing[:1] or result.unexpected_keys[:1]
-        raise UserError(
-            f"model.checkpoint_path: {source} does not fit the backbone ({len(missing)} tensors missing, "
-            f"{len(result.unexpected_keys)} unexpected, e.g. {wrong[0]}); give weights of the same model"
+            f"model.checkpoint_path: {source} has no head ({', '.join(heads)}), and so no number of classes; "
+            "set model.num_classes to start a new one"
         )
+    backbone.load_state_dict(fitted, strict=False)
     return own is not None
+
+
+def _misfit(source: str, differences: str) -> UserError:
+    return UserError(
+        f"model.checkpoint_path: {source} does not fit the backbone ({differences}); give weights of the same model"
+    )
+
+
+def _differences(backbone: nn.Module, weights: Mapping[str, Tensor], may_lack: Sequence[str]) -> str:
+    """Count and name what differs between weights and a model; "" if nothing does."""
+    own: dict[str, Tensor] = backbone.state_dict()
+    missing = [name for name in own if name not in weights and name.rpartition(".")[0] not in may_lack]
+    unexpected = sorted(weights.keys() - own.keys())  # safetensors reads names in any order
+    both = [name for name in own if name in weights]
+    shapes = [
+        f"{name} {list(weights[name].shape)} for {list(own[name].shape)}"
+        for name in both
+        if weights[name].shape != own[name].shape
+    ]
+    kinds = [
+        f"{name} is {str(weights[name].dtype).removeprefix('torch.')}"
+        for name in both
+        if own[name].is_floating_point() and not weights[name].is_floating_point()
+    ]
+    found = {"tensors missing": missing, "unexpected": unexpected}
+    found |= {"of another shape": shapes, "not floating-point": kinds}
+    return "; ".join(f"{len(names)} {what}, e.g. {names[0]}" for what, names in found.items() if names)

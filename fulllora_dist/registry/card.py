@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulllora_dist.attacks.threat import size_in
-from fulllora_dist.models.adapter_description import AdapterDescription, TrainingData
+from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.training_record import TrainingData
 from fulllora_dist.storage.urls import redacted
 
 _SHOWN_SETTINGS = ("finetune", "rank", "alpha", "placement", "qkv", "head")
@@ -71,6 +72,8 @@ def _data(data: TrainingData | None) -> list[str]:
         f"- data set: {data.name or 'not named'}, index `{data.index}`",
         f"- {len(data.classes)} classes: {shown}",
         f"- augmentation: {data.augment}",
+        *([f"- evaluation crop: {data.crop_pct:g}"] if data.crop_pct else []),
+        *([f"- interpolation: {data.interpolation}"] if data.interpolation else []),
     ]
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mlflow.models.model import MLMODEL_FILE_NAME, ModelInfo
 from mlflow.types import Schema, TensorSpec
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation.trained import transform_of
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import copy_adapter, load, read_adapter, save_adapter
 from fulllora_dist.models.backbone import BackboneInfo
@@ -86,6 +88,8 @@ def save_model(
         "adapter_sha256": description.sha256,
         "backbone": backbone.name,
         "backbone_sha256": backbone.sha256,
+        "classes": list(description.data.classes) if description.data else [],
+        "pictures": asdict(transform_of(backbone, description.data)),
     }
     model.add_flavor(FLAVOR_NAME, version=version("fulllora-dist"), finetune=description.spec.finetune)
     pyfunc.add_to_model(model, __name__, conda_env=_CONDA, python_env=_PYTHON)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.data.shards.scan import IMAGE_EXTENSIONS
@@ -40,21 +41,22 @@ def predict(
 ) -> dict[str, int]:
     """Write the most likely class of each image to `output`.
 
-    Images that have a line already are skipped; a line that a kill truncated is written again. An unreadable image
-    gets a line with the error.
+    Images that have a line already are skipped; a line that a kill truncated is written again. An image that cannot be
+    read, or whose logits are not finite, gets a line with the error.
 
     Args:
         model: pixels in [0, 1] -> logits, in evaluation mode, on the device where its parameters are.
         source: folder of images, searched recursively, or folder or URL of shards with an index.
         output: .jsonl or .csv with the columns `COLUMNS`: name of the image, name and number of its class, softmax
-            probability, why it could not be read, and `adapter`.
+            probability, why there is no prediction, and `adapter`.
         transform: the model's evaluation crop.
         classes: names of the outputs.
         workers: decoding threads.
         adapter: sha256 that identifies the model, kept with each line; one output never mixes two.
 
     Returns:
-        {"pictures": number of images of the source, "predicted": by this call, "unreadable": of those}.
+        {"pictures": number of images of the source, "predicted": by this call, "unreadable": of those, without a
+        prediction}.
 
     Raises:
         UserError: no images; an output of another format or adapter, or that cannot be written.
@@ -84,13 +86,36 @@ def predict(
                 if pixels is None:
                     unreadable += 1
                     rows.append((name, None, None, None, error, adapter))
-                else:
-                    score = next(scores)
+                    continue
+                score = next(scores)
+                if np.isfinite(score).all():
                     label = int(score.argmax())
                     rows.append((name, classes[label], label, round(float(score[label]), 6), None, adapter))
+                else:
+                    unreadable += 1
+                    rows.append((name, None, None, None, "the model's logits are not finite", adapter))
             table.write(rows)
             bar.update(len(batch))
     return {"pictures": len(images), "predicted": len(remaining), "unreadable": unreadable}
+
+
+def compare_labels(source: str, classes: Sequence[str]) -> str:
+    """How the labels of shards relate to the predictions, where they are not the same numbers; empty for images.
+
+    Args:
+        source: see `predict`.
+        classes: names of the outputs that the adapter records; empty where it does not.
+    """
+    unnamed = "" if classes else "the adapter records no class names: class is the number of the output"
+    if _files(source):
+        return unnamed
+    try:
+        match = match_classes(classes, Index.load(source).classes)
+    except UserError as error:
+        return f"classes are the adapter's, not the data's: {error}"
+    if match.outputs is None:
+        return unnamed or (match.note and f"classes: {match.note}")
+    return "classes: the data numbers them in another order; compare the names (class), not the numbers (label)"
 
 
 def _ahead(items: list, size: int, start: Callable[[list], Iterator]) -> Iterator[list]:
@@ -108,21 +133,27 @@ def _probabilities(model: nn.Module, images: list[Tensor], device: torch.device)
         return np.empty((0, 0))
     with torch.inference_mode():
         logits = model(torch.stack(images).to(device).float() / 255)
-        return logits.softmax(dim=1).cpu().numpy()
+        finite = logits.isfinite().all(dim=1, keepdim=True)
+        return torch.where(finite, logits.softmax(dim=1), torch.nan).cpu().numpy()
 
 
 def _images(source: str) -> list[tuple[str, Read]]:
     """(name, function that reads its bytes), in the order of names or of the index."""
-    if Path(source).is_dir():
-        files = sorted(path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-        if files:
-            return [(path.relative_to(source).as_posix(), _reader(path)) for path in files]
+    if files := _files(source):
+        return [(path.relative_to(source).as_posix(), _reader(path)) for path in files]
     try:
         index = Index.load(source)
     except UserError as error:
         raise UserError(f"{source} holds no images ({', '.join(IMAGE_EXTENSIONS)}) and no shards: {error}") from None
     shards = ShardReader(index)
     return [(index.key(i), lambda i=i: shards.read(i)) for i in range(len(index))]  # type: ignore[misc]
+
+
+def _files(source: str) -> list[Path]:
+    """The images in a folder, sorted by name; none where it is no folder."""
+    if not Path(source).is_dir():
+        return []
+    return sorted(path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
 
 
 def _reader(path: Path) -> Read:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.evaluation.compare import compare
 from fulllora_dist.evaluation.report import EvaluationReport, Score, check_accuracies
 
@@ -113,6 +114,18 @@ def _against(candidate: Evaluation, champion: Evaluation | None, rules: Rules) -
         return [f"the evaluations are not comparable: {line}" for line in differing], []
     reasons = []
     findings = [f"the champion's own check warned: {line}" for line in champion["warnings"]]
+    try:
+        match = match_classes(
+            champion.get("classes") or (), candidate.get("classes") or (), model_is="the champion", data_is="it"
+        )
+    except UserError as error:
+        return [f"its outputs are not the champion's: {error}"], []
+    if match.note and match.outputs is None:
+        findings.append(f"classes: {match.note}")
+    elif match.outputs is not None:
+        return [
+            "its outputs are the champion's classes in another order; whoever reads the scores takes them wrongly"
+        ], []
     for row in compare(champion, candidate)["rows"]:
         if row["eps"] not in (0.0, champion["eps"]):
             continue

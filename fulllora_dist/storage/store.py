@@ -144,9 +144,9 @@ def expand(patterns: Iterable[str]) -> list[str]:
     """
     paths: list[str] = []
     for pattern in patterns:
-        urls.scheme_of(pattern)
+        there = not urls.is_remote(pattern) and os.path.exists(urls.local_path(pattern))
         try:
-            names = list(braceexpand(pattern))
+            names = [pattern] if there else list(braceexpand(pattern))
         except ValueError as error:
             raise UserError(f"{urls.redacted(pattern)}: {error}") from error
         for name in names:
@@ -159,8 +159,10 @@ def expand(patterns: Iterable[str]) -> list[str]:
 
 def shards_in(folder: str) -> list[str]:
     """The *.tar files or objects of a folder, by name."""
-    fs, path = urls.filesystem(folder), folder if urls.is_remote(folder) else urls.local_path(folder)
-    return sorted(persistent(lambda: fs.glob(f"{path.rstrip('/')}/*.tar"), folder))
+    if not urls.is_remote(folder):  # whose name may have *, ? and [ in it
+        return sorted(str(path) for path in Path(os.path.abspath(urls.local_path(folder))).glob("*.tar"))
+    fs = urls.filesystem(folder)
+    return sorted(persistent(lambda: fs.glob(f"{folder.rstrip('/')}/*.tar"), folder))
 
 
 def _listed(name: str) -> list[str]:
@@ -170,7 +172,9 @@ def _listed(name: str) -> list[str]:
             raise UserError(f"{urls.redacted(name)}: http has no listings; name the shards, e.g. with {{000..127}}")
         return [name]
     fs, path = urls.filesystem(name), urls.local_path(name) if scheme == "file" else name
-    if not re.search(r"[*?\[]", path):
+    if scheme == "file" and os.path.isdir(path) and (shards := shards_in(path)):
+        return shards
+    if not re.search(r"[*?\[]", path) or (scheme == "file" and os.path.exists(path)):
         if path.endswith(".tar") or not persistent(lambda: fs.isdir(path), name):
             return [path]
         path = f"{path.rstrip('/')}/*.tar"

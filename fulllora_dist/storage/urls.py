@@ -9,7 +9,7 @@ import os
 import re
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import aiohttp
 import fsspec
@@ -59,12 +59,19 @@ def scheme_of(url: str) -> str:
     """One of SCHEMES; a plain path is "file".
 
     Raises:
-        UserError: anything else, `pipe:` and chained URLs (`simplecache::s3://`) among it; user:password@.
+        UserError: anything else, `pipe:` and chained URLs (`simplecache::s3://`) among it; user:password@; what would
+            not be part of a file's name, such as # in a URL of https.
     """
     scheme, separator, _ = url.partition("://")
     if url.startswith("pipe:") or "::" in scheme or (separator and scheme.lower() not in SCHEMES):
         raise UserError(f"{redacted(url)}: must be a path or a URL of {', '.join(f'{s}://' for s in SCHEMES)}")
     refuse_credentials(url)
+    if separator and scheme.lower() not in ("s3", "gs"):
+        parts = urlsplit(url)
+        if parts.fragment or url.endswith("#"):
+            raise UserError(f"{redacted(url)}: '#' ends the path of such a URL; write it as %23")
+        if scheme.lower() == "file" and (parts.query or parts.netloc not in ("", "localhost")):
+            raise UserError(f"{url}: must be file:///PATH with '?' written as %3F; or give the path itself")
     return scheme.lower() if separator else "file"
 
 
@@ -83,8 +90,8 @@ def is_remote(url: str) -> bool:
 
 
 def local_path(url: str) -> str:
-    """The path of a plain path or a file:// URL."""
-    return unquote(urlsplit(url).path) if "://" in url else url
+    """The path of a plain path, in which ~ is the home folder, or of a file:// URL."""
+    return unquote(urlsplit(url).path) if "://" in url else os.path.expanduser(url)
 
 
 def join(folder: str, name: str) -> str:
@@ -98,6 +105,7 @@ def join(folder: str, name: str) -> str:
         raise UserError(f"{redacted(folder)}: {name} leaves the folder")
     if scheme_of(folder) in ("http", "https"):
         parts = urlsplit(folder)
+        name = quote(name, safe="/!$&'()*+,;=:@~")  # a file may have %, # and ? in its name
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
     return f"{folder.rstrip('/')}/{name}"
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from fulllora_dist.storage import urls
@@ -38,11 +39,12 @@ class MlflowRun:
         is_new: whether it was created here.
     """
 
-    def __init__(self, uri: str, experiment: str, name: str, key: str, run_id: str | None):
+    def __init__(self, uri: str, experiment: str, name: str, key: str, run_id: str | None, started: int | None = None):
         """Args:
         name: display name of a run that is created.
         key: see KEY.
         run_id: if it is known.
+        started: when a run that is created began, in ms: its store may have been found much later.
         """
         with first_use_alone(uri):
             client = patient_client(uri)  # this, too, is a use
@@ -55,7 +57,7 @@ class MlflowRun:
             self.id = same_key[0].info.run_id if same_key else None
         self.is_new = self.id is None
         if self.id is None:
-            self.id = client.create_run(number, run_name=name, tags={KEY: key}).info.run_id
+            self.id = client.create_run(number, started, run_name=name, tags={KEY: key}).info.run_id
 
     def _existing(self, run_id: str | None) -> str | None:
         """None for one that this store does not have."""
@@ -227,7 +229,7 @@ def artifact_location(uri: str) -> str | None:
     """Beside a sqlite file, where MLflow would take the working directory; None for a server, which has its own."""
     if not uri.startswith("sqlite:///"):
         return None
-    return "file://" + os.path.join(os.path.dirname(os.path.abspath(uri.removeprefix("sqlite:///"))), "mlruns")
+    return Path(os.path.abspath(uri.removeprefix("sqlite:///"))).with_name("mlruns").as_uri()
 
 
 @contextlib.contextmanager

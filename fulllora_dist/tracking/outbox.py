@@ -117,6 +117,11 @@ class Outbox:
         """Whether a line of metrics.jsonl has to wait for a checkpoint."""
         return step_of(line) > self.covered
 
+    @property
+    def started(self) -> int | None:
+        """When the run began, in ms."""
+        return next((event["time"] for event in self.events if event["do"] == "status"), None)
+
     def forget_sent(self) -> None:
         """For a store, or a run, that has nothing yet."""
         for spool in self._spools.values():

@@ -77,10 +77,10 @@ class Tracker:
         assert self._outbox is not None
         earlier = list(self._outbox.events)
         self._tagged = {name for event in earlier if event["do"] == "tags" for name in event["values"]}
-        restart = 1 + sum(event == {"do": "status", "status": "RUNNING"} for event in earlier)
+        restart = 1 + sum(event["do"] == "status" and event["status"] == "RUNNING" for event in earlier)
         if restart == 1:
             self._event("params", values={name: redacted(value) for name, value in flattened(run.params)})
-        self._event("status", status="RUNNING")
+        self._event("status", status="RUNNING", time=int(time.time() * 1000))
         commit = git_commit()
         tags = {
             "output": os.path.abspath(run.output_dir),
@@ -216,6 +216,10 @@ class Tracker:
                 f"in {output}; resuming the run sends them, or: python tools/sync_tracking.py {output}"
             )
         self._shipper.stop()
+
+    def interrupted(self) -> None:
+        """A signal has come: should the process end at once, its run must not stay RUNNING. Does not wait."""
+        self._event("status", status="KILLED", time=int(time.time() * 1000))
 
     def _log_uncovered(self) -> None:
         """Metrics that no checkpoint covers go to MLflow as a file: as metrics they might be duplicated, since the run

@@ -2,13 +2,13 @@
 
 from pydantic import Field
 
-from fulllora_dist.core.settings import Settings
+from fulllora_dist.core.settings import Location, Settings
 
 
 class TrackingSettings(Settings):
     enabled: bool = True
     """false logs to the output folder only; `tracking: none` is short for it."""
-    uri: str | None = None
+    uri: Location | None = None
     """MLflow tracking URI; null takes MLFLOW_TRACKING_URI, else sqlite in mlflow.db beside the output folder."""
     experiment_name: str = "fulllora"
     """MLflow experiment name."""

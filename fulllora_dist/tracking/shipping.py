@@ -120,7 +120,7 @@ class Shipper:
             return self._run
         outbox, store = self._outbox, redacted(self._uri)
         elsewhere = outbox.store is not None and outbox.store != store
-        run = MlflowRun(self._uri, *self._named, outbox.key, None if elsewhere else outbox.run_id)
+        run = MlflowRun(self._uri, *self._named, outbox.key, None if elsewhere else outbox.run_id, outbox.started)
         if elsewhere or run.is_new:
             outbox.forget_sent()
         outbox.run_id, outbox.store = run.id, store

@@ -1,6 +1,7 @@
 """Setup and teardown of a training run: ranks, output folder, signals, tracker and progress output."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from fulllora_dist.distributed.signals import GracefulStop
 from fulllora_dist.storage import store, urls
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.system import SystemSampler
-from fulllora_dist.training.resume import check_same_run
+from fulllora_dist.training.resume import check_resumable, run_locks
+
+Progress = Callable[[], tuple[int, int]]
+"""Batches trained on, and those of the whole run."""
 
 
 class RunContext:
@@ -29,7 +33,8 @@ class RunContext:
         saved: tensors and metadata of the checkpoint to resume from; None for a new run.
         stop: whether a stop was requested.
         checkpoints: checkpoints on disk or in a bucket, used on rank 0.
-        tracker: metrics and artifacts, logged on rank 0.
+        tracker: metrics and artifacts, logged on rank 0; does nothing before `open`.
+        progress: how far the training is; None before and after it.
     """
 
     def __init__(self, config: Config, comm: Comm, stop: GracefulStop):
@@ -38,20 +43,38 @@ class RunContext:
         self.stop = stop
         self.checkpoints = CheckpointManager(config.run, self.say)
         self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: cannot read its checkpoints")
-        resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-        self.settings = urls.redacted(resolved)
-        comm.run_on_rank0(
-            lambda: self._open_output(resolved), f"run.output_dir: cannot write to {config.run.output_dir}"
+        # the checkpoint's own run, not that of run.resume_from
+        own = self.saved[1] if self.saved and self.checkpoints.newest is not None else None
+        self._resumed = (own["mlflow_run_id"], own["step"]) if own else (None, 0)
+        self._resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+        self.settings = urls.redacted(self._resolved)
+        self.tracker = Tracker(config.tracked_run(), False)
+        self.progress: Progress | None = None
+        self._locks = run_locks(config, self.say)
+        self._sampler: SystemSampler | None = None
+        stop.announce = self._announce
+
+    def open(self) -> None:
+        """Lock the output folder and begin to write: the run has passed all checks. A collective.
+
+        Raises:
+            SharedUserError: another process has the folder, or had it since its checkpoint was read; or the folder
+                cannot be written. Nothing was changed.
+        """
+        output, run = self.config.run.output_dir, self.config.tracked_run()
+        self.comm.run_on_rank0(self._open_output, f"run.output_dir: cannot write to {output}")
+        tracker = self.comm.run_on_rank0(
+            lambda: Tracker(run, True, *self._resumed, hosts()), f"run.output_dir: cannot write metrics in {output}"
         )
-        own = self.saved[1] if self.saved and self.checkpoints.newest is not None else None  # not of run.resume_from
-        resumed = own["mlflow_run_id"] if own else None, own["step"] if own else 0, hosts()
-        tracker = comm.run_on_rank0(
-            lambda: Tracker(config.tracked_run(), True, *resumed),
-            f"run.output_dir: cannot write metrics in {config.run.output_dir}",
-        )
-        self.tracker = tracker or Tracker(config.tracked_run(), False)
+        self.tracker = tracker or self.tracker
         self.tracker.text(self.settings, "config.yaml")
         self._sampler = self._sample_node()
+
+    def close(self, status: str) -> None:
+        """Set the tracked run's status and give the output folder back."""
+        self.tracker.finish(status)
+        for lock in self._locks:
+            lock.release()
 
     def say(self, text: str) -> None:
         """Print a line to stderr on rank 0; stdout is reserved for results."""
@@ -86,18 +109,45 @@ class RunContext:
     def _find_checkpoint(self) -> Checkpoint | None:
         checkpoint = self.checkpoints.find()
         if checkpoint is not None:
-            check_same_run(self.config, checkpoint[1]["config"], self.config.run.output_dir)
+            check_resumable(self.config, checkpoint[1], its_own=self.checkpoints.newest is not None)
         return checkpoint
 
-    def _open_output(self, resolved: str) -> None:
-        """Write the config to the output and checkpoint folders, which also shows that both are writable. URL
-        signatures are kept in the output folder only."""
+    def _open_output(self) -> None:
+        """Lock the output and checkpoint folders and write the config there, which also shows that both are writable.
+        URL signatures are kept in the output folder only."""
         output, checkpoint_dir = self.config.run.output_dir, self.config.run.checkpoint_dir
         os.makedirs(output, exist_ok=True)
         if checkpoint_dir is not None:
-            store.write(urls.join(store.writable_folder(checkpoint_dir), "config.yaml"), self.settings.encode())
-        store.write(urls.join(output, "config.yaml"), resolved.encode())
+            checkpoint_dir = store.writable_folder(checkpoint_dir)
+        for lock in self._locks:
+            lock.acquire()
+        self.checkpoints.check_unchanged()
+        if checkpoint_dir is not None:
+            store.write(urls.join(checkpoint_dir, "config.yaml"), self.settings.encode())
+        store.write(urls.join(output, "config.yaml"), self._resolved.encode())
         self.say(self.settings)
+
+    def _announce(self, number: int, deferred: bool, again: bool) -> None:
+        """Say what a signal does, and what the same one would do again. Called at once, from another thread: the main
+        one may be in the middle of a step."""
+        if not self.comm.is_main:
+            return
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        saved = f"the checkpoint of batch {self.checkpoints.newest}" if self.checkpoints.newest else "the start"
+        if again:
+            line = f"{name} again: ending without saving; re-run the same command to resume from {saved}"
+        elif deferred and self.progress is not None:
+            step, total = self.progress()
+            lost = step - (self.checkpoints.newest or 0)
+            line = (
+                f"{name}: stopping after this batch ({step + 1} of {total}), then saving a checkpoint; {name} again "
+                f"ends at once and loses the {lost} batches since {saved}"
+            )
+        else:
+            line = f"{name}: stopping at once; re-run the same command to resume from {saved}"
+        os.write(2, f"\n{line}\n".encode())
+        if not again:
+            self.tracker.interrupted()
 
     def _sample_node(self) -> SystemSampler | None:
         """Start sampling system metrics on the first rank of each node."""
@@ -120,8 +170,8 @@ class RunContext:
 
 @contextmanager
 def start_run(config: Config) -> Iterator[RunContext]:
-    """Set up ranks, output folder, tracker and signal handlers; on exit, set the MLflow run's status and leave the
-    process group.
+    """Set up ranks and signal handlers and read the checkpoint to resume from; nothing is written before
+    `RunContext.open`. On exit, set the MLflow run's status, unlock the output folder and leave the process group.
 
     Raises:
         UserError: the output folder holds another run, or a checkpoint that cannot be read.
@@ -137,5 +187,5 @@ def start_run(config: Config) -> Iterator[RunContext]:
             try:
                 run.settle()
             finally:
-                run.tracker.finish(status if stop.signal is None else "KILLED")
+                run.close(status if stop.signal is None else "KILLED")
     stop_comm()

@@ -6,8 +6,9 @@ import sys
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
-from fulllora_dist.training.build import build_eval_stream, build_evaluator, check_evaluation
+from fulllora_dist.training.build import build_eval_stream, build_evaluator
 from fulllora_dist.training.context import RunContext
+from fulllora_dist.training.inputs import check_evaluation
 from fulllora_dist.training.run_plots import show_end
 from fulllora_dist.training.summary import TrainingSummary
 
@@ -73,7 +74,7 @@ def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None
     model = load(adapter, checkpoint_path=config.model.checkpoint_path).to(run.comm.device)
     path = os.path.join(config.run.output_dir, "evaluation.json")
     evaluator = build_evaluator(config, model.info, run.comm, adapter, adapter_sha256(model))
-    stream = build_eval_stream(config, validation, model.info, run.comm, subset=check_evaluation(config))
+    stream = build_eval_stream(config, validation, model, run.comm, subset=check_evaluation(config))
 
     def write(report: EvaluationReport) -> None:
         print(table(report), file=sys.stdout, flush=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError
+from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.evaluation import EvalAttack, is_correct
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.training.build import build_eval_stream, load_index
+from fulllora_dist.training.build import build_eval_stream
+from fulllora_dist.training.inputs import load_index
 
 _SHOWN = 4  # example images logged to the tracker
 _FEWEST = 10  # images that the best check must have got right before a drop counts as a collapse
@@ -74,25 +75,27 @@ class Guard:
         good: step of the newest good checkpoint, to which a run rolls back; None if there is none.
         clean_accuracy: of the newest check; None before the first one.
         examples: of the newest check, from this rank's images.
-        classes: names of all classes.
+        classes: names of the model's outputs.
         has_collapsed: whether the newest check is a collapse.
 
     Raises:
         SharedUserError: too few images to detect a collapse, although guard.on_collapse acts on one.
     """
 
-    def __init__(self, config: Config, held_out: str, model: BackboneInfo, comm: Comm):
+    def __init__(self, config: Config, held_out: str, model: AdaptedModel, comm: Comm):
         settings, setting = config.guard, "data.held_out"
         n = min(settings.num_samples, len(load_index(held_out, setting)))
         stream = build_eval_stream(config, held_out, model, comm, subset=Subset(n), setting=setting)
-        self._batches = list(stream)  # kept in memory: few, and used in every check
+        match = match_classes(model.record.classes, stream.index.classes)
+        # kept in memory: few, and used in every check
+        self._batches = [replace(batch, labels=match.of(batch.labels)) for batch in stream]
         self._n = len(stream.ids)
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
         self._comm, self._seed, self._settings = comm, config.run.seed, settings
         self._checkpoint_every, self._averages = config.run.checkpoint_every, config.optim.ema_decay > 0
         self._of = [stream.index.hash, self._n, self.attack]
-        self._least = least_that_counts(self._n, model.num_classes)
+        self._least = least_that_counts(self._n, model.info.num_classes)
         if self._least > 1 and settings.on_collapse != "warn":
             raise SharedUserError(
                 f"guard.on_collapse: {settings.on_collapse}: {self._n} held-out images are too few to tell a "
@@ -104,7 +107,7 @@ class Guard:
         self.highest = 0.0
         self.clean_accuracy: float | None = None
         self.examples: Examples | None = None
-        self.classes = stream.index.classes
+        self.classes = model.record.classes or stream.index.classes
         self.has_collapsed = self._due = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -231,8 +234,8 @@ class Guard:
         return robust_sum / self._n, clean_sum / self._n, examples
 
 
-def build_guard(config: Config, model: BackboneInfo, comm: Comm) -> Guard | None:
-    """Build the guard of a config; None if it has no data.held_out."""
+def build_guard(config: Config, model: AdaptedModel, comm: Comm) -> Guard | None:
+    """Build the guard of a config; None if it has no data.held_out. `model.record` says which class each output is."""
     held_out = config.data.held_out
     return None if held_out is None else Guard(config, held_out, model, comm)
 

@@ -20,7 +20,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS, Method
 from fulllora_dist.methods.base import WeightStep
 from fulllora_dist.methods.multi_step import MultiStep
-from fulllora_dist.methods.pgd import PGDSettings
+from fulllora_dist.methods.settings import PGDSettings
 from fulllora_dist.methods.standard import Standard
 from fulllora_dist.methods.warmup import WarmupSchedule
 

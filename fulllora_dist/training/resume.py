@@ -1,13 +1,22 @@
-"""Checks on what a run starts from: a checkpoint of the same run, or an adapter of the same backbone."""
+"""Whether the run that is found in a folder is the one that the config describes, and whether nobody else runs it."""
 
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fulllora_dist.checkpoints.format import Checkpoint
+from fulllora_dist.checkpoints.format import CheckpointMetadata, list_checkpoints, read_metadata
+from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.distributed.zero_state import TrainableState
-from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.models.adapter_file import read_adapter
+from fulllora_dist.data.position import StreamPosition
+from fulllora_dist.storage import urls
+from fulllora_dist.storage.folder_lock import FolderLock
+from fulllora_dist.training import rollback
+from fulllora_dist.training.inputs import load_index
+
+LOCK = "run.lock"
+"""Lock of a run's folders (`storage/folder_lock.py`)."""
 
 # settings that may change on resume: the trained adapter does not depend on them, or (paths) their content is checked
 # by its fingerprint
@@ -30,11 +39,15 @@ _MAY_CHANGE = {
     "data.cache_dir",
     "data.cache_gb",
     "model.checkpoint_path",
+    "model.checkpoint_key",
 }
 
 
-def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
+def check_same_run(config: Config, saved: dict[str, Any], its_own: bool = True) -> None:
     """Check that a checkpoint with the config `saved` belongs to the same run as `config`.
+
+    Args:
+        its_own: whether it was found in the run's own folders, else it is that of `run.resume_from`.
 
     Raises:
         UserError: a setting that must not change on resume differs.
@@ -49,68 +62,73 @@ def check_same_run(config: Config, saved: dict[str, Any], output: str) -> None:
             if isinstance(new, dict) and isinstance(old, dict):
                 compare(new, old, name + ".")
             elif new != old:
-                raise UserError(
-                    f"run.output_dir: {output} holds a run with {name}={old}, got {new}; "
-                    "use the same setting to resume, or another output folder"
-                )
+                raise UserError(_differs(config, its_own, name, old, new))
 
     now = config.model_dump(mode="json")
     compare(now, saved, "")
     if now["run"]["seed"] != saved["run"]["seed"]:
-        raise UserError(
-            f"run.output_dir: {output} holds a run with run.seed={saved['run']['seed']}, got {now['run']['seed']}; "
-            "use the same setting to resume, or another output folder"
-        )
+        raise UserError(_differs(config, its_own, "run.seed", saved["run"]["seed"], now["run"]["seed"]))
 
 
-def initial_state(model: AdaptedModel, saved: Checkpoint | None, init_from: str | None) -> TrainableState | None:
-    """The state of the adapter `init_from`; None without one, and if the run resumes from the checkpoint `saved`.
-
-    Called before DeepSpeed starts, which takes seconds.
-
-    Raises:
-        UserError: the checkpoint or the adapter has a different backbone, or the adapter different settings.
-    """
-    if saved is not None:
-        check_backbone(model, saved[1]["backbone_sha256"])
-        return None
-    return state_of_adapter(model, init_from) if init_from else None
+def _differs(config: Config, its_own: bool, name: str, old: object, new: object) -> str:
+    if its_own:
+        place, other = f"run.output_dir: {config.run.output_dir} holds", "another output folder"
+    else:
+        place, other = f"run.resume_from: {config.run.resume_from} is of", "remove run.resume_from"
+    if name == "optim.epochs":  # learning rate, phases and warm-ups are fractions of the whole run
+        other += " and, to train its adapter for longer on a new schedule, adapter.init_from=ADAPTER"
+    return f"{place} a run with {name}={old}, got {new}; use the same setting to resume, or {other}"
 
 
-def check_backbone(model: AdaptedModel, sha256: str | None) -> None:
-    """Check that the model has the backbone that the run started from.
+def check_resumable(config: Config, metadata: CheckpointMetadata, its_own: bool = True) -> None:
+    """Check that a run with this config can resume from a checkpoint of this metadata.
 
     Args:
-        sha256: fingerprint of the backbone, from the checkpoint.
+        its_own: see `check_same_run`.
 
     Raises:
-        UserError: the model has a different backbone.
+        UserError: other settings, other data, or other settings than at its last rollback.
     """
-    if sha256 != model.info.sha256:
+    check_same_run(config, metadata["config"], its_own)
+    index, began_with = load_index(config.data.train, "data.train"), metadata["stream"]["index_hash"]
+    if index.hash != began_with:
         raise UserError(
-            f"model.checkpoint_path: the run started from weights with fingerprint {str(sha256)[:12]}, got "
-            f"{str(model.info.sha256)[:12]}; use the same backbone to resume"
+            f"data.train: {urls.redacted(config.data.train)} is not the data that the run in {config.run.output_dir} "
+            f"began with (index {index.hash[:12]}, not {began_with[:12]}); use the same data to resume, or another "
+            "run.output_dir"
         )
+    StreamPosition(index, config.run.seed, config.optim.batch_size).load_state_dict(metadata["stream"])
+    if metadata["rollbacks"]:
+        rollback.check_settings(metadata["rollbacks"][-1], config.guard)
 
 
-def state_of_adapter(model: AdaptedModel, folder: str) -> TrainableState:
-    """The initial state from a saved adapter: its tensors, without moments and at update 0.
+def check_saved(config: Config) -> None:
+    """`check_resumable` with the newest checkpoint, or else `run.resume_from`, as far as they are on a disk: before
+    torch is imported, and before a job waits in a queue. What is unreadable or in a bucket is left to the start itself.
 
     Raises:
-        UserError: the adapter has a different backbone or different settings; the message names adapter.init_from.
+        UserError: see `check_resumable`.
     """
-    description, tensors = read_adapter(folder)
-    adapter_backbone, backbone = str(description.backbone.sha256), str(model.info.sha256)
-    if adapter_backbone != backbone:
-        raise UserError(
-            f"adapter.init_from: {folder} belongs to a backbone with fingerprint {adapter_backbone[:12]}, got "
-            f"{backbone[:12]}; use the backbone it was trained on"
-        )
-    for section, current in (("adapter", model.spec), ("backbone", model.info)):
-        for key in ("alpha", "qkv", "patch_norm_eps", "classes", "image_size", "mean", "std"):
-            now, then = getattr(current, key, None), description.content[section].get(key)
-            if now is not None and (list(now) if isinstance(now, tuple) else now) != then:
-                raise UserError(
-                    f"adapter.init_from: {folder} was trained with {key}={then}, got {now}; use the same setting"
-                )
-    return TrainableState(0, {"master": tensors})
+    places = [place for place in checkpoint_places(config.run) if not urls.is_remote(place)]
+    metadata = read_metadata(places, config.run.resume_from)
+    if metadata is not None:
+        check_resumable(config, metadata, its_own=bool(list_checkpoints(*places)))
+
+
+def run_locks(config: Config, say: Callable[[str], None]) -> list[FolderLock]:
+    """The locks of a run's folders. A bucket has none."""
+    folders = {"run.output_dir": config.run.output_dir, "run.checkpoint_dir": config.run.checkpoint_dir}
+    local = {
+        setting: urls.local_path(folder)
+        for setting, folder in folders.items()
+        if folder is not None and not urls.is_remote(folder)
+    }
+    if len({os.path.realpath(folder) for folder in local.values()}) < len(local):
+        del local["run.checkpoint_dir"]
+    return [FolderLock(Path(folder, LOCK), setting, say) for setting, folder in local.items()]
+
+
+def check_unlocked(config: Config, say: Callable[[str], None]) -> None:
+    """Raise UserError if another process trains in the run's folders; nothing is changed."""
+    for lock in run_locks(config, say):
+        lock.check()

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config.schema import Config
+from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
@@ -55,13 +56,13 @@ def _show_end(tracker: Tracker, config: Config, model: AdaptedModel, stream: Eva
     device = next(model.parameters()).device
     chosen = np.linspace(0, len(stream.ids) - 1, min(_SHOWN, len(stream.ids))).astype(int)
     batch = stream.read(stream.ids[chosen]).to(device)
-    x, y = batch.pixels(), batch.labels
+    x, y = batch.pixels(), match_classes(model.record.classes, stream.index.classes).of(batch.labels)
     threat = threat_model(config.threat.norm, config.threat.eps)
     x_adv = EvalAttack.parse(_ATTACK)(model, x, y, threat=threat, seed=config.run.seed, ids=batch.ids)
     with torch.no_grad():
         before, after = (model(images).argmax(dim=1) for images in (x, x_adv))
     examples = Examples(*(tensor.cpu() for tensor in (x, x_adv, y, before, after)))
-    tracker.figure("examples", lambda: _examples(examples, stream.index.classes, threat.eps))
+    tracker.figure("examples", lambda: _examples(examples, model.record.classes or stream.index.classes, threat.eps))
     tracker.figure("curves", lambda: training_curves(tracker.lines()))
     if model.spec.finetune in WITH_BRANCHES:
         norms = by_place((branch.block, branch.component, branch.relative()) for branch in branches_of(model))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fulllora_dist.config.schema import Config
+from fulllora_dist.data.index import Index
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.registry.registry import data_name
 from fulllora_dist.training.guard import Guard
@@ -76,13 +77,18 @@ def _provenance(config: Config, trainer: Trainer) -> dict[str, Any]:
         "batches": trainer.step,
         "updates": trainer.engine.updates,
         "rollbacks": trainer.rollbacks,
-        "data": {
-            "name": data_name(config.data.train),
-            "index": trainer.stream.index.hash,
-            "classes": list(trainer.stream.index.classes),
-            "augment": config.data.augment,
-            "crop_pct": config.data.crop_pct,
-            "interpolation": config.data.interpolation,
-            "decode": config.data.decode,
-        },
+        "data": data_record(config, trainer.stream.index),
+    }
+
+
+def data_record(config: Config, train: Index) -> dict[str, Any]:
+    """What adapter.json says of the training data."""
+    return {
+        "name": data_name(config.data.train),
+        "index": train.hash,
+        "classes": list(train.classes),
+        "augment": config.data.augment,
+        "crop_pct": config.data.crop_pct,
+        "interpolation": config.data.interpolation,
+        "decode": config.data.decode,
     }

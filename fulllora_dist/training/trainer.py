@@ -17,8 +17,8 @@ from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training import rollback
 from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import Check, Guard
+from fulllora_dist.training.initial import initial_state
 from fulllora_dist.training.phases import Phases
-from fulllora_dist.training.resume import initial_state
 from fulllora_dist.training.run_plots import show_check
 
 
@@ -75,6 +75,7 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """The remaining batches, on the device. Rank 0 shows loss, accuracy, images per second and remaining time."""
         run, size = self._run, self._run.config.optim.batch_size
+        run.progress = lambda: (self.step, self.total_steps)
         with run.progress_bar(self.total_steps * size, self.step * size) as bar, run.stop.deferred():
             while self.step < self.total_steps:
                 phase = self.phases.at(self.step)
@@ -225,14 +226,12 @@ class Trainer:
         """Resume the run from a checkpoint."""
         self.rollbacks = metadata["rollbacks"]
         if self.rollbacks:
-            rollback.check_settings(self.rollbacks[-1], self._run.config.guard)
             self.phases = self.phases.rollback_from(min(past["to"] for past in self.rollbacks))
         slots = self._restore(tensors, metadata)
         if slots:
             size = len(next(iter(slots.values()))) // self._run.comm.world
             first = size * self._run.comm.rank
             self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
-        self._run.say(f"resuming at batch {self.step} of {self.total_steps}")
 
     def _restore(self, tensors: dict[str, Tensor], metadata: CheckpointMetadata) -> dict[str, Tensor]:
         """Restore a checkpoint under the current phases and rollbacks. Returns the method's state of each slot."""

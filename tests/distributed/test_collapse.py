@@ -262,7 +262,7 @@ def test_figures_that_could_be_noise_are_no_collapse(shards: str, held_out: str,
     config = Config.model_validate(
         _collapsing(tmp_path, shards, held_out, 0, "rollback", ("run", "checkpoint_every", 4))
     )
-    guard = Guard(config, held_out, build_model(config).info, Comm(0, 1, torch.device("cpu"), None))
+    guard = Guard(config, held_out, build_model(config), Comm(0, 1, torch.device("cpu"), None))
     checks = [guard.judge(score, step) for step, score in [(2, 17 / 24), (4, 0.0)]]
     assert [(check.keep, check.collapsed) for check in checks] == [(True, False), (False, False)]
     scores = [(6, 0.8), (8, 0.41), (10, 0.75), (11, 0.75), (12, 0.73), (13, 0.71), (14, 0.39)]

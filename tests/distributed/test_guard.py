@@ -20,9 +20,10 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import evaluate
-from fulllora_dist.training.build import build_model, check_inputs
+from fulllora_dist.training.build import build_model
 from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Guard
+from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
@@ -196,4 +197,4 @@ def test_too_few_images_to_notice_a_collapse_by(shards: str, held_out: str, tmp_
 def _guard(output: Path, shards: str, held_out: str, every: int, **settings: Any) -> Guard:
     values = _guarded(output, shards, held_out, 0, every)
     config = Config.model_validate(values | {"guard": values["guard"] | settings})
-    return Guard(config, held_out, build_model(config).info, Comm(0, 1, torch.device("cpu"), None))
+    return Guard(config, held_out, build_model(config), Comm(0, 1, torch.device("cpu"), None))

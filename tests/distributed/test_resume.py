@@ -72,8 +72,12 @@ def _start(comm: Comm, settings: dict) -> tuple[RunContext, Trainer]:
     model = build_model(config)
     stream = build_stream(config, model.info, comm)
     phases = build_phases(config, stream.steps_per_epoch)
-    guard = build_guard(config, model.info, comm)
-    return run, Trainer(run, model, stream, phases, guard)
+    guard = build_guard(config, model, comm)
+    trainer = Trainer(run, model, stream, phases, guard)
+    run.open()
+    for lock in run._locks:  # this process plays several, one after the other
+        lock.release()
+    return run, trainer
 
 
 def _train(comm: Comm, settings: dict, until: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.training.build import build_eval_stream, build_stream
 from tests.ranks import RankServer
+from tests.tiny import tiny
 
 INFO = BackboneInfo(
     "none", None, False, 0, None, 3, None, True, 8, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 0.9, "bicubic", {}
@@ -26,7 +27,7 @@ def _train(config: Config, comm: Comm) -> object:
 
 
 def _evaluate(config: Config, comm: Comm) -> object:
-    return build_eval_stream(config, config.data.train, INFO, comm, subset=Subset())
+    return build_eval_stream(config, config.data.train, tiny(num_classes=3), comm, subset=Subset())
 
 
 def _refusal(comm: Comm, folders: list[str], build: Callable[[Config, Comm], object]) -> str:

@@ -61,6 +61,7 @@ def _inspect(comm: Comm, precision: str) -> dict[int, dict[str, Any]]:
         losses = train(comm, engine, build_method("pgd"), batches(4))
         frozen = [p for n, p in model.backbone.named_parameters() if n not in model.trainable()]
         state = engine.state().tensors
+        model.check_savable(engine.adapter())  # what the engine does to the modules is no change
         found[stage] = {
             "losses": losses,
             "optimizer_bytes": _optimizer_bytes(engine),

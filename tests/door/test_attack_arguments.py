@@ -189,7 +189,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"random_start": "no"}, "random_start must be True or False, got 'no'"),
     ({"random_start": 0}, "random_start must be True or False, got 0"),
     ({"ids": [1, 2]}, "ids must be integers [4], one for each image, got int64 [2]"),
-    ({"ids": torch.rand(4)}, "ids must be integers [4], one for each image, got float32 [4]"),
+    ({"ids": torch.full((4,), 0.5)}, "ids must be integers [4], one for each image, got float32 [4]"),
 ]
 
 

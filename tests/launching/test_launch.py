@@ -60,7 +60,7 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
         (["--time", "1", "--signal-seconds", "60"], "--signal-seconds: 60 leave nothing of --time 1 minutes"),
         (["--profile", "nowhere"], "--profile: "),
         (["--gpus-per-node", "3"], "optim.batch_size must be a multiple of 3 (3 ranks"),
-        (["optim.lr=-1"], "config.yaml: optim.lr: "),
+        (["optim.lr=-1"], "command line: optim.lr: "),
         (["--evaluate"], "data.validation is not set"),
         (["--evaluate", "optim.lr=1"], "--evaluate: 'optim.lr=1' is not an option of evaluate.py; put settings before"),
         (["--evaluate", "--attacks 'clean"], '--evaluate: "--attacks \'clean" is not a command line (No closing'),
@@ -93,15 +93,15 @@ def test_settings_of_sbatch_take_the_place_of_ours(
 ) -> None:
     monkeypatch.chdir(site.folder)
     plain = ["plugins=[]", "method=pgd", "run.output_dir=unused", "data.validation=shards", "--dry-run", "--evaluate="]
-    asked = ["dependency=singleton", "cpus-per-task=7", "requeue=false", "exclusive=false", "open_mode=truncate"]
+    asked = ["dependency=singleton", "nice=7", "requeue=false", "exclusive=false", "open_mode=truncate"]
     options = [part for name in asked for part in ("--sbatch", name)]
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *plain, *options])
     runpy.run_path(LAUNCH)["main"]()
     train, evaluate = (
         re.findall(r"#SBATCH --(\S+)", text) for text in capsys.readouterr().out.split("#!/bin/bash")[1:]
     )
-    assert [flag for flag in train if re.match("cpus|requeue|exclusive|open|dep", flag)] == [
-        "cpus-per-task=7", "dependency=singleton", "open-mode=truncate"
+    assert [flag for flag in train if re.match("nice|requeue|exclusive|open|dep", flag)] == [
+        "dependency=singleton", "nice=7", "open-mode=truncate"
     ]  # fmt: skip
     assert "dependency=afterok:TRAIN,singleton" in evaluate
 
@@ -112,7 +112,7 @@ def test_settings_that_contradict_the_saved_run_are_refused(site: Site, monkeypa
     saved = load_config("config.yaml", [*settings, "optim.lr=0.5"]).model_dump(mode="json")
     checkpoint = site.folder / "saved" / "checkpoints" / "10"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "checkpoint.json").write_text(json.dumps({"config": saved}))
+    (checkpoint / "checkpoint.json").write_text(json.dumps({"format_version": 1, "config": saved}))
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *settings])
     with pytest.raises(UserError, match=r"saved holds a run with optim.lr=0.5, got 0.001"):
         runpy.run_path(LAUNCH)["main"]()
@@ -160,7 +160,7 @@ def test_a_run_that_was_never_launched_is_named(tmp_path: Path) -> None:
 
 
 def test_profiles_name_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--profile: partitoin is not a setting; known: nodes, "):
+    with pytest.raises(UserError, match=r"--profile: partitoin is not a setting; did you mean partition\?"):
         resources({"partitoin": "gpu"}, {})
     with pytest.raises(UserError, match=r"--profile: sbatch: .*\(got 'exclusive'\)"):
         resources({"sbatch": "exclusive"}, {})
@@ -169,7 +169,7 @@ def test_profiles_name_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "time.yaml").write_text("time: 4:00:00")
     assert resources(read_profile(str(tmp_path / "time.yaml"), ""), {}).time == 240, "YAML's own number is 14400"
     (tmp_path / "list.yaml").write_text("- gpu")
-    with pytest.raises(UserError, match=r"list.yaml is empty or a list"):
+    with pytest.raises(UserError, match=r"list.yaml is a list; it must contain settings, key: value"):
         read_profile(str(tmp_path / "list.yaml"), "")
 
 

@@ -4,12 +4,15 @@ bit."""
 import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.launching.conftest import STEPS, Site
+from tests.launching.conftest import LAUNCH, STEPS, Site
 from tests.services.slurm import Cluster, NoSlurm, slurm_cluster
 
 pytestmark = pytest.mark.long
@@ -146,6 +149,30 @@ def test_cancel_saves_and_a_requeue_and_a_lost_node_resume(cluster: Cluster, sit
     assert site.events("tossed", "002") == ["started", "stopped by SIGTERM"] * 2 + ["started", "finished"]
     assert resumed_at(log) == stopped_at, "no batch is lost"
     assert [line.split()[3] for line in site.launch("status", "tossed").splitlines()[2:]] == ["CANCELLED", "COMPLETED"]
+
+
+def test_a_launch_from_inside_an_allocation_is_like_any_other(cluster: Cluster, site: Site) -> None:
+    """The job that launches has memory per CPU, tasks and CPUs of its own; srun would take them for the new job's."""
+    site.order()
+    launch = shlex.join([sys.executable, LAUNCH, *TWO_NODES, "run.output_dir=inside", "--mem", "64M", "--wait"])
+    environment = os.environ | site.environment
+    done = subprocess.run(
+        ["sbatch", "--wait", "--mem-per-cpu=32M", "--ntasks=1", "--cpus-per-task=3", "--output=outer.log", "--wrap",
+         f"env | grep SLURM_MEM_PER_CPU=32 && {launch}"],
+        cwd=site.folder, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False,
+    )  # fmt: skip
+    said = (site.folder / "outer.log").read_text() if (site.folder / "outer.log").exists() else done.stderr
+    assert done.returncode == 0, said[-3000:]
+    assert "SLURM_MEM_PER_CPU=32\n" in said
+    assert site.events("inside") == ["started", "finished"]
+
+
+def test_a_step_that_cannot_start_tells_why(cluster: Cluster, site: Site) -> None:
+    asked = ["--srun=--gres=none_such:1", "--wait"]
+    said = site.launch(*TWO_NODES, "run.output_dir=too_big", *asked, code=1)
+    reason = r"srun: error: Invalid generic resource \(gres\) specification"
+    assert re.search(rf"\njob \d+ \(train\) is FAILED: {reason}\n", said), said
+    assert re.search(rf"\njob \d+: {reason}\n", site.launch("status", "too_big"))
 
 
 def test_a_task_that_fails_tells_the_caller_why_and_ends_the_others(cluster: Cluster, site: Site) -> None:

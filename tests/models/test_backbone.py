@@ -105,13 +105,13 @@ def test_files_that_are_missing_damaged_or_of_another_model_are_refused(
     refusals = {
         "gone.pth": "does not exist",
         "cut.safetensors": "is not a complete safetensors file",
-        "cut.pth": "does not load with weights_only=True",
+        "cut.pth": "is not a complete torch file; copy or download it again",
         "list.pth": "must contain only tensors",
-        "tensor.pth": "must contain only tensors",
+        "tensor.pth": r"does not fit the backbone \(30 tensors missing, e.g. cls_token; 1 unexpected, e.g. model\)",
         "more.pth": "must contain only tensors",
-        "wide.safetensors": "does not fit the backbone.*size mismatch",
-        "deep.safetensors": r"does not fit the backbone \(0 tensors missing, 12 unexpected, e.g. blocks.2",
-        "shallow.safetensors": r"does not fit the backbone \(12 tensors missing, 0 unexpected, e.g. blocks.1",
+        "wide.safetensors": r"does not fit the backbone \(.* of another shape, e.g. cls_token \[1, 1, 48\] for",
+        "deep.safetensors": r"does not fit the backbone \(12 unexpected, e.g. blocks.2.attn.proj.bias\); give",
+        "shallow.safetensors": r"does not fit the backbone \(12 tensors missing, e.g. blocks.1.norm1.weight\); give",
         "nonsense.safetensors": "does not fit the backbone",
     }
     for name, words in refusals.items():

@@ -134,7 +134,12 @@ def test_phases_may_have_images_of_another_size_where_the_family_takes_them() ->
 @pytest.mark.parametrize(
     ("family", "settings", "changed", "words"),
     [
-        ("vit", {"image_size": 3}, {}, "model.image_size: vit_tiny_patch16_224 fails on an image of 3 x 3 x 3"),
+        (
+            "vit",
+            {"image_size": 3},
+            {},
+            "model.image_size: must be a multiple of the patch size 4 of vit_tiny_patch16_224, got 3",
+        ),
         (
             "xcit",
             {},

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurmdbd", "munge", "mariadb-server")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "mariadb-install-db", "sbatch")
 NODES = 2
-CPUS = 8  # that each node claims to have
+CPUS, MEMORY = 8, 1000  # that each node claims to have, in MB
 GRACE = 30
 """Seconds between the signal of a preemption and its end."""
 _SEARCH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -198,7 +198,8 @@ class Cluster:
             PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF
             """
         for name, port in zip(self.nodes, ports[1:], strict=True):
-            text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={CPUS} State=UNKNOWN\n"
+            text += f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} "
+            text += f"CPUs={CPUS} RealMemory={MEMORY} State=UNKNOWN\n"
         (folder / "slurm.conf").write_text("\n".join(line.strip() for line in text.strip().splitlines()) + "\n")
         version = tuple(int(part) for part in self.run("sinfo", "--version").split()[-1].split(".")[:2])
         if version >= (23, 11):  # which load a plugin for cgroups unless told not to; older ones do not know the word

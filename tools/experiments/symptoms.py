@@ -123,7 +123,7 @@ def train_full() -> None:
 def examine(adapter: Path, broken: str | None = None) -> dict[str, Any]:
     """A model of the demo, or what `BROKEN` makes of it."""
     model = load(str(adapter))
-    transform = eval_transform(model.info, crop_pct=1.0, interpolation="bicubic")
+    transform = eval_transform(model, crop_pct=1.0, interpolation="bicubic")
     images = EvalStream(DEMO / "shards" / "val", batch_size=50, transform=transform)
     predict = model if broken is None else BROKEN[broken](model)
     return evaluate(predict, images, attacks=("clean", "pgd20"), eps=EPS, gradient_masking_samples=IMAGES)

@@ -1,0 +1,87 @@
+"""The names of an evaluation's attacks, which are checked without torch."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from fulllora_dist.core.errors import SharedUserError, UserError
+
+Loss = Literal["ce", "margin", "dlr"]
+
+STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""The four parts of the standard AutoAttack, in order."""
+_PARTS: dict[str, int] = {"apgd-ce": 200, "apgd-t": 1800, "fab-t": 1800, "square": 5000}  # forward and backward passes
+_PARTS |= {"apgd-dlr": 200, "fab": 200}
+_ITERATED = re.compile(r"(pgd|cw|dlr)([1-9]\d*)(?:x([1-9]\d*))?")
+_LOSSES: dict[str, Loss] = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
+_KNOWN = (
+    "clean, fgsm, autoattack, parts of it (apgd-ce, apgd-t, fab-t, square, or several: apgd-ce+square), and pgdK, cwK "
+    "and dlrK for K steps, with R restarts pgdKxR, e.g. clean,pgd20,cw20,pgd50x5,autoattack"
+)
+
+
+@dataclass(frozen=True)
+class AttackName:
+    """The name of an attack, taken apart.
+
+    Attributes:
+        name: `clean`; `fgsm` (Goodfellow et al.: one step of eps from the image); `pgdK` (cross-entropy), `cwK` (the
+            margin loss of Carlini and Wagner) or `dlrK` (the difference of logits ratio) under PGD, K steps, with `xR`
+            behind it the best of R random starts; `autoattack`, the standard version (Croce and Hein, arXiv
+            2003.01690); or parts of AutoAttack joined by +, with the standard version's parameters.
+        kind: how it is made.
+        steps, loss, restarts: of PGD.
+        parts: of AutoAttack, in the order in which they run.
+    """
+
+    name: str
+    kind: Literal["clean", "fgsm", "pgd", "autoattack"]
+    steps: int = 0
+    loss: Loss = "ce"
+    restarts: int = 1
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, name: str) -> Self:
+        """Raises UserError: the name is unknown."""
+        if name in ("clean", "fgsm"):
+            return cls(name, name)  # type: ignore[arg-type]
+        parts = STANDARD if name == "autoattack" else tuple(name.split("+"))
+        if all(part in _PARTS for part in parts) and len(set(parts)) == len(parts):
+            return cls(name, "autoattack", parts=parts)
+        match = _ITERATED.fullmatch(name)
+        if match is None:
+            raise UserError(f"evaluation.attacks: unknown attack {name!r}; known: {_KNOWN}")
+        kind, steps, restarts = match.groups()
+        return cls(name, "pgd", int(steps), _LOSSES[kind], int(restarts or 1))
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of an image, at most, the prediction included; the measure of its cost."""
+        if self.kind == "autoattack":
+            return 1 + sum(_PARTS[part] for part in self.parts)
+        if self.kind == "clean":
+            return 1
+        if self.kind == "fgsm":
+            return 4
+        return 2 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
+
+    def check_classes(self, classes: int) -> None:
+        """Raises SharedUserError: the attack's loss needs more logits than there are."""
+        needed = 4 if "apgd-t" in self.parts else 3 if "apgd-dlr" in self.parts or self.loss == "dlr" else 2
+        if classes < needed:
+            raise SharedUserError(
+                f"evaluation.attacks: {self.name} needs at least {needed} classes, got {classes}; pgd20, cw20 and "
+                "apgd-ce+square need two"
+            )
+
+    @classmethod
+    def parse_all(cls, names: Sequence[str]) -> list[Self]:
+        """Raises UserError for unknown, repeated or no attacks."""
+        parsed = [cls.parse(name) for name in names]
+        if not names or len(set(names)) < len(names):
+            raise UserError(
+                f"evaluation.attacks: name each attack once, e.g. clean,pgd20, got {','.join(names) or 'none'}"
+            )
+        return parsed
