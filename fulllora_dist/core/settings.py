@@ -175,5 +175,6 @@ def explain(error: ValidationError, suggest: Callable[[Sequence[Any], str], str]
         message = "must be a list" + (f"; write [{given}]" if isinstance(given, str) else "")
     if not name or message.startswith(f"{name}."):  # a check of a section names the setting itself
         return message
-    shown = given is not None and not isinstance(given, Mapping) and repr(given) not in message
+    said = repr(given) in message or ", got " in message
+    shown = given is not None and not isinstance(given, Mapping) and not said
     return f"{name}: {message}" + (f" (got {repr(given)[:100]})" if shown else "")

@@ -203,12 +203,12 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        if "MASTER_ADDR" not in os.environ:
-            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local)}
         backend = "nccl" if device.type == "cuda" else "gloo"
+        # one plain process needs no port, and leaves no address behind for what it starts
+        place: Any = {"store": dist.HashStore()} if "MASTER_ADDR" not in os.environ else {}
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience)
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience, **place)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

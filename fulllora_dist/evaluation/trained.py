@@ -19,8 +19,8 @@ from fulllora_dist.models.training_record import TrainingData, TrainingRecord
 def unwrapped(model: nn.Module) -> nn.Module:
     """The adapted model that an attack's `Victim`, torch.compile, DataParallel or DistributedDataParallel wraps; of
     others the model."""
-    inner: Any = model.model if isinstance(model, Victim) else model
-    inner = getattr(inner, "_orig_mod", inner)
+    model = model.model if isinstance(model, Victim) else model
+    inner: Any = getattr(model, "_orig_mod", model)
     if isinstance(inner, (DataParallel, DistributedDataParallel)):
         inner = inner.module
     return inner if isinstance(inner, AdaptedModel) else model

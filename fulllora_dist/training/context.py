@@ -188,4 +188,5 @@ def start_run(config: Config) -> Iterator[RunContext]:
                 run.settle()
             finally:
                 run.close(status if stop.signal is None else "KILLED")
-    stop_comm()
+                if status == "FINISHED" or comm.world == 1:  # after an error, other ranks may be in a collective
+                    stop_comm()

@@ -27,8 +27,8 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation.compare import compare
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.registry.promotion import Rules, judge
-from fulllora_dist.training.build import check_files
 from fulllora_dist.training.guard import build_guard
+from fulllora_dist.training.inputs import check_files
 from tests.ranks import RankServer
 from tests.registry.conftest import evaluation, right
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, tiny
@@ -369,7 +369,7 @@ def test_the_guard_is_mapped(data: Callable[..., str], experiment: Path, other_i
     """Held-out images in another order: what the guard counts is what the evaluation counts."""
     config = Config.model_validate(
         yaml.safe_load((experiment / "config.yaml").read_text())
-        | {"guard": {"steps": 2}}
+        | {"guard": {"steps": 2}, "optim": {"lr": 1e-3, "batch_size": 8}}
         | {"data": {"train": data(NAMES), "held_out": other_images, "num_workers": 0, "crop_pct": 1.0}}
     )
     check_files(config)

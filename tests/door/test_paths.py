@@ -141,7 +141,8 @@ def test_the_home_folder_is_meant_by_a_tilde_everywhere(
     (tmp_path / "run.yaml").write_text(CONFIG)
     monkeypatch.chdir("/")
     section, name = key.split(".")
-    config = load_config("~/run.yaml", [f"{key}=~/x"])
+    pretrained = ["model.pretrained=true"] if key == "model.checkpoint_path" else []
+    config = load_config("~/run.yaml", [f"{key}=~/x", *pretrained])
     assert getattr(getattr(config, section), name) == f"{tmp_path}/x"
 
 
