@@ -6,7 +6,7 @@ gradient of the input, so that parameter gradients stay untouched and DeepSpeed 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,16 @@ LossName = Literal["ce", "margin", "dlr"]
 LOSSES: dict[LossName, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
+@runtime_checkable
+class HoldsWeights(Protocol):
+    """A module that may keep what it computes from its weights alone, while they do not change."""
+
+    def hold(self) -> bool:
+        """Start to keep it; False if it is kept already."""
+
+    def release(self) -> None: ...
+
+
 @contextmanager
 def without_autocast() -> Iterator[None]:
     """Disable autocast within the context: what a model computes in is said by the model, not by who calls it."""
@@ -66,16 +76,19 @@ def without_autocast() -> Iterator[None]:
 @contextmanager
 def attack_mode(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode and disable parameter gradients, autocast and inference mode; on exit all modes and flags are
-    restored."""
+    restored. The weights must not change within, see `HoldsWeights`."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.eval()
     for parameter in trainable:
         parameter.requires_grad_(False)
+    held = [module for module in model.modules() if isinstance(module, HoldsWeights) and module.hold()]
     try:
         with torch.inference_mode(False), without_autocast():
             yield
     finally:
+        for holder in held:
+            holder.release()
         for parameter in trainable:
             parameter.requires_grad_(True)
         for module, mode in training:

@@ -1,13 +1,16 @@
 """Selection of an adapter for each sample of a forward pass, and the modules that apply it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from fulllora_dist.models.low_rank_linear import LowRank
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,34 @@ class AdapterSwitch(nn.Module):
         super().__init__()
         self.branches = nn.ModuleDict()
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [N, ..., d_in], y [N, ..., d_out] -> [N, ..., d_out]."""
+    def forward(self, dtype: torch.dtype, even_disabled: bool = False) -> "LowRank | Mixed | None":
         choice = current_choice.get()
         if not choice.parts:
-            alone = choice.whole
-            return y if alone is None or alone not in self.branches else self.branches[alone](x, y)
-        for name, samples in choice.parts:
-            if name is not None and name in self.branches:
-                rows = choice.rows(samples, len(x))
-                y = y.index_copy(0, rows, self.branches[name](x[rows], y[rows]))
+            return self._branch(choice.whole, dtype)
+        return Mixed(choice, [self._branch(name, dtype) for name, _ in choice.parts])
+
+    def _branch(self, name: str | None, dtype: torch.dtype) -> LowRank | None:
+        return self.branches[name](dtype) if name is not None and name in self.branches else None
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """The branches of a layer for a batch of several adapters, in the order of `choice.parts`."""
+
+    choice: Choice
+    branches: Sequence[LowRank | None]
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Tensor | None = None) -> Tensor:
+        """As `LowRank.linear`; every sample passes through the frozen layer once."""
+        y = x.new_empty(*x.shape[:-1], len(weight))
+        for (_, samples), low_rank in zip(self.choice.parts, self.branches, strict=True):
+            rows = self.choice.rows(samples, len(x))
+            own = None if frozen is None else frozen.view(len(x), -1, len(weight))[rows].flatten(0, 1)
+            if low_rank is not None:
+                part = low_rank.linear(x[rows], weight, bias, own)
+            else:
+                part = F.linear(x[rows], weight, bias) if own is None else own.view(*x[rows].shape[:-1], -1)
+            y = y.index_copy(0, rows, part)
         return y
 
 

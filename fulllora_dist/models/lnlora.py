@@ -5,8 +5,8 @@
 W and b are frozen and keep timm's names; the branch is the layer's child `lnlora`. B starts at zero, so the adapted
 layer equals the frozen one exactly at first. Without LN the branch is plain LoRA (arXiv 2106.09685).
 
-The learnable affine of LN is folded into A: A (w * x_hat + c) = (A * w) x_hat + A c. So q, k and v share one
-normalised input x_hat, and no normalised-and-scaled copy of the activations is kept for backward.
+A branch holds parameters and folds them into the matrices that a layer multiplies with; the layer multiplies
+(`low_rank_linear.py`, which also says why no normalised copy of x is made).
 
 Shapes in comments: B images, N tokens of each, D their width, P values of a patch, r the rank (docs/architecture.md).
 """
@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fulllora_dist.models.low_rank_linear import LowRank, stack
 
 QKV = ("q", "k", "v")
 
@@ -33,16 +35,52 @@ class FoldedLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(dim))
 
     def forward(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """A [r, dim] -> (A * weight [r, dim], A bias [r])."""
-        return matrix * self.weight, matrix @ self.bias
+        """A [r, dim] -> (A * weight with centred rows [r, dim], A bias [r])."""
+        scaled = matrix * self.weight
+        return scaled - scaled.mean(dim=1, keepdim=True), matrix @ self.bias
 
 
-def standardise(x: Tensor, eps: float) -> Tensor:
-    """Apply LN without its affine, over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+class Folding(nn.Module):
+    """What the child `lnlora` of a layer is: called with the dtype of the activations, it returns the matrices of its
+    branches, or None if all are disabled.
+
+    They are made anew in every call, except between `hold` and `release`: the weights do not change within an attack.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._held: dict[tuple, LowRank] | None = None
+
+    def hold(self) -> bool:
+        """Keep what is made from now on, until `release`. False if it is kept already."""
+        begins = self._held is None
+        self._held = {} if self._held is None else self._held
+        return begins
+
+    def release(self) -> None:
+        self._held = None
+
+    def forward(self, dtype: torch.dtype, even_disabled: bool = False) -> LowRank | None:
+        if not even_disabled and not any(self.enabled()):
+            return None
+        # compiled, folding is part of the graph; an inference tensor could not be used outside inference mode
+        if torch.compiler.is_compiling() or self._held is None or torch.is_inference_mode_enabled():
+            return self.fold(dtype)
+        key = (dtype, *self.enabled())
+        if key not in self._held:
+            self._held[key] = self.fold(dtype)
+        return self._held[key]
+
+    def enabled(self) -> tuple[bool, ...]:
+        """Which branches are enabled."""
+        raise NotImplementedError
+
+    def fold(self, dtype: torch.dtype) -> LowRank:
+        """The matrices; zero instead of B where a branch is disabled."""
+        raise NotImplementedError
 
 
-class LNLoRABranch(nn.Module):
+class LNLoRABranch(Folding):
     """(alpha / r) B A LN(x), added to the frozen layer's output.
 
     Parameters are fp32 for any dtype of the activations; they are folded in fp32 and cast once per call.
@@ -67,28 +105,18 @@ class LNLoRABranch(nn.Module):
             self.A.uniform_(-bound, bound, generator=generator)
             self.B.zero_()
 
-    def forward(self, x: Tensor, y: Tensor, standardised: bool = False) -> Tensor:
-        """Compute y + (alpha / r) B A LN(x).
+    def enabled(self) -> tuple[bool, ...]:
+        return (self.on,)
 
-        Args:
-            x: [..., d_in], the frozen layer's input.
-            y: [..., d_out], its output, of the same dtype.
-            standardised: whether x is already standardised.
-        """
-        if not self.on:
-            return y
+    def fold(self, dtype: torch.dtype) -> LowRank:
+        up = (self.B * self.scale if self.on else torch.zeros_like(self.B)).t().contiguous()
         if self.norm is None:
-            down, shift = self.A, None
-        else:
-            x = x if standardised else standardise(x, self.eps)
-            down, shift = self.norm(self.A)
-            shift = shift.to(x.dtype)
-        hidden = F.linear(x, down.to(x.dtype), shift).flatten(0, -2)  # [B N, r]
-        up = (self.B * self.scale).to(x.dtype)  # [d_out, r]
-        return torch.addmm(y.flatten(0, -2), hidden, up.t()).view_as(y)
+            return LowRank(self.A, None, None, (0,), (up,)).to(dtype)
+        down, shift = self.norm(self.A)
+        return LowRank(down, shift, self.eps, (0,), (up,)).to(dtype)
 
 
-class LNLoRASplit(nn.Module):
+class LNLoRASplit(Folding):
     """Separate branches for q, k and v on a fused projection; parts without a branch are left unchanged.
 
     Args:
@@ -102,20 +130,13 @@ class LNLoRASplit(nn.Module):
         for name, branch in branches.items():
             self.add_module(name, branch)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x [..., d], y [..., parts * d_out] -> [..., parts * d_out]."""
-        branches: dict[str, LNLoRABranch] = dict(self.named_children())  # type: ignore[arg-type]
-        first = next(iter(branches.values()))
-        if first.norm is not None:
-            x = standardise(x, first.eps)
-        parts = y.split(y.shape[-1] // len(self.parts), dim=-1)  # each [..., d_out]
-        return torch.cat(
-            [
-                branches[n](x, part, standardised=True) if n in branches else part
-                for n, part in zip(self.parts, parts, strict=True)
-            ],
-            dim=-1,
-        )
+    def enabled(self) -> tuple[bool, ...]:
+        return tuple(branch.on for branch in self.children())  # type: ignore[misc]
+
+    def fold(self, dtype: torch.dtype) -> LowRank:
+        branches = {name: branch(dtype, even_disabled=True) for name, branch in self.named_children()}
+        first = [self.parts.index(name) * branch.ups[0].shape[1] for name, branch in branches.items()]
+        return stack(list(branches.values()), first)
 
 
 class LNLoRALinear(nn.Linear):
@@ -124,7 +145,11 @@ class LNLoRALinear(nn.Linear):
     lnlora: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lnlora(x, F.linear(x, self.weight, self.bias))
+        return self.with_bias(x, self.bias)
+
+    def with_bias(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        low_rank = self.lnlora(x.dtype)
+        return F.linear(x, self.weight, bias) if low_rank is None else low_rank.linear(x, self.weight, bias)
 
 
 class LNLoRAOuterBiasLinear(LNLoRALinear):
@@ -140,18 +165,28 @@ class LNLoRAOuterBiasLinear(LNLoRALinear):
         # read from the registries, as the attributes are hidden, see `attach`
         own, buffers = self.attention._parameters, self.attention._buffers
         bias = torch.cat([own["q_bias"], buffers["k_bias"], own["v_bias"]])  # type: ignore[list-item]
-        return self.lnlora(x, F.linear(x, self.weight, bias))
+        return self.with_bias(x, bias)
 
 
 class LNLoRAConv2d(nn.Conv2d):
-    """A convolution (the patch embedding) with a branch over each flattened patch [in_channels * kh * kw]."""
+    """A convolution (the patch embedding) with a branch over each flattened patch [in_channels * kh * kw].
+
+    The frozen output is the convolution's, bit for bit; its gradient, like the branch's, is that of a linear layer on
+    the flattened patches, which is several times faster on a CPU.
+    """
 
     lnlora: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)  # [B, D, rows, columns]
+        # disabled, the branch is zero: the gradient then rounds as with B zero, and not as a convolution's
+        low_rank = self.lnlora(x.dtype, even_disabled=True)
+        if low_rank is None:
+            return super().forward(x)
+        with torch.no_grad():
+            y = super().forward(x)  # [B, D, rows, columns]
         patches = F.unfold(x, self.kernel_size, self.dilation, self.padding, self.stride)  # type: ignore[arg-type]
-        tokens = self.lnlora(patches.transpose(1, 2), y.flatten(2).transpose(1, 2))  # [B, N, P] and [B, N, D]
+        frozen = y.flatten(2).transpose(1, 2).flatten(0, 1)  # [B N, D]
+        tokens = low_rank.linear(patches.transpose(1, 2), self.weight.flatten(1), self.bias, frozen)  # [B, N, D]
         # in the memory layout of y, so that later sums over channels round as in the bare model
         return tokens.transpose(1, 2).contiguous().view_as(y)
 

@@ -62,7 +62,8 @@ def _costs(comm: Comm, stage: int) -> dict[str, tuple[Cost, Cost]]:
 def test_saves_and_recomputes(server: RankServer, stage: int) -> None:
     costs = server.run(1, _costs, stage)[0]
     plain_attack, plain = costs["off"]
-    assert plain_attack.saved < 0.9 * plain.saved  # nothing is kept for gradients of the adapter
+    # the inputs of adapted layers serve their own gradients and the adapter's; a weight step keeps little more
+    assert plain_attack.saved < plain.saved < 1.02 * plain_attack.saved
     assert plain_attack.backward < plain.backward
     for checkpointing, (attack, weights) in costs.items():
         assert attack.forward == plain_attack.forward

@@ -19,7 +19,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.branches import branches_of, disable_adapter
-from fulllora_dist.training.resume import state_of_adapter
+from fulllora_dist.training.initial import state_of_adapter
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, architecture, images, roughen, stir, tiny
 
 TAG = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"

@@ -100,7 +100,9 @@ def test_the_biases_of_an_attention_are_added_in_one_operation() -> None:
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.05)
     ours = copy.deepcopy(theirs)
-    attach(ours.qkv, LNLoRABranch(768, 3 * 768, 2, 2.0, norm=True, eps=EPS), ours, CallingAttention)
+    made = LNLoRABranch(768, 3 * 768, 2, 2.0, norm=True, eps=EPS)
+    made.reset_parameters(None)
+    attach(ours.qkv, made, ours, CallingAttention)
     x = torch.randn(2, 50, 768)
     apart = theirs.qkv(x) + torch.cat([theirs.q_bias, theirs.k_bias, theirs.v_bias])
     with torch.no_grad():
