@@ -3,6 +3,8 @@
 import fulllora_dist as fd
 model = fd.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k")   # pixels in [0, 1] -> logits
 x_adv = fd.pgd(model, x, y, eps=4 / 255, steps=10, step_size=1 / 255)
+method, engine = fd.method("trades", eps=4 / 255), fd.LocalEngine(model, optimizer)
+metrics = method.step(engine, fd.Batch.of(x, y), step)         # in a loop of one's own
 fd.save_adapter(model, "adapter/")
 model = fd.load("adapter/")                                    # or "models:/NAME@champion"
 """
@@ -13,22 +15,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fulllora_dist.attacks.pgd import pgd
     from fulllora_dist.core.errors import UserError
+    from fulllora_dist.data.batch import Batch
     from fulllora_dist.evaluation import evaluate
+    from fulllora_dist.methods.own_loop import LocalEngine, method
     from fulllora_dist.models.adapt import create_model
     from fulllora_dist.models.adapted_model import AdaptedModel
     from fulllora_dist.models.adapter_file import save_adapter
     from fulllora_dist.registry.address import MultiAdapter, load
 
 __version__ = "0.1.0"
-__all__ = ["AdaptedModel", "MultiAdapter", "UserError", "create_model", "evaluate", "load", "pgd", "save_adapter"]
+__all__ = [
+    "AdaptedModel",
+    "Batch",
+    "LocalEngine",
+    "MultiAdapter",
+    "UserError",
+    "create_model",
+    "evaluate",
+    "load",
+    "method",
+    "pgd",
+    "save_adapter",
+]
 
 _HOMES = {
     "AdaptedModel": "models.adapted_model",
+    "Batch": "data.batch",
+    "LocalEngine": "methods.own_loop",
     "MultiAdapter": "registry.address",
     "UserError": "core.errors",
     "create_model": "models.adapt",
     "evaluate": "evaluation",
     "load": "registry.address",
+    "method": "methods.own_loop",
     "pgd": "attacks.pgd",
     "save_adapter": "models.adapter_file",
 }

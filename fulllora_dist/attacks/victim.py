@@ -40,7 +40,7 @@ class Victim(nn.Module):
             )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        logits = _logits_of(self.model(pixels) if self._tried else self._first(pixels))
+        logits = logits_of(self.model(pixels) if self._tried else self._first(pixels))
         shape = list(logits.shape)
         if logits.ndim != 2 or len(logits) != len(pixels) or not logits.is_floating_point():
             raise UserError(f"model must return logits [{len(pixels)}, classes], got {dtype_name(logits)} {shape}")
@@ -116,7 +116,12 @@ class Victim(nn.Module):
         return None
 
 
-def _logits_of(output: Any) -> Tensor:
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model returns: a tensor, or a `ModelOutput`, dict or object with `logits`.
+
+    Raises:
+        UserError: there are none.
+    """
     if isinstance(output, Tensor):
         return output
     found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)

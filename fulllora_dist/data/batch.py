@@ -2,8 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
+
+from fulllora_dist.attacks.arguments import check_batch, check_images, checked_ids, checked_target
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,29 @@ class Batch:
     ids: torch.Tensor
     mask: torch.Tensor
     slot: int = 0
+
+    @classmethod
+    def of(cls, x: Any, y: Any, ids: Any = None) -> "Batch":
+        """A batch of images and labels from one's own loader.
+
+        Args:
+            x: float [B, C, H, W] in [0, 1], or uint8 in 0..255; not normalised.
+            y: labels, integers [B]; moved to the device of `x`.
+            ids: int64 [B], which key the random numbers of each image; None numbers the images of this batch, over
+                all ranks of torch.distributed.
+
+        Raises:
+            UserError: images or labels that are something else.
+        """
+        if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8):
+            check_images(x)
+        labels = checked_target(y, x, needs_labels=True)
+        if x.dtype != torch.uint8:
+            check_batch(x, labels)
+        ranked = dist.is_available() and dist.is_initialized()
+        slot = len(x) * dist.get_rank() if ranked else 0
+        known = torch.arange(slot, slot + len(x), device=x.device) if ids is None else checked_ids(ids, x)
+        return cls(x.detach(), labels, known, torch.ones(len(x), dtype=torch.bool, device=x.device), slot)
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fulllora_dist.attacks.threat import Linf, in_box
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.base import Method, MetricAverager, WeightStep, register_method
 from fulllora_dist.methods.settings import FreeSettings
@@ -49,12 +50,17 @@ class Free(Method):
         return means.result()
 
     def _delta_for(self, batch: Batch) -> Tensor:
+        """The perturbation [B, C, H, W] of the batch's slots; a shorter batch has the first of them."""
         pixels = batch.pixels()
-        if self._delta is None or self._delta.shape != pixels.shape:
-            assert self._delta is None, f"images changed from {tuple(self._delta.shape)} to {tuple(pixels.shape)}"
+        if self._delta is None:
             self._delta = torch.zeros_like(pixels)
+        if self._delta.shape[1:] != pixels.shape[1:] or len(self._delta) < len(pixels):
+            raise UserError(
+                f"method free: batches must keep the shape of the first one, {list(self._delta.shape)}, or be shorter, "
+                f"got {list(pixels.shape)}"
+            )
         self._delta = self._delta.to(pixels.device)
-        return self._delta
+        return self._delta[: len(pixels)]
 
     def slot_state(self) -> dict[str, Tensor]:
         if self._delta is None:

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.settings import TargetSettings
@@ -56,10 +57,16 @@ class Mixer:
         Args:
             batch: with mixing, B and the first slot must be even.
             step: number of the batch in the run.
+            classes: number of the model's outputs.
+
+        Raises:
+            UserError: mixing, and the number of outputs is not known.
         """
         x, y = batch.pixels(), batch.labels
         if not self.settings.mixes:
             return x, y
+        if classes < 1:
+            raise UserError("targets: mixing needs the number of the model's outputs; set model.num_classes")
         self._quantiles = {name: table.to(x.device) for name, table in self._quantiles.items()}  # copies only once
         other = partners(len(batch), x.device)
         u = sample_rng(self._seed, "train/mix", step, batch.ids).uniform((5,)).unbind(1)

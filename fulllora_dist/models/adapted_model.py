@@ -113,6 +113,11 @@ class AdaptedModel(nn.Module):
             raise UserError(f"{error}; where they are meant, set model.pixels_checked = True") from None
         self.pixels_checked = True
 
+    @property
+    def num_classes(self) -> int:
+        """Number of outputs."""
+        return self.info.num_classes
+
     def train(self, mode: bool = True) -> "AdaptedModel":
         """Set training mode, except for BatchNorm, which keeps the statistics of the backbone.
 

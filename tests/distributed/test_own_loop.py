@@ -1,0 +1,142 @@
+"""The methods in a loop of one's own: `LocalEngine` against the loop in plain PyTorch of test_parity."""
+
+from typing import Any
+
+import pytest
+import torch
+from cases import BATCH, CLASSES, OPTIM, RECIPES, SIDE, UPDATES, batches, build_data, build_method, build_model
+from plain_loop import Result, plain_training
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+
+import fulllora_dist as fd
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.comm import Comm
+from fulllora_dist.distributed.schedule import learning_rate
+from tests.ranks import RankServer
+
+NO_GRADIENT = "qkv.lnlora.k.norm.bias"  # softmax does not see it: Adam makes rounding large
+METHODS = [name for name in RECIPES if name != "phases"]
+
+
+def local(model: nn.Module, wrapped: nn.Module, accumulation: int) -> fd.LocalEngine:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if (p.ndim > 1) == matrix], "weight_decay": OPTIM.weight_decay * matrix}
+        for matrix in (True, False)
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=OPTIM.betas)
+    scheduler = LambdaLR(optimizer, lambda update: learning_rate(update, UPDATES, OPTIM))
+    return fd.LocalEngine(
+        wrapped, optimizer, scheduler=scheduler, grad_clip=OPTIM.grad_clip, accumulation_steps=accumulation
+    )
+
+
+def _trained(comm: Comm, accumulation: int) -> dict[str, dict[str, Tensor]]:
+    """What each method makes of the adapter, in six updates."""
+    found = {}
+    for name in METHODS:
+        model = build_model().train()
+        engine = local(model, DistributedDataParallel(model) if comm.world > 1 else model, accumulation)
+        method = build_method(name)
+        for step, batch in enumerate(build_data(name)):
+            part = batch.split(comm.world)[comm.rank]
+            method.step(engine, fd.Batch.of(part.pixels(), part.labels, part.ids), step)
+        assert engine.skipped == 0
+        found[name] = {key: tensor.detach().clone() for key, tensor in model.trainable().items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, list[Result]]:
+    """The loop in plain PyTorch, on whole batches and on halves: by so much does rounding change it."""
+    return {
+        name: [plain_training(build_model(), name, build_data(name), parts) for parts in (1, 2)] for name in METHODS
+    }
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 2), (2, 1)])
+def test_the_numbers_are_those_of_plain_pytorch(
+    server: RankServer, plain: dict[str, list[Result]], world: int, accumulation: int
+) -> None:
+    """To 1e-6, or ten times what splitting the batch changes in the plain loop itself, as test_parity for runs."""
+    for found in server.run(world, _trained, accumulation):
+        for name, tensors in found.items():
+            whole, halves = (result.parameters for result in plain[name])
+            split = {key: float((halves[key] - whole[key]).abs().max()) for key in whole}
+            idle = max(value for key, value in split.items() if key.endswith(NO_GRADIENT))
+            for key, tensor in tensors.items():
+                tolerance = max(1e-6, 10 * (idle if key.endswith(NO_GRADIENT) else split[key]))
+                assert float((tensor - whole[key]).abs().max()) <= tolerance, (name, key)
+                assert tolerance < 1e-3 or key.endswith(NO_GRADIENT), (name, key)
+
+
+def setup(**settings: Any) -> tuple[fd.AdaptedModel, fd.LocalEngine]:
+    model = build_model().train()
+    return model, fd.LocalEngine(model, torch.optim.SGD(model.trainable().values(), lr=0.1), **settings)
+
+
+def test_an_update_that_is_not_finite_is_skipped() -> None:
+    model, engine = setup()
+    before = {name: tensor.clone() for name, tensor in model.trainable().items()}
+    for _ in engine.accumulate(batches(1)[0]):
+        engine.backward(engine(batches(1)[0].pixels()).sum() * float("nan"))
+    assert engine.skipped == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.trainable().items())
+
+
+def test_mixing_without_a_number_of_classes_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE * SIDE, CLASSES))
+    engine = fd.LocalEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    batch = fd.Batch.of(torch.rand(4, 3, SIDE, SIDE), [0, 1, 2, 3])
+    fd.method("fgsm_rs", eps="8/255").step(engine, batch, 0)
+    with pytest.raises(UserError, match=r"^targets: mixing needs the number of the model's outputs; set model.num_c"):
+        fd.method("fgsm_rs", eps="8/255", targets={"mixup": 0.8}).step(engine, batch, 0)
+    model.num_classes = CLASSES
+    fd.method("fgsm_rs", eps="8/255", targets={"mixup": 0.8}).step(engine, batch, 0)
+
+
+def test_a_short_last_batch_of_free() -> None:
+    """Its slots are the first ones, and the others keep their perturbation."""
+    _, engine = setup()
+    method = fd.method("free", eps="8/255", replays=2)
+    x, y = torch.rand(BATCH, 3, SIDE, SIDE), torch.arange(BATCH) % CLASSES
+    method.step(engine, fd.Batch.of(x, y), 0)
+    kept = method.slot_state()["delta_sign"].clone()
+    method.step(engine, fd.Batch.of(x[:3], y[:3]), 1)
+    after = method.slot_state()["delta_sign"]
+    assert torch.equal(after[3:], kept[3:])
+    assert not torch.equal(after[:3], kept[:3])
+    with pytest.raises(UserError, match=r"keep the shape of the first one, \[8, 3, 16, 16\], or be shorter, got \[9, "):
+        method.step(engine, fd.Batch.of(torch.rand(9, 3, SIDE, SIDE), torch.zeros(9, dtype=torch.int64)), 2)
+
+
+REFUSED = [
+    (lambda: fd.method("pdg", eps=0.1), "method: 'pdg' is unknown; known: "),
+    (lambda: fd.method("pgd", eps=8), "eps: 8 is outside [0, 1], the range of a pixel; for 8 of 255 grey levels write"),
+    (lambda: fd.method("pgd", eps=0.1, beta=6), "method pgd: unknown setting beta; known: steps, step_size, "),
+    (lambda: fd.method("pgd", eps=0.1, num_steps=6), "method pgd: unknown setting num_steps; did you mean steps?"),
+    (lambda: fd.method("pgd", eps=0.1, steps=0), "method pgd: steps: Input should be greater than or equal to 1 (got"),
+    (lambda: fd.method("pgd", eps=0.1, norm="l3"), "norm: 'l3' is unknown; known: linf, l2"),
+    (lambda: fd.method("pgd", eps=0.1, targets={"mixup": -1}), "targets: mixup: Input should be greater than or equal"),
+    (lambda: fd.method("pgd", eps=0.1, attention_drop=0.5), "total_steps: attention_drop is a fraction of the whole"),
+    (
+        lambda: fd.method("pgd", eps=0.1, perturbation_mask=0.5, total_steps=9),
+        "mask_patch: must be set with perturbation_mask, to the side of the model's patches in pixels",
+    ),
+    (lambda: fd.LocalEngine(build_model(), torch.optim.SGD([torch.zeros(1)])), "optimizer: none of the model's"),
+    (lambda: setup(accumulation_steps=0), "accumulation_steps must be an integer >= 1, got 0"),
+    (lambda: next(setup(accumulation_steps=3)[1].accumulate(batches(1)[0])), "accumulation_steps: 3 does not divide a"),
+    (lambda: fd.Batch.of(torch.rand(2, 3, 4, 4) * 3 - 1, [0, 1]), "x must be in [0, 1], got "),
+    (lambda: fd.Batch.of(torch.rand(2, 3, 4, 4), [0]), "y must have a label for each image, got 1 for 2 images"),
+    (lambda: fd.Batch.of([1, 2], [0, 1]), "x must be a tensor [B, C, H, W], got list"),
+]
+
+
+@pytest.mark.parametrize(("call", "line"), REFUSED)
+def test_a_mistake_is_one_line(call: Any, line: str) -> None:
+    with pytest.raises(UserError) as error:
+        call()
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
