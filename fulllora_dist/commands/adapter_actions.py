@@ -22,7 +22,7 @@ from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
 from fulllora_dist.registry.address import load, local_folder
 from fulllora_dist.registry.champion import LostRace, Outcome, check, promote, rollback
 from fulllora_dist.registry.flavor import CARD
-from fulllora_dist.registry.predict import compare_labels, predict
+from fulllora_dist.registry.predict import compare_labels, passed_over, predict
 from fulllora_dist.registry.promotion import Rules, Verdict
 from fulllora_dist.registry.publish import CONFIG, publish
 from fulllora_dist.registry.registry import CHAMPION, PREVIOUS, Registry, Version, content_of
@@ -207,6 +207,8 @@ def rollback_command(args: Namespace) -> Answer:
 def pull_command(args: Namespace) -> Answer:
     """An adapter's folder with its evaluation, card and config."""
     registry = Registry(args.uri)
+    if os.path.lexists(args.folder) and not os.path.isdir(args.folder):
+        raise UserError(f"{args.folder} is no folder; choose another one")
     if os.path.isdir(args.folder) and os.listdir(args.folder):
         raise UserError(f"{args.folder} is not empty; choose another folder")
     version = registry.find(args.version)
@@ -224,8 +226,9 @@ def pull_command(args: Namespace) -> Answer:
 
 def predict_command(args: Namespace) -> Answer:
     """Classes of images."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be >= 1, got {args.batch_size}")
+    for option, value in (("--batch-size", args.batch_size), ("--workers", args.workers)):
+        if value < 1:
+            raise UserError(f"{option} must be >= 1, got {value}")
     local = os.path.exists(args.version) or "://" in args.version
     address = args.version if local else Registry(args.uri).find(args.version).address
     with local_folder(address, args.uri) as folder:
@@ -245,6 +248,6 @@ def predict_command(args: Namespace) -> Answer:
     lines = [f"{args.output}: {counts['pictures']} images, {counts['predicted']} of them new"]
     if counts["unreadable"]:
         lines[0] += f"; warning: {counts['unreadable']} without a prediction, with the reason in their lines"
-    notes = [note] if (note := compare_labels(args.source, classes)) else []
+    notes = [note for note in (passed_over(args.source), compare_labels(args.source, classes)) if note]
     result = counts | {"output": args.output, "adapter": address, "own_pictures": dataclasses.asdict(transform)}
     return "\n".join([*lines, *notes]), result | {"notes": notes}, 0
