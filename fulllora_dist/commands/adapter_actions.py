@@ -28,6 +28,7 @@ from fulllora_dist.registry.publish import CONFIG, publish
 from fulllora_dist.registry.registry import CHAMPION, PREVIOUS, Registry, Version, content_of
 from fulllora_dist.registry.version_tags import Lineage
 from fulllora_dist.storage.urls import redacted
+from fulllora_dist.tracking.settings import check_model_name
 
 Answer = tuple[str, dict[str, Any], int]
 _ROBUST = "robust % (lowest attack)"
@@ -136,6 +137,8 @@ def _layer_table(layers: Sequence[Mapping[str, Any]], total: Mapping[str, float]
 def publish_command(args: Namespace) -> Answer:
     """Make an adapter a version."""
     evaluation = None if args.evaluation is None else read_evaluation(args.evaluation)
+    if args.name is not None:
+        check_model_name(args.name)
     registry = Registry(args.uri, create=True)
     lineage = None
     if args.run is not None:
@@ -206,11 +209,11 @@ def rollback_command(args: Namespace) -> Answer:
 
 def pull_command(args: Namespace) -> Answer:
     """An adapter's folder with its evaluation, card and config."""
-    registry = Registry(args.uri)
     if os.path.lexists(args.folder) and not os.path.isdir(args.folder):
         raise UserError(f"{args.folder} is no folder; choose another one")
     if os.path.isdir(args.folder) and os.listdir(args.folder):
         raise UserError(f"{args.folder} is not empty; choose another folder")
+    registry = Registry(args.uri)
     version = registry.find(args.version)
     evaluation = registry.evaluation(version)
     with tempfile.TemporaryDirectory() as temporary:

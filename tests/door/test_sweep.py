@@ -78,8 +78,8 @@ def test_a_refused_predict_makes_no_folder(
     path = tmp_path / source
     said = refused(ADAPTERS, "predict", place / "adapter", path, "--output", tmp_path / "new/p.csv", keep=(tmp_path,))
     assert said == (
-        f"error: {path} holds no images (jpg, jpeg, png, webp) and no shards: {path}/index.safetensors: no index there; "
-        "tools/make_shards.py and tools/index_shards.py write one"
+        f"error: {path} holds no images (jpg, jpeg, png, webp) and no shards: {path}/index.safetensors: no index "
+        "there; tools/make_shards.py and tools/index_shards.py write one"
     )
 
 
@@ -149,7 +149,7 @@ def test_a_path_is_as_good_as_a_string(tmp_path: Path) -> None:
         (ADAPTERS, "predict m@x pictures", "the following arguments are required: --output; adapters.py predict"),
         (EVALUATE, "--num-samples 3", "the following arguments are required: --config; evaluate.py"),
         (TRAIN, "--config", "--config: expected one argument; train.py"),
-        ("jobs/launch.py", "status --lines many x", "--lines: invalid int value: 'many'; launch.py status"),
+        ("jobs/launch.py", "logs --lines many x", "--lines: invalid int value: 'many'; launch.py logs"),
     ],
 )  # fmt: skip
 def test_the_usage_is_not_printed(
@@ -164,18 +164,21 @@ def test_the_usage_is_not_printed(
 # ---- disks and paths that fail
 
 
-def _raised(call: Callable[[], Any]) -> OSError:
-    with pytest.raises(OSError) as error:
-        call()
-    return error.value
+def _raised(path: Path | str, mode: str = "r") -> OSError:
+    """What opening and filling the file raises."""
+    try:
+        with open(path, mode) as file:
+            file.write("x" * 100_000)
+    except OSError as error:
+        return error
+    raise AssertionError(f"{path} can be written")
 
 
 def test_a_full_disk_is_one_line() -> None:
-    def fill() -> None:
-        with open("/dev/full", "w") as file:
-            file.write("x" * 100_000)
-
-    assert exit_answer(_raised(fill)) == ("error: No space left on device; free space and re-run the same command", 1)
+    assert exit_answer(_raised("/dev/full", "w")) == (
+        "error: No space left on device; free space and re-run the same command",
+        1,
+    )
     named = OSError(errno.EDQUOT, "Disk quota exceeded", "/data/x.tar")
     assert exit_answer(named) == ("error: /data/x.tar: Disk quota exceeded; free space and re-run the same command", 1)
 
@@ -189,7 +192,7 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
         (tmp_path / "loop", "Too many levels of symbolic links"),
         (tmp_path / ("x" * 300), "File name too long"),
     ):
-        assert exit_answer(_raised(lambda path=path: open(path))) == (f"error: {path}: {reason}", 2)  # type: ignore[misc]
+        assert exit_answer(_raised(path)) == (f"error: {path}: {reason}", 2)
     assert exit_answer(OSError(errno.EBADF, "Bad file descriptor")) is None  # a mistake of ours
 
 
@@ -233,11 +236,20 @@ def test_their_names_in_another_order_are_refused(refused: Callable[..., str], p
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
-        (lambda f: (f / "adapter.safetensors").unlink(), "{} has no adapter.safetensors; give a folder that save_adapter wrote"),
-        (lambda f: (f / "adapter.safetensors").write_bytes(b"x"), "{}/adapter.safetensors is damaged: its sha256 does not match adapter.json"),
-        (lambda f: (f / "adapter.json").write_text("{"), "{}/adapter.json is damaged; it must be JSON written by save_adapter"),
+        (
+            lambda folder: (folder / "adapter.safetensors").unlink(),
+            "{} has no adapter.safetensors; give a folder that save_adapter wrote",
+        ),
+        (
+            lambda folder: (folder / "adapter.safetensors").write_bytes(b"x"),
+            "{}/adapter.safetensors is damaged: its sha256 does not match adapter.json",
+        ),
+        (
+            lambda folder: (folder / "adapter.json").write_text("{"),
+            "{}/adapter.json is damaged; it must be JSON written by save_adapter",
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("script", [EVALUATE, TRAIN])
 def test_two_ranks_say_it_once(
     refused: Callable[..., str], place: Path, tmp_path: Path, script: str, damage: Callable[[Path], Any], line: str
@@ -259,7 +271,7 @@ def test_two_ranks_say_it_once(
 
 @pytest.fixture
 def report() -> dict[str, Any]:
-    return dict(evaluation(np.arange(8) % 2 == 0, np.arange(8) % 4 == 0))  # type: ignore[arg-type]
+    return dict(evaluation((np.arange(8) % 4 == 0).astype(int), (np.arange(8) % 2 == 0).astype(int)))  # type: ignore[arg-type]
 
 
 def _twice(report: dict[str, Any]) -> None:
@@ -275,8 +287,8 @@ def _all_wrong(report: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "line"),
     [
-        (_twice, "{}: pgd20 at 4/255 stands there twice; evaluate again"),
-        (_all_wrong, "{}: 2 images are right under pgd20 at 4/255 but wrong without an attack; evaluate again"),
+        (_twice, "{}: pgd20 at 8/255 stands there twice; evaluate again"),
+        (_all_wrong, "{}: 2 images are right under pgd20 at 8/255 but wrong without an attack; evaluate again"),
         (lambda r: r.update(eps=float("nan")), "{} is not an evaluation.json; evaluate.py --output writes one"),
         (lambda r: r.update(norm="L2"), "{} is not an evaluation.json; evaluate.py --output writes one"),
         (lambda r: r.update(pictures=None), "{} is not an evaluation.json; evaluate.py --output writes one"),
@@ -304,7 +316,7 @@ def test_a_model_gets_no_name_that_cannot_be_addressed(
     refused: Callable[..., str], database: Path, place: Path, tmp_path: Path, name: str
 ) -> None:
     store = Path(shutil.copy(database, tmp_path / "mlflow.db"))
-    (tmp_path / "e.json").write_text(json.dumps(evaluation(np.ones(4), np.ones(4))))
+    (tmp_path / "e.json").write_text(json.dumps(evaluation(np.ones(4, dtype=int))))
     line = (
         f"{name[:50]!r} is no name for a registered model; it must have 1 to 200 characters, none of them / : @ or a "
         "control character, and no blank at an end"
@@ -373,10 +385,13 @@ def _unchecked(place: Path) -> fd.AdaptedModel:
     [
         (lambda one: fd.MultiAdapter([one]), "adapters: must be {{name: folder, ...}} with at least one, got [{0!r}]"),
         (lambda one: fd.MultiAdapter(one), "adapters: must be {{name: folder, ...}} with at least one, got {0!r}"),
-        (lambda one: fd.MultiAdapter({"a": one})(images(), 0), "adapter: must be a name, a list of one name per sample, or None, got 0"),
+        (
+            lambda one: fd.MultiAdapter({"a": one})(images(), 0),
+            "adapter: must be a name, a list of one name per sample, or None, got 0",
+        ),
         (lambda one: fd.MultiAdapter({"a": one}).select("b"), "adapter: there is no 'b'; there are: a"),
     ],
-)  # fmt: skip
+)
 def test_other_choices_of_adapters_are_refused(place: Path, call: Callable[[Any], Any], line: str) -> None:
     with pytest.raises(UserError) as error:
         call(str(place / "adapter"))
