@@ -14,8 +14,9 @@ from PIL import Image
 
 import fulllora_dist as fd
 from fulllora_dist.config.load import load_config
-from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.failures import exit_answer
 from fulllora_dist.evaluation.compare import compare
 from fulllora_dist.evaluation.report import read_evaluation
@@ -264,6 +265,34 @@ def test_two_ranks_say_it_once(
         script, "--config", place / "config.yaml", *given[script], "adapter.rank=3", ranks=2, keep=(tmp_path,)
     )
     assert said == f"error: adapter: {line.format(adapter)}"
+
+
+def _said_by(comm: Comm, failing: list[int]) -> str | None:
+    """What a rank raises where these ranks meet bad input; None where it raises nothing."""
+
+    def work() -> int:
+        if comm.rank in failing:
+            raise UserError(f"no file at rank {comm.rank}")
+        return comm.rank
+
+    try:
+        assert comm.run_on_all(work) == comm.rank
+    except SharedUserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("failing", "line"),
+    [
+        ([], None),
+        ([0], "no file at rank 0"),
+        ([1], "on rank 1: no file at rank 1"),
+        ([0, 1], "no file at rank 0"),
+    ],
+)
+def test_all_ranks_end_where_one_meets_bad_input(rank_server: RankServer, failing: list[int], line: str | None) -> None:
+    assert rank_server.run(2, _said_by, failing) == [line, line]
 
 
 # ---- evaluation.json
