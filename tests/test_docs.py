@@ -58,6 +58,15 @@ def test_the_map_names_every_room_and_twenty_changes() -> None:
     assert len(named(ROOT / "docs" / "architecture.md")) > 80
 
 
+def test_each_row_of_the_door_names_its_test() -> None:
+    page = (ROOT / "docs" / "door.md").read_text().partition("\n## ")[2]
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith("| what goes wrong")]
+    assert len(rows) > 60
+    tests = [re.findall(r"`tests/door/(\w+\.py)`", row.rstrip(" |").rpartition(" | ")[2]) for row in rows]
+    assert not [row for row, named in zip(rows, tests, strict=True) if not named]
+    assert {name for named in tests for name in named} == {p.name for p in (ROOT / "tests/door").glob("test_*.py")}
+
+
 def head(config: Path) -> str:
     """The comment that a config opens with."""
     lines = takewhile(lambda line: line.startswith("#"), config.read_text().split("\n"))

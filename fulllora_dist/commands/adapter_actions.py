@@ -22,12 +22,13 @@ from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
 from fulllora_dist.registry.address import load, local_folder
 from fulllora_dist.registry.champion import LostRace, Outcome, check, promote, rollback
 from fulllora_dist.registry.flavor import CARD
-from fulllora_dist.registry.predict import compare_labels, predict
+from fulllora_dist.registry.predict import compare_labels, passed_over, predict
 from fulllora_dist.registry.promotion import Rules, Verdict
 from fulllora_dist.registry.publish import CONFIG, publish
 from fulllora_dist.registry.registry import CHAMPION, PREVIOUS, Registry, Version, content_of
 from fulllora_dist.registry.version_tags import Lineage
 from fulllora_dist.storage.urls import redacted
+from fulllora_dist.tracking.settings import check_model_name
 
 Answer = tuple[str, dict[str, Any], int]
 _ROBUST = "robust % (lowest attack)"
@@ -136,6 +137,8 @@ def _layer_table(layers: Sequence[Mapping[str, Any]], total: Mapping[str, float]
 def publish_command(args: Namespace) -> Answer:
     """Make an adapter a version."""
     evaluation = None if args.evaluation is None else read_evaluation(args.evaluation)
+    if args.name is not None:
+        check_model_name(args.name)
     registry = Registry(args.uri, create=True)
     lineage = None
     if args.run is not None:
@@ -206,9 +209,11 @@ def rollback_command(args: Namespace) -> Answer:
 
 def pull_command(args: Namespace) -> Answer:
     """An adapter's folder with its evaluation, card and config."""
-    registry = Registry(args.uri)
+    if os.path.lexists(args.folder) and not os.path.isdir(args.folder):
+        raise UserError(f"{args.folder} is no folder; choose another one")
     if os.path.isdir(args.folder) and os.listdir(args.folder):
         raise UserError(f"{args.folder} is not empty; choose another folder")
+    registry = Registry(args.uri)
     version = registry.find(args.version)
     evaluation = registry.evaluation(version)
     with tempfile.TemporaryDirectory() as temporary:
@@ -224,8 +229,9 @@ def pull_command(args: Namespace) -> Answer:
 
 def predict_command(args: Namespace) -> Answer:
     """Classes of images."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be >= 1, got {args.batch_size}")
+    for option, value in (("--batch-size", args.batch_size), ("--workers", args.workers)):
+        if value < 1:
+            raise UserError(f"{option} must be >= 1, got {value}")
     local = os.path.exists(args.version) or "://" in args.version
     address = args.version if local else Registry(args.uri).find(args.version).address
     with local_folder(address, args.uri) as folder:
@@ -245,6 +251,6 @@ def predict_command(args: Namespace) -> Answer:
     lines = [f"{args.output}: {counts['pictures']} images, {counts['predicted']} of them new"]
     if counts["unreadable"]:
         lines[0] += f"; warning: {counts['unreadable']} without a prediction, with the reason in their lines"
-    notes = [note] if (note := compare_labels(args.source, classes)) else []
+    notes = [note for note in (passed_over(args.source), compare_labels(args.source, classes)) if note]
     result = counts | {"output": args.output, "adapter": address, "own_pictures": dataclasses.asdict(transform)}
     return "\n".join([*lines, *notes]), result | {"notes": notes}, 0

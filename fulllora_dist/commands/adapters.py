@@ -13,20 +13,21 @@ The store is MLFLOW_TRACKING_URI, or --uri. --json prints one JSON object. Exit 
 another promotion came first; 2 for bad input. docs/registry.md explains the gate.
 """
 
-import argparse
 import json
 import logging
 from typing import Any
 
+from fulllora_dist.commands.parser import Parser
 
-def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
+
+def _parser() -> Parser:
+    shared = Parser(add_help=False)
     shared.add_argument("--uri", help="MLflow tracking URI (default: MLFLOW_TRACKING_URI)")
     shared.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, meaning: str) -> argparse.ArgumentParser:
+    def command(name: str, meaning: str) -> Parser:
         return commands.add_parser(name, help=meaning, description=meaning, parents=[shared])
 
     version: dict[str, Any] = {"metavar": "VERSION", "help": "NAME@ALIAS or NAME/NUMBER"}

@@ -2,15 +2,15 @@
 
 import argparse
 
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.config.describe import describe_settings
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Create a parser with the arguments shared by train.py and evaluate.py."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         description=description,
         epilog="settings (in the file, or as key=value arguments):\n" + describe_settings(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     result.add_argument(
         "--config", required=True, metavar="FILE", help="YAML file with settings; see configs/ for examples"

@@ -7,10 +7,10 @@ Tango's score interval. p is that of McNemar's exact test. Evaluations of differ
 refused.
 """
 
-import argparse
 import json
 import sys
 
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 
 MAX_SAMPLES = 10_000_000  # some hundred MB
@@ -18,7 +18,7 @@ MAX_SAMPLES = 10_000_000  # some hundred MB
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("a", metavar="A", help="evaluation.json")
     parser.add_argument("b", metavar="B", help="evaluation.json")
     parser.add_argument("--attack", action="append", metavar="NAME", help="compare only this attack; may be repeated")

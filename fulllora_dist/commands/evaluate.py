@@ -174,7 +174,7 @@ def _kept(output: str | None) -> str:
 def _evaluate(args: argparse.Namespace, config: Config, folder: str, stack: ExitStack) -> None:
     comm = start_comm(config.distributed.timeout_minutes)
     adapter = comm.broadcast(comm.run_on_rank0(lambda: args.adapter and resolved(args.adapter, config.tracking_uri())))
-    model = build_evaluated(config, adapter).to(comm.device)
+    model = comm.run_on_all(lambda: build_evaluated(config, adapter)).to(comm.device)
     stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))
     sha256 = None if adapter is None else adapter_sha256(model)
     evaluator = build_evaluator(config, model.info, comm, adapter, sha256)

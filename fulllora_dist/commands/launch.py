@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from fulllora_dist.commands.entry import on_interrupt
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.resources import EXECUTORS, Resources, read_profile, resources
 
@@ -69,7 +70,7 @@ def main(profiles: str) -> int:
 
 def report(argv: list[str]) -> int:
     """status, logs, cancel."""
-    parser = argparse.ArgumentParser(prog="launch.py", description=__doc__)
+    parser = Parser(prog="launch.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("status", help="progress, jobs and problems of runs")
     run.add_argument("run", metavar="RUN", nargs="?", default="runs", help="output folder, or a folder of several")
@@ -135,7 +136,7 @@ def evaluate_arguments(text: str) -> list[str]:
 
 def launch_arguments() -> argparse.ArgumentParser:
     """Arguments of a launch; those of `Resources` under their names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE", help="of train.py, whose --help lists the settings")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     parser.add_argument("--executor", choices=EXECUTORS, default="slurm", help="local: tasks of this machine in the "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_dist.commands.entry import on_interrupt
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.data.shards.classes import read_classes
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.data.shards.make import make_shards
@@ -41,7 +42,7 @@ The index comes last.
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=MAKE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=MAKE)
     parser.add_argument("source", metavar="SRC", help="image folder, or a tar of one, or a tar of tars")
     parser.add_argument("destination", metavar="DST", help="folder, s3:// or gs:// for shards and index")
     parser.add_argument(
@@ -130,7 +131,7 @@ def _classes(text: str, *, one: bool = False) -> int | list[str]:
 
 
 def index_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=INDEX, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=INDEX)
     parser.add_argument(
         "shards",
         metavar="URL",

@@ -7,7 +7,6 @@ run's final status. Safe to repeat, also while the run is training: nothing is d
 could not be sent.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 
 
@@ -51,7 +51,7 @@ def sync(output: str, uri: str | None, seconds: float, say: Callable[[str], None
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("output", metavar="OUTPUT_DIR", help="the run's output folder")
     parser.add_argument("--uri", help="MLflow's tracking store, in place of the run's tracking.uri")
     parser.add_argument("--wait", type=float, default=300.0, metavar="SECONDS", help="longest wait (default: 300)")

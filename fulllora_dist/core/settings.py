@@ -177,4 +177,4 @@ def explain(error: ValidationError, suggest: Callable[[Sequence[Any], str], str]
         return message
     said = repr(given) in message or ", got " in message
     shown = given is not None and not isinstance(given, Mapping) and not said
-    return f"{name}: {message}" + (f" (got {repr(given)[:100]})" if shown else "")
+    return f"{name}: {message}" + (f" (got {' '.join(repr(given).split())[:100]})" if shown else "")

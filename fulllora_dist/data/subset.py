@@ -45,9 +45,9 @@ class Subset:
         if self.ids is not None:
             return _listed(self.ids, index, name)
         for setting, n in (("num_samples", self.n), ("first", self.first)):
-            if n is not None and not 1 <= n <= len(index):
+            if n is not None and not (isinstance(n, int) and 1 <= n <= len(index)):
                 raise UserError(
-                    f"evaluation.{setting} must be between 1 and the {len(index)} samples of {name}, got {n}"
+                    f"evaluation.{setting} must be between 1 and the {len(index)} samples of {name}, got {n!r}"
                 )
         if self.first is not None:
             return np.arange(self.first)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -134,6 +134,23 @@ class Comm:
         if error is not None:
             raise SharedUserError(error)
         return result
+
+    def run_on_all(self, call: Callable[[], T]) -> T:
+        """Return `call()`, which is the same work on every rank, so that bad input is said once.
+
+        Raises:
+            SharedUserError: on every rank, if `call` raises a UserError on any; the message is that of the first.
+        """
+        reason, result = None, None
+        try:
+            result = call()
+        except UserError as error:
+            reason = str(error)
+        reasons = self.all_gather_list([reason])
+        failed = [f"on rank {rank}: {text}" if rank else text for rank, text in enumerate(reasons) if text is not None]
+        if failed:
+            raise SharedUserError(failed[0])
+        return cast(T, result)
 
     def limit_waiting(self) -> None:
         """Apply `patience` to all process groups: DeepSpeed creates its own with torch's default timeout."""

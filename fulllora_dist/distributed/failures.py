@@ -1,5 +1,6 @@
 """How an exception ends a rank: the line to print and the exit code."""
 
+import errno
 import os
 import re
 import socket
@@ -9,6 +10,11 @@ import time
 import psutil
 
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.storage.urls import redacted
+
+_DISK = {errno.ENOSPC, errno.EDQUOT}
+_PATHS = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS}
+"""Of what only whoever starts the command can mend."""
 
 
 def exit_answer(error: Exception) -> tuple[str | None, int] | None:
@@ -23,6 +29,10 @@ def exit_answer(error: Exception) -> tuple[str | None, int] | None:
         elif rank == 0 or initialized:
             return (f"error: {error}" if rank == 0 else f"error on rank {rank}: {error}"), 2
         return None, 2
+    if isinstance(error, OSError) and error.errno in _DISK | _PATHS:
+        where = f"{redacted(error.filename)}: " if error.filename else ""
+        full = "; free space and re-run the same command" if error.errno in _DISK else ""
+        return f"error{f' on rank {rank}' if rank else ''}: {where}{error.strerror}{full}", 1 if full else 2
     if isinstance(error, RuntimeError):
         line = lost_contact(error)
         if line is not None:

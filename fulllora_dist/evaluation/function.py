@@ -60,8 +60,8 @@ def evaluate(
         UserError: unknown attacks, no shards there, other classes than the model's (`match_classes`), pixels outside
             [0, 1].
     """
-    if isinstance(attacks, str):
-        raise UserError(f"attacks must be a list of names, e.g. [{attacks!r}], got {attacks!r}")
+    if isinstance(attacks, str) or not isinstance(attacks, Sequence):
+        raise UserError(f"attacks must be a list of names, e.g. ['clean', 'pgd20'], got {attacks!r}")
     predict, model = Victim(model), unwrapped(model)
     info = model.info if isinstance(model, AdaptedModel) else None
     if isinstance(data, (str, Path)):

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, get_args
 
 import numpy as np
 
@@ -152,12 +152,31 @@ def parse_evaluation(content: bytes, name: str) -> EvaluationReport:
         report = json.loads(content)
         n = len(report["ids"])
         whole = all(len(s["correct"]) == n and {*s["correct"]} <= {0, 1} for s in scores(report).values())
-        listed = isinstance(report["warnings"], list)
-        if n and whole and listed and {"eps", "norm", "precision"} <= report.keys():
-            return report
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{name} is not an evaluation.json; evaluate.py --output writes one")
+        listed = isinstance(report["warnings"], list) and isinstance(report.get("pictures", {}), dict)
+        named = report["norm"] in get_args(Norm) and all(math.isfinite(point["eps"]) for point in eps_points(report))
+        ours = n and whole and listed and named and "precision" in report
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise UserError(f"{name} is not an evaluation.json; evaluate.py --output writes one")
+    _check_scores(report, name)
+    return report
+
+
+def _check_scores(report: EvaluationReport, name: str) -> None:
+    """Refuse an attack that stands there twice, of which one would be lost, and images that are right under an attack
+    and wrong without."""
+    keys = [(float(point["eps"]), attack) for point in eps_points(report) for attack in point["attacks"]]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"{name}: {attack_names(report['norm'], twice)[0]} stands there twice; evaluate again")
+    found = scores(report)
+    clean = found.get((0.0, "clean"))
+    for key, score in found.items():
+        if clean is not None and (wrong := sum(a > b for a, b in zip(score["correct"], clean["correct"], strict=True))):
+            raise UserError(
+                f"{name}: {wrong} images are right under {attack_names(report['norm'], [key])[0]} but wrong without an "
+                "attack; evaluate again"
+            )
 
 
 def write_evaluation(report: EvaluationReport | Mapping[str, Any], path: str | Path) -> None:

@@ -163,8 +163,10 @@ def build_adapted(
                 f"adapter.components: must include a component of {name}, got {', '.join(components) or 'none'}; "
                 f"choose from {', '.join(c for c in COMPONENTS if c in present)}"
             )
+        every = [size for _, sizes in plan for size in sizes.values()]
+        if rank is not None and rank > (widest := max(map(max, every))):
+            raise UserError(f"adapter.rank: must be at most {widest}, the width of the widest layer, got {rank}")
         if rank is None:
-            every = [size for _, sizes in plan for size in sizes.values()]
             rank = _largest_rank(every, sum(own.values()), total, finetune == "fulllora", adapter.trainable_fraction)
         alpha = float(rank) if alpha is None else alpha
     else:

@@ -30,7 +30,7 @@ from fulllora_dist.models.checkpoint_header import read_header
 from fulllora_dist.models.families import FAMILIES
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings, Precision
 from fulllora_dist.models.training_record import TrainingRecord
-from fulllora_dist.storage.urls import classify_error, redacted
+from fulllora_dist.storage.urls import classify_error, open_anywhere, redacted, write_anywhere
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
@@ -106,10 +106,8 @@ def save_adapter(
             f"save_adapter: training, and model_kwargs of create_model, must be values that JSON can hold ({error}); "
             "timm takes layers by name too, such as act_layer='relu'"
         ) from None
-    filesystem, path = fsspec.core.url_to_fs(folder)
-    filesystem.makedirs(path, exist_ok=True)
-    filesystem.pipe_file(f"{path}/{TENSORS}", tensors)
-    filesystem.pipe_file(f"{path}/{DESCRIPTION}", (json.dumps(description, indent=1) + "\n").encode())
+    files = {TENSORS: tensors, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()}
+    write_anywhere(folder, files, "save_adapter")
 
 
 def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
@@ -118,7 +116,7 @@ def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
     Raises:
         UserError: a file is missing or damaged, or has an unsupported format version.
     """
-    filesystem, path = fsspec.core.url_to_fs(folder)
+    filesystem, path = open_anywhere(folder, "adapter")
     folder = redacted(folder)
     files = {}
     for name in (DESCRIPTION, TENSORS):

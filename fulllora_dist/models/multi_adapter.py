@@ -57,8 +57,8 @@ class MultiAdapter(nn.Module):
         local_folder: Callable[[str], AbstractContextManager[str]] = nullcontext,
     ):
         super().__init__()
-        if not adapters:
-            raise UserError("adapters: must not be empty; give at least one {name: folder}")
+        if not isinstance(adapters, Mapping) or not adapters:
+            raise UserError(f"adapters: must be {{name: folder, ...}} with at least one, got {adapters!r}")
         self._local_folder = local_folder
         self._specs: dict[str, AdapterSpec] = {}
         self.records: dict[str, TrainingRecord] = {}
@@ -81,6 +81,15 @@ class MultiAdapter(nn.Module):
             check_backbone(folder, description, base.info)
         self._base: AdaptedModel = base.requires_grad_(False)
         self.info: BackboneInfo = base.info
+
+    @property
+    def pixels_checked(self) -> bool:
+        """See `AdaptedModel`: one look for all adapters."""
+        return self._base.pixels_checked
+
+    @pixels_checked.setter
+    def pixels_checked(self, checked: bool) -> None:
+        self._base.pixels_checked = checked
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -181,9 +190,16 @@ class MultiAdapter(nn.Module):
         with choosing(self._choice(adapter, pixels)):
             return self._base(pixels)
 
-    def _choice(self, adapter: str | Sequence[str | None] | None, pixels: Tensor) -> Choice:
+    def check_choice(self, adapter: str | Sequence[str | None] | None) -> list[str | None]:
+        """The names of a choice. Raises UserError: it is none, or there is no such adapter."""
+        if not isinstance(adapter, str | Sequence | None):
+            raise UserError(f"adapter: must be a name, a list of one name per sample, or None, got {adapter!r}")
         names = [adapter] if adapter is None or isinstance(adapter, str) else list(adapter)
         self._check_known(names)
+        return names
+
+    def _choice(self, adapter: str | Sequence[str | None] | None, pixels: Tensor) -> Choice:
+        names = self.check_choice(adapter)
         if adapter is not None and not isinstance(adapter, str) and len(names) != len(pixels):
             raise UserError(f"adapter: must be one name per sample, got {len(names)} names for {len(pixels)} samples")
         different = list(dict.fromkeys(names))
@@ -203,7 +219,17 @@ class SelectedAdapter(nn.Module):
 
     def __init__(self, several: MultiAdapter, adapter: str | Sequence[str | None] | None):
         super().__init__()
+        several.check_choice(adapter)
         self.several, self.adapter = several, adapter
+
+    @property
+    def pixels_checked(self) -> bool:
+        """See `MultiAdapter`."""
+        return self.several.pixels_checked
+
+    @pixels_checked.setter
+    def pixels_checked(self, checked: bool) -> None:
+        self.several.pixels_checked = checked
 
     @property
     def record(self) -> TrainingRecord:

@@ -14,7 +14,7 @@ from fulllora_dist.models.settings import Precision
 
 def in_mlflow(address: str) -> bool:
     """Whether it is an address of MLflow: models:/NAME@ALIAS, models:/NAME/VERSION, models:/m-ID, runs:/ID/PATH."""
-    return address.startswith(("models:", "runs:"))
+    return str(address).startswith(("models:", "runs:"))
 
 
 def resolved(address: str, uri: str | None = None) -> str:

@@ -20,6 +20,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.reader import ShardReader
+from fulllora_dist.data.shards.leftovers import leftover
 from fulllora_dist.data.shards.scan import IMAGE_EXTENSIONS
 from fulllora_dist.data.transforms import EvalTransform
 
@@ -61,8 +62,8 @@ def predict(
     Raises:
         UserError: no images; an output of another format or adapter, or that cannot be written.
     """
-    table = _Table(output, adapter)
     images = _images(source)
+    table = _Table(output, adapter)
     remaining = [(name, read) for name, read in images if name not in table.done]
     device = next(model.parameters()).device
     unreadable = 0
@@ -153,7 +154,18 @@ def _files(source: str) -> list[Path]:
     """The images in a folder, sorted by name; none where it is no folder."""
     if not Path(source).is_dir():
         return []
-    return sorted(path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+    files = (path for path in Path(source).rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+    return sorted(path for path in files if leftover(path.relative_to(source).as_posix()) is None)
+
+
+def passed_over(source: str) -> str:
+    """How many files of a folder of images get no line, as they are hidden, of tools, or of another format; empty
+    where there are none."""
+    taken = len(_files(source))
+    others = sum(path.is_file() for path in Path(source).rglob("*")) - taken if taken else 0
+    return f"passed over {others} other files ({', '.join(IMAGE_EXTENSIONS)} are read, hidden ones are not)" * bool(
+        others
+    )
 
 
 def _reader(path: Path) -> Read:

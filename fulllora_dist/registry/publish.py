@@ -40,6 +40,7 @@ from fulllora_dist.registry.registry import (
     model_name,
 )
 from fulllora_dist.registry.version_tags import EVALUATION_DATA, MAX_TAG, Lineage, evaluation_tags, metadata_tags
+from fulllora_dist.tracking.settings import check_model_name
 
 CONFIG = "config.yaml"
 _LOGGED_NAME = "adapter"
@@ -80,7 +81,7 @@ def publish(
         raise UserError("the adapter does not record which threat model it was trained for; give its evaluation.json")
     if data is None and description.data is not None:
         data = description.data.name
-    name = name or model_name(description, data, threat)
+    name = model_name(description, data, threat) if name is None else check_model_name(name)
     one = _Publication(registry, name, folder, description, evaluation, lineage or Lineage())
     one.register_model(data, threat)
     version = one.existing() or one.create()

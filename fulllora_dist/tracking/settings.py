@@ -1,8 +1,24 @@
 """Settings of MLflow."""
 
-from pydantic import Field
+import re
+from typing import Annotated
 
+from pydantic import AfterValidator, Field
+
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import Location, Settings
+
+_MODEL_NAME = re.compile(r"(?! )[^/:@\x00-\x1f\x7f]{1,200}(?<! )")
+
+
+def check_model_name(name: str) -> str:
+    """The name itself. Raises UserError: models:/NAME@ALIAS and models:/NAME/NUMBER could not address it."""
+    if not _MODEL_NAME.fullmatch(name):
+        raise UserError(
+            f"{name[:50]!r} is no name for a registered model; it must have 1 to 200 characters, none of them / : @ or "
+            "a control character, and no blank at an end"
+        )
+    return name
 
 
 class TrackingSettings(Settings):
@@ -20,5 +36,5 @@ class TrackingSettings(Settings):
     """Seconds between system metrics (CPU, memory, disk, network, GPUs of each node); null disables them."""
     publish: bool = False
     """Register the adapter in the MLflow model registry at the end (docs/registry.md)."""
-    registered_model_name: str | None = None
+    registered_model_name: Annotated[str, AfterValidator(check_model_name)] | None = None
     """Registered model name; null takes BACKBONE-DATA-NORM-EPS."""

@@ -50,7 +50,7 @@ class Trainer:
         self.stopped = False
         self._saved_step: int | None = None
         self._seen_skipped = 0
-        initial = initial_state(model, run.saved, config.adapter.init_from)
+        initial = run.comm.run_on_all(lambda: initial_state(model, run.saved, config.adapter.init_from))
         self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
         if run.saved is not None:
             self._resume(*run.saved)

@@ -14,6 +14,9 @@ _NAMED = 5  # names that a message shows
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 _WORDNET_LINE = re.compile(r"(n[0-9]{8})[ \t,]+\S.*")  # synset_words.txt, LOC_synset_mapping.txt
 
+CLASSES_NAME = "classes.txt"
+"""Beside shards: the names of their classes, one a line in label order."""
+
 
 def read_classes(path: Path) -> list[str]:
     """Names of a UTF-8 text file, one a line in label order. Of lines `n01440764 tench, ...` the WordNet ids.
@@ -22,15 +25,28 @@ def read_classes(path: Path) -> list[str]:
         UserError: unreadable, or JSON; an empty line between others, a name twice.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes: {path} cannot be read as UTF-8 text with one class name per line") from error
+        content = path.read_bytes()
+    except OSError as error:
+        raise _no_names(path) from error
+    return names_in(content, path)
+
+
+def names_in(content: bytes, path: object) -> list[str]:
+    """What `read_classes` returns, of the content of the file `path`."""
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise _no_names(path) from error
     if lines[0][:1] in ("{", "["):
         raise UserError(f"--classes: {path} is JSON; it must have one class name per line, in label order")
     if all(_WORDNET_LINE.fullmatch(line) for line in lines):
         lines = [line[:9] for line in lines]
     check_names(lines)
     return lines
+
+
+def _no_names(path: object) -> UserError:
+    return UserError(f"--classes: {path} cannot be read as UTF-8 text with one class name per line")
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index, split_index
 from fulllora_dist.data.index_cache import cache_folder
 from fulllora_dist.data.index_file import map_columns, pack_columns
-from fulllora_dist.data.shards.classes import check_count, check_names
+from fulllora_dist.data.shards.classes import CLASSES_NAME, check_count, check_names, names_in
 from fulllora_dist.data.shards.fields import FieldNames
 from fulllora_dist.data.shards.pool import run_jobs
 from fulllora_dist.data.shards.scan import ANY_FIELDS, Shard, ShardScan, scan_file, scan_stream
@@ -42,8 +42,8 @@ def index_shards(
         output: folder or URL for index.safetensors, or its full name. Without it, the folder that all shards share.
             Shards below it are recorded by their names within it, so that all can move together; others by their full
             paths or URLs.
-        classes: how many, or their names in label order, which labels may be then instead of numbers. Without it, as
-            many as the labels say.
+        classes: how many, or their names in label order, which labels may be then instead of numbers. Without it,
+            those of classes.txt in the folder of the shards (not over http), or else as many as the labels say.
         label_field: of JSON labels.
         image_field: the member of a sample that is the image, as webdataset names it (`png`, `input.jpg`), where there
             are several or none is called just jpg, jpeg, png or webp.
@@ -66,10 +66,17 @@ def index_shards(
     elif classes is not None:
         names = list(classes)
         check_names(names)
+    shard_urls = store.expand(shards)
+    beside = _names_beside(shard_urls)
+    if names is None:
+        names = beside
+    elif sorted(names) == sorted(beside or ()) and names != beside:
+        raise UserError(
+            f"--classes: {CLASSES_NAME} beside the shards has these names in another order; leave --classes out"
+        )
     given = None if isinstance(classes, int) or names is None else tuple(names)
     wanted = FieldNames(label_field, image_field, None if names is None else len(names), given)
     wanted.check()
-    shard_urls = store.expand(shards)
     base, file_name = split_index(output if output is not None else _common_folder(shard_urls))
     store.refuse_read_only(base)
     base = base if urls.is_remote(base) else urls.local_path(base)
@@ -100,6 +107,19 @@ def index_shards(
         "reused_shards": reused,
         "skipped_members": skipped,
     }
+
+
+def _names_beside(shard_urls: Sequence[str]) -> list[str] | None:
+    """Of classes.txt in the folder of all shards; None where there is none."""
+    folders = {url.partition("?")[0].rpartition("/")[0] for url in shard_urls}
+    url = urls.join(folders.pop() or ".", CLASSES_NAME)
+    if folders or urls.scheme_of(url) in ("http", "https"):
+        return None
+    try:
+        there = store.exists(url)
+    except UserError:  # a bucket that does not say what it lacks
+        return None
+    return names_in(store.read(url), urls.redacted(url)) if there else None
 
 
 def _common_folder(shard_urls: Sequence[str]) -> str:

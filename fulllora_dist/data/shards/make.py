@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.data.shards.check import unreadable_images
-from fulllora_dist.data.shards.classes import order_classes
+from fulllora_dist.data.shards.classes import CLASSES_NAME, order_classes
 from fulllora_dist.data.shards.indexing import forget_scan
 from fulllora_dist.data.shards.labels import read_labels
 from fulllora_dist.data.shards.pool import run_jobs
@@ -29,7 +29,6 @@ from fulllora_dist.data.shards.write import ShardJob, make_shard
 from fulllora_dist.storage import store, urls
 
 _SOURCE_NAME = "source.json"
-_CLASSES_NAME = "classes.txt"  # what --classes of index_shards takes
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ def make_shards(
     for folder, claim in zip(folders, claims, strict=True):
         store.writable_folder(folder)
         store.write(urls.join(folder, _SOURCE_NAME), json.dumps(claim, indent=2).encode())
-        store.write(urls.join(folder, _CLASSES_NAME), "".join(f"{name}\n" for name in names).encode())
+        store.write(urls.join(folder, CLASSES_NAME), "".join(f"{name}\n" for name in names).encode())
     return {
         "classes": list(names),
         "skipped_files": len(listing.others),

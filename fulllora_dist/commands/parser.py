@@ -1,0 +1,17 @@
+"""The command line's parser: a mistake is a `UserError` of one line, as everywhere, without the usage before it."""
+
+import argparse
+from typing import Any, NoReturn
+
+from fulllora_dist.core.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, with descriptions as they are written."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        line = " ".join(message.removeprefix("argument ").split())
+        raise UserError(f"{line}; {self.prog} --help lists the arguments")
