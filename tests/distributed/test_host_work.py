@@ -1,0 +1,81 @@
+"""What a step and a checkpoint ask of the other ranks and of the host: counted on two ranks."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from test_resume import BATCHES, _config, _start
+
+from fulllora_dist.distributed.comm import Comm
+from tests.ranks import RankServer
+
+COLLECTIVES = ("all_reduce", "gather", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list")
+
+
+class _Work:
+    def __init__(self, work: Any, log: list[str]):
+        self._work, self._log = work, log
+
+    def wait(self) -> None:
+        self._work.wait()
+        self._log.append("wait")
+
+
+@contextmanager
+def _watched(group: Any) -> Iterator[list[str]]:
+    """The names of the collectives of a group in order, and "wait" where one that was started is waited for."""
+    log: list[str] = []
+    originals = {name: getattr(dist, name) for name in COLLECTIVES}
+
+    def wrapper(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("group") is not group:
+                return originals[name](*args, **kwargs)
+            log.append(name)
+            work = originals[name](*args, **kwargs)
+            return _Work(work, log) if kwargs.get("async_op") else work
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(dist, name, wrapper(name))
+    try:
+        yield log
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
+def _host_collectives(comm: Comm, settings: dict) -> list[list[str]]:
+    """Of each batch, on a control group of its own, as with GPUs."""
+    control = dist.new_group(backend="gloo")
+    found = []
+    with _watched(control) as log:
+        run, trainer = _start(dataclasses.replace(comm, control=control), settings)
+        original = trainer.phases.step
+
+        def step(*args: Any) -> Any:
+            log.append("step")
+            return original(*args)
+
+        object.__setattr__(trainer.phases, "step", step)
+        for batch in trainer.batches():
+            run.settle()
+            log.clear()
+            trainer.advance(batch)
+            found.append(list(log))
+        run.settle()
+    return found
+
+
+def test_one_host_collective_a_batch_behind_the_step(server: RankServer, shards: str, tmp_path: Path) -> None:
+    """One more averages the metrics of a batch that is logged; the last one asks once more for a signal."""
+    settings = [("run", "log_every", 2), ("run", "checkpoint_every", 100)]
+    found = server.run(2, _host_collectives, _config(tmp_path / "run", shards, "pgd", 1, settings))
+    assert found[0] == found[1]
+    quiet = ["all_reduce", "step", "wait"]
+    assert found[0][: BATCHES - 1] == [quiet, [*quiet, "all_reduce"]] * 2 + [quiet]
+    assert found[0][-1][:4] == [*quiet, "all_reduce"]
