@@ -8,8 +8,9 @@ step goes through the engine. DeepSpeed is not used outside this folder; its pri
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm
@@ -183,18 +184,28 @@ class Engine:
         """The learning rate of the last update."""
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
-    def state(self) -> TrainableState:
-        """The consolidated training state, on the host of every rank. A collective: every rank must call it."""
-        tensors = {"master": self._zero.masters()} | {key: self._zero.moments(key) for key in MOMENTS}
+    def state(self) -> TrainableState | None:
+        """The consolidated training state, on the host of rank 0; None on the other ranks. A collective: every rank
+        must call it."""
+        kinds: dict[str, Callable[[], Mapping[str, Tensor]]] = {"master": self._zero.masters}
+        kinds |= {key: partial(self._zero.moments, key) for key in MOMENTS}
         if self._ema:
-            tensors["ema"] = self._ema
-        host = {kind: {n: t.detach().cpu().float().clone() for n, t in ts.items()} for kind, ts in tensors.items()}
-        return TrainableState(self.updates, host, self.skipped)
+            kinds["ema"] = lambda: self._ema
+        tensors = {}
+        for kind, collect in kinds.items():  # one after the other: each may take the device's memory of the adapter
+            whole = collect()
+            if self.comm.is_main:
+                tensors[kind] = _on_host(whole)
+        return TrainableState(self.updates, tensors, self.skipped) if self.comm.is_main else None
+
+    def is_finite(self) -> bool:
+        """Whether all parameters of the adapter are finite, the same on every rank. A collective."""
+        return not self.comm.max_each([not self._zero.finite_here()])[0]
 
     def adapter(self) -> dict[str, Tensor]:
-        """The tensors to save and evaluate: the moving average if there is one, else the parameters. A collective."""
-        tensors = self._ema or self._zero.masters()
-        return {name: t.detach().cpu().float().clone() for name, t in tensors.items()}
+        """The tensors to save and evaluate, on the host of every rank: the moving average if there is one, else the
+        parameters. A collective."""
+        return _on_host(self._ema or self._zero.masters())
 
     @property
     def keeps_average(self) -> bool:
@@ -220,8 +231,16 @@ class Engine:
     def _average(self) -> None:
         """ema <- decay ema + (1 - decay) master; the decay rises from 0 so that the initial values are forgotten."""
         decay = min(self._optim.ema_decay, self.updates / (self.updates + 10))
-        for name, master in self._zero.masters().items():
-            self._ema[name].lerp_(master.float(), 1 - decay)
+        masters = self._zero.masters()
+        average = [self._ema[name] for name in masters]
+        torch._foreach_lerp_(average, [master.float() for master in masters.values()], 1 - decay)
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """fp32 copies of one's own on the host, with one copy from the device."""
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(t.shape).clone() for (name, t), part in zip(tensors.items(), parts, strict=True)}
 
 
 def _adamw(model: AdaptedModel, optim: OptimSettings) -> torch.optim.Optimizer:

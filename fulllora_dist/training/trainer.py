@@ -190,13 +190,13 @@ class Trainer:
         if self._saved_step == self.step:
             return
         run = self._run
-        trainable = self.engine.state()
-        if not all(t.isfinite().all() for t in trainable.tensors["master"].values()):
+        if not self.engine.is_finite():
             raise SharedUserError(
                 f"optim.lr: the adapter is not finite at batch {self.step}; use a lower one in another output folder"
             )
+        trainable = self.engine.state()
         slots = {name: run.comm.gather(tensor) for name, tensor in self.phases.slot_state(self.step).items()}
-        if run.comm.is_main:
+        if trainable is not None:
             tensors = trainable.named()
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
             metadata: CheckpointMetadata = {
