@@ -6,8 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from cases import Case, batches, build_engine, build_method, train
 from test_resume import BATCHES, _config, _start
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulllora_dist.distributed.comm import Comm
 from tests.ranks import RankServer
@@ -79,3 +83,50 @@ def test_one_host_collective_a_batch_behind_the_step(server: RankServer, shards:
     quiet = ["all_reduce", "step", "wait"]
     assert found[0][: BATCHES - 1] == [quiet, [*quiet, "all_reduce"]] * 2 + [quiet]
     assert found[0][-1][:4] == [*quiet, "all_reduce"]
+
+
+class _Synchronisations(TorchDispatchMode):
+    """Values that the host reads from tensors of the device, each of which waits for a GPU. AdamW's count of its steps
+    lies on the host."""
+
+    def __init__(self, counts: list[Tensor]):
+        super().__init__()
+        self.count, self._on_host = 0, counts
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            self.count += not any(args[0] is count for count in self._on_host)
+        return func(*args, **(kwargs or {}))
+
+
+def _synchronisations(comm: Comm) -> dict[tuple[str, int], tuple[int, int]]:
+    """Of a batch, and of them those outside of the updates; after the first two."""
+    found = {}
+    for stage in (0, 1, 2):
+        for name in ("pgd", "free", "n_fgsm", "trades"):
+            engine, method, data = build_engine(comm, Case(name, stage)), build_method(name), batches(3)
+            train(comm, engine, method, data[:2])
+            optimizer = engine._engine.optimizer
+            state = optimizer.state if stage == 0 else optimizer.optimizer.state
+            with _Synchronisations([values["step"] for values in state.values()]) as seen:
+                update, in_updates = engine._step, 0
+
+                def step(update: Any = update, seen: Any = seen) -> bool:
+                    nonlocal in_updates
+                    before = seen.count
+                    updated = update()
+                    in_updates += seen.count - before
+                    return updated
+
+                engine._step = step  # type: ignore[method-assign]
+                method.step(engine, data[2], 2)
+            found[name, stage] = seen.count, seen.count - in_updates
+    return found
+
+
+def test_synchronisations_of_a_batch(server: RankServer) -> None:
+    """Attacks and weight steps read nothing. An update asks whether the gradient is finite; DeepSpeed does so once
+    more to clip each of two groups."""
+    for (name, stage), found in server.run(1, _synchronisations)[0].items():
+        updates = 2 if name == "free" else 1
+        assert found == (updates * (1 if stage == 0 else 3), 0), (name, stage)
