@@ -66,6 +66,8 @@ class Engine:
         skipped: number of updates skipped because loss or gradient of a rank was not finite; all ranks skip together.
         skipped_in_a_row: number of updates skipped since the last one made.
         lr_scale: factor of the learning rate schedule.
+        on_part: called with the name of each part of a step that begins: "weight_step"; "communication" for what is
+            left of it after the backward pass; "attack" for what is outside of the engine.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Engine:
         self.comm = comm
         self.updates = self.skipped = self.skipped_in_a_row = 0
         self.lr_scale = 1.0
+        self.on_part: Callable[[str], None] = lambda part: None
         self.total_updates = total_updates
         self._optim = optim
         self._stage = settings.zero_stage
@@ -91,6 +94,7 @@ class Engine:
         self._checkpointing = settings.activation_checkpointing
         timm.layers.set_reentrant_ckpt(False)  # TIMM_REENTRANT_CKPT would silently drop gradients of frozen inputs
         self._engine = _start_deepspeed(model, settings, optim, extra, comm)
+        self._engine.allreduce_gradients = self._as_communication(self._engine.allreduce_gradients)
         self._zero = ZeroState(self._engine, model, self._stage, comm)
         self.model.set_activation_checkpointing(self._checkpointing == "all")
         self._ema = self._average_from(self._zero.masters()) if optim.ema_decay else {}
@@ -114,6 +118,7 @@ class Engine:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Compute the logits of a weight step."""
+        self.on_part("weight_step")
         if pixels.requires_grad:  # Free's perturbation would keep a NaN forever
             pixels.register_hook(lambda gradient: gradient.nan_to_num(0, 0, 0))
         if self._checkpointing != "weight_step":
@@ -140,6 +145,7 @@ class Engine:
         for micro in batch.split(self._accumulation):
             yield micro
             updated = self._step()
+            self.on_part("attack")
         if not updated:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -148,6 +154,14 @@ class Engine:
         self.skipped_in_a_row = 0
         if self._ema:
             self._average()
+
+    def _as_communication(self, reduce: Callable[[], None]) -> Callable[[], None]:
+        def timed() -> None:
+            self.on_part("communication")
+            reduce()
+            self.on_part("weight_step")
+
+        return timed
 
     def _step(self) -> bool:
         """Call DeepSpeed's step, which updates after the last micro-batch. Returns False if it skipped the update.

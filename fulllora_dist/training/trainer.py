@@ -21,6 +21,7 @@ from fulllora_dist.training.initial import initial_state
 from fulllora_dist.training.phases import Phases
 from fulllora_dist.training.requests import start_requests
 from fulllora_dist.training.run_plots import show_check
+from fulllora_dist.training.step_timer import StepTimer
 
 
 class Trainer:
@@ -53,6 +54,8 @@ class Trainer:
         self._seen_skipped = 0
         initial = initial_state(model, run.saved, config.adapter.init_from)
         self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
+        self._timer = StepTimer(run.comm.device)
+        self.engine.on_part = self._timer.mark
         if run.saved is not None:
             self._resume(*run.saved)
             run.saved = None  # frees memory: large with the per-slot perturbations of Free
@@ -81,6 +84,7 @@ class Trainer:
             while self.step < self.total_steps:
                 phase = self.phases.at(self.step)
                 self.stream.resize(phase.image_size or self.engine.model.info.image_size)
+                self._timer.mark("data")
                 for batch in self.stream:
                     before = self.step
                     yield batch.to(run.comm.device)
@@ -90,6 +94,7 @@ class Trainer:
                         return
                     if self.step >= phase.end or self.step <= before:  # the next phase, or after a rollback
                         break
+                    self._timer.mark("data")
                 bar.total = self.total_steps * size
 
     def advance(self, batch: Batch) -> None:
@@ -99,10 +104,13 @@ class Trainer:
         """
         logs = self.step + 1 == self.total_steps or (self.step + 1) % self._run.config.run.log_every == 0
         requests = start_requests(self._run, self.stream, self.step + 1, logs=logs)
+        self._timer.mark("attack")
         metrics = self.phases.step(self.engine, batch, self.step)
         self.step += 1
         self.stream.commit(self.step)
+        self._timer.mark("communication")
         asked = requests()
+        self._timer.end_batch()
         if asked.bad_samples:
             self.stream.count_bad(self._run.comm.all_gather_list)
         self._count_skipped()
@@ -166,10 +174,12 @@ class Trainer:
         means = dict(zip(names, (total / self._run.comm.world).tolist(), strict=True))
         # the loss of a skipped update may be NaN or infinite
         self.shown = {name: f"{value:.3f}" for name, value in means.items() if math.isfinite(value)}
+        norm = self.engine.gradient_norm()
         means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
-        if (norm := self.engine.gradient_norm()) is not None:
-            means["gradient_norm"] = norm
-        self._run.tracker.log({f"train/{name}": value for name, value in means.items()}, self.step)
+        means |= {} if norm is None else {"gradient_norm": norm}
+        speed = self._timer.take(self._run.config.optim.batch_size)
+        named = [("train", means), ("speed", speed)]
+        self._run.tracker.log({f"{kind}/{name}": v for kind, values in named for name, v in values.items()}, self.step)
 
     def _check(self, last: bool) -> Check | None:
         """Let the guard check if due, and log the result."""

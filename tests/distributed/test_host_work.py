@@ -1,11 +1,13 @@
 """What a step and a checkpoint ask of the other ranks and of the host: counted on two ranks."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, batches, build_engine, build_method, train
@@ -14,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulllora_dist.distributed.comm import Comm
+from fulllora_dist.training.step_timer import PARTS, StepTimer
 from tests.ranks import RankServer
 
 COLLECTIVES = ("all_reduce", "gather", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list")
@@ -130,3 +133,36 @@ def test_synchronisations_of_a_batch(server: RankServer) -> None:
     for (name, stage), found in server.run(1, _synchronisations)[0].items():
         updates = 2 if name == "free" else 1
         assert found == (updates * (1 if stage == 0 else 3), 0), (name, stage)
+
+
+def test_shares_of_a_step() -> None:
+    """Parts of known length, by the wall clock."""
+    timer = StepTimer(torch.device("cpu"))
+    for _ in range(3):
+        for part, seconds in (("data", 0.02), ("attack", 0.06), ("weight_step", 0.04), ("communication", 0.02)):
+            timer.mark(part)
+            time.sleep(seconds)
+        timer.end_batch()
+        time.sleep(0.06)
+    timer.mark("data")
+    found = timer.take(batch_size=8)
+    expected = {"data": 0.1, "attack": 0.3, "weight_step": 0.2, "communication": 0.1}
+    assert {name.removeprefix("share_"): share for name, share in found.items() if name.startswith("share_")} == (
+        pytest.approx(expected, abs=0.05)
+    )
+    assert found["step_seconds"] >= 0.2
+    assert found["images_per_second"] == pytest.approx(8 / found["step_seconds"])
+    assert sum(timer.take(8)[f"share_{part}"] for part in PARTS) == 0, "nothing is counted twice"
+
+
+def _parts(comm: Comm, stage: int) -> list[str]:
+    engine, method = build_engine(comm, Case("pgd", stage)), build_method("pgd")
+    seen: list[str] = []
+    engine.on_part = seen.append
+    train(comm, engine, method, batches(1))
+    return seen
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_parts_of_a_step(server: RankServer, stage: int) -> None:
+    assert server.run(2, _parts, stage) == [["weight_step", "communication", "weight_step", "attack"]] * 2
