@@ -69,7 +69,7 @@ class Comm:
     def start_max_each(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
         """Start a `max_each` and return at once; the returned function waits for its result. What the ranks do until
         then hides the time that it takes."""
-        vote = torch.tensor(numbers)
+        vote = torch.tensor(numbers, dtype=torch.int64)
         if self.world == 1:
             return vote.tolist
         work = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)

@@ -49,8 +49,11 @@ def check_model(config: Config) -> None:
     check_classes(train, model.info.num_classes, "data.train")
 
 
-def train(config: Config) -> int:
+def train(config: Config, profile_steps: int = 0) -> int:
     """Train. The exit code is 128 + the signal number if a signal ended the run.
+
+    Args:
+        profile_steps: number of batches to record, see `profiling.py`; 0 for none.
 
     Raises:
         UserError: a refused start, which has written nothing; or what ends a training.
@@ -72,12 +75,12 @@ def train(config: Config) -> int:
         if trainer.step:
             run.say(f"resuming at batch {trainer.step} of {trainer.total_steps}")
         track_data(config, run.tracker)
-        return _train(run, trainer)
+        return _train(run, trainer, profile_steps)
 
 
-def _train(run: RunContext, trainer: Trainer) -> int:
+def _train(run: RunContext, trainer: Trainer, profile_steps: int) -> int:
     try:
-        trainer.train()
+        trainer.train(profile_steps)
     except Collapsed:
         try:
             save_best(run, summarize(run.config, trainer))

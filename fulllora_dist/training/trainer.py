@@ -19,6 +19,7 @@ from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import Check, Guard
 from fulllora_dist.training.initial import initial_state
 from fulllora_dist.training.phases import Phases
+from fulllora_dist.training.profiling import profiled
 from fulllora_dist.training.requests import start_requests
 from fulllora_dist.training.run_plots import show_check
 from fulllora_dist.training.step_timer import StepTimer
@@ -67,13 +68,13 @@ class Trainer:
         """Number of batches in the whole run."""
         return self.phases.total_steps
 
-    def train(self) -> None:
-        """Train on the remaining batches, or until a stop is requested.
+    def train(self, profile_steps: int = 0) -> None:
+        """Train on the remaining batches, or until a stop is requested. `profile_steps` of them are `profiled`.
 
         Raises:
             Collapsed: the run ends after a collapse.
         """
-        for batch in self.batches():
+        for batch in profiled(self.batches(), profile_steps, self._run):
             self.advance(batch)
 
     def batches(self) -> Iterator[Batch]:
@@ -174,9 +175,8 @@ class Trainer:
         means = dict(zip(names, (total / self._run.comm.world).tolist(), strict=True))
         # the loss of a skipped update may be NaN or infinite
         self.shown = {name: f"{value:.3f}" for name, value in means.items() if math.isfinite(value)}
-        norm = self.engine.gradient_norm()
         means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
-        means |= {} if norm is None else {"gradient_norm": norm}
+        means |= {} if (norm := self.engine.gradient_norm()) is None else {"gradient_norm": norm}
         speed = self._timer.take(self._run.config.optim.batch_size)
         named = [("train", means), ("speed", speed)]
         self._run.tracker.log({f"{kind}/{name}": v for kind, values in named for name, v in values.items()}, self.step)
