@@ -22,7 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument(
         "--dry-run", action="store_true", help="check the settings and estimate the cost without training"
     )
+    arguments.add_argument(
+        "--profile",
+        type=int,
+        default=0,
+        metavar="N",
+        help="record N batches, after 3 others, in run.output_dir/profile, and train on",
+    )
     args = arguments.parse_intermixed_args(argv)
+    if args.profile < 0:
+        arguments.error(f"--profile must be >= 0, got {args.profile}")
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         if is_main_process():
@@ -35,4 +44,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_saved(config)
     from fulllora_dist.training.run import train  # torch
 
-    return train(config)
+    return train(config, args.profile)

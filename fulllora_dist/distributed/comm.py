@@ -64,11 +64,21 @@ class Comm:
 
     def max_each(self, numbers: Sequence[int]) -> list[int]:
         """The element-wise maximum over all ranks. One collective."""
+        return self.start_max_each(numbers)()
+
+    def start_max_each(self, numbers: Sequence[int]) -> Callable[[], list[int]]:
+        """Start a `max_each` and return at once; the returned function waits for its result. What the ranks do until
+        then hides the time that it takes."""
+        vote = torch.tensor(numbers, dtype=torch.int64)
         if self.world == 1:
-            return list(numbers)
-        vote = torch.tensor(numbers)
-        dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control)
-        return vote.tolist()
+            return vote.tolist
+        work = dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def result() -> list[int]:
+            work.wait()
+            return vote.tolist()
+
+        return result
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks, on the host; exact for integers."""

@@ -8,8 +8,9 @@ step goes through the engine. DeepSpeed is not used outside this folder; its pri
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import timm
@@ -65,6 +66,8 @@ class Engine:
         skipped: number of updates skipped because loss or gradient of a rank was not finite; all ranks skip together.
         skipped_in_a_row: number of updates skipped since the last one made.
         lr_scale: factor of the learning rate schedule.
+        on_part: called with the name of each part of a step that begins: "weight_step"; "communication" for what is
+            left of it after the backward pass; "attack" for what is outside of the engine.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Engine:
         self.comm = comm
         self.updates = self.skipped = self.skipped_in_a_row = 0
         self.lr_scale = 1.0
+        self.on_part: Callable[[str], None] = lambda part: None
         self.total_updates = total_updates
         self._optim = optim
         self._stage = settings.zero_stage
@@ -90,6 +94,7 @@ class Engine:
         self._checkpointing = settings.activation_checkpointing
         timm.layers.set_reentrant_ckpt(False)  # TIMM_REENTRANT_CKPT would silently drop gradients of frozen inputs
         self._engine = _start_deepspeed(model, settings, optim, extra, comm)
+        self._engine.allreduce_gradients = self._as_communication(self._engine.allreduce_gradients)
         self._zero = ZeroState(self._engine, model, self._stage, comm)
         self.model.set_activation_checkpointing(self._checkpointing == "all")
         self._ema = self._average_from(self._zero.masters()) if optim.ema_decay else {}
@@ -113,6 +118,7 @@ class Engine:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Compute the logits of a weight step."""
+        self.on_part("weight_step")
         if pixels.requires_grad:  # Free's perturbation would keep a NaN forever
             pixels.register_hook(lambda gradient: gradient.nan_to_num(0, 0, 0))
         if self._checkpointing != "weight_step":
@@ -139,6 +145,7 @@ class Engine:
         for micro in batch.split(self._accumulation):
             yield micro
             updated = self._step()
+            self.on_part("attack")
         if not updated:
             self.skipped += 1
             self.skipped_in_a_row += 1
@@ -147,6 +154,14 @@ class Engine:
         self.skipped_in_a_row = 0
         if self._ema:
             self._average()
+
+    def _as_communication(self, reduce: Callable[[], None]) -> Callable[[], None]:
+        def timed() -> None:
+            self.on_part("communication")
+            reduce()
+            self.on_part("weight_step")
+
+        return timed
 
     def _step(self) -> bool:
         """Call DeepSpeed's step, which updates after the last micro-batch. Returns False if it skipped the update.
@@ -183,18 +198,28 @@ class Engine:
         """The learning rate of the last update."""
         return float(self._engine.optimizer.param_groups[0]["lr"])
 
-    def state(self) -> TrainableState:
-        """The consolidated training state, on the host of every rank. A collective: every rank must call it."""
-        tensors = {"master": self._zero.masters()} | {key: self._zero.moments(key) for key in MOMENTS}
+    def state(self) -> TrainableState | None:
+        """The consolidated training state, on the host of rank 0; None on the other ranks. A collective: every rank
+        must call it."""
+        kinds: dict[str, Callable[[], Mapping[str, Tensor]]] = {"master": self._zero.masters}
+        kinds |= {key: partial(self._zero.moments, key) for key in MOMENTS}
         if self._ema:
-            tensors["ema"] = self._ema
-        host = {kind: {n: t.detach().cpu().float().clone() for n, t in ts.items()} for kind, ts in tensors.items()}
-        return TrainableState(self.updates, host, self.skipped)
+            kinds["ema"] = lambda: self._ema
+        tensors = {}
+        for kind, collect in kinds.items():  # one after the other: each may take the device's memory of the adapter
+            whole = collect()
+            if self.comm.is_main:
+                tensors[kind] = _on_host(whole)
+        return TrainableState(self.updates, tensors, self.skipped) if self.comm.is_main else None
+
+    def is_finite(self) -> bool:
+        """Whether all parameters of the adapter are finite, the same on every rank. A collective."""
+        return not self.comm.max_each([not self._zero.finite_here()])[0]
 
     def adapter(self) -> dict[str, Tensor]:
-        """The tensors to save and evaluate: the moving average if there is one, else the parameters. A collective."""
-        tensors = self._ema or self._zero.masters()
-        return {name: t.detach().cpu().float().clone() for name, t in tensors.items()}
+        """The tensors to save and evaluate, on the host of every rank: the moving average if there is one, else the
+        parameters. A collective."""
+        return _on_host(self._ema or self._zero.masters())
 
     @property
     def keeps_average(self) -> bool:
@@ -220,8 +245,16 @@ class Engine:
     def _average(self) -> None:
         """ema <- decay ema + (1 - decay) master; the decay rises from 0 so that the initial values are forgotten."""
         decay = min(self._optim.ema_decay, self.updates / (self.updates + 10))
-        for name, master in self._zero.masters().items():
-            self._ema[name].lerp_(master.float(), 1 - decay)
+        masters = self._zero.masters()
+        average = [self._ema[name] for name in masters]
+        torch._foreach_lerp_(average, [master.float() for master in masters.values()], 1 - decay)
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """fp32 copies of one's own on the host, with one copy from the device."""
+    flat = torch.cat([tensor.detach().float().flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(t.shape).clone() for (name, t), part in zip(tensors.items(), parts, strict=True)}
 
 
 def _adamw(model: AdaptedModel, optim: OptimSettings) -> torch.optim.Optimizer:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -65,17 +66,18 @@ class ZeroState:
         """Master weights in full shape, on the device. A collective at stage 3."""
         if self._stage < 3:  # trainable parameters are fp32, so they equal the masters
             return {name: p.detach() for name, p in self.named.items()}
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {name: safe_get_full_fp32_param(p) for name, p in self.named.items()}
+        return self._whole(self._flat_masters())
 
     def moments(self, key: str) -> dict[str, Tensor]:
         """One of `MOMENTS` in full shape, on the device. A collective from stage 1 on."""
+        state = self._inner_optimizer().state
         if self._stage == 0:
-            return {name: self._optimizer.state[p][key] for name, p in self.named.items()}
-        from deepspeed.utils import safe_get_full_optimizer_state
+            return {name: state[p][key] for name, p in self.named.items()}
+        return self._whole([state[flat][key] for flat in self._flat_masters()])
 
-        return {name: safe_get_full_optimizer_state(p, key) for name, p in self.named.items()}
+    def finite_here(self) -> bool:
+        """Whether the master weights that this rank updates are finite."""
+        return bool(torch.stack([flat.isfinite().all() for flat in self._flat_masters()]).all())
 
     def load(self, state: TrainableState) -> None:
         """Set masters, moments and AdamW's step count. A collective."""
@@ -127,6 +129,26 @@ class ZeroState:
             return list(self.named.values())
         zero = self._optimizer
         return list(zero.single_partition_of_fp32_groups if self._stage < 3 else zero.fp32_partitioned_groups_flat)
+
+    def _whole(self, parts: list[Tensor]) -> dict[str, Tensor]:
+        """The tensors in full shape, on the device, of which `parts` are this rank's flat partitions. One collective a
+        partition; DeepSpeed's own functions make one a tensor."""
+        name_of, zero, found = {id(p): name for name, p in self.named.items()}, self._optimizer, {}
+        for i, part in enumerate(parts):
+            own = part.to(self._comm.device)
+            whole = own.new_empty(self._comm.world, own.numel())  # [ranks, values of a partition]
+            dist.all_gather_into_tensor(whole.view(-1), own)
+            first = 0
+            for p in zero.bit16_groups[i] if self._stage < 3 else zero.fp16_groups[i]:
+                if self._stage < 3:  # parameters are views into one flat tensor, which the ranks cut
+                    first = p.storage_offset() - zero.bit16_groups_flat[i].storage_offset()
+                    found[name_of[id(p)]] = whole.view(-1)[first : first + p.numel()].view(p.shape)
+                else:  # the ranks cut each parameter and pad the last part
+                    size = p.partition_numel()
+                    values = whole[:, first : first + size].flatten()
+                    found[name_of[id(p)]] = values[: p.ds_numel].view(p.ds_shape)
+                    first += size
+        return {name: found[name] for name in self.named}
 
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         if self._stage == 0:

@@ -27,6 +27,10 @@ class SystemSampler:
         self._ending = threading.Event()
         threading.Thread(target=self._work, name="system", daemon=True).start()
 
+    def __len__(self) -> int:
+        """Samples since the last `take`."""
+        return len(self._samples)
+
     def take(self) -> list[dict[str, float]]:
         """The samples since the last call: {"time": ms, name: value}."""
         return [self._samples.popleft() for _ in range(len(self._samples))]

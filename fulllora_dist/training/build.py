@@ -104,18 +104,20 @@ def build_eval_stream(
     comm: Comm,
     *,
     subset: Subset,
+    batch_size: int | None = None,
     setting: str = "data.validation",
 ) -> EvalStream:
     """Build the stream of evaluation batches of this rank.
 
     Args:
         subset: the images to evaluate.
+        batch_size: of each batch on each rank; evaluation.batch_size if None.
         setting: the setting that names the folder, for error messages.
     """
     data = config.data
     stream = EvalStream(
         folder,
-        batch_size=config.evaluation.batch_size,
+        batch_size=batch_size or config.evaluation.batch_size,
         transform=eval_transform(model, data.crop_pct, data.interpolation),  # what is not set is the adapter's
         subset=subset,
         world=comm.world,

@@ -139,8 +139,10 @@ class RunContext:
         elif deferred and self.progress is not None:
             step, total = self.progress()
             lost = step - (self.checkpoints.newest or 0)
+            # several ranks ask each other before a batch, so that this one may be too far
+            after = "this batch" if self.comm.world == 1 else "this batch or the next"
             line = (
-                f"{name}: stopping after this batch ({step + 1} of {total}), then saving a checkpoint; {name} again "
+                f"{name}: stopping after {after} ({step + 1} of {total}), then saving a checkpoint; {name} again "
                 f"ends at once and loses the {lost} batches since {saved}"
             )
         else:
@@ -156,6 +158,10 @@ class RunContext:
         if not settings.enabled or settings.system_metrics_interval_s is None or not first:
             return None
         return SystemSampler(all_hosts[self.comm.rank], settings.system_metrics_interval_s)
+
+    def samples(self) -> int:
+        """Number of system metrics of this node that are not logged yet."""
+        return len(self._sampler) if self._sampler else 0
 
     def gather_samples(self) -> None:
         """Log the system metrics of all nodes to the tracker. A collective."""

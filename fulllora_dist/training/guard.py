@@ -20,6 +20,7 @@ from fulllora_dist.evaluation import EvalAttack, is_correct
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training.build import build_eval_stream
 from fulllora_dist.training.inputs import load_index
+from fulllora_dist.training.phases import Phases
 
 _SHOWN = 4  # example images logged to the tracker
 _FEWEST = 10  # images that the best check must have got right before a drop counts as a collapse
@@ -77,6 +78,7 @@ class Guard:
         examples: of the newest check, from this rank's images.
         classes: names of the model's outputs.
         has_collapsed: whether the newest check is a collapse.
+        images_computed: images that a check computes on all ranks together, with the padding of the last batches.
 
     Raises:
         SharedUserError: too few images to detect a collapse, although guard.on_collapse acts on one.
@@ -85,7 +87,9 @@ class Guard:
     def __init__(self, config: Config, held_out: str, model: AdaptedModel, comm: Comm):
         settings, setting = config.guard, "data.held_out"
         n = min(settings.num_samples, len(load_index(held_out, setting)))
-        stream = build_eval_stream(config, held_out, model, comm, subset=Subset(n), setting=setting)
+        size, count = batches_of_check(n, comm.world, config.evaluation.batch_size)
+        self.images_computed = size * count * comm.world
+        stream = build_eval_stream(config, held_out, model, comm, subset=Subset(n), batch_size=size, setting=setting)
         match = match_classes(model.record.classes, stream.index.classes)
         # kept in memory: few, and used in every check
         self._batches = [replace(batch, labels=match.of(batch.labels)) for batch in stream]
@@ -130,6 +134,14 @@ class Guard:
         check_now = self._due and not skipping
         self._due &= skipping
         return check_now
+
+    def share(self, phases: Phases, batch_size: int) -> float:
+        """Cost of all checks of a run as a fraction of its training's, both in passes of an image, of which a backward
+        pass is one and a forward pass another."""
+        passes = 2 * self._settings.steps + 2  # the attack's, and of the clean and the perturbed image
+        checks = math.ceil(phases.total_steps / self._settings.every)
+        trained = sum((phase.end - phase.first) * sum(phase.method.passes()) for phase in phases.phases) * batch_size
+        return checks * (1 + self._averages) * passes * self.images_computed / trained
 
     def check(self, engine: Engine, step: int) -> Check:
         """Check the adapter that would be saved now, and update the attributes. A collective."""
@@ -215,7 +227,8 @@ class Guard:
     def _attacked(self, model: AdaptedModel) -> tuple[float, float, Examples]:
         """Robust accuracy, clean accuracy and examples. All ranks have equally many batches, as the forward passes of
         ZeRO-3 are collectives."""
-        attack, correct = EvalAttack.parse(self.attack), torch.zeros(2, dtype=torch.int64)
+        attack = EvalAttack.parse(self.attack)
+        correct = torch.zeros(2, dtype=torch.int64, device=self._comm.device)
         examples: Examples | None = None
         for host_batch in self._batches:
             batch = host_batch.to(self._comm.device)
@@ -225,7 +238,7 @@ class Guard:
                 before, after = model(x), model(x_adv)
             clean = is_correct(before, y) & batch.mask
             robust = clean & is_correct(after, y)  # the clean image is in the ball, too
-            correct += torch.stack([clean.sum(), robust.sum()]).cpu()
+            correct += torch.stack([clean.sum(), robust.sum()])
             if examples is None:
                 shown = (x, x_adv, y, before.argmax(dim=1), after.argmax(dim=1))
                 examples = Examples(*(t[batch.mask][:_SHOWN].cpu() for t in shown))
@@ -238,6 +251,14 @@ def build_guard(config: Config, model: AdaptedModel, comm: Comm) -> Guard | None
     """Build the guard of a config; None if it has no data.held_out. `model.record` says which class each output is."""
     held_out = config.data.held_out
     return None if held_out is None else Guard(config, held_out, model, comm)
+
+
+def batches_of_check(n: int, world: int, largest: int) -> tuple[int, int]:
+    """Images of a batch, at most `largest`, and batches on each rank with which `n` images are the least padded.
+
+    All ranks have equally many batches: with batches of `largest`, 64 ranks would compute 4,096 images for 256."""
+    count = math.ceil(n / (world * largest))
+    return math.ceil(n / (world * count)), count
 
 
 def surely_below(score: float, best: float, n: int) -> bool:

@@ -18,6 +18,8 @@ from fulllora_dist.training.rollback import Collapsed
 from fulllora_dist.training.summary import data_record, summarize
 from fulllora_dist.training.trainer import Trainer
 
+_DEAR = 0.1  # the fraction of the training's cost from which on that of the guard is said
+
 
 def on_meta(config: Config, images: int) -> tuple[AdaptedModel, Phases]:
     """The model on the meta device, where it takes no memory and little time, and the phases of a run on so many
@@ -47,8 +49,11 @@ def check_model(config: Config) -> None:
     check_classes(train, model.info.num_classes, "data.train")
 
 
-def train(config: Config) -> int:
+def train(config: Config, profile_steps: int = 0) -> int:
     """Train. The exit code is 128 + the signal number if a signal ended the run.
+
+    Args:
+        profile_steps: number of batches to record, see `profiling.py`; 0 for none.
 
     Raises:
         UserError: a refused start, which has written nothing; or what ends a training.
@@ -65,15 +70,17 @@ def train(config: Config) -> int:
         run.open()
         run.say(str(model.report))
         run.say(f"{stream.steps_per_epoch} batches per epoch, {stream.dropped} images dropped in each")
+        if guard is not None and (share := guard.share(phases, config.optim.batch_size)) > _DEAR:
+            run.say(f"the guard's checks cost about {share:.0%} of the training; a higher guard.every costs less")
         if trainer.step:
             run.say(f"resuming at batch {trainer.step} of {trainer.total_steps}")
         track_data(config, run.tracker)
-        return _train(run, trainer)
+        return _train(run, trainer, profile_steps)
 
 
-def _train(run: RunContext, trainer: Trainer) -> int:
+def _train(run: RunContext, trainer: Trainer, profile_steps: int) -> int:
     try:
-        trainer.train()
+        trainer.train(profile_steps)
     except Collapsed:
         try:
             save_best(run, summarize(run.config, trainer))

@@ -19,7 +19,10 @@ from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.guard import Check, Guard
 from fulllora_dist.training.initial import initial_state
 from fulllora_dist.training.phases import Phases
+from fulllora_dist.training.profiling import profiled
+from fulllora_dist.training.requests import start_requests
 from fulllora_dist.training.run_plots import show_check
+from fulllora_dist.training.step_timer import StepTimer
 
 
 class Trainer:
@@ -52,6 +55,8 @@ class Trainer:
         self._seen_skipped = 0
         initial = run.comm.run_on_all(lambda: initial_state(model, run.saved, config.adapter.init_from))
         self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
+        self._timer = StepTimer(run.comm.device)
+        self.engine.on_part = self._timer.mark
         if run.saved is not None:
             self._resume(*run.saved)
             run.saved = None  # frees memory: large with the per-slot perturbations of Free
@@ -63,13 +68,13 @@ class Trainer:
         """Number of batches in the whole run."""
         return self.phases.total_steps
 
-    def train(self) -> None:
-        """Train on the remaining batches, or until a stop is requested.
+    def train(self, profile_steps: int = 0) -> None:
+        """Train on the remaining batches, or until a stop is requested. `profile_steps` of them are `profiled`.
 
         Raises:
             Collapsed: the run ends after a collapse.
         """
-        for batch in self.batches():
+        for batch in profiled(self.batches(), profile_steps, self._run):
             self.advance(batch)
 
     def batches(self) -> Iterator[Batch]:
@@ -80,6 +85,7 @@ class Trainer:
             while self.step < self.total_steps:
                 phase = self.phases.at(self.step)
                 self.stream.resize(phase.image_size or self.engine.model.info.image_size)
+                self._timer.mark("data")
                 for batch in self.stream:
                     before = self.step
                     yield batch.to(run.comm.device)
@@ -89,25 +95,41 @@ class Trainer:
                         return
                     if self.step >= phase.end or self.step <= before:  # the next phase, or after a rollback
                         break
+                    self._timer.mark("data")
                 bar.total = self.total_steps * size
 
     def advance(self, batch: Batch) -> None:
-        """Train on a batch and count it; then log, check, save, stop or roll back if due."""
+        """Train on a batch and count it; then log, check, save, stop or roll back if due.
+
+        With several ranks, a signal that arrives during the batch stops the run after the next one.
+        """
+        logs = self.step + 1 == self.total_steps or (self.step + 1) % self._run.config.run.log_every == 0
+        requests = start_requests(self._run, self.stream, self.step + 1, logs=logs)
+        self._timer.mark("attack")
         metrics = self.phases.step(self.engine, batch, self.step)
         self.step += 1
         self.stream.commit(self.step)
-        requests = self._gather_requests()
+        self._timer.mark("communication")
+        asked = requests()
+        self._timer.end_batch()
+        if asked.bad_samples:
+            self.stream.count_bad(self._run.comm.all_gather_list)
         self._count_skipped()
         last = self.step == self.total_steps
-        if last or self.step % self._run.config.run.log_every == 0:
+        if logs:
             self._log(metrics)
+        if asked.system_metrics:
+            self._run.gather_samples()
         check = self._check(last)
         if check is not None and check.collapsed and self._answer_collapse():
             return
-        if check is not None:  # a signal may have arrived during the check, which takes a while
-            requests = max(requests, self._run.comm.max_each([(self._run.stop.signal or 0) << 1])[0])
-        self._stop(requests >> 1)
-        if last or self.stopped or (check is not None and check.keep) or requests & 1:
+        signal = asked.signal
+        if last or check is not None or self._run.comm.world == 1:  # no next batch, a long check, nobody to ask
+            signal = max(signal, *self._run.comm.max_each([self._run.stop.signal or 0]))
+        self._stop(signal)
+        # while updates are skipped none is saved, so that the newest is from before a run diverges
+        due = asked.checkpoint and not self.engine.skipped_in_a_row
+        if last or self.stopped or (check is not None and check.keep) or due:
             self.save()
         if last or self.stopped:
             self._run.settle()
@@ -115,17 +137,8 @@ class Trainer:
 
     # -- after each batch ----------------------------------------------------------------------------------------------
 
-    def _gather_requests(self) -> int:
-        """The stop signal received by any rank, times two, plus one if rank 0 wants a checkpoint. This is the only host
-        collective of a batch without a check; it also finds out whether any rank has bad samples to count."""
-        own = (self._run.stop.signal or 0) << 1 | self._wants_checkpoint()
-        requests, bad = self._run.comm.max_each([own, self.stream.uncounted_bad])
-        if bad:
-            self.stream.count_bad(self._run.comm.all_gather_list)
-        return requests
-
     def _stop(self, signal: int) -> None:
-        """Stop on a signal that any rank received, as a scheduler may signal a single node only."""
+        """Stop if any rank received a signal."""
         if signal:
             self._run.stop.hear(signal)
             self._run.checkpoints.hurry()
@@ -163,10 +176,10 @@ class Trainer:
         # the loss of a skipped update may be NaN or infinite
         self.shown = {name: f"{value:.3f}" for name, value in means.items() if math.isfinite(value)}
         means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
-        if (norm := self.engine.gradient_norm()) is not None:
-            means["gradient_norm"] = norm
-        self._run.tracker.log({f"train/{name}": value for name, value in means.items()}, self.step)
-        self._run.gather_samples()
+        means |= {} if (norm := self.engine.gradient_norm()) is None else {"gradient_norm": norm}
+        speed = self._timer.take(self._run.config.optim.batch_size)
+        named = [("train", means), ("speed", speed)]
+        self._run.tracker.log({f"{kind}/{name}": v for kind, values in named for name, v in values.items()}, self.step)
 
     def _check(self, last: bool) -> Check | None:
         """Let the guard check if due, and log the result."""
@@ -187,13 +200,13 @@ class Trainer:
         if self._saved_step == self.step:
             return
         run = self._run
-        trainable = self.engine.state()
-        if not all(t.isfinite().all() for t in trainable.tensors["master"].values()):
+        if not self.engine.is_finite():
             raise SharedUserError(
                 f"optim.lr: the adapter is not finite at batch {self.step}; use a lower one in another output folder"
             )
+        trainable = self.engine.state()
         slots = {name: run.comm.gather(tensor) for name, tensor in self.phases.slot_state(self.step).items()}
-        if run.comm.is_main:
+        if trainable is not None:
             tensors = trainable.named()
             tensors |= {f"slots/{name}": torch.cat(parts) for name, parts in slots.items() if parts is not None}
             metadata: CheckpointMetadata = {
@@ -210,17 +223,6 @@ class Trainer:
             }
             run.checkpoints.write(self.step, tensors, metadata)
         self._saved_step = self.step
-
-    def _wants_checkpoint(self) -> bool:
-        """Whether rank 0 wants to save a checkpoint. It waits until the previous one is written, and while updates are
-        skipped, so that the newest checkpoint of a diverging run is from before it diverged."""
-        run = self._run
-        if not run.comm.is_main:
-            return False
-        due = run.checkpoints.due(self.step)
-        if run.checkpoints.idle:
-            run.settle()
-        return due and run.checkpoints.idle and not self.engine.skipped_in_a_row
 
     def _resume(self, tensors: dict[str, Tensor], metadata: CheckpointMetadata) -> None:
         """Resume the run from a checkpoint."""

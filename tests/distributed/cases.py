@@ -160,6 +160,14 @@ def train(comm: Comm, engine: Engine, method: Method | Phases, data: Sequence[Ba
     return losses
 
 
+def state_everywhere(comm: Comm, engine: Engine) -> TrainableState:
+    """`Engine.state`, which rank 0 alone has, on every rank."""
+    state = engine.state()
+    assert (state is not None) == comm.is_main
+    updates, skipped = comm.broadcast(state and (state.updates, state.skipped))
+    return TrainableState.of_named(comm.broadcast_tensors(state and state.named()), updates, skipped)
+
+
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[name].double() - b[name].double()).abs().max().item() for name in a)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CHECKPOINTING, Case, batches, build_engine, build_method, build_model, train
+from cases import CHECKPOINTING, Case, batches, build_engine, build_method, build_model, state_everywhere, train
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,7 +86,7 @@ def _first_gradients(comm: Comm, checkpointing: Any) -> dict[tuple[str, int], di
             model = build_model(random_b=False, components=placement)
             engine = build_engine(comm, Case("pgd", stage, checkpointing), model)
             train(comm, engine, build_method("pgd"), batches(2))
-            moments = engine.state().tensors["exp_avg"]
+            moments = state_everywhere(comm, engine).tensors["exp_avg"]
             found[name, stage] = {n: t.abs().max().item() for n, t in moments.items()}
     return found
 

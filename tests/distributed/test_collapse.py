@@ -139,7 +139,14 @@ def _left(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[d
     tensors, metadata = _checkpoints(output)[max(_checkpoints(output))]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     kept = {key: value for key, value in metadata.items() if key not in ("config", "sha256")}
-    return tensors, kept, [{key: value for key, value in line.items() if key != "time"} for line in lines]
+    return (
+        tensors,
+        kept,
+        [
+            {key: value for key, value in line.items() if key != "time" and not key.startswith("speed/")}
+            for line in lines
+        ],
+    )
 
 
 def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

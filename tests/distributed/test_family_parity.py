@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
-from cases import CHECKPOINTING, OPTIM, Case, batches, build_engine, build_method, train
+from cases import CHECKPOINTING, OPTIM, Case, batches, build_engine, build_method, state_everywhere, train
 from plain_loop import Result, plain_training
 
 from fulllora_dist.core.errors import UserError
@@ -74,7 +74,7 @@ def _runs(comm: Comm, cases: Sequence[FamilyCase]) -> dict[FamilyCase, _Run]:
         total = sum(p.numel() for p in model.parameters())
         engine = build_engine(comm, Case(METHOD, case.stage, case.checkpointing), model)
         losses = train(comm, engine, build_method(METHOD), batches(STEPS))
-        tensors = engine.state().tensors
+        tensors = state_everywhere(comm, engine).tensors
         parameters = list(model.parameters())
         whole = sum(p.numel() for p in parameters)
         parts = sum(p.ds_tensor.numel() for p in parameters if hasattr(p, "ds_tensor"))

@@ -22,8 +22,9 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import evaluate
 from fulllora_dist.training.build import build_model
 from fulllora_dist.training.finalize import finalize
-from fulllora_dist.training.guard import Guard
+from fulllora_dist.training.guard import Guard, batches_of_check
 from fulllora_dist.training.inputs import check_inputs
+from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
@@ -185,6 +186,45 @@ def test_an_average_hides_no_collapse(shards: str, held_out: str, tmp_path: Path
     assert guard.good_steps == [], "an earlier checkpoint does not say how the parameters were"
     guard._averages = False
     assert guard.good_steps == [6], "without an average they were as good"
+
+
+def _computed(comm: Comm, values: dict) -> tuple[float, int, tuple[float, float]]:
+    """The forward passes of the images in a check on this rank, those of a check for each image, and its figures."""
+    config = Config.model_validate(values)
+    model = build_model(config)
+    guard = Guard(config, values["data"]["held_out"], model, comm)
+    counts: list[int] = []
+    model.register_forward_pre_hook(lambda _, pixels: counts.append(len(pixels[0])))
+    figures = guard._attacked(model)[:2]
+    return comm.sum(torch.tensor(sum(counts))).item() / (STEPS + 2), guard.images_computed, figures
+
+
+def test_padding_is_not_computed(server: RankServer, shards: str, held_out: str, tmp_path: Path) -> None:
+    """24 images in batches of at most 5; the figures are the same on any number of ranks."""
+    config = _guarded(tmp_path, shards, held_out, 0, every=1)
+    (alone,), pair = (server.run(world, _computed, config) for world in (1, 2))
+    assert alone[:2] == (25, 25)
+    assert [found[:2] for found in pair] == [(24, 24)] * 2
+    assert alone[2] == pair[0][2] == pair[1][2]
+
+
+@pytest.mark.parametrize(
+    ("n", "world", "largest", "expected"),
+    [(256, 64, 64, (4, 1)), (256, 1, 64, (64, 4)), (256, 512, 64, (1, 1)), (250, 64, 2, (2, 2)), (24, 2, 5, (4, 3))],
+)
+def test_batches_of_a_check(n: int, world: int, largest: int, expected: tuple[int, int]) -> None:
+    size, count = batches_of_check(n, world, largest)
+    assert (size, count) == expected
+    assert n <= size * count * world < n + world * count
+    assert size <= largest
+
+
+def test_the_cost_of_checks(shards: str, held_out: str, tmp_path: Path) -> None:
+    """24 images (25 with padding), PGD-3 and two more forward passes, of the average and the parameters, after each of
+    6 batches; a batch of 8 is PGD-2 and a weight step: 3 forward and 3 backward passes."""
+    guard = _guard(tmp_path, shards, held_out, every=1)
+    phases = build_phases(Config.model_validate(_guarded(tmp_path, shards, held_out, 0, every=1)), 3)
+    assert guard.share(phases, batch_size=8) == pytest.approx(2 * 25 * 8 / (8 * 6))
 
 
 def test_too_few_images_to_notice_a_collapse_by(shards: str, held_out: str, tmp_path: Path) -> None:

@@ -119,7 +119,9 @@ def _final(output: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     evaluation = json.loads((output / "evaluation.json").read_text())
     kept = {key: value for key, value in metadata.items() if key not in ("config", "sha256")}
-    metrics = [{key: value for key, value in line.items() if key != "time"} for line in lines]
+    metrics = [
+        {key: value for key, value in line.items() if key != "time" and not key.startswith("speed/")} for line in lines
+    ]
     evaluation = {key: value for key, value in evaluation.items() if key != "adapter"}
     return tensors | adapter, {"facts": kept, "metrics": metrics, "evaluation": evaluation}
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import state_everywhere
 from torch import Tensor
 
 from fulllora_dist.config.load import load_config
@@ -98,7 +99,7 @@ def _step(comm: Comm, model: AdaptedModel, name: str, stage: int, folder: str) -
         )
         losses.append(method.step(engine, one, step)["loss"].item())
     assert engine.updates == UPDATES
-    master, adapter = engine.state().tensors["master"], engine.adapter()
+    master, adapter = state_everywhere(comm, engine).tensors["master"], engine.adapter()
     if comm.is_main:
         save_adapter(engine.model, folder, state=adapter)
     logits = None

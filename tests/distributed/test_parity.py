@@ -22,6 +22,7 @@ from cases import (
     build_engine,
     build_model,
     build_phases,
+    state_everywhere,
     train,
 )
 from plain_loop import Result, plain_training
@@ -98,7 +99,10 @@ def _engine_runs(comm: Comm, cases: Iterable[Case]) -> dict[Case, tuple[Result, 
     for case in cases:
         engine = build_engine(comm, case, build_model(finetune=case.finetune))
         losses = train(comm, engine, build_phases(case.method), build_data(case.method))
-        state = engine.state()
+        state = state_everywhere(comm, engine)
+        own = {n: t.cpu() for n, t in engine._zero.masters().items()}  # of every rank, as its adapter is
+        assert all(torch.equal(t, own[n]) for n, t in state.tensors["master"].items())
+        assert all(torch.equal(t, state.tensors["ema"][n]) for n, t in engine.adapter().items())
         assert state.updates == UPDATES
         found[case] = Result(state.tensors["master"], state.tensors["ema"], losses, []), engine.gradient_norm()
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import EPS, SEED, STAGES, Case, batches, build_engine
+from cases import EPS, SEED, STAGES, Case, batches, build_engine, state_everywhere
 from test_resume import BATCHES, _config, _start
 from torch import Tensor
 
@@ -60,7 +60,7 @@ def _skip(comm: Comm, stage: int) -> tuple[list[tuple[str, int, int]], int, int,
                 found.append((name, micro_batch, engine.skipped_in_a_row))
         for batch in rest:
             _update(comm, engine, batch, None, CHANGES["loss NaN"])
-        states.append(engine.state())
+        states.append(state_everywhere(comm, engine))
     return found, engine.skipped, engine.skipped_in_a_row, _same(*states)
 
 

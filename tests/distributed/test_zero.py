@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import EPS, STAGES, Case, batches, build_engine, build_method, build_model, train
+from cases import EPS, STAGES, Case, batches, build_engine, build_method, build_model, state_everywhere, train
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fulllora_dist.attacks.threat import Linf
@@ -18,11 +19,14 @@ SCALARS = 256  # bytes: norms, flags, barriers
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes that this rank puts into each kind of c10d collective, whoever calls it."""
+    """Calls of each kind of c10d collective and the bytes that this rank puts into them, whoever calls it; and tensors
+    that are copied."""
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.copies = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func.namespace == "c10d":
@@ -30,7 +34,10 @@ class Collectives(TorchDispatchMode):
             tensors = args[1] if isinstance(args[1], torch.Tensor | list) else args[0]
             flat = [tensors] if isinstance(tensors, torch.Tensor) else tensors
             flat = [t for item in flat for t in (item if isinstance(item, list) else [item])]
-            self.bytes[func._schema.name.removeprefix("c10d::")] += sum(t.numel() * t.element_size() for t in flat)
+            name = func._schema.name.removeprefix("c10d::")
+            self.bytes[name] += sum(t.numel() * t.element_size() for t in flat)
+            self.calls[name] += 1
+        self.copies += func is torch.ops.aten.clone.default
         return func(*args, **(kwargs or {}))
 
 
@@ -52,6 +59,18 @@ def _optimizer_bytes(engine: Engine) -> int:
     return sum(t.numel() * t.element_size() for t in moments)
 
 
+def _by_deepspeed(engine: Engine) -> dict[str, Tensor]:
+    """Masters and moments as DeepSpeed consolidates them, tensor by tensor."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = {}
+    for name, p in engine.model.trainable().items():
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[f"{key}/{name}"] = safe_get_full_optimizer_state(p, key)
+        found[f"master/{name}"] = safe_get_full_fp32_param(p)
+    return found
+
+
 def _inspect(comm: Comm, precision: str) -> dict[int, dict[str, Any]]:
     found = {}
     for stage in STAGES:
@@ -60,7 +79,13 @@ def _inspect(comm: Comm, precision: str) -> dict[int, dict[str, Any]]:
         before = _consolidated_backbone(engine)
         losses = train(comm, engine, build_method("pgd"), batches(4))
         frozen = [p for n, p in model.backbone.named_parameters() if n not in model.trainable()]
-        state = engine.state().tensors
+        consolidated = state_everywhere(comm, engine)
+        state = consolidated.tensors
+        if stage > 0:
+            mine, theirs = consolidated.named(), _by_deepspeed(engine)
+            assert {name for name in mine if not name.startswith("ema/")} == theirs.keys()
+            for name, tensor in theirs.items():
+                assert torch.equal(mine[name].view(torch.int32), tensor.view(torch.int32)), (stage, name)
         model.check_savable(engine.adapter())  # what the engine does to the modules is no change
         found[stage] = {
             "losses": losses,
@@ -125,7 +150,8 @@ def test_bf16(fp32: list, bf16: list, stage: int) -> None:
 
 
 def _communication(comm: Comm) -> dict[tuple[str, int], Counter[str]]:
-    """What the third update sends: ("attack" | "weights" | "free", stage)."""
+    """What the third update sends: ("attack" | "weights" | "free", stage); the calls and copies for a checkpoint
+    ("saving", stage)."""
     found = {}
     data = batches(3)
     last = data[2].split(comm.world)[comm.rank]
@@ -142,6 +168,9 @@ def _communication(comm: Comm) -> dict[tuple[str, int], Counter[str]]:
         with Collectives() as seen:
             free.step(engine, last, 2)
         found["free", stage] = seen.bytes
+        with Collectives() as seen:
+            engine.state()
+        found["saving", stage] = seen.calls + Counter(copies=seen.copies)
     return found
 
 
@@ -168,3 +197,15 @@ def test_communication(communication: list, stage: int) -> None:
             assert not rank["attack", stage], rank["attack", stage]
         else:  # each of the two steps gathers the weights, half of which each rank holds
             assert rank["attack", stage].total() >= 2 * 0.5 * model
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_saving(communication: list, stage: int) -> None:
+    """One collective for each flat partition of each moment, of the masters too at ZeRO-3: matrices and vectors are two
+    partitions. Rank 0 alone copies."""
+    tensors = 4 * len(build_model().trainable())  # masters, two moments, average
+    first, second = (dict(seen["saving", stage]) for seen in communication)
+    own, others = first.pop("copies"), second.pop("copies", 0)
+    assert own - others == tensors
+    assert others == 0 or stage == 3, "where each parameter is put together from its parts"
+    assert sum(first.values()) == sum(second.values()) == {0: 0, 1: 4, 2: 4, 3: 6}[stage], first
