@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.commands import evaluate as evaluate_command
+from fulllora_dist.commands.evaluation import build_evaluated
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
@@ -454,9 +455,9 @@ def test_bad_input_is_refused_before_the_ranks_meet(
 def test_an_adapter_of_another_model_than_the_config_s_is_refused(experiment: Path, setting: str, message: str) -> None:
     config = load_config(str(experiment / "config.yaml"), [setting])
     with pytest.raises(UserError, match=message):
-        evaluate_command.build_evaluated(config, str(experiment / "adapter"))
+        build_evaluated(config, str(experiment / "adapter"))
     without_a_tag = load_config(str(experiment / "config.yaml"), ["model.backbone=vit_tiny_patch16_224"])
-    assert isinstance(evaluate_command.build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
+    assert isinstance(build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
 
 
 def test_another_norm_has_sizes_of_its_own(experiment: Path) -> None:

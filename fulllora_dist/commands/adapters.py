@@ -16,6 +16,7 @@ another promotion came first; 2 for bad input. docs/registry.md explains the gat
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 
@@ -64,12 +65,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _action(command: str) -> Callable[[argparse.Namespace], tuple[str, dict[str, Any], int]]:
+    """What a command does. --help need not wait for MLflow, nor a list for torch."""
+    if command in ("list", "show"):
+        from fulllora_dist.commands import adapter_listing as actions
+    else:
+        from fulllora_dist.commands import adapter_actions as actions  # type: ignore[no-redef]
+    return getattr(actions, f"{command}_command")
+
+
 def main() -> int:
     """Run the command line."""
     args = _parser().parse_args()
-    from fulllora_dist.commands import adapter_actions  # --help need not wait for torch and mlflow
-
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    text, result, code = getattr(adapter_actions, f"{args.command}_command")(args)
+    text, result, code = _action(args.command)(args)
     print(json.dumps(result) if args.json else text)
     return code

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from fulllora_dist.attacks.pgd import attack_mode
-from fulllora_dist.attacks.threat import Threat, number_in
+from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.units import number_in
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.class_names import ClassMatch, match_classes
 from fulllora_dist.distributed.comm import Comm

@@ -20,6 +20,7 @@ from fulllora_dist.evaluation import EvalAttack, is_correct
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training.build import build_eval_stream
 from fulllora_dist.training.inputs import load_index
+from fulllora_dist.training.phases import Phases
 
 _SHOWN = 4  # example images logged to the tracker
 _FEWEST = 10  # images that the best check must have got right before a drop counts as a collapse
@@ -89,7 +90,7 @@ class Guard:
         match = match_classes(model.record.classes, stream.index.classes)
         # kept in memory: few, and used in every check
         self._batches = [replace(batch, labels=match.of(batch.labels)) for batch in stream]
-        self._n = len(stream.ids)
+        self._n, self._batch_size = len(stream.ids), config.optim.batch_size
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
         self._comm, self._seed, self._settings = comm, config.run.seed, settings
@@ -130,6 +131,12 @@ class Guard:
         check_now = self._due and not skipping
         self._due &= skipping
         return check_now
+
+    def cost(self, phases: Phases) -> float:
+        """Passes of all checks as a share of the training's."""
+        checked = self._n * EvalAttack.parse(self.attack).passes * (2 if self._averages else 1)
+        checks = phases.total_steps // self._settings.every * checked
+        return checks / sum((p.end - p.first) * sum(p.method.passes()) * self._batch_size for p in phases.phases)
 
     def check(self, engine: Engine, step: int) -> Check:
         """Check the adapter that would be saved now, and update the attributes. A collective."""
