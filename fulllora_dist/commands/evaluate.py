@@ -14,7 +14,7 @@ from fulllora_dist.commands.arguments import add_num_samples, parser
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.distributed.launcher import join_launcher
+from fulllora_dist.distributed.launcher import is_main_process, join_launcher
 from fulllora_dist.training.inputs import check_evaluated, check_evaluation, load_index
 
 
@@ -80,6 +80,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         help="path of evaluation.json, with figures next to it; the same command resumes after a kill. Default: only "
         "the table",
     )
+    arguments.add_argument(
+        "--dry-run", action="store_true", help="check the settings and estimate the cost without evaluating"
+    )
     args = arguments.parse_intermixed_args(argv)
     for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "output"):
         given = getattr(args, name)
@@ -110,6 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     join_launcher()
     args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter, args.output)
+    if args.dry_run:
+        if is_main_process():
+            from fulllora_dist.commands.plan import estimate_evaluation  # torch
+
+            print(estimate_evaluation(config))
+        return
     from fulllora_dist.commands.evaluation import evaluate  # torch
 
     evaluate(config, folder, args.adapter, args.output)
