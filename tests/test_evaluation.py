@@ -6,7 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.commands import evaluate as evaluate_command
+from fulllora_dist.commands.evaluation import build_evaluated
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
@@ -33,7 +34,7 @@ from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm, Counters
 from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
 from fulllora_dist.evaluation.progress import Progress
-from fulllora_dist.evaluation.work_items import WorkItem, work_items
+from fulllora_dist.evaluation.work_items import first_items, part_items
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.registry.publish import publish
 from fulllora_dist.registry.registry import Registry
@@ -454,9 +455,9 @@ def test_bad_input_is_refused_before_the_ranks_meet(
 def test_an_adapter_of_another_model_than_the_config_s_is_refused(experiment: Path, setting: str, message: str) -> None:
     config = load_config(str(experiment / "config.yaml"), [setting])
     with pytest.raises(UserError, match=message):
-        evaluate_command.build_evaluated(config, str(experiment / "adapter"))
+        build_evaluated(config, str(experiment / "adapter"))
     without_a_tag = load_config(str(experiment / "config.yaml"), ["model.backbone=vit_tiny_patch16_224"])
-    assert isinstance(evaluate_command.build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
+    assert isinstance(build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
 
 
 def test_another_norm_has_sizes_of_its_own(experiment: Path) -> None:
@@ -470,35 +471,69 @@ def test_another_norm_has_sizes_of_its_own(experiment: Path) -> None:
     assert config.evaluation.eps == (1,)
 
 
-def _autoattack_after_clean(shards: Path) -> list[WorkItem]:
-    images = stream(shards)
-    attacks = [EvalAttack.parse(name) for name in ("pgd4", "clean", "autoattack")]
-    return work_items([""], attacks, [Linf(EPS)], images, checked=8)
+ATTACKS = [EvalAttack.parse(name) for name in ("pgd4", "clean", "autoattack", "apgd-ce+square")]
 
 
 def test_clean_and_checks_come_first_then_the_costliest(shards: Path) -> None:
-    items = _autoattack_after_clean(shards)
-    assert list(dict.fromkeys(item.kind for item in items)) == ["clean", "checks", "autoattack", "pgd4"]
+    attacks = [*ATTACKS, EvalAttack.parse("pgd8")]
+    items = first_items([""], attacks, [Linf(EPS)], stream(shards), checked=8)
+    assert list(dict.fromkeys(item.kind for item in items)) == ["clean", "checks", "pgd8", "pgd4"]
     assert len({item.name for item in items}) == len(items)
+    alone = first_items([""], ATTACKS[2:], [Linf(EPS)], stream(shards), checked=0)
+    assert {item.kind for item in alone} == {"clean"}, "AutoAttack begins with what is classified correctly"
+
+
+def test_a_part_takes_the_survivors_in_full_batches() -> None:
+    """At each eps those of its own; attacks that begin with the same parts share them."""
+    left = {0: np.array([1, 4, 5, 7, 9]), 1: np.array([4])}
+
+    def survivors(variant: str, radius: int, before: Sequence[str]) -> np.ndarray:
+        asked.append(tuple(before))
+        return left[radius]
+
+    asked: list[tuple[str, ...]] = []
+    balls = [Linf(EPS), Linf(2 * EPS), Linf(0.0)]
+    items = part_items(1, [""], ATTACKS, balls, 3, survivors)
+    assert set(asked) == {()}
+    assert sorted((item.radius, item.ids.tolist()) for item in items) == [(0, [1, 4, 5]), (0, [7, 9]), (1, [4])]
+    assert {item.kind for item in items} == {"apgd-ce"}
+    asked.clear()
+    items = part_items(2, [""], ATTACKS, balls, 3, survivors)
+    assert set(asked) == {("apgd-ce",)}
+    assert sorted(item.kind for item in items) == ["apgd-t"] * 3 + ["square"] * 3
+    assert len({item.name for item in items}) == 6
 
 
 def test_progress_counts_all_ranks_and_tells_the_time_left(shards: Path) -> None:
-    """By passes until an item of a kind is finished, then by what it took; resumed items count, but take no time."""
-    items = [item for item in _autoattack_after_clean(shards) if item.kind in ("clean", "autoattack")]
-    clean, resumed, *other_clean = [item for item in items if item.kind == "clean"]
-    first, *autoattack = [item for item in items if item.kind == "autoattack"]
-    counters, before = Counters(None), {resumed.name: [1] * len(resumed.ids)}
-    main, other = (Progress(items, before, counters, 2, ["4/255"], shows=shows) for shows in (True, False))
-    main.finished(clean, [0, 1, 1, 1], 0.4)  # 4 passes of 0.1 s
-    passes = sum(item.passes for item in (*other_clean, first, *autoattack))
+    """By passes until an item of a kind is finished, then by what it took; resumed items count, but take no time.
+    AutoAttack is priced by the images that still stand."""
+    attacks = [EvalAttack.parse("clean"), EvalAttack.parse("apgd-ce+square")]
+    images = stream(shards)
+    clean, resumed, *others = items = first_items([""], attacks, [Linf(EPS)], images, checked=0)
+    n, size = len(images.ids), len(clean.ids)
+    counters, before = Counters(None), {resumed.name: [1] * size}
+    main, other = (Progress(attacks, n, counters, 2, ["4/255"], shows=shows) for shows in (True, False))
+    for progress in (main, other):
+        progress.begin(0, items, before)
+    main.finished(clean, [0] + [1] * (size - 1), 0.1 * size)
+    standing = n * (2 * size - 1) / (2 * size)
+    passes = sum(item.passes for item in others) + round(201 * standing) + round(5001 * standing)
     assert main.seconds_left() == pytest.approx(0.1 * passes / 2)
-    assert "2 of 18 work items" in main.line()
-    assert main.line().endswith("; clean 87.5%")
-    other.finished(first, [0] * len(first.ids), 10.0)  # far less than all its passes
-    clean_left, autoattack_left = (sum(len(item.ids) for item in some) for some in (other_clean, autoattack))
-    assert main.seconds_left() == pytest.approx((0.1 * clean_left + 10 / len(first.ids) * autoattack_left) / 2)
-    assert "3 of 18 work items" in main.line()
-    assert main.line().endswith("; clean 87.5%, autoattack 0.0%")
+    assert f"2 of {len(items)} work items" in main.line()
+    assert main.line().endswith(f"; clean {(2 * size - 1) / (2 * size):.1%}")
+
+    left = [item.ids for item in items]
+    part = part_items(1, [""], attacks, [Linf(EPS)], size, lambda *_: np.concatenate(left))
+    for item in others:
+        main.finished(item, [1] * len(item.ids), 0.1 * len(item.ids))
+    for progress in (main, other):
+        progress.begin(1, part, {})
+    other.finished(part[0], [0] * (size - 1) + [1], 10.0)  # of the others as many are expected to fall
+    square = 5001 * round(n / size, 6)
+    pace = (0.1 * (n - size) + 10.0) / (n - size + 201 * size)
+    expected = 10.0 / size * (n - size) + pace * square
+    assert main.seconds_left() == pytest.approx(expected / 2, rel=1e-3)
+    assert main.line().endswith(f"apgd-ce 1 of {size} survive")
 
 
 def test_changed_checks_throw_no_attack_away(shards: Path, model: fd.AdaptedModel, tmp_path: Path) -> None:

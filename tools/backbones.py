@@ -14,8 +14,6 @@ from tqdm import tqdm
 
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.backbone import check_name
-from fulllora_dist.models.survey import Backbone, architectures, examine, page
 
 FRACTION = 0.05
 MARKER = "<!-- written by tools/backbones.py -->\n"
@@ -47,6 +45,9 @@ def main() -> None:
         raise UserError(
             "--write: the page has all architectures at the default fraction; leave out NAME and other options"
         )
+    from fulllora_dist.models.backbone import check_name  # --help need not wait for torch
+    from fulllora_dist.models.survey import Backbone, architectures, examine, page
+
     above = _above_the_marker(args.write) if args.write is not None else ""
     for name in args.names:
         check_name(name, needs_tag=False)

@@ -15,16 +15,10 @@ from typing import Any
 
 from fulllora_dist.commands.arguments import add_num_samples, parser
 from fulllora_dist.commands.entry import run_entry
-from fulllora_dist.commands.evaluate import build_evaluated, check_inputs
+from fulllora_dist.commands.evaluate import check_inputs
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.distributed.comm import start_comm, stop_comm
-from fulllora_dist.evaluation import write_evaluation
-from fulllora_dist.evaluation.where import parse_by, where_robustness_sits
-from fulllora_dist.evaluation.where_report import where_figure, where_table
-from fulllora_dist.registry.address import resolved
-from fulllora_dist.training.build import build_eval_stream, build_evaluator
 from fulllora_dist.training.inputs import check_evaluation
 
 
@@ -46,6 +40,8 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     )
     arguments.add_argument("--output", metavar="FILE", default="where.json", help="default: where.json")
     args = arguments.parse_intermixed_args(argv)
+    from fulllora_dist.evaluation.where import parse_by  # --help need not wait for torch
+
     args.by = parse_by(args.by)
     if args.attack == "clean" or "," in args.attack:
         raise UserError(f"--attack: {args.attack}; clean is always measured, name one that changes images")
@@ -74,6 +70,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter, args.output)
     _check_replaced(args.output)
+    from fulllora_dist.commands.evaluation import build_evaluated
+    from fulllora_dist.distributed.comm import start_comm, stop_comm
+    from fulllora_dist.evaluation import write_evaluation
+    from fulllora_dist.evaluation.where import where_robustness_sits
+    from fulllora_dist.evaluation.where_report import where_figure, where_table
+    from fulllora_dist.registry.address import resolved
+    from fulllora_dist.training.build import build_eval_stream, build_evaluator
 
     comm = start_comm(config.distributed.timeout_minutes)
     adapter = comm.broadcast(comm.run_on_rank0(lambda: resolved(args.adapter, config.tracking_uri())))

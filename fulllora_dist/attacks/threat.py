@@ -113,13 +113,3 @@ def in_box(pixels: Tensor) -> Tensor:
 def _norms(pixels: Tensor) -> Tensor:
     """Euclidean length of each sample, [B, 1, 1, 1]."""
     return pixels.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-
-
-def size_in(norm: str, eps: float) -> str:
-    """Format a radius as is common in the field: Linf in grey levels, L2 as a length."""
-    return f"{norm} eps = {number_in(norm, eps)}"
-
-
-def number_in(norm: str, eps: float) -> str:
-    """The number of `size_in` alone."""
-    return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g}"

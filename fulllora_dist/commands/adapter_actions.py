@@ -1,10 +1,9 @@
-"""What the commands of tools/adapters.py do: each returns (text for people, JSON-able result, exit code)."""
+"""What the commands of tools/adapters.py do that need more than the store; see adapter_listing.py."""
 
 import dataclasses
 import os
 import shutil
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fulllora_dist.commands.adapter_listing import Answer, version_as_json
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.evaluation import eval_transform
@@ -25,71 +25,12 @@ from fulllora_dist.registry.flavor import CARD
 from fulllora_dist.registry.predict import compare_labels, passed_over, predict
 from fulllora_dist.registry.promotion import Rules, Verdict
 from fulllora_dist.registry.publish import CONFIG, publish
-from fulllora_dist.registry.registry import CHAMPION, PREVIOUS, Registry, Version, content_of
+from fulllora_dist.registry.registry import CHAMPION, PREVIOUS, Registry, content_of
 from fulllora_dist.registry.version_tags import Lineage
 from fulllora_dist.storage.urls import redacted
 from fulllora_dist.tracking.settings import check_model_name
 
-Answer = tuple[str, dict[str, Any], int]
-_ROBUST = "robust % (lowest attack)"
 _SHOWN_LAYERS = 12
-
-
-def list_command(args: Namespace) -> Answer:
-    """Registered models, or the versions of one."""
-    registry = Registry(args.uri)
-    if args.name is not None:
-        versions = registry.versions(args.name)
-        rows = [("version", "aliases", "clean %", _ROBUST, "method", "published")]
-        rows += [
-            (
-                str(version.number),
-                ", ".join(f"@{alias}" for alias in version.aliases),
-                _accuracy(version, "clean"),
-                _robust(version),
-                version.tags.get("method", ""),
-                time.strftime("%Y-%m-%d %H:%M", time.localtime(version.created / 1000)),
-            )
-            for version in versions
-        ]
-        return text_table(rows), {"name": args.name, "versions": [_as_json(version) for version in versions]}, 0
-    models = {name: registry.versions(name) for name in registry.names()}
-    summary = [("model", "versions", "@champion", "clean %", _ROBUST)]
-    for name, versions in models.items():
-        champion = next((version for version in versions if CHAMPION in version.aliases), None)
-        cells = (str(champion.number), _accuracy(champion, "clean"), _robust(champion)) if champion else ("", "", "")
-        summary.append((name, str(len(versions)), *cells))
-    text = text_table(summary) if models else f"no adapters at {registry.store.uri}"
-    return text, {"models": {name: [_as_json(version) for version in versions] for name, versions in models.items()}}, 0
-
-
-def _accuracy(version: Version, attack: str) -> str:
-    scores = version.accuracies.get(attack)
-    return "" if scores is None else "{:.1f} ({:.1f} to {:.1f})".format(*(100 * score for score in scores))
-
-
-def _robust(version: Version) -> str:
-    robust = {attack: scores for attack, scores in version.accuracies.items() if attack != "clean"}
-    if not robust:
-        return ""
-    lowest = min(robust, key=lambda attack: robust[attack][0])
-    return f"{_accuracy(version, lowest)} {lowest}"
-
-
-def _as_json(version: Version) -> dict[str, Any]:
-    return dataclasses.asdict(version) | {"address": version.address}
-
-
-def show_command(args: Namespace) -> Answer:
-    """Everything about a version."""
-    version = Registry(args.uri).find(args.version)
-    rows = [
-        ("aliases", ", ".join(version.aliases) or "none"),
-        ("run", version.run_id or "none"),
-        ("source", version.source),
-        *sorted(version.tags.items()),
-    ]
-    return f"{version.address}\n{text_table(rows)}", _as_json(version), 0
 
 
 def diff_command(args: Namespace) -> Answer:
@@ -111,8 +52,8 @@ def diff_command(args: Namespace) -> Answer:
     except UserError as error:
         compared = f"no comparison: {error}"
     result = {
-        "a": _as_json(versions[0]),
-        "b": _as_json(versions[1]),
+        "a": version_as_json(versions[0]),
+        "b": version_as_json(versions[1]),
         "settings": [{"name": name, "a": mine, "b": theirs} for name, mine, theirs in settings],
         "accuracy": accuracy,
         "accuracy_note": None if accuracy else compared,
@@ -146,7 +87,7 @@ def publish_command(args: Namespace) -> Answer:
         # redacted, like the one that the run itself logs
         lineage = Lineage.of_run(registry.store, args.run, redacted(config.read_text()) if config.is_file() else None)
     version = publish(registry, args.folder, evaluation=evaluation, name=args.name, data=args.data, lineage=lineage)
-    return f"published: {version.address}", _as_json(version), 0
+    return f"published: {version.address}", version_as_json(version), 0
 
 
 def promote_command(args: Namespace) -> Answer:

@@ -13,8 +13,10 @@ The store is MLFLOW_TRACKING_URI, or --uri. --json prints one JSON object. Exit 
 another promotion came first; 2 for bad input. docs/registry.md explains the gate.
 """
 
+import argparse
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from fulllora_dist.commands.parser import Parser
@@ -65,12 +67,19 @@ def _parser() -> Parser:
     return parser
 
 
+def _action(command: str) -> Callable[[argparse.Namespace], tuple[str, dict[str, Any], int]]:
+    """What a command does. --help need not wait for MLflow, nor a list for torch."""
+    if command in ("list", "show"):
+        from fulllora_dist.commands import adapter_listing as actions
+    else:
+        from fulllora_dist.commands import adapter_actions as actions  # type: ignore[no-redef]
+    return getattr(actions, f"{command}_command")
+
+
 def main() -> int:
     """Run the command line."""
     args = _parser().parse_args()
-    from fulllora_dist.commands import adapter_actions  # --help need not wait for torch and mlflow
-
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    text, result, code = getattr(adapter_actions, f"{args.command}_command")(args)
+    text, result, code = _action(args.command)(args)
     print(json.dumps(result) if args.json else text)
     return code

@@ -1,19 +1,31 @@
 """Arguments shared by several commands."""
 
 import argparse
+from typing import Any
 
 from fulllora_dist.commands.parser import Parser
-from fulllora_dist.config.describe import describe_settings
+
+
+class _HelpSettings(argparse.Action):
+    """--help-settings: print all settings, and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from fulllora_dist.config.describe import describe_settings  # --help need not wait
+
+        print("settings (in the file, or as key=value arguments):\n" + describe_settings())
+        parser.exit()
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """Create a parser with the arguments shared by train.py and evaluate.py."""
     result = Parser(
         description=description,
-        epilog="settings (in the file, or as key=value arguments):\n" + describe_settings(),
     )
     result.add_argument(
         "--config", required=True, metavar="FILE", help="YAML file with settings; see configs/ for examples"
+    )
+    result.add_argument(
+        "--help-settings", action=_HelpSettings, nargs=0, help="explain all settings of FILE and key=value, and exit"
     )
     result.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     result.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")

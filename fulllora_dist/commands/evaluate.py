@@ -9,27 +9,12 @@ counts with --output.
 import argparse
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
 
 from fulllora_dist.commands.arguments import add_num_samples, parser
-from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
-from fulllora_dist.core.errors import SharedUserError, UserError
-from fulllora_dist.distributed.comm import start_comm, stop_comm
-from fulllora_dist.distributed.launcher import join_launcher, say
-from fulllora_dist.evaluation import EvaluationReport, check_output, table, write_evaluation, write_figures
-from fulllora_dist.evaluation.report import check_replaced, read_replaced
-from fulllora_dist.evaluation.resume_log import items_done
-from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.models.adapter_file import DESCRIPTION, adapter_sha256
-from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.settings import AdapterSettings, ModelSettings
-from fulllora_dist.registry.address import in_mlflow, load, resolved
-from fulllora_dist.storage.folder_lock import FolderLock
-from fulllora_dist.storage.urls import redacted
-from fulllora_dist.training.build import build_eval_stream, build_evaluator, build_model
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.distributed.launcher import is_main_process, join_launcher
 from fulllora_dist.training.inputs import check_evaluated, check_evaluation, load_index
 
 
@@ -47,47 +32,16 @@ def check_inputs(config: Config, adapter: str | None, output: str | None = None)
     if folder is None:
         raise UserError("data.validation is not set; set it to the folder of shards to evaluate on")
     check_evaluated(config, load_index(folder, "data.validation"))
+    from fulllora_dist.evaluation import check_output  # --help need not wait for torch
+    from fulllora_dist.models.adapter_file import DESCRIPTION
+    from fulllora_dist.registry.address import in_mlflow
+
     if output is not None:
         check_output(output)
     local = adapter is not None and not in_mlflow(adapter) and "://" not in adapter
     if local and not os.path.exists(os.path.join(str(adapter), DESCRIPTION)):
         raise UserError(f"--adapter: {adapter} has no {DESCRIPTION}; give the folder adapter/ of a run")
     return folder
-
-
-def build_evaluated(config: Config, adapter: str | None) -> AdaptedModel:
-    """Build the adapted model in fp32, or the bare backbone without an adapter.
-
-    Raises:
-        UserError: the adapter cannot be read, or has a different backbone than the config.
-    """
-    if adapter is not None:
-        model = load(adapter, checkpoint_path=config.model.checkpoint_path, uri=config.tracking_uri())
-        _check_backbone(config.model, model.info, adapter)
-        return model
-    in_fp32 = config.model.model_copy(update={"precision": "fp32"})
-    # finetune: head adds no branches to the backbone
-    bare = config.model_copy(update={"finetune": "head", "adapter": AdapterSettings(), "model": in_fp32})
-    return build_model(bare)
-
-
-def _check_backbone(settings: ModelSettings, info: BackboneInfo, adapter: str) -> None:
-    """Check that the config agrees with the adapter's backbone, as its settings would have no effect otherwise."""
-    arch, _, tag = settings.backbone.partition(".")
-    its_arch, _, its_tag = info.name.partition(".")
-    same = arch == its_arch and (not tag or not its_tag or tag == its_tag)
-    others = {name: name for name in ("num_classes", "image_size", "mean", "std")}
-    others |= {"class_indices": "classes", "model_kwargs": "architecture"}
-    pairs = {"backbone": (settings.backbone, settings.backbone if same else info.name)}
-    pairs |= {
-        key: (getattr(settings, key), getattr(info, its)) for key, its in others.items() if getattr(settings, key)
-    }
-    for key, (ours, its) in pairs.items():
-        if (list(ours) if isinstance(ours, tuple) else ours) != (list(its) if isinstance(its, tuple) else its):
-            raise SharedUserError(
-                f"model.{key}: must be {its} for the adapter {redacted(adapter)}, got {ours}; use the config that it "
-                "was trained with"
-            )
 
 
 def _other_norm(args: argparse.Namespace) -> bool:
@@ -126,6 +80,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         help="path of evaluation.json, with figures next to it; the same command resumes after a kill. Default: only "
         "the table",
     )
+    arguments.add_argument(
+        "--dry-run", action="store_true", help="check the settings and estimate the cost without evaluating"
+    )
     args = arguments.parse_intermixed_args(argv)
     for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "output"):
         given = getattr(args, name)
@@ -152,50 +109,16 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate according to the command line."""
+    """Evaluate according to the command line. What is checked first needs no torch."""
     join_launcher()
     args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter, args.output)
-    if args.output:
-        read_replaced(args.output)
-    with ExitStack() as stack:
-        stack.enter_context(on_interrupt(lambda: _kept(args.output)))
-        _evaluate(args, config, folder, stack)
+    if args.dry_run:
+        if is_main_process():
+            from fulllora_dist.commands.plan import estimate_evaluation  # torch
 
+            print(estimate_evaluation(config))
+        return
+    from fulllora_dist.commands.evaluation import evaluate  # torch
 
-def _kept(output: str | None) -> str:
-    """What an interrupted evaluation leaves, and how to go on."""
-    if output is None:
-        return "nothing is kept; with --output FILE the same command would resume"
-    done = items_done(os.path.dirname(output) or ".", os.path.basename(output))
-    return f"{done} finished batches are kept in {output}.partial; re-run the same command to resume"
-
-
-def _evaluate(args: argparse.Namespace, config: Config, folder: str, stack: ExitStack) -> None:
-    comm = start_comm(config.distributed.timeout_minutes)
-    adapter = comm.broadcast(comm.run_on_rank0(lambda: args.adapter and resolved(args.adapter, config.tracking_uri())))
-    model = comm.run_on_all(lambda: build_evaluated(config, adapter)).to(comm.device)
-    stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))
-    sha256 = None if adapter is None else adapter_sha256(model)
-    evaluator = build_evaluator(config, model.info, comm, adapter, sha256)
-    if args.output:
-        names, sizes = config.evaluation.attacks, (config.threat.eps, *config.evaluation.eps)
-        new = [(0.0 if name == "clean" else eps, name) for name in names for eps in sizes]
-        lock = FolderLock(Path(f"{args.output}.lock"), "--output", say)
-        stack.callback(lock.release)
-
-        def open_output() -> None:
-            check_replaced(args.output, new, config.threat.norm, len(stream.ids), sha256)
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire()
-
-        comm.run_on_rank0(open_output, f"--output: cannot write {args.output}")
-
-    def write(report: EvaluationReport) -> None:
-        print(table(report), flush=True)
-        if args.output:
-            write_evaluation(report, args.output)
-            write_figures(report, args.output)
-
-    evaluator.run(model, stream, resume_dir=args.output and f"{args.output}.partial", write=write)
-    stop_comm()
+    evaluate(config, folder, args.adapter, args.output)

@@ -137,7 +137,9 @@ def evaluate_arguments(text: str) -> list[str]:
 def launch_arguments() -> argparse.ArgumentParser:
     """Arguments of a launch; those of `Resources` under their names."""
     parser = Parser(description=__doc__)
-    parser.add_argument("--config", required=True, metavar="FILE", help="of train.py, whose --help lists the settings")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="of train.py, whose --help-settings lists the settings"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file's")
     parser.add_argument("--executor", choices=EXECUTORS, default="slurm", help="local: tasks of this machine in the "
                         "background; debug: one task in this process")  # fmt: skip

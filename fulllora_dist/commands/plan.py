@@ -10,14 +10,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import size_in
+from fulllora_dist.evaluation import EvalAttack, size_in
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.training.inputs import check_files, check_settings, load_index
+from fulllora_dist.training.inputs import check_evaluation, check_files, check_settings, load_index
 from fulllora_dist.training.run import on_meta
 
-IMAGENET = 1_281_167
+IMAGENET, IMAGENET_VALIDATION = 1_281_167, 50_000
 ASSUMED_FLOPS = 3e14
 """Assumed sustained FLOP/s of one GPU for the estimate of GPU-hours: about 30 % of an H200's bf16 peak."""
+
+ASSUMED_FP32_FLOPS = 4e13
+"""The same for an evaluation, which computes in full fp32: about 60 % of an H200's peak."""
 
 
 class _SavedBytes:
@@ -134,6 +137,7 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     reduced = 2 * adapter * (world - 1) / world
     passes = update_passes * config.distributed.gradient_accumulation_steps
     gathered = 2 * passes * (weights + adapter) if stage == 3 else 0
+    evaluation = _evaluation_line(config, _count(model, model.info.image_size))
     lines = [
         f"{model.info.name} at {model.info.image_size} pixels, {config.finetune}, "
         f"{config.model.precision}, ZeRO-{stage}, {world} ranks",
@@ -149,4 +153,44 @@ def estimate(config: Config, ranks: int | None = None) -> str:
         f"communication a rank and update: {reduced / 2**20:.1f} MiB of gradients"
         + (f", {gathered / 2**30:.1f} GiB of weights gathered" if gathered else ", attack passes none"),
     ]
-    return "\n".join(lines + notes)
+    return "\n".join([*lines, *([evaluation] if evaluation else []), *notes])
+
+
+def estimate_evaluation(config: Config) -> str:
+    """Estimate the passes and FLOPs of an evaluation, as readable text.
+
+    Raises:
+        UserError: invalid settings.
+    """
+    model, _ = on_meta(config, IMAGENET)
+    for parameter in model.trainable().values():
+        parameter.requires_grad_(False)
+    size = model.info.image_size
+    return f"{model.info.name} at {size} pixels\n{_evaluation_line(config, _count(model, size))}"
+
+
+def _evaluation_line(config: Config, cost: _Cost) -> str | None:
+    """What the attacks of a config cost; None where it has no validation images."""
+    if config.data.validation is None:
+        return None
+    settings, subset = config.evaluation, check_evaluation(config)
+    try:
+        images = len(subset.of(load_index(config.data.validation, "data.validation"), "data.validation"))
+    except UserError:  # not there yet
+        images = settings.num_samples or settings.first or IMAGENET_VALIDATION
+    backward = cost.flops - cost.forward_flops
+    most, least, named = 0, 0, []
+    for attack in EvalAttack.parse_all(settings.attacks):
+        first = EvalAttack.parse(attack.parts[0]) if attack.parts else attack
+        balls = 1 if attack.kind == "clean" else 1 + len(settings.eps)
+        for passes, is_most in ((attack.forward_and_backward, True), (first.forward_and_backward, False)):
+            flops = balls * images * (passes[0] * cost.forward_flops + passes[1] * backward)
+            most, least = (most + flops, least) if is_most else (most, least + flops)
+        falls = f" where it stays robust, {first.passes:,} where it falls to {first.name}" if attack.parts else ""
+        named.append(f"{attack.name} {attack.passes:,} passes an image" + falls)
+    hours = [flops / ASSUMED_FP32_FLOPS / 3600 for flops in (most, (most + least) / 2)]
+    half = f", {hours[1]:.2g} where half of the images fall to its first part" if most > least else ""
+    return (
+        f"evaluation of {images:,} images: {', '.join(named)}; {hours[0]:.2g} GPU-hours at an assumed "
+        f"{ASSUMED_FP32_FLOPS / 1e12:.0f} TFLOP/s of fp32{half}"
+    )

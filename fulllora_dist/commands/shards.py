@@ -10,10 +10,6 @@ from typing import Any
 
 from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.commands.parser import Parser
-from fulllora_dist.data.shards.classes import read_classes
-from fulllora_dist.data.shards.indexing import index_shards
-from fulllora_dist.data.shards.make import make_shards
-from fulllora_dist.storage.urls import redacted
 
 MAKE = """Images -> WebDataset shards + index, on disk or in a bucket.
 
@@ -89,6 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
 def make() -> None:
     """Make shards as the command line says."""
     args = make_parser().parse_args()
+    from fulllora_dist.data.shards.make import make_shards  # --help need not wait for torch
+    from fulllora_dist.storage.urls import redacted
+
     args.classes = None if args.classes is None else _classes(args.classes, one=True)
     kept = f"what is finished is kept in {redacted(args.destination)}; re-run the same command to resume"
     with on_interrupt(lambda: kept):
@@ -127,6 +126,8 @@ def _classes(text: str, *, one: bool = False) -> int | list[str]:
         return int(text)
     if not os.path.isfile(text) and ("," in text or one):
         return text.split(",")
+    from fulllora_dist.data.shards.classes import read_classes
+
     return read_classes(Path(text))
 
 
@@ -163,6 +164,8 @@ def index_parser() -> argparse.ArgumentParser:
 def index() -> None:
     """Index shards as the command line says."""
     args = index_parser().parse_args()
+    from fulllora_dist.data.shards.indexing import index_shards  # --help need not wait for fsspec
+
     args.classes = None if args.classes is None else _classes(args.classes)
     with on_interrupt(lambda: "shards that were read are not read again; re-run the same command to resume"):
         result = _run(index_shards, args)

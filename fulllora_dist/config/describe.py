@@ -8,7 +8,7 @@ from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings
 
 
 def describe_settings() -> str:
-    """All settings with type, default and meaning, for `--help`."""
+    """All settings with type, default and meaning, for `--help-settings`."""
     lines: list[str] = []
 
     def describe(model: type[BaseModel], prefix: str) -> None:

@@ -1,4 +1,4 @@
-"""Perturbation sizes as settings, for pixels in [0, 1]."""
+"""Perturbation sizes as settings and as text, for pixels in [0, 1]."""
 
 from typing import Annotated
 
@@ -39,3 +39,13 @@ def check_pixel_range(size: float) -> float:
 
 
 Size = Annotated[float, BeforeValidator(parse_size)]
+
+
+def size_in(norm: str, eps: float) -> str:
+    """Format a radius as is common in the field: Linf in grey levels, L2 as a length."""
+    return f"{norm} eps = {number_in(norm, eps)}"
+
+
+def number_in(norm: str, eps: float) -> str:
+    """The number of `size_in` alone."""
+    return f"{eps * 255:.4g}/255" if norm == "linf" else f"{eps:.4g}"

@@ -4,7 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fulllora_dist.attacks.threat import size_in
+    from fulllora_dist.core.units import size_in
     from fulllora_dist.evaluation.attacks import EvalAttack, is_correct, parse_attacks
     from fulllora_dist.evaluation.evaluator import Evaluator
     from fulllora_dist.evaluation.function import evaluate
@@ -39,7 +39,7 @@ _HOMES = {
     "evaluate": "evaluation.function",
     "is_correct": "evaluation.attacks",
     "parse_attacks": "evaluation.attacks",
-    "size_in": "attacks.threat",
+    "size_in": "core.units",
     "table": "evaluation.summary",
     "write_evaluation": "evaluation.report",
     "write_figures": "evaluation.summary",

@@ -11,8 +11,9 @@ Loss = Literal["ce", "margin", "dlr"]
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The four parts of the standard AutoAttack, in order."""
-_PARTS: dict[str, int] = {"apgd-ce": 200, "apgd-t": 1800, "fab-t": 1800, "square": 5000}  # forward and backward passes
-_PARTS |= {"apgd-dlr": 200, "fab": 200}
+_PARTS = {"apgd-ce": (100, 100), "apgd-t": (900, 900), "fab-t": (1800, 900), "square": (5000, 0)}
+"""Forward and backward passes of an image that survives, with nine target classes."""
+_PARTS |= {"apgd-dlr": (100, 100), "fab": (200, 100)}
 _ITERATED = re.compile(r"(pgd|cw|dlr)([1-9]\d*)(?:x([1-9]\d*))?")
 _LOSSES: dict[str, Loss] = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
 _KNOWN = (
@@ -57,15 +58,21 @@ class AttackName:
         return cls(name, "pgd", int(steps), _LOSSES[kind], int(restarts or 1))
 
     @property
-    def passes(self) -> int:
-        """Forward and backward passes of an image, at most, the prediction included; the measure of its cost."""
+    def forward_and_backward(self) -> tuple[int, int]:
+        """Passes of an image, at most, the prediction included."""
         if self.kind == "autoattack":
-            return 1 + sum(_PARTS[part] for part in self.parts)
+            return 1 + sum(_PARTS[part][0] for part in self.parts), sum(_PARTS[part][1] for part in self.parts)
         if self.kind == "clean":
-            return 1
+            return 1, 0
         if self.kind == "fgsm":
-            return 4
-        return 2 + self.restarts * 2 * self.steps + (self.restarts if self.restarts > 1 else 0)
+            return 3, 1
+        steps = self.restarts * self.steps
+        return 2 + steps + (self.restarts if self.restarts > 1 else 0), steps
+
+    @property
+    def passes(self) -> int:
+        """All of them; the measure of an attack's cost."""
+        return sum(self.forward_and_backward)
 
     def check_classes(self, classes: int) -> None:
         """Raises SharedUserError: the attack's loss needs more logits than there are."""

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from fulllora_dist.attacks.fgsm import single_step
 from fulllora_dist.attacks.pgd import attack_mode, default_step_size, is_correct, projected_gradient
 from fulllora_dist.attacks.threat import Threat
-from fulllora_dist.core.rng import base_key
 from fulllora_dist.evaluation.attack_names import AttackName
-from fulllora_dist.evaluation.official import autoattack
+from fulllora_dist.evaluation.official import run_part
 
 
 class Outcome(NamedTuple):
@@ -31,8 +30,8 @@ class EvalAttack(AttackName):
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
         """Adversarial examples for `x` (`pgd` says the shapes). PGD takes steps of 2.5 eps / K as Madry et al. do, at
-        most eps; its random start is keyed by (seed, attack, id), AutoAttack's generator by (seed, attack, eps, all
-        ids). torch's own generator is as it was."""
+        most eps; its random start is keyed by (seed, attack, id). AutoAttack is the official evaluation of this one
+        batch with this seed. torch's own generator is as it was."""
         return self._examples(model, x, y, threat, seed, ids)[0]
 
     def correct(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Tensor:
@@ -64,7 +63,7 @@ class EvalAttack(AttackName):
             eps, norm = threat.eps, threat.norm
             return single_step(model, x, y, eps=eps, noise=0, step_size=eps, project=True, norm=norm, ids=ids), None
         if self.kind == "autoattack":
-            return _autoattack(self, model, x, y, threat, seed, ids)
+            return _autoattack(self, model, x, y, threat, seed)
         examples = projected_gradient(
             model,
             x,
@@ -86,16 +85,28 @@ def parse_attacks(names: Sequence[str]) -> list[EvalAttack]:
     return EvalAttack.parse_all(names)
 
 
-def autoattack_seed(name: str, threat: Threat, seed: int, ids: Tensor) -> int:
-    """The seed of torch's generator for this attack on the batch of these ids, int64 [B]."""
-    batch = ",".join(map(str, ids.tolist()))
-    return base_key(seed, f"eval/{name}/{threat.norm}/{threat.eps!r}/{batch}", 0) >> 1  # torch takes 63 bits
+def survivors_outcome(model: nn.Module, x: Tensor, y: Tensor, *, part: str, threat: Threat, seed: int) -> Outcome:
+    """What a part of AutoAttack does to a batch of images [B, C, H, W] that have survived so far. torch's generator is
+    seeded by `seed` alone, as the official code does it for each batch; afterwards it is as it was."""
+    with attack_mode(model):
+        examples, correct = run_part(model, x, y, threat=threat, seed=seed, part=part)
+        with torch.no_grad():
+            not_finite = torch.zeros_like(y) if correct.all() else (~model(examples).isfinite()).sum(dim=1)
+    return Outcome(correct, not_finite)
 
 
 def _autoattack(
-    attack: EvalAttack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int, ids: Tensor
+    attack: EvalAttack, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The official code on one batch: (examples, whether each image survives)."""
-    number = autoattack_seed(attack.name, threat, seed, ids)
+    """The official evaluation of one batch: (examples, whether each image survives)."""
+    examples = x.clone()
     with attack_mode(model):
-        return autoattack(model, x, y, threat=threat, seed=number, parts=attack.parts)
+        with torch.no_grad():
+            correct = is_correct(model(x), y)
+        for part in attack.parts:
+            if not (left := correct.nonzero()[:, 0]).numel():
+                break
+            made, stands = run_part(model, x[left], y[left], threat=threat, seed=seed, part=part)
+            examples[left[~stands]] = made[~stands].detach()
+            correct[left] = stands
+    return examples, correct

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient, is_correct
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.rng import base_key
-from fulllora_dist.evaluation.attacks import EvalAttack, autoattack_seed
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.evaluation.official import square
 
 Numbers = dict[str, float]
@@ -161,7 +161,9 @@ def _square(batch: CheckBatch) -> Numbers:
     correct = batch.correct
     if not correct.any():
         return {"other_alone": 0, "many_alone": 0}
-    seed = autoattack_seed("check/square", batch.threat, batch.seed, batch.ids)
+    ids = ",".join(map(str, batch.ids.tolist()))
+    purpose = f"eval/check/square/{batch.threat.norm}/{batch.threat.eps!r}/{ids}"
+    seed = base_key(batch.seed, purpose, 0) >> 1  # torch takes 63 bits
     x, y = batch.x[correct], batch.y[correct]
     with attack_mode(batch.model):
         examples = square(batch.model, x, y, threat=batch.threat, seed=seed, queries=SQUARE_QUERIES)

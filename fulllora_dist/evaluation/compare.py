@@ -6,10 +6,10 @@ from typing import TypedDict
 import numpy as np
 from scipy.stats import binomtest
 
-from fulllora_dist.attacks.threat import number_in
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import paired_score
 from fulllora_dist.core.text_table import text_table
+from fulllora_dist.core.units import number_in
 from fulllora_dist.evaluation.report import EvaluationReport, attack_names, check_unique_ids, scores
 
 SAME = ("norm", "precision", "data")

@@ -1,7 +1,8 @@
 """Robust accuracy: every sample attacked once, counted exactly over all ranks, with its uncertainty.
 
-An evaluation is cut into work items (`work_items`), each one attack on one batch. Ranks take one after the other, keep
-the results in a log (`resume_log`) and exchange them at the end; of all of them the report is made (`report`).
+An evaluation is cut into work items (`work_items`), each one attack on one batch. Ranks take one after the other and
+keep the results in a log (`resume_log`). They exchange them before each part of AutoAttack, which attacks the images
+that the parts before have left (`verdicts`), and at the end; of all of them the report is made (`report`).
 """
 
 import time
@@ -16,19 +17,21 @@ import torch
 from torch import nn
 
 from fulllora_dist.attacks.pgd import attack_mode
-from fulllora_dist.attacks.threat import Threat, number_in
+from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.units import number_in
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.class_names import ClassMatch, match_classes
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import checks
-from fulllora_dist.evaluation.attacks import parse_attacks
+from fulllora_dist.evaluation.attacks import parse_attacks, survivors_outcome
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.progress import Progress, heartbeat, wait_for_all
 from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKeys, score
 from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
 from fulllora_dist.evaluation.trained import classes_of, own_pictures
-from fulllora_dist.evaluation.work_items import WorkItem, take_turns, work_items
+from fulllora_dist.evaluation.verdicts import Verdicts
+from fulllora_dist.evaluation.work_items import WorkItem, first_items, part_items, take_turns
 from fulllora_dist.models.precision import in_full_fp32
 
 Results = dict[str, Any]
@@ -39,8 +42,8 @@ where it is wrong and k logits are not finite; of the checks {check: its numbers
 class Evaluator:
     """Accuracy under each attack (docs/evaluation.md).
 
-    No rank waits for another before the end: each has a full replica of the model, in which a forward pass is no
-    collective, and what an item gives depends on its own name alone.
+    Ranks wait for each other only before each part of AutoAttack and at the end: each has a full replica of the model,
+    in which a forward pass is no collective, and what an item gives depends on its own name alone.
 
     Args:
         attacks: names, see `EvalAttack`.
@@ -125,19 +128,18 @@ class Evaluator:
         if len(np.unique(ids)) < len(ids):
             raise UserError("evaluation: a sample is in two batches")
         match = self._match_classes(predict, images)
-        comm, items = self._comm, work_items(variants, self._attacks, self._threats, images, self._checked)
+        comm = self._comm
         digest = "" if resume_dir is None else fingerprint(predict, images, self._seed)
         log = ResumeLog(resume_dir, digest, comm.rank)
         results: Results = dict(comm.all_gather_list(list(log.results().items())))
-        results |= self._finish(predict, variants, images, items, results, log, match)
+        verdicts, measured = self._finish(predict, variants, images, ids, results, log, match)
         model: ModelKeys = {
             "classes": list(classes_of(predict, images.index.classes)) or None,
             "class_match": match.note,
             "own_pictures": own_pictures(predict),
         }
         reports = {
-            name: self._report(images, ids, [item for item in items if item.variant == name], results, model)
-            for name in variants
+            name: self._report(images, verdicts, name, checks.joined(measured[name]), model) for name in variants
         }
         if write is None:
             comm.barrier()  # every rank has the results
@@ -170,49 +172,65 @@ class Evaluator:
         predict: nn.Module,
         variants: Mapping[str, Callable[[], AbstractContextManager[None]]],
         images: EvalImages,
-        items: list[WorkItem],
-        known: Results,
+        ids: np.ndarray,
+        results: Results,
         log: ResumeLog,
         match: ClassMatch,
-    ) -> Results:
-        """Do what is not known yet, on all ranks together."""
-        comm, counters, own = self._comm, self._comm.counters(), Results()
+    ) -> tuple[Verdicts, dict[str, list[Any]]]:
+        """Do what is not known yet, on all ranks together: first everything but AutoAttack, then its parts one after
+        the other, each on what the ones before have left on all ranks. `results` grows.
+
+        Returns:
+            What became of each image, and {variant: results of its checks}.
+        """
+        comm, counters, verdicts = self._comm, self._comm.counters(), Verdicts(ids)
         sizes = [number_in(threat.norm, threat.eps) for threat in self._threats]
-        progress = Progress(items, known, counters, comm.world, sizes, self._shows)
-        todo = [item for item in items if item.name not in known]
+        progress = Progress(self._attacks, len(ids), counters, comm.world, sizes, self._shows)
+        batch_size = max(map(len, images.batches))
+        first = first_items(variants, self._attacks, self._threats, images, self._checked)
         with attack_mode(predict), in_full_fp32(), heartbeat(predict, counters):
-            for item, batch in take_turns(todo, images, counters, comm.world):
-                start = time.monotonic()
-                batch = batch.to(comm.device)
-                with variants[item.variant]():
-                    own[item.name] = self._result(predict, item, replace(batch, labels=match.of(batch.labels)))
-                log.keep(item.name, own[item.name])
-                progress.finished(item, own[item.name], time.monotonic() - start)
-            wait_for_all(counters, comm.world)
-        return dict(comm.all_gather_list(list(own.items())))
+            for number in range(1 + max(len(attack.parts) for attack in self._attacks)):
+                items = first
+                if number:
+                    items = part_items(number, variants, self._attacks, self._threats, batch_size, verdicts.survivors)
+                progress.begin(number, items, results)
+                own, todo = Results(), [item for item in items if item.name not in results]
+                for item, batch in take_turns(todo, images, counters, comm.world, number):
+                    start = time.monotonic()
+                    batch = batch.to(comm.device)
+                    with variants[item.variant]():
+                        own[item.name] = self._result(predict, item, replace(batch, labels=match.of(batch.labels)))
+                    log.keep(item.name, own[item.name])
+                    progress.finished(item, own[item.name], time.monotonic() - start)
+                wait_for_all(counters, comm.world, number)
+                results |= dict(comm.all_gather_list(list(own.items())))
+                verdicts.record(items, results)
+        measured: dict[str, list[Any]] = {name: [] for name in variants}
+        for item in first:
+            if item.attack is None:
+                measured[item.variant].append(results[item.name])
+        return verdicts, measured
 
     def _result(self, predict: nn.Module, item: WorkItem, batch: Batch) -> Any:
-        threat, x = self._threats[item.radius], batch.pixels()
+        threat, x, y = self._threats[item.radius], batch.pixels(), batch.labels
         if item.attack is None:
-            return checks.measure(checks.CheckBatch(predict, x, batch.labels, batch.ids, threat, self._seed))
-        outcome = item.attack.outcome(predict, x, batch.labels, threat=threat, seed=self._seed, ids=batch.ids)
+            return checks.measure(checks.CheckBatch(predict, x, y, batch.ids, threat, self._seed))
+        if item.attack.parts:
+            outcome = survivors_outcome(predict, x, y, part=item.attack.parts[-1], threat=threat, seed=self._seed)
+        else:
+            outcome = item.attack.outcome(predict, x, y, threat=threat, seed=self._seed, ids=batch.ids)
         return torch.where(outcome.correct, 1, -outcome.not_finite).tolist()
 
     def _report(
-        self, images: EvalImages, ids: np.ndarray, items: list[WorkItem], results: Results, model: ModelKeys
+        self, images: EvalImages, verdicts: Verdicts, variant: str, measured: dict[str, Any], model: ModelKeys
     ) -> EvaluationReport:
+        ids = verdicts.ids
         labels, classes = images.index.labels[ids], images.index.classes
         points: list[EpsPoint] = []
-        measured = checks.joined([results[item.name] for item in items if item.attack is None])
         warnings = checks.warnings(measured)
         for radius, threat in enumerate(self._threats):
-            found = {}
-            for attack in self._attacks if radius == 0 else [a for a in self._attacks if a.kind != "clean"]:
-                found[attack] = np.full(len(ids), 2)
-                for item in items:
-                    if (item.attack, item.radius) == (attack, radius):
-                        found[attack][np.searchsorted(ids, item.ids)] = results[item.name]
-                assert (found[attack] < 2).all(), f"{attack.name}: not every sample was seen"
+            asked = self._attacks if radius == 0 else [attack for attack in self._attacks if attack.kind != "clean"]
+            found = {attack: verdicts.of(variant, radius, attack) for attack in asked}
             correct = {attack: (values == 1).astype(int) for attack, values in found.items()}
             scored = {attack.name: score(hits, labels, classes) for attack, hits in correct.items()}
             points.append({"eps": threat.eps, "attacks": scored})

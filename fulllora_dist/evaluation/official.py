@@ -5,9 +5,7 @@ it is. At the first one that is not, the attack begins anew on the model with on
 whose logits are not finite: for the attack they are misclassified, and to the others that class is out of reach.
 """
 
-import logging
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -61,26 +59,31 @@ def _on_finite_logits(model: nn.Module, attack: Callable[[nn.Module], T]) -> T:
     try:
         return attack(_Watched(model))
     except NotFiniteError:
-        sys.settrace(None)  # pyautoattack traces one of its passes
         return attack(_OneMoreClass(model))
 
 
-def autoattack(
-    model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, parts: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """The standard version's parts on one batch, inside `attack_mode`: (examples [B, C, H, W], bool [B]: whether each
-    image survives). torch's own generator is as it was."""
+def run_part(model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, part: str) -> tuple[Tensor, Tensor]:
+    """One of the standard version's parts on a batch of images that the model classifies correctly, inside
+    `attack_mode`: (examples [B, C, H, W], bool [B]: whether each image survives).
+
+    It does what `run_standard_evaluation` does with each batch of survivors, which seeds the part anew every time. So
+    the parts in their order, each on the survivors of the one before in batches of one size, are that evaluation.
+    """
 
     def run(finite: nn.Module) -> tuple[Tensor, Tensor]:
         adversary = _official(finite, x, threat, seed)
-        adversary.attacks_to_run = list(parts)
         with torch.no_grad():
             targets = min(9, model(x[:1]).shape[1] - 1)  # where there are fewer than ten classes, all wrong ones
-        adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
-        examples, predicted = adversary.run_standard_evaluation(x, y, batch_size=len(x))
-        return examples, predicted == y
+            adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+            adversary.apgd.loss = part.removeprefix("apgd-")
+            adversary.fab.targeted = part == "fab-t"
+            attack = {"apgd-t": adversary.apgd_targeted, "square": adversary.square}.get(
+                part, adversary.fab if part.startswith("fab") else adversary.apgd
+            )
+            examples = attack.perturb(x.clone(), y.clone())
+            return examples, finite(examples).argmax(dim=1) == y
 
-    with _own_generator(x.device), _silent():
+    with _own_generator(x.device):
         return _on_finite_logits(model, run)
 
 
@@ -109,14 +112,3 @@ def _own_generator(device: torch.device) -> Iterator[None]:
     """Seeds and draws of torch's generators inside are forgotten afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without pyautoattack's remarks on each batch: `checks` looks at the whole evaluation."""
-    logger = logging.getLogger("auto-attack")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

@@ -1,5 +1,6 @@
 """How far an evaluation is on all ranks: finished items and accuracies so far, and whether anybody still works."""
 
+import itertools
 import sys
 import time
 from collections import Counter
@@ -11,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from fulllora_dist.distributed.comm import Counters
-from fulllora_dist.evaluation.work_items import WorkItem
+from fulllora_dist.evaluation.attacks import EvalAttack
+from fulllora_dist.evaluation.work_items import WorkItem, passes_of
 
 INTERVAL_SECONDS = 10.0  # between two lines
 STILL_SECONDS = 60.0  # without a pass anywhere; the collective that comes next knows whether a rank is gone
@@ -22,8 +24,8 @@ class Progress:
     so far of the variant that it did last.
 
     Args:
-        items: all of the evaluation.
-        results: of those that were done before, by their names.
+        attacks: of the evaluation.
+        n: number of its images.
         counters: shared by the ranks.
         world: number of ranks.
         sizes: of the balls, as they are written.
@@ -32,33 +34,41 @@ class Progress:
 
     def __init__(
         self,
-        items: Sequence[WorkItem],
-        results: Mapping[str, Any],
+        attacks: Sequence[EvalAttack],
+        n: int,
         counters: Counters,
         world: int,
         sizes: Sequence[str],
         shows: bool,
     ):
-        self._items, self._sizes, self._counters, self._world, self._shows = items, sizes, counters, world, shows
-        self._before = sum(item.name in results for item in items)
+        self._attacks, self._n, self._sizes = attacks, n, sizes
+        self._counters, self._world, self._shows = counters, world, shows
+        self._items: list[WorkItem] = []  # of this round and those before
+        self._before = self._round = 0
         self._passes: Counter[str] = Counter()  # of each kind, that are to be made
+        self._attacked: Counter[tuple[str, int, str]] = Counter()  # images of each variant, ball and attack
+        self._started = self._shown_at = time.monotonic()
+
+    def begin(self, number: int, items: Sequence[WorkItem], results: Mapping[str, Any]) -> None:
+        """A round of items begins, of which some were done before: AutoAttack's part `number`, or (0) all else."""
+        self._round = number
+        self._items += items
+        resumed = sum(item.name in results for item in items)
+        self._before += resumed
         for item in items:
             self._passes[item.kind] += 0 if item.name in results else item.passes
-        self._started = self._shown_at = time.monotonic()
-        if shows:
-            for item in items:
+            if item.attack is not None:
+                self._attacked[item.variant, item.radius, item.attack.name] += len(item.ids)
+            if self._shows:
                 self._count(item, results.get(item.name, ()))
-            if self._before:
-                self._print(f"resumes after {self._before} of {len(items)} work items")
+        if self._shows and resumed:
+            self._print(f"resumes after {resumed} of {len(items)} work items" + (f" of part {number}" * (number > 0)))
 
     def _count(self, item: WorkItem, correct: Sequence[int]) -> None:
         if item.attack is not None:
-            self._counters.add(f"seen {self._column(item)}", len(correct))
-            self._counters.add(f"correct {self._column(item)}", sum(value == 1 for value in correct))
-
-    def _column(self, item: WorkItem) -> str:
-        at_eps = f" at {self._sizes[item.radius]}" if len(self._sizes) > 1 and item.kind != "clean" else ""
-        return f"{item.variant}: {item.kind}{at_eps}"
+            column = (item.variant, item.radius, item.attack.name)
+            self._counters.add(f"seen {column}", len(correct))
+            self._counters.add(f"correct {column}", sum(value == 1 for value in correct))
 
     def finished(self, item: WorkItem, result: Any, seconds: float) -> None:
         """This rank has done an item, in so many seconds."""
@@ -74,20 +84,43 @@ class Progress:
         done = sum(self._now(f"items {kind}") for kind in self._passes)
         rate = done / (time.monotonic() - self._started)
         left = timedelta(seconds=round(self.seconds_left()))
-        columns = dict.fromkeys(self._column(item) for item in self._items if item.attack and item.variant == variant)
-        counts = {name: (self._now(f"correct {name}"), self._now(f"seen {name}")) for name in columns}
-        accuracies = [f"{name.partition(': ')[2]} {hits / n:.1%}" for name, (hits, n) in counts.items() if n]
-        shown = f"{variant}: {', '.join(accuracies)}".removeprefix(": ")
-        return f"{self._before + done} of {len(self._items)} work items, {rate:.3g}/s, {left} left; {shown}"
+        shown = []
+        for column in self._attacked:
+            hits, seen = self._now(f"correct {column}"), self._now(f"seen {column}")
+            if column[0] == variant and seen:
+                at_eps = f" at {self._sizes[column[1]]}" if len(self._sizes) > 1 and column[2] != "clean" else ""
+                parts = EvalAttack.parse(column[2]).parts
+                score = f"{hits} of {seen} survive" if parts else f"{hits / seen:.1%}"
+                shown.append(f"{parts[-1] if parts else column[2]}{at_eps} {score}")
+        accuracies = f"{variant}: {', '.join(shown)}".removeprefix(": ")
+        return f"{self._before + done} of {len(self._items)} work items, {rate:.3g}/s, {left} left; {accuracies}"
 
     def seconds_left(self) -> float:
         """By what finished items of each kind took; a kind of which none is finished takes as long for a pass as the
-        others did, and all passes that it may make."""
-        done = {kind: self._now(f"passes {kind}") for kind in self._passes}
-        taken = {kind: self._now(f"milliseconds {kind}") / 1000 for kind in self._passes}
+        others did, and all passes that it may make. AutoAttack's later parts meet as many images as survive what was
+        measured at the same eps until now."""
+        to_do = Counter(self._passes)
+        numbers = ((attack, k) for attack in self._attacks for k in range(self._round + 1, len(attack.parts) + 1))
+        later = dict.fromkeys(attack.parts[:k] for attack, k in numbers)
+        for variant in dict.fromkeys(variant for variant, _, _ in self._attacked):
+            for radius, parts in itertools.product(range(len(self._sizes)), later):
+                to_do[parts[-1]] += round(self._standing(variant, radius, len(parts)) * passes_of(parts[-1]))
+        done = {kind: self._now(f"passes {kind}") for kind in to_do}
+        taken = {kind: self._now(f"milliseconds {kind}") / 1000 for kind in to_do}
         mean = sum(taken.values()) / max(1, sum(done.values()))
         pace = {kind: taken[kind] / done[kind] if done[kind] else mean for kind in done}
-        return sum((self._passes[kind] - done[kind]) * pace[kind] for kind in done) / self._world
+        return sum((to_do[kind] - done[kind]) * pace[kind] for kind in done) / self._world
+
+    def _standing(self, variant: str, radius: int, part: int) -> float:
+        """How many images part number `part` is expected to attack: the first one all that are classified correctly,
+        the others no more than any attack has left."""
+        expected = [float(self._n)]
+        for column, attacked in self._attacked.items():
+            clean = column[0] == variant and column[2] == "clean"
+            if clean or (part > 1 and column[:2] == (variant, radius)):
+                seen = self._now(f"seen {column}")
+                expected.append(attacked * self._now(f"correct {column}") / seen if seen else attacked)
+        return min(expected)
 
     def _now(self, name: str) -> int:
         return self._counters.add(name, 0)
@@ -114,12 +147,13 @@ def heartbeat(predict: nn.Module, counters: Counters) -> Iterator[None]:
         handle.remove()
 
 
-def wait_for_all(counters: Counters, world: int) -> None:
+def wait_for_all(counters: Counters, world: int, number: int) -> None:
     """Wait until every rank is here, as long as some rank makes passes: the last items may take longer than the limit
-    of a collective."""
-    counters.add("here", 1)
+    of a collective. `number` differs from call to call."""
+    here = f"here {number}"
+    counters.add(here, 1)
     beats, since = -1, time.monotonic()
-    while counters.add("here", 0) < world and time.monotonic() - since < STILL_SECONDS:
+    while counters.add(here, 0) < world and time.monotonic() - since < STILL_SECONDS:
         time.sleep(0.05)
         if (now := counters.add("beats", 0)) != beats:
             beats, since = now, time.monotonic()

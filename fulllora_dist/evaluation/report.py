@@ -11,10 +11,10 @@ from typing import Any, NotRequired, TypedDict, get_args
 import numpy as np
 
 from fulllora_dist.attacks.settings import Norm
-from fulllora_dist.attacks.threat import number_in
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import wilson
+from fulllora_dist.core.units import number_in
 
 
 class Score(TypedDict):

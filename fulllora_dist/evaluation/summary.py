@@ -6,9 +6,9 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo
 
-from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.stats import wilson
 from fulllora_dist.core.text_table import text_table
+from fulllora_dist.core.units import size_in
 from fulllora_dist.evaluation.report import EvaluationReport, Score, eps_points
 from fulllora_dist.evaluation.trained import pictures_line
 from fulllora_dist.plots.figures import Curve, least_and_most, per_class_bars, robustness_curve

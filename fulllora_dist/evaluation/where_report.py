@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.text_table import text_table
+from fulllora_dist.core.units import size_in
 from fulllora_dist.evaluation.summary import accuracy_cells
 from fulllora_dist.models.branches import by_place
 from fulllora_dist.plots.branch_figure import Loss, branch_figure

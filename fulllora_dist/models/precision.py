@@ -12,12 +12,21 @@ embedding.
 DeepSpeed's `bf16.enabled` is not used: it casts every parameter, the patch embedding and the adapters included.
 """
 
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the device computes products of bf16 numbers itself. An x86 CPU without AVX512-BF16 or AMX converts them
+    to fp32 and back; of other CPUs it is not known, and taken for granted."""
+    if device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @contextmanager

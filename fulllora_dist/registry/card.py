@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fulllora_dist.attacks.threat import size_in
+from fulllora_dist.core.units import size_in
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.training_record import TrainingData

@@ -7,8 +7,8 @@ interval, and the less can be excluded.
 
 from dataclasses import dataclass, field
 
-from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.units import size_in
 from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.evaluation.compare import compare
 from fulllora_dist.evaluation.report import EvaluationReport, Score, check_accuracies

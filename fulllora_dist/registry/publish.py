@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.attacks.threat import size_in
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.units import size_in
 from fulllora_dist.evaluation.report import EvaluationReport, check_accuracies
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.adapter_file import read_adapter

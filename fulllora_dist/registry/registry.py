@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation.report import EvaluationReport, parse_evaluation
-from fulllora_dist.models.adapter_description import AdapterDescription
-from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.registry.mlflow_client import Store, StoreError
 from fulllora_dist.tracking.mlflow_run import allowed_name
+
+if TYPE_CHECKING:
+    from fulllora_dist.evaluation.report import EvaluationReport
+    from fulllora_dist.models.adapter_description import AdapterDescription
 
 CHAMPION, PREVIOUS = "champion", "previous"
 SHA256 = "adapter_sha256"
@@ -66,7 +67,7 @@ class Version:
         return {attack: tuple(map(float, tag.split())) for attack, tag in tags.items() if tag is not None}
 
 
-def model_name(description: AdapterDescription, data: str | None, threat: tuple[str, float]) -> str:
+def model_name(description: "AdapterDescription", data: str | None, threat: tuple[str, float]) -> str:
     """The registered model that an adapter belongs to: BACKBONE-DATA-NORM-EPS, e.g.
     vit_tiny_patch16_224.augreg_in21k_ft_in1k-imagenette-linf-4_255. A backbone whose weights have no name of their own
     carries the beginning of their sha256.
@@ -182,6 +183,8 @@ class Registry:
         Raises:
             UserError: there is none, it is damaged, or it is not the adapter that was published.
         """
+        from fulllora_dist.models.adapter_file import read_adapter  # listing versions needs no torch
+
         logged = re.fullmatch(r"models:/(m-[0-9a-f]+)", address)
         if address.startswith("runs:"):
             return self.store.download(address, folder)
@@ -202,12 +205,14 @@ class Registry:
         with tempfile.TemporaryDirectory() as folder:
             self.fetch(version.address, folder)
 
-    def evaluation(self, version: Version) -> EvaluationReport | None:
+    def evaluation(self, version: Version) -> "EvaluationReport | None":
         """Its evaluation.json; None if it was never evaluated.
 
         Raises:
             UserError: it is damaged.
         """
+        from fulllora_dist.evaluation.report import parse_evaluation  # listing versions needs no scipy
+
         digest = version.tags.get(EVALUATION)
         if digest is None:
             return None

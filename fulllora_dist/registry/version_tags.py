@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fulllora_dist.attacks.threat import size_in
+from fulllora_dist.core.units import size_in
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.registry.mlflow_client import Store
 from fulllora_dist.registry.registry import EVALUATION, SHA256, accuracy_tag, content_of

@@ -93,7 +93,7 @@ class Guard:
         match = match_classes(model.record.classes, stream.index.classes)
         # kept in memory: few, and used in every check
         self._batches = [replace(batch, labels=match.of(batch.labels)) for batch in stream]
-        self._n = len(stream.ids)
+        self._n, self._batch_size = len(stream.ids), config.optim.batch_size
         self.attack = f"pgd{settings.steps}"
         self._threat = threat_model(config.threat.norm, config.threat.eps)
         self._comm, self._seed, self._settings = comm, config.run.seed, settings

@@ -7,18 +7,20 @@ import torch
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.precision import has_fast_bf16
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.training.build import build_model, build_stream, track_data
 from fulllora_dist.training.context import RunContext, start_run
 from fulllora_dist.training.finalize import finalize, save_best
-from fulllora_dist.training.guard import build_guard
+from fulllora_dist.training.guard import Guard, build_guard
 from fulllora_dist.training.inputs import check_classes, load_index
 from fulllora_dist.training.phases import Phases, build_phases
 from fulllora_dist.training.rollback import Collapsed
 from fulllora_dist.training.summary import data_record, summarize
 from fulllora_dist.training.trainer import Trainer
 
-_DEAR = 0.1  # the fraction of the training's cost from which on that of the guard is said
+NOTABLE_COST = 0.1
+"""Share of the training's passes from which on the guard's are worth a line."""
 
 
 def on_meta(config: Config, images: int) -> tuple[AdaptedModel, Phases]:
@@ -49,6 +51,18 @@ def check_model(config: Config) -> None:
     check_classes(train, model.info.num_classes, "data.train")
 
 
+def cost_notes(config: Config, phases: Phases, guard: Guard | None, device: torch.device) -> list[str]:
+    """What makes a run slower than it need be, a line each."""
+    notes = []
+    if config.model.precision == "bf16" and not has_fast_bf16(device):
+        notes.append("warning: this CPU has no bf16 arithmetic (AVX512-BF16 or AMX); model.precision=fp32 is faster")
+    if guard is not None and (cost := guard.share(phases, config.optim.batch_size)) > NOTABLE_COST:
+        notes.append(
+            f"the guard's checks cost about {cost:.0%} of the training; raise guard.every or lower guard.num_samples"
+        )
+    return notes
+
+
 def train(config: Config, profile_steps: int = 0) -> int:
     """Train. The exit code is 128 + the signal number if a signal ended the run.
 
@@ -69,9 +83,9 @@ def train(config: Config, profile_steps: int = 0) -> int:
         trainer = Trainer(run, model, stream, phases, guard)  # resumes from a checkpoint, if any
         run.open()
         run.say(str(model.report))
+        for note in cost_notes(config, phases, guard, run.comm.device):
+            run.say(note)
         run.say(f"{stream.steps_per_epoch} batches per epoch, {stream.dropped} images dropped in each")
-        if guard is not None and (share := guard.share(phases, config.optim.batch_size)) > _DEAR:
-            run.say(f"the guard's checks cost about {share:.0%} of the training; a higher guard.every costs less")
         if trainer.step:
             run.say(f"resuming at batch {trainer.step} of {trainer.total_steps}")
         track_data(config, run.tracker)

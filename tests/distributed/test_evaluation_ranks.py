@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import SIDE, build_model, noise_shards
+from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Linf
@@ -20,6 +21,7 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack, Evaluator, progress
+from fulllora_dist.evaluation.attacks import Outcome
 from tests.ranks import RankError, RankServer
 
 EPS = 0.2 / 255
@@ -44,9 +46,9 @@ def _stream(shards: str, n: int | None = None) -> EvalStream:
 
 def _log_turns(rank: int, log: Path | None, kill: int, pause: float) -> None:
     """Write down which rank attacks which batch with what; be slow, or end at the n-th piece."""
-    right, count = EvalAttack.correct, 0
+    right, count = EvalAttack.outcome, 0
 
-    def logged(attack: EvalAttack, *args: Any, **kwargs: Any) -> Tensor:
+    def logged(attack: EvalAttack, *args: Any, **kwargs: Any) -> Outcome:
         nonlocal count
         count += 1
         if count == kill:
@@ -59,7 +61,7 @@ def _log_turns(rank: int, log: Path | None, kill: int, pause: float) -> None:
                 file.write(line)
         return result
 
-    EvalAttack.correct = logged  # type: ignore[method-assign]
+    EvalAttack.outcome = logged  # type: ignore[method-assign]
 
 
 def _evaluate(
@@ -92,12 +94,55 @@ def _standard(comm: Comm, shards: str) -> dict[str, Any]:
 
 
 def test_the_standard_autoattack_on_two_ranks(server: RankServer, tmp_path: Path) -> None:
+    """It equals one call of the official code on all images, which forms its batches in its own way."""
     shards = noise_shards(tmp_path, seed=1, classes=4)
-    (one,) = server.run(1, _standard, shards, timeout=500)
-    assert server.run(2, _standard, shards, timeout=500) == [one, one]
-    clean, pgd, autoattack = (sum(score["correct"]) for score in one["attacks"].values())
-    assert clean >= pgd >= autoattack
-    assert clean > autoattack > 0
+    one, two = server.run(2, _standard, shards, timeout=500)
+    assert one == two
+    clean, pgd, autoattack = (score["correct"] for score in one["attacks"].values())
+    assert sum(clean) >= sum(pgd) >= sum(autoattack)
+    assert sum(clean) > sum(autoattack) > 0
+    assert server.run(1, _official, shards, timeout=500) == [autoattack]
+
+
+def _official(comm: Comm, shards: str) -> list[int]:
+    stream = _stream(shards, 20)
+    everything = stream.read(stream.ids)
+    model = Sensitive(classes=4)
+    adversary = AutoAttack(model, norm="Linf", eps=EPS / 2, version="standard", seed=3)
+    adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = 3
+    _, predicted = adversary.run_standard_evaluation(everything.pixels(), everything.labels, batch_size=5)
+    return (predicted == everything.labels).int().tolist()
+
+
+PARTS = "apgd-ce+apgd-t+fab-t"
+
+
+def _count_passes(comm: Comm, shards: str, partial: str | None, kill: int) -> tuple[dict[str, Any], list[int]]:
+    """The evaluation, and the images of each of its forward passes; at the n-th one the process ends."""
+    model, sizes = Sensitive(classes=4), list[int]()
+
+    def count(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(sizes) == kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    model.register_forward_pre_hook(count)
+    report = Evaluator([PARTS], Linf(EPS / 2), comm, seed=3, progress=False).run(model, _stream(shards, 20), partial)
+    return report, sizes
+
+
+def test_a_kill_inside_autoattack_costs_one_batch_of_one_part(server: RankServer, tmp_path: Path) -> None:
+    shards, partial = noise_shards(tmp_path, seed=1, classes=4), str(tmp_path / "partial")
+    ((report, sizes),) = server.run(1, _count_passes, shards, None, 0)
+    at = len(sizes) - 10  # within the last batch of the last part
+    with pytest.raises(RankError):
+        server.run(1, _count_passes, shards, partial, at)
+    ((resumed, again),) = server.run(1, _count_passes, shards, partial, 0)
+    assert resumed == report
+    assert len(sizes) > 2000
+    assert len(again) < 1100, "more than one batch of FAB-T, which makes 900 passes with three targets"
+    after_clean = sizes[5:]
+    assert sum(after_clean) < 0.8 * len(after_clean) * 5, "only images that survive are attacked"
 
 
 @pytest.fixture(scope="module")
@@ -168,13 +213,13 @@ def _evaluate_other(comm: Comm, shards: str, partial: str) -> None:
     with torch.no_grad():
         next(model.parameters()).mul_(1.01)
     log: list[str] = []
-    right = EvalAttack.correct
+    right = EvalAttack.outcome
 
-    def logged(attack: EvalAttack, *args: Any, **kwargs: Any) -> Tensor:
+    def logged(attack: EvalAttack, *args: Any, **kwargs: Any) -> Outcome:
         log.append(attack.name)
         return right(attack, *args, **kwargs)
 
-    EvalAttack.correct = logged  # type: ignore[method-assign]
+    EvalAttack.outcome = logged  # type: ignore[method-assign]
     Evaluator(["pgd2"], Linf(EPS), comm, progress=False, seed=3).run(model, _stream(shards), partial)
     assert len(log) == 5
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Guard, batches_of_check
 from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.phases import build_phases
+from fulllora_dist.training.run import cost_notes
 from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
@@ -232,6 +234,43 @@ def test_too_few_images_to_notice_a_collapse_by(shards: str, held_out: str, tmp_
     _guard(tmp_path, shards, held_out, every=2, num_samples=6)
     with pytest.raises(UserError, match=r"guard\.on_collapse: stop: 6 held-out images are too few"):
         _guard(tmp_path, shards, held_out, every=2, num_samples=6, on_collapse="stop")
+
+
+def test_a_costly_guard_is_said_at_the_start(shards: str, held_out: str, tmp_path: Path) -> None:
+    """Its passes, counted in a check, against those of the training: PGD of two steps makes 3 and 3."""
+    cpu = torch.device("cpu")
+    for every in (1, 40):
+        config = Config.model_validate(_guarded(tmp_path, shards, held_out, 0, every))
+        model = build_model(config)
+        guard = Guard(config, held_out, model, Comm(0, 1, cpu, None))
+        images: list[int] = []
+        block = next(module for name, module in model.named_modules() if name.endswith("blocks.0"))
+        handle = block.register_forward_pre_hook(lambda _, inputs, seen=images: seen.append(len(inputs[0])))
+        guard._attacked(model)
+        handle.remove()
+        phases = build_phases(config, 80)
+        passes = sum(images) + STEPS * len(guard._batches) * 5  # each step's backward
+        forward, backward = phases.phases[0].method.passes()
+        trained = phases.total_steps * config.optim.batch_size * (forward + backward)
+        cost = phases.total_steps // every * passes * (1 + guard._averages) / trained  # of the average, too
+        assert guard.share(phases, batch_size=config.optim.batch_size) == pytest.approx(cost, rel=0.05), (
+            "a batch that is filled up counts more"
+        )
+        notes = [line for line in cost_notes(config, phases, guard, cpu) if "guard" in line]
+        assert notes == ([] if every == 40 else [line for line in notes if f"about {share:.0%} of" in line])
+        assert bool(notes) == (cost > 0.1)
+
+
+def test_bf16_is_warned_of_where_the_cpu_has_none(shards: str, held_out: str, tmp_path: Path) -> None:
+    cpu, values = torch.device("cpu"), _guarded(tmp_path, shards, held_out, 0, 2)
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    has = platform.machine() != "x86_64" or "avx512_bf16" in flags or "amx_tile" in flags
+    for precision in ("fp32", "bf16"):
+        config = Config.model_validate(values | {"model": values["model"] | {"precision": precision}})
+        notes = cost_notes(config, build_phases(config, 80), None, cpu)
+        assert len(notes) == (precision == "bf16" and not has)
+        assert all("model.precision=fp32 is faster" in note for note in notes)
+        assert not cost_notes(config, build_phases(config, 80), None, torch.device("cuda"))
 
 
 def _guard(output: Path, shards: str, held_out: str, every: int, **settings: Any) -> Guard:

@@ -17,6 +17,7 @@ import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack
+from fulllora_dist.evaluation.attacks import Outcome
 from tests.ranks import RankError, RankServer
 from tests.tiny import stir
 
@@ -63,9 +64,9 @@ def _measure(
     comm: Comm, experiment: Path, output: Path, more: list[str], log: Path | None = None, kill: int = 0
 ) -> str | None:
     """The tool on this rank: what it refuses. Pieces are written down; at the n-th one rank 1 ends."""
-    right, count = EvalAttack.correct, 0
+    right, count = EvalAttack.outcome, 0
 
-    def logged(attack: EvalAttack, *args: object, **kwargs: Tensor) -> Tensor:
+    def logged(attack: EvalAttack, *args: object, **kwargs: Tensor) -> Outcome:
         nonlocal count
         count += 1
         if comm.rank == 1 and count == kill:
@@ -76,7 +77,7 @@ def _measure(
                 file.write(f"{comm.rank} {attack.name}\n")
         return result
 
-    EvalAttack.correct = logged  # type: ignore[method-assign, assignment]
+    EvalAttack.outcome = logged  # type: ignore[method-assign, assignment]
     adapter = ["--adapter", str(experiment / "fulllora")] if "--adapter" not in more else []
     arguments = ["--config", str(experiment / "config.yaml"), *adapter, "--output", str(output), *more]
     try:

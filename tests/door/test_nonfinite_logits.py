@@ -18,7 +18,6 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.evaluation import EvalAttack, table
-from fulllora_dist.evaluation.attacks import autoattack_seed
 from fulllora_dist.evaluation.official import square
 from fulllora_dist.registry.predict import predict
 from tests.tiny import CLASSES, SIDE, tiny
@@ -95,8 +94,7 @@ def survivors(model: nn.Module, name: str, threat: Threat) -> list[bool]:
 def official(part: str, threat: Threat, chosen: Tensor) -> list[bool]:
     """The official code on some of the images, and the model whose logits are all finite."""
     norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
-    seed = autoattack_seed(part, threat, 3, IDS)
-    adversary = AutoAttack(Nearest(), norm=norm, eps=threat.eps, version="standard", seed=seed)
+    adversary = AutoAttack(Nearest(), norm=norm, eps=threat.eps, version="standard", seed=3)
     adversary.attacks_to_run = [part]
     adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = CLASSES - 1
     x, y = X[chosen], Y[chosen]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import fulllora_dist as fd
-from fulllora_dist.commands import adapter_actions, adapters
+from fulllora_dist.commands import adapters
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.transforms import EvalTransform
@@ -30,7 +30,7 @@ CLASSES = TRAINING["data"]["classes"]
 def call(uri: str, *arguments: str) -> tuple[str, dict[str, Any], int]:
     """The command in this process: (text, JSON, exit code)."""
     args = adapters._parser().parse_args([*arguments, "--uri", uri])
-    text, result, code = getattr(adapter_actions, f"{args.command}_command")(args)
+    text, result, code = adapters._action(args.command)(args)
     json.dumps(result)
     return text, result, code
 

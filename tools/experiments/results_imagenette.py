@@ -46,7 +46,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TIMM_FUSED_ATTN": "0"}
 
 FULL = ("finetune=full", "adapter.head=auto", "optim.lr=2e-4")
 EXPERIMENTS = "plugins=[tools/experiments/cheaper_passes.py]"
-FP32 = "model.precision=fp32"  # for processors that emulate bf16
+FP32, BF16 = "model.precision=fp32", "model.precision=bf16"  # bf16 where a row does not say fp32
 SMALL_FIRST = "phases=[{fraction: 0.8, image_size: 64, method: n_fgsm}, {fraction: 0.2}]"
 # name -> (what it is, overrides)
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -137,7 +137,8 @@ def command(name: str) -> list[str]:
     overrides = ROWS[name][1]
     if name == BEFORE:
         return ["fulllora_dist/evaluate.py", "--config", CONFIG, "--output", str(RUNS / name / "evaluation.json")]
-    return ["fulllora_dist/train.py", "--config", CONFIG, *overrides, f"run.output_dir={RUNS / name}"]
+    precision = [] if FP32 in overrides else [BF16]
+    return ["fulllora_dist/train.py", "--config", CONFIG, *overrides, *precision, f"run.output_dir={RUNS / name}"]
 
 
 def make_shards(data: Path) -> None:
