@@ -253,9 +253,8 @@ def test_a_costly_guard_is_said_at_the_start(shards: str, held_out: str, tmp_pat
         forward, backward = phases.phases[0].method.passes()
         trained = phases.total_steps * config.optim.batch_size * (forward + backward)
         cost = phases.total_steps // every * passes * (1 + guard._averages) / trained  # of the average, too
-        assert guard.share(phases, batch_size=config.optim.batch_size) == pytest.approx(cost, rel=0.05), (
-            "a batch that is filled up counts more"
-        )
+        share = guard.share(phases, batch_size=config.optim.batch_size)
+        assert share == pytest.approx(cost, rel=0.05), "a batch that is filled up counts more"
         notes = [line for line in cost_notes(config, phases, guard, cpu) if "guard" in line]
         assert notes == ([] if every == 40 else [line for line in notes if f"about {share:.0%} of" in line])
         assert bool(notes) == (cost > 0.1)
