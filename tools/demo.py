@@ -8,7 +8,6 @@ configs/demo_backbone.yaml and configs/demo.yaml under DeepSpeed. The last line 
 goes to stderr.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from sklearn.datasets import load_digits
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.commands.adapter_actions import as_json, describe
 from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
@@ -150,7 +150,7 @@ def published(registry: Registry, adapter: Path) -> Version:
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, made anew (default: runs/demo)")
     output = parser.parse_args().output.absolute()
     started = time.monotonic()
