@@ -8,15 +8,15 @@ configs/demo_backbone.yaml and configs/demo.yaml under DeepSpeed. The last line 
 goes to stderr.
 """
 
-import argparse
 from pathlib import Path
 
 from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.parser import Parser
 
 
 def main() -> None:
     """Run the demo."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder, made anew (default: runs/demo)")
     output = parser.parse_args().output.absolute()
     from demo_steps import run  # --help need not wait for torch

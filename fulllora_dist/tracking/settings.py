@@ -1,6 +1,7 @@
 """Settings of MLflow."""
 
 import re
+from importlib.metadata import entry_points
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -8,6 +9,7 @@ from pydantic import AfterValidator, Field
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import Location, Settings
 
+_SCHEMES = ("file", "http", "https", "sqlite", "mysql", "mssql", "postgresql", "databricks", "databricks-uc", "uc")
 _MODEL_NAME = re.compile(r"(?! )[^/:@\x00-\x1f\x7f]{1,200}(?<! )")
 
 
@@ -19,6 +21,17 @@ def check_model_name(name: str) -> str:
             "a control character, and no blank at an end"
         )
     return name
+
+
+def check_uri(uri: str) -> None:
+    """Raise UserError for a scheme that MLflow and its plugins do not know: no waiting would mend it."""
+    scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
+    plugins = (entry.name for entry in entry_points(group="mlflow.tracking_store"))
+    if scheme and scheme not in _SCHEMES and scheme not in plugins:
+        raise UserError(
+            f"tracking.uri: MLflow knows no {scheme}://; set it, or MLFLOW_TRACKING_URI, to http(s)://HOST, "
+            "sqlite:///FILE or a folder"
+        )
 
 
 class TrackingSettings(Settings):

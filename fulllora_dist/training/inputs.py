@@ -12,6 +12,7 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.schedule import check_batch
 from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.models.checkpoint_header import read_header
+from fulllora_dist.tracking.settings import check_uri
 
 _ACCIDENTS = 0.01  # tolerated fraction of held-out duplicates: ImageNet itself contains a few images twice
 
@@ -78,6 +79,8 @@ def check_files(config: Config) -> None:
             raise UserError(f"{name}: {path} does not exist")
     if config.model.checkpoint_path is not None and "://" not in config.model.checkpoint_path:
         read_header(config.model.checkpoint_path)
+    if config.tracking.enabled:
+        check_uri(config.tracking_uri())
     data = config.data
     named = {"data.train": data.train, "data.validation": data.validation, "data.held_out": data.held_out}
     indexes = {name: load_index(location, name) for name, location in named.items() if location is not None}

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -335,6 +336,23 @@ def test_an_edited_evaluation_is_refused(
     with pytest.raises(UserError) as error:
         read_evaluation(bad)
     assert str(error.value) == line.format(bad)
+
+
+# ---- MLflow's address
+
+
+@pytest.mark.parametrize("uri", ["htps://mlflow.lab", "sqllite:///mlflow.db", "foo://x", "s3://bucket/mlruns"])
+@pytest.mark.parametrize("by", ["setting", "environment"])
+def test_an_address_that_mlflow_does_not_know_is_refused(
+    refused: Callable[..., str], place: Path, tmp_path: Path, uri: str, by: str
+) -> None:
+    settings = ["--config", place / "config.yaml", f"run.output_dir={tmp_path}/run", "tracking.enabled=true"]
+    settings += [f"tracking.uri={uri}"] if by == "setting" else []
+    said = refused(TRAIN, *settings, keep=(tmp_path,), env={**os.environ, "MLFLOW_TRACKING_URI": uri})
+    assert said == (
+        f"error: tracking.uri: MLflow knows no {uri.partition(':')[0]}://; set it, or MLFLOW_TRACKING_URI, to "
+        "http(s)://HOST, sqlite:///FILE or a folder"
+    )
 
 
 # ---- names of registered models
