@@ -31,6 +31,11 @@ exit $code"""
 _KEPT_PATH = '"${PYTHONPATH:+:$PYTHONPATH}"'  # as the batch script's shell expands it
 
 
+# of the others once a task has ended well. A site's default may be too short for rank 0, which publishes at the end, or
+# endless, so that one that hangs there holds all nodes
+_WAIT_SECONDS = 1800
+
+
 class _ScriptWriter(SlurmExecutor):
     """Writes the batch script on machines without SLURM too."""
 
@@ -120,7 +125,12 @@ def _slurm_parameters(config: Config, resources: Resources, entry: str, after: s
         "setup": list(resources.setup),
         "teardown": [_REQUEUE],
         # the first rank that fails ends the others, who would wait for it. srun does not inherit sbatch's CPUs
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *resources.srun],
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            f"--wait={_WAIT_SECONDS}",
+            f"--cpus-per-task={cpus}",
+            *resources.srun,
+        ],
         "additional_parameters": {option: value for option, value in more.items() if option not in omitted},
         "gpus_per_node": resources.gpus_per_node if resources.gpus else None,
         **{key: getattr(resources, key) for key in ("partition", "account", "qos", "constraint", "mem")},
