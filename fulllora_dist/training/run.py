@@ -10,6 +10,7 @@ from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.training.build import build_model, build_stream, track_data
 from fulllora_dist.training.context import RunContext, start_run
+from fulllora_dist.training.deterministic import deterministic
 from fulllora_dist.training.finalize import finalize, save_best
 from fulllora_dist.training.guard import build_guard
 from fulllora_dist.training.inputs import check_classes, load_index
@@ -55,7 +56,7 @@ def train(config: Config) -> int:
     """
     check_model(config)
     model = build_model(config)
-    with start_run(config) as run:
+    with deterministic(config.run.deterministic), start_run(config) as run:
         stream = build_stream(config, model.info, run.comm)
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)
