@@ -39,7 +39,8 @@ esac
 if [ -n "${{again-}}" ]; then
   trap '' TERM  # by which SLURM ends this script when it requeues the job
   scontrol requeue "$SLURM_JOB_ID"
-  [ -n "${{bad-}}" ] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList+="$bad"
+  excluded=$(scontrol show job "$SLURM_JOB_ID" | sed -nE 's/.*ExcNodeList=([^( ]+).*/\\1/p')
+  [ -n "${{bad-}}" ] && scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="${{excluded:+$excluded,}}$bad"
 fi
 exit $code"""
 
