@@ -12,6 +12,9 @@ class RunSettings(Settings):
     """Another folder or bucket (s3://, gs://) for checkpoints; while a bucket fails they go to output_dir."""
     seed: int = 0
     """Random seed."""
+    deterministic: bool = False
+    """Only kernels that torch calls deterministic: on the same GPUs in the same order the same bits, as far as torch
+    and NCCL promise them (docs/cluster.md). Slower; by how much was not measured on a GPU. CPUs need it not."""
     checkpoint_every: int = Field(500, ge=1)
     """Save a checkpoint every so many batches."""
     checkpoint_minutes: float | None = Field(10.0, gt=0)

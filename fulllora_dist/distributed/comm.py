@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.distributed.interface import meet
 
 T = TypeVar("T")
 
@@ -203,7 +204,8 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
         timeout_minutes: timeout of collectives.
 
     Raises:
-        UserError: the launcher's variables are incomplete, its port is in use, or there are more local ranks than GPUs.
+        UserError: the launcher's variables are incomplete, its port is in use, the hosts do not reach each other
+            (`interface.meet`), or there are more local ranks than GPUs.
     """
     try:
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -232,10 +234,10 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
     if not dist.is_initialized():
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local)}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # one plain process needs no port, and leaves no address behind for what it starts
-        place: Any = {"store": dist.HashStore()} if "MASTER_ADDR" not in os.environ else {}
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience, **place)
+            # one plain process needs no port, and leaves no address behind for what it starts
+            store = meet(rank, world, local, patience) if "MASTER_ADDR" in os.environ else dist.HashStore()
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
         except dist.DistNetworkError as error:
             if "EADDRINUSE" not in str(error):
                 raise

@@ -13,22 +13,19 @@ from submitit import DebugExecutor, LocalExecutor, SlurmExecutor
 from submitit.core.core import Executor
 from submitit.helpers import clean_env
 
+from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.schema import Config
 from fulllora_dist.launching.folder import CODE
+from fulllora_dist.launching.requeue import begin, end
 from fulllora_dist.launching.resources import ExecutorName, Resources
-from fulllora_dist.launching.worker import REQUEUE_SIGNALS
+from fulllora_dist.storage.urls import is_remote
 
-_TIME_IS_UP = " | ".join(str(128 + number) for number in REQUEUE_SIGNALS)
-_REQUEUE = f"""code=$?
-# 128 + signal, by which the run ended after saving. SIGTERM is a preemption if SLURM says so, else somebody's wish
-case $code in
-  {_TIME_IS_UP}) again=1 ;;
-  143) scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]' && again=1 ;;
-esac
-[ -n "${{again-}}" ] && scontrol requeue "$SLURM_JOB_ID"
-exit $code"""
-"""The end of the batch script. The script requeues because the tasks' container may have no scontrol."""
 _KEPT_PATH = '"${PYTHONPATH:+:$PYTHONPATH}"'  # as the batch script's shell expands it
+
+
+# of the others once a task has ended well. A site's default may be too short for rank 0, which publishes at the end, or
+# endless, so that one that hangs there holds all nodes
+_WAIT_SECONDS = 1800
 
 
 class _ScriptWriter(SlurmExecutor):
@@ -80,7 +77,7 @@ def _slurm(
     kind: type[SlurmExecutor], config: Config, resources: Resources, folder: Path, entry: str, after: str | None
 ) -> SlurmExecutor:
     executor = kind(folder, python=_python(resources, folder))
-    executor.update_parameters(**_slurm_parameters(config, resources, entry, after))
+    executor.update_parameters(**_slurm_parameters(config, resources, folder, entry, after))
     return executor
 
 
@@ -95,7 +92,9 @@ def _python(resources: Resources, folder: Path, inherited: str = _KEPT_PATH) -> 
     return f"env PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(folder / CODE))}{inherited} {python}"
 
 
-def _slurm_parameters(config: Config, resources: Resources, entry: str, after: str | None) -> dict[str, Any]:
+def _slurm_parameters(
+    config: Config, resources: Resources, folder: Path, entry: str, after: str | None
+) -> dict[str, Any]:
     """submitit's names for them."""
     cpus = resources.cpus_per_task or config.data.num_workers + 1
     name = Path(config.run.output_dir).absolute().name
@@ -108,6 +107,8 @@ def _slurm_parameters(config: Config, resources: Resources, entry: str, after: s
     if after is not None:
         dependencies = [f"afterok:{after}", *([str(more["dependency"])] if "dependency" in more else [])]
         more = {"kill_on_invalid_dep": "yes"} | more | {"dependency": ",".join(dependencies)}
+    # what a bucket has, a batch script cannot see
+    saved = [os.path.abspath(place) for place in checkpoint_places(config.run) if not is_remote(place)]
     omitted = {option for option, value in more.items() if str(value).lower() == "false"}
     parameters = {
         "job_name": name if entry == "train" else f"{name}-{entry}",
@@ -117,10 +118,15 @@ def _slurm_parameters(config: Config, resources: Resources, entry: str, after: s
         "time": resources.time,
         "signal_delay_s": resources.signal_seconds,
         "stderr_to_stdout": True,
-        "setup": list(resources.setup),
-        "teardown": [_REQUEUE],
+        "setup": [*resources.setup, begin(folder)],
+        "teardown": [end(saved)],
         # the first rank that fails ends the others, who would wait for it. srun does not inherit sbatch's CPUs
-        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}", *resources.srun],
+        "srun_args": [
+            "--kill-on-bad-exit=1",
+            f"--wait={_WAIT_SECONDS}",
+            f"--cpus-per-task={cpus}",
+            *resources.srun,
+        ],
         "additional_parameters": {option: value for option, value in more.items() if option not in omitted},
         "gpus_per_node": resources.gpus_per_node if resources.gpus else None,
         **{key: getattr(resources, key) for key in ("partition", "account", "qos", "constraint", "mem")},

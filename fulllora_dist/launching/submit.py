@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shutil
 import subprocess
 from contextlib import nullcontext, redirect_stderr
@@ -49,7 +50,31 @@ def check(config: Config, resources: Resources, executor: ExecutorName, evaluate
             f"run.output_dir: {config.run.output_dir}: ':' would end the folder's name in the jobs' PYTHONPATH"
         )
     check_inputs(config, world)
+    check_weights(config, resources)
     check_saved(config)
+
+
+def check_weights(config: Config, resources: Resources) -> None:
+    """Refuse a tag of the hub whose weights nodes without internet cannot find.
+
+    Raises:
+        UserError: the jobs have HF_HUB_OFFLINE, from this shell or --setup, and the hub's cache lacks the weights.
+    """
+    lines = "\n".join([f"HF_HUB_OFFLINE={os.environ.get('HF_HUB_OFFLINE', '')}", *resources.setup])
+    switches = re.findall(r"\bHF_HUB_OFFLINE=[\"']?(\w*)", lines)
+    elsewhere = re.search(r"\b(HF_HOME|HF_HUB_CACHE|XDG_CACHE_HOME)=", lines)
+    offline = switches[-1].upper() in ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads it
+    model = config.model
+    if not offline or elsewhere or not model.pretrained or model.checkpoint_path is not None:
+        return
+    from fulllora_dist.models.hub import kept_weights  # of timm: only where there is something to look for
+
+    if kept_weights(model.backbone) is None:
+        raise UserError(
+            f"model.backbone: the jobs have HF_HUB_OFFLINE={switches[-1]}, and the hub's cache here has no weights of "
+            f"{model.backbone}; run `hf download timm/{model.backbone}` where there is internet, or set "
+            "model.checkpoint_path to a file"
+        )
 
 
 def submit(

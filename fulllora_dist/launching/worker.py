@@ -37,6 +37,8 @@ REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """They mean that the time is nearly up. SIGTERM may also be a user who wants the job to end."""
 REQUEUED = frozenset(f"stopped by {number.name}" for number in REQUEUE_SIGNALS)
 """Events of restarts.jsonl after which a job is requeued."""
+REFUSED = "refused-"
+"""With the job's number, a file beside its logs: another start would not help, as the run ended with exit code 2."""
 _PACKAGE = Path(__file__).parents[1]
 _FIRST_PORT, _PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
 
@@ -72,11 +74,13 @@ class Worker:
                     _leave_after_traceback()
                     raise
                 line, code = answer
+                _note_refusal(environment, code)
                 if line is not None:
                     print(line, file=sys.stderr, flush=True)
                 if environment.cluster != "debug":
                     _leave_with_reason(environment, line or str(error), code)
                 return code
+        _note_refusal(environment, code)
         if code > 128:
             record(f"stopped by {signal.Signals(code - 128).name}", **_reached(environment, self.entry))
         else:
@@ -84,6 +88,7 @@ class Worker:
         if code - 128 in REQUEUE_SIGNALS and environment.global_rank == 0 and _stuck(environment):
             line = f"gave up: {MAX_STALLED_RESTARTS} restarts without progress; increase --time"
             record(line)
+            _note_refusal(environment, 2)
             print(f"error: {line}", file=sys.stderr, flush=True)
             _leave_with_reason(environment, line, 1)
         if code and environment.cluster != "debug":
@@ -98,6 +103,13 @@ class Worker:
         elif environment.cluster == "local" and code - 128 in REQUEUE_SIGNALS:
             code = LOCAL_REQUEUE_RETURN_CODE
         _exit(code)
+
+
+def _note_refusal(environment: JobEnvironment, code: int) -> None:
+    """For the batch script, which srun may give another task's code."""
+    if code == 2:
+        with contextlib.suppress(OSError):
+            (environment.paths.folder / f"{REFUSED}{environment.job_id}").touch()
 
 
 def entry_point(name: str) -> dict[str, Any]:

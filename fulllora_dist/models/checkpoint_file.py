@@ -6,13 +6,15 @@ plain values and the classes of `_allowed` is unpickled.
 
 import argparse
 import io
+import logging
+import os
 import pathlib
 import re
 import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import IO, Any
 
 import fsspec
 import numpy as np
@@ -23,8 +25,11 @@ from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.checkpoint_header import refuse_folder, weights_format
+from fulllora_dist.storage import store
+from fulllora_dist.storage.machine_copy import cache_folder, machine_copy
 from fulllora_dist.storage.urls import classify_error, one_line, redacted, refuse_credentials
 
+_logger = logging.getLogger(__name__)
 _UNSIGNED = "?***"  # the query of a URL after `redacted`
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 WRAPPERS = {"module", "_orig_mod", "model", "base_model", "backbone", "encoder", "base_encoder", "momentum_encoder"}
@@ -70,9 +75,7 @@ def _load(url: str, path: str) -> Any:
         )
     refuse_folder(url)
     try:
-        with fsspec.open(url, "rb") as opened:
-            # not every server lets a client seek
-            file = opened if "://" not in url else io.BytesIO(opened.read())
+        with _opened(url) as file:
             if weights_format(file, path) == "safetensors":
                 return load_safetensors(file.read())
             with torch.serialization.safe_globals(_allowed()), warnings.catch_warnings():
@@ -101,6 +104,23 @@ def _load(url: str, path: str) -> Any:
             f"({one_line(reason[1] if reason else text)}); it must be a "
             "complete file that torch.save wrote"
         ) from None
+
+
+def _opened(url: str) -> IO[bytes]:
+    """A file that can seek. Of a store: this machine's copy, or where none can be kept, what the store sends."""
+    if url.partition("://")[0].lower() not in ("s3", "gs", "http", "https"):
+        if "://" not in url:
+            return open(os.path.expanduser(url), "rb")
+        with fsspec.open(url, "rb") as opened:
+            return io.BytesIO(opened.read())
+    try:
+        try:
+            return open(machine_copy(url, "weights", ""), "rb")
+        except OSError as error:
+            _logger.warning("%s: the weights are not kept (%s); set XDG_CACHE_HOME", cache_folder(), error.strerror)
+            return io.BytesIO(store.read(url))
+    except UserError as error:
+        raise UserError(f"model.checkpoint_path: {error}") from None
 
 
 def _is_set(value: object) -> bool:

@@ -1,9 +1,9 @@
-"""Weights of a backbone: from the hub or a file (`checkpoint_file.py`), fingerprinted, and loaded into a timm model."""
+"""Weights of a backbone, from the hub (`hub.py`) or a file (`checkpoint_file.py`), fingerprinted and loaded into a timm
+model."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -23,30 +23,6 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def download(name: str) -> dict[str, Tensor]:
-    """Download the weights of a tag from the Hugging Face hub, through timm.
-
-    Raises:
-        UserError: the tag has no weights on the hub, or they cannot be downloaded.
-    """
-    from huggingface_hub.utils import logging as hub_logging
-    from timm.models import load_state_dict_from_hf
-
-    config = timm.models.get_pretrained_cfg(name)
-    if config is None or not config.hf_hub_id:
-        raise UserError(f"model.backbone: {name} has no weights on the hub; set model.checkpoint_path to a file")
-    location = config.hf_hub_id if "/" in config.hf_hub_id else f"timm/{config.hf_hub_id}"
-    try:
-        hub_logging.set_verbosity_error()  # a line a retry, to no use: the last error is told below
-        filename = {"filename": config.hf_hub_filename} if config.hf_hub_filename else {}
-        return load_state_dict_from_hf(location, **filename, weights_only=True)
-    except Exception as error:  # hub, proxy and disk errors have no common class
-        raise UserError(
-            f"model.backbone: cannot download the weights of {name} from the hub ({one_line(error)}); "
-            "set model.checkpoint_path to a local file"
-        ) from None
 
 
 def _fit_head(

@@ -93,6 +93,7 @@ class RangeFetcher:
         self._cache = RangeCache(policy.cache, int(policy.cache_gb * 10**9)) if policy.cache else None
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._places = asyncio.Semaphore(policy.connections)
+        self._sessions, self._renewal = 0, asyncio.Lock()
         self._etags: dict[str, str] = {}  # of stores whose etags are not in the index: as first seen
         self._random = random.Random()  # jitter of the waits, nothing that a run depends on
 
@@ -154,14 +155,19 @@ class RangeFetcher:
                 self._etags[wanted.url] = new_etag
             return data
 
-        return await self._patiently(wanted.url, once)
+        return await self._patiently(filesystem, wanted.url, once)
 
-    async def _patiently(self, url: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
+    async def _patiently(self, filesystem: Any, url: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
         begun, wait, warned = 0.0, _FIRST_WAIT, False
+        failure: Exception | None = None
+        session = 0
         while True:
             try:
                 async with self._places:
                     begun = begun or time.monotonic()  # waiting for a place is not a failure of the store
+                    if isinstance(failure, urls.NoCredentials):
+                        await self._renew(filesystem, session)
+                    session = self._sessions
                     return await asyncio.wait_for(attempt(), self._policy.request_timeout_s)
             except Exception as error:
                 failure = urls.classify_error(error, url)
@@ -178,6 +184,14 @@ class RangeFetcher:
                     warned = True
             await asyncio.sleep(wait * self._random.uniform(0.5, 1.0))
             wait = min(2 * wait, _LONGEST_WAIT)
+
+    async def _renew(self, filesystem: Any, session: int) -> None:
+        """A new session in place of number `session`, once for all who failed with it: it keeps that it found no
+        credentials."""
+        async with self._renewal:
+            if self._sessions == session:
+                await filesystem.set_session(refresh=True)
+                self._sessions += 1
 
 
 def _cut(data: bytes, pieces: Sequence[Piece]) -> list[bytes | None]:

@@ -7,6 +7,7 @@ local file by rename, an object because a PUT and the completion of a multipart 
 import itertools
 import logging
 import os
+import random
 import re
 import threading
 import time
@@ -45,8 +46,11 @@ def persistent(call: Callable[[], T], url: str) -> T:
         UserError: what cannot pass, at once; what did not pass within PATIENCE_SECONDS.
     """
     deadline, pause = time.monotonic() + PATIENCE_SECONDS, _FIRST_PAUSE
+    failure: Exception | None = None
     while True:
         try:
+            if isinstance(failure, urls.NoCredentials):
+                urls.filesystem(url).connect(refresh=True)  # a session keeps that it found none
             return call()
         except Exception as error:
             failure = urls.classify_error(error, url)
@@ -57,7 +61,7 @@ def persistent(call: Callable[[], T], url: str) -> T:
                 raise UserError(f"{failure} (tried for {tried:.0f} s)") from error
             if pause == _FIRST_PAUSE:
                 _logger.warning("%s; retrying for %.0f s", failure, PATIENCE_SECONDS)
-        _hurry.wait(pause)
+        _hurry.wait(pause * random.uniform(0.5, 1.0))  # all ranks began to wait at once
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 

@@ -5,10 +5,13 @@ would end up in configs, indexes and logs; of a signed one no message shows what
 """
 
 import asyncio
+import importlib
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
@@ -31,6 +34,18 @@ _PASSING |= {"MetadataRetrievalError", "TransportError"}
 # out of the epoll instance that both processes share, so that the parent waited for an answer in vain
 _clients: set[Any] = set()
 _TO_INSTALL = {"s3": "s3fs: pip install 'fulllora-dist[s3]'", "gs": "gcsfs: pip install 'fulllora-dist[gs]'"}
+
+
+# how botocore says that a metadata service gave no credentials: it throttles when all ranks of a node start at once
+_NO_CREDENTIALS = {"NoCredentialsError", "CredentialRetrievalError"}
+_METADATA = {
+    "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "3",
+    "AWS_METADATA_SERVICE_TIMEOUT": "2",
+}  # botocore's own are 1 and 1
+
+
+class NoCredentials(OSError):
+    """The client found no credentials; a metadata service may give some later, to a new session."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,7 @@ def filesystem(url: str) -> Any:
     if scheme == "s3":
         given = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         options["config_kwargs"] = {"read_timeout": READ_SECONDS, "connect_timeout": CONNECT_SECONDS, **given}
+        _ask_metadata_again()
     try:
         client = fsspec.filesystem(scheme, **options)
         _clients.add(client)
@@ -164,6 +180,16 @@ def write_anywhere(folder: str | os.PathLike[str], files: Mapping[str, bytes], w
     except Exception as error:  # each store has its own exceptions
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{whose}: {redacted(folder)}: cannot be written ({reason})") from error
+
+
+@cache
+def _ask_metadata_again() -> None:
+    """Let botocore ask a metadata service several times, unless the environment or ~/.aws/config says how often."""
+    with suppress(Exception):  # without botocore, or with a profile that is not there, the client says so
+        named = importlib.import_module("botocore.session").Session().get_scoped_config()
+        for name, value in _METADATA.items():
+            if name.removeprefix("AWS_").lower() not in named:
+                os.environ.setdefault(name, value)
 
 
 def object_info(url: str) -> ObjectInfo:
@@ -214,7 +240,7 @@ def classify_error(error: Exception, url: str) -> UserError | OSError:
         UserError where only the user can fix it: says what to check. OSError where a retry may help: after timeouts,
         network errors and answers that say so, and nothing else.
     """
-    if isinstance(error, UserError):
+    if isinstance(error, (UserError, NoCredentials)):
         return error
     name, status = redacted(url), http_status(error)
     reason = _reason(error, name)
@@ -223,7 +249,13 @@ def classify_error(error: Exception, url: str) -> UserError | OSError:
     missing = isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError))
     if status == 404 or (missing and status is None):
         return UserError(f"{name}: does not exist; check bucket, path and endpoint")
-    denied = isinstance(error, PermissionError) or type(error).__name__ in ("NoCredentialsError", "TokenRetrievalError")
+    lacking = type(error).__name__ in _NO_CREDENTIALS or "refreshed credentials are still expired" in reason
+    if lacking and _may_have_metadata():
+        return NoCredentials(
+            f"{name}: no credentials ({reason}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or "
+            "give this machine a role whose metadata service answers"
+        )
+    denied = lacking or isinstance(error, PermissionError) or type(error).__name__ == "TokenRetrievalError"
     if denied or status in (401, 403):
         return UserError(f"{name}: access denied ({reason}); check the credentials, their rights and the endpoint")
     if isinstance(error, ImportError):
@@ -247,8 +279,15 @@ def _reason(error: BaseException, name: str) -> str:
     return text.removeprefix(name).lstrip(",: ") or type(error).__name__
 
 
+def _may_have_metadata() -> bool:
+    """Whether a metadata service may give credentials: not where AWS_EC2_METADATA_DISABLED rules it out."""
+    disabled = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
+    return not disabled or any(name.startswith("AWS_CONTAINER_CREDENTIALS_") for name in os.environ)
+
+
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+    wraps = isinstance(error, FileNotFoundError) or type(error).__name__ == "RefreshError"  # google-auth's
+    if wraps and error.__cause__ is not None:
         return _may_pass(error.__cause__)
     if isinstance(error, aiohttp.InvalidURL):
         return False

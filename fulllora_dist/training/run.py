@@ -11,6 +11,7 @@ from fulllora_dist.models.precision import has_fast_bf16
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.training.build import build_model, build_stream, track_data
 from fulllora_dist.training.context import RunContext, start_run
+from fulllora_dist.training.deterministic import deterministic
 from fulllora_dist.training.finalize import finalize, save_best
 from fulllora_dist.training.guard import Guard, build_guard
 from fulllora_dist.training.inputs import check_classes, load_index
@@ -74,7 +75,7 @@ def train(config: Config, profile_steps: int = 0) -> int:
     """
     check_model(config)
     model = build_model(config)
-    with start_run(config) as run:
+    with deterministic(config.run.deterministic), start_run(config) as run:
         stream = build_stream(config, model.info, run.comm)
         phases = build_phases(config, stream.steps_per_epoch)
         phases.prepare(model.backbone, model.info.image_size)

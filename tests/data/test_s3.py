@@ -1,7 +1,9 @@
 """Streams on mock S3 with signatures checked, and on a real endpoint where one is named."""
 
 import os
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -13,7 +15,9 @@ from byte_shards import Checksum, arrived, in_tars, write_shards
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.shards.indexing import index_shards
+from fulllora_dist.storage import store, urls
 from fulllora_dist.storage.ranges import ChangedObject, ReadPolicy
+from tests.services.metadata_service import MetadataService, metadata_service
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
 QUICK = ReadPolicy(request_timeout_s=10, retry_timeout_s=20)
@@ -91,6 +95,54 @@ def test_wrong_credentials_and_missing_objects_are_said_at_once(
     s3fs.S3FileSystem.clear_instance_cache()
     with pytest.raises(UserError, match=r"s3://bucket/gone/.*: access denied .*check the credentials"):
         train(url)
+
+
+@pytest.fixture
+def metadata(s3: MockS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataService]:
+    """Where alone the credentials are."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    with metadata_service(*(s3.environment[name] for name in names)) as service:
+        for name in names:
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", service.endpoint)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr(store, "_FIRST_PAUSE", 0.05)
+        yield service
+
+
+def test_a_metadata_service_that_throttles_is_asked_again(
+    s3: MockS3, metadata: MetadataService, tmp_path: Path
+) -> None:
+    """At the start, by a stream, and where the credentials are renewed."""
+    folder = write_shards(tmp_path / "shards", (30, 20), size=500)
+    url = s3.upload(folder, "throttled")
+    metadata.throttled = 20
+    assert store.info(f"{url}/part-000.tar").bytes == (folder / "part-000.tar").stat().st_size
+    assert metadata.throttled == 0
+    index_shards([f"{url}/*.tar"], classes=10, progress=False)
+    stream = train(url, batch_size=10, workers=0)
+    s3fs.S3FileSystem.clear_instance_cache()
+    metadata.throttled = 20
+    assert arrived(stream.index, islice(stream, 5)) == in_tars(folder)
+    assert metadata.throttled == 0
+    metadata.throttled = 20
+    credentials = urls.filesystem(url).session._credentials
+    credentials._expiry_time = datetime.now(UTC) + timedelta(minutes=5)  # as if most of the six hours had passed
+    assert store.read(f"{url}/index.safetensors")
+    assert metadata.throttled == 0
+
+
+def test_a_machine_without_a_role_is_told_so_when_the_patience_ends(
+    metadata: MetadataService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata.role = False
+    monkeypatch.setattr(store, "PATIENCE_SECONDS", 1.0)
+    began = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"^s3://bucket/x: no credentials .*; set AWS_ACCESS_KEY_ID .* \(tried for 1 s\)$"
+    ):
+        store.info("s3://bucket/x")
+    assert 0.5 < time.monotonic() - began < 20
 
 
 @pytest.mark.skipif("FULLLORA_TEST_SHARDS" not in os.environ, reason="FULLLORA_TEST_SHARDS names no URL of shards")

@@ -7,7 +7,8 @@ from pathlib import Path
 import aiohttp
 import pytest
 import s3fs
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import CredentialRetrievalError, EndpointConnectionError, NoCredentialsError
+from google.auth.exceptions import RefreshError, TransportError
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import split_index
@@ -84,6 +85,13 @@ def test_a_mistake_that_cannot_pass_is_said_at_once(
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+def of_metadata(cause: Exception | None) -> Exception:
+    """What google-auth raises where a metadata service gave no token."""
+    error = RefreshError("no token")
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
     ("error", "passes"),
     [
@@ -94,6 +102,10 @@ def test_a_mistake_that_cannot_pass_is_said_at_once(
         (aiohttp.InvalidURL("http://"), False),
         (KeyError("size"), False),
         (TypeError("an argument is missing"), False),
+        (NoCredentialsError(), True),
+        (CredentialRetrievalError(provider="iam-role", error_msg="throttled"), True),
+        (of_metadata(TransportError("429")), True),
+        (of_metadata(None), False),
     ],
 )
 def test_only_what_may_pass_is_tried_again(error: Exception, passes: bool) -> None:

@@ -25,6 +25,7 @@ from fulllora_dist.launching.worker import join_ranks
 from tests.launching.conftest import LAUNCH, ROOT, STEPS, Site
 
 CONFIG = ["--config", "config.yaml"]
+TAG = "vit_small_patch32_384.augreg_in21k_ft_in1k"
 
 
 def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None:
@@ -43,7 +44,13 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
         "reservation=mine", "time=2160", "signal=USR2@120", "requeue", "open-mode=append",
     }  # fmt: skip
     (srun,) = re.findall(r"^srun .*$", train, re.MULTILINE)
-    for part in ("--kill-on-bad-exit=1", "--cpus-per-task=2", "--mpi=none", "'--container-image=some image'"):
+    for part in (
+        "--kill-on-bad-exit=1",
+        "--wait=1800",
+        "--cpus-per-task=2",
+        "--mpi=none",
+        "'--container-image=some image'",
+    ):
         assert f" {part} " in srun
     code = site.folder / "unused" / "launches" / "NEXT" / "code"
     assert f' env PYTHONSAFEPATH=1 PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}" ' in srun
@@ -66,6 +73,16 @@ def test_dry_run_shows_the_batch_scripts_and_submits_nothing(site: Site) -> None
         (["--evaluate", "--attacks 'clean"], '--evaluate: "--attacks \'clean" is not a command line (No closing'),
         (["--executor", "local", "--setup", "module load cuda"], "--setup: --executor local has no batch script"),
         (["run.output_dir=a:b"], "run.output_dir: a:b: ':' would end the folder's name"),
+        (
+            [
+                "--setup",
+                "export HF_HUB_OFFLINE=1",
+                "model.pretrained=true",
+                "model.model_kwargs={}",
+                "model.backbone=" + TAG,
+            ],
+            f"model.backbone: the jobs have HF_HUB_OFFLINE=1, and the hub's cache here has no weights of {TAG}; run",
+        ),
         (["data.train=/nowhere"], "data.train: /nowhere/index.safetensors: no index there"),
         (["--executor", "local", "--nodes", "2"], "--nodes: --executor local has one machine, not 2"),
         (["--executor", "debug", "--gpus-per-node", "2"], "--gpus-per-node: --executor debug runs one task"),

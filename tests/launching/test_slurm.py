@@ -189,3 +189,23 @@ def test_a_task_that_fails_tells_the_caller_why_and_ends_the_others(cluster: Clu
             code = site.folder / "failing" / "launches" / launch / "code"
             assert f"{reason}{code}/paced.py\n" in said, "the job has the launch's own copy"
             assert "no more room on the shelf" in site.launch("logs", "failing", "--task", "1", "--lines", "1")
+
+
+def test_a_killed_rank_is_started_again_on_another_node_while_the_run_gets_on(cluster: Cluster, site: Site) -> None:
+    one_node = [*TWO_NODES, "--nodes", "1", "run.output_dir=killed", "run.checkpoint_every=2"]
+    site.order(kill=[5, 0], seconds=0.5)
+    job = re.search(r"job (\d+)\n", site.launch(*one_node))[1]
+    until(lambda: site.events("killed").count("started") == 2, "the second start")
+    nodes = [json.loads(line)["nodes"] for line in restarts(site, "killed")]
+    assert nodes == [[name] for name in cluster.nodes], "not where it was killed"
+    assert fact(cluster, job, "ExcNodeList") == nodes[0][0]
+    until(
+        lambda: fact(cluster, job, "JobState") == "FAILED", "the end"
+    )  # killed at the same batch, before another save
+    assert site.events("killed") == ["started", "started"]
+    logs = (site.folder / "killed" / "launches" / "001" / f"{job}_0_log.out").read_text()
+    assert resumed_at(logs.splitlines()) == [4]
+
+
+def restarts(site: Site, run: str) -> list[str]:
+    return (site.folder / run / "launches" / "001" / "restarts.jsonl").read_text().splitlines()

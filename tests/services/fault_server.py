@@ -32,12 +32,16 @@ class FaultServer:
         fault: names what goes wrong with a request, or None.
         log: the GETs that were answered, in order, each with its fault.
         stall, late: seconds that a stalled or a late answer takes.
+        whole: names of GETs without a range, in order.
+        refusals: number of next ones that are answered with 503.
     """
 
     def __init__(self, folder: Path, fault: Callable[[Request], str | None] = lambda request: None):
         self.folder, self.fault = folder, fault
         self.log: list[tuple[Request, str | None]] = []
         self.stall, self.late = 3.0, 0.02
+        self.whole: list[str] = []
+        self.refusals = 0
         self._turns: Counter = Counter()
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -90,6 +94,11 @@ def _handler(server: FaultServer) -> type[BaseHTTPRequestHandler]:
             span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             start, end = (int(span[1]), int(span[2]) + 1) if span else (0, len(data))
             fault = server.note(name, start, end) if body and span else None
+            if body and not span:
+                server.whole.append(name)
+                if server.refusals > 0:
+                    server.refusals -= 1
+                    return self._refuse(503)
             if fault in ("503", "500", "403", "404"):
                 return self._refuse(int(fault))
             etag = f'"{hashlib.md5(data).hexdigest()}"'

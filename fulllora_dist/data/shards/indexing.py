@@ -14,13 +14,13 @@ from tqdm import tqdm
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index, split_index
-from fulllora_dist.data.index_cache import cache_folder
 from fulllora_dist.data.index_file import map_columns, pack_columns
 from fulllora_dist.data.shards.classes import CLASSES_NAME, check_count, check_names, names_in
 from fulllora_dist.data.shards.fields import FieldNames
 from fulllora_dist.data.shards.pool import run_jobs
 from fulllora_dist.data.shards.scan import ANY_FIELDS, Shard, ShardScan, scan_file, scan_stream
 from fulllora_dist.storage import store, urls
+from fulllora_dist.storage.machine_copy import cache_folder
 
 _ASKING = 16  # objects whose length is asked for at a time
 
