@@ -17,7 +17,7 @@ def test_a_step_stays_near_the_bound(rank_server: RankServer, tmp_path: Path) ->
     row = ("--row", "vit_tiny_patch16_224:96:50:1", "--arms", "bound,fulllora", "--output", file)
 
     def benchmark(*more: str) -> tuple[int, str]:
-        done = rank_server.launch(ROOT / "tools/benchmark.py", "step", *row, *more, cwd=ROOT).wait()
+        done = rank_server.launch(ROOT / "tools/benchmark.py", "step", *row, *more, cwd=ROOT, timeout=600).wait()
         return done.returncode, done.stderr
 
     code, progress = benchmark("--rounds", "5")
