@@ -1,6 +1,6 @@
 """Side-by-side measurements, all arms interleaved in one run.
 
-python tools/benchmark.py step --help    one adversarial step: FullLoRA, full finetuning, peft's LoRA, the bound
+python tools/benchmark.py step --output FILE    one adversarial step: FullLoRA, peft's LoRA, full finetuning, the bound
 python tools/benchmark.py data --output FILE    images a second: ours, webdataset, ImageFolder; cost of the plan
 python tools/benchmark.py several    several adapters on one backbone: switching, mixed batches, memory
 """

@@ -37,7 +37,8 @@ class FoldedLayerNorm(nn.Module):
     def forward(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """A [r, dim] -> (A * weight with centred rows [r, dim], A bias [r])."""
         scaled = matrix * self.weight
-        return scaled - scaled.mean(dim=1, keepdim=True), matrix @ self.bias
+        # no product, which autocast would round
+        return scaled - scaled.mean(dim=1, keepdim=True), (matrix * self.bias).sum(dim=1)
 
 
 class Folding(nn.Module):

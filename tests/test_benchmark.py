@@ -1,0 +1,38 @@
+"""`tools/benchmark.py step`: its file, and that an adversarial step stays near the frozen bound."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankServer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.long
+def test_a_step_stays_near_the_bound(rank_server: RankServer, tmp_path: Path) -> None:
+    """CPU time of a PGD-1 step relative to frozen passes: 1.5 before the branch and its layer were one operation."""
+    file = tmp_path / "step.json"
+    row = ("--row", "vit_tiny_patch16_224:96:50:1", "--arms", "bound,fulllora", "--output", file)
+
+    def benchmark(*more: str) -> tuple[int, str]:
+        done = rank_server.launch(ROOT / "tools/benchmark.py", "step", *row, *more, cwd=ROOT, timeout=600).wait()
+        return done.returncode, done.stderr
+
+    code, progress = benchmark("--rounds", "5")
+    assert code == 0, progress
+    assert "row 1 of 1, round 5 of 5, about 0 minutes left" in progress
+    result = json.loads(file.read_text())
+    assert result.keys() == {"cpu", "rows"}
+    (measured,) = result["rows"]
+    assert (measured["backbone"], measured["image_size"], measured["steps"]) == ("vit_tiny_patch16_224", 96, 1)
+    assert measured["arms"]["bound"]["ratio_to_bound"] == 1
+    assert measured["arms"]["fulllora"]["ratio_to_bound"] < 1.3
+    assert 1 < measured["saved_bytes_ratio"] < 1.7
+
+    before = file.read_bytes()
+    assert benchmark("--rounds", "5") == (0, "")  # nothing is left to measure
+    code, line = benchmark("--rounds", "3")
+    assert (code, line) == (2, f"--output: {file} was measured with rounds 5, not 3; give another name\n")
+    assert file.read_bytes() == before
