@@ -54,6 +54,7 @@ def run(folder: Path, tasks: str, state: str, excluded: str = "(null)") -> list[
         "SLURM_JOB_ID": "7",
         "STATE": state,
         "NOTES": str(notes),
+        "EXCLUDED": excluded,
     }
     with open(folder / "7_0_log.out", "a") as log:
         script = "\n".join([begin(folder), tasks, end([str(folder / "checkpoints")])])
