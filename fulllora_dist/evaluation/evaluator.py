@@ -29,6 +29,7 @@ from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKey
 from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
 from fulllora_dist.evaluation.trained import classes_of, own_pictures
 from fulllora_dist.evaluation.work_items import WorkItem, take_turns, work_items
+from fulllora_dist.models.compiled import uncompiled
 from fulllora_dist.models.precision import in_full_fp32
 
 Results = dict[str, Any]
@@ -180,7 +181,7 @@ class Evaluator:
         sizes = [number_in(threat.norm, threat.eps) for threat in self._threats]
         progress = Progress(items, known, counters, comm.world, sizes, self._shows)
         todo = [item for item in items if item.name not in known]
-        with attack_mode(predict), in_full_fp32(), heartbeat(predict, counters):
+        with attack_mode(predict), in_full_fp32(), uncompiled(predict), heartbeat(predict, counters):
             for item, batch in take_turns(todo, images, counters, comm.world):
                 start = time.monotonic()
                 batch = batch.to(comm.device)

@@ -8,7 +8,7 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.training_record import TrainingRecord
-from fulllora_dist.training.build import build_model, build_stream, track_data
+from fulllora_dist.training.build import build_model, build_stream, compile_model, track_data
 from fulllora_dist.training.context import RunContext, start_run
 from fulllora_dist.training.finalize import finalize, save_best
 from fulllora_dist.training.guard import build_guard
@@ -63,6 +63,7 @@ def train(config: Config) -> int:
         guard = build_guard(config, model, run.comm)
         trainer = Trainer(run, model, stream, phases, guard)  # resumes from a checkpoint, if any
         run.open()
+        compile_model(config, model, run)
         run.say(str(model.report))
         run.say(f"{stream.steps_per_epoch} batches per epoch, {stream.dropped} images dropped in each")
         if trainer.step:
