@@ -20,19 +20,22 @@ def test_a_step_stays_near_the_bound(rank_server: RankServer, tmp_path: Path) ->
         done = rank_server.launch(ROOT / "tools/benchmark.py", "step", *row, *more, cwd=ROOT, timeout=600).wait()
         return done.returncode, done.stderr
 
-    code, progress = benchmark("--rounds", "5")
+    code, progress = benchmark("--rounds", "7")
     assert code == 0, progress
-    assert "row 1 of 1, round 5 of 5, about 0 minutes left" in progress
+    assert "row 1 of 1, round 7 of 7, about 0 minutes left" in progress
     result = json.loads(file.read_text())
     assert result.keys() == {"cpu", "rows"}
     (measured,) = result["rows"]
     assert (measured["backbone"], measured["image_size"], measured["steps"]) == ("vit_tiny_patch16_224", 96, 1)
     assert measured["arms"]["bound"]["ratio_to_bound"] == 1
-    assert measured["arms"]["fulllora"]["ratio_to_bound"] < 1.3
+    assert measured["arms"]["fulllora"]["ratio_to_bound"] > 1
+    # the fastest rounds: other work on the machine slows what reads more memory, in CPU time too
+    fastest = {name: arm["cpu_s_spread"][0] for name, arm in measured["arms"].items()}
+    assert fastest["fulllora"] < 1.3 * fastest["bound"], measured["arms"]
     assert 1 < measured["saved_bytes_ratio"] < 1.7
 
     before = file.read_bytes()
-    assert benchmark("--rounds", "5") == (0, "")  # nothing is left to measure
+    assert benchmark("--rounds", "7") == (0, "")  # nothing is left to measure
     code, line = benchmark("--rounds", "3")
-    assert (code, line) == (2, f"--output: {file} was measured with rounds 5, not 3; give another name\n")
+    assert (code, line) == (2, f"error: --output: {file} was measured with rounds 7, not 3; give another name\n")
     assert file.read_bytes() == before

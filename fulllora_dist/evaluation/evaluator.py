@@ -32,6 +32,7 @@ from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
 from fulllora_dist.evaluation.trained import classes_of, own_pictures
 from fulllora_dist.evaluation.verdicts import Verdicts
 from fulllora_dist.evaluation.work_items import WorkItem, first_items, part_items, take_turns
+from fulllora_dist.models.compiled import uncompiled
 from fulllora_dist.models.precision import in_full_fp32
 
 Results = dict[str, Any]
@@ -188,7 +189,7 @@ class Evaluator:
         progress = Progress(self._attacks, len(ids), counters, comm.world, sizes, self._shows)
         batch_size = max(map(len, images.batches))
         first = first_items(variants, self._attacks, self._threats, images, self._checked)
-        with attack_mode(predict), in_full_fp32(), heartbeat(predict, counters):
+        with attack_mode(predict), in_full_fp32(), uncompiled(predict), heartbeat(predict, counters):
             for number in range(1 + max(len(attack.parts) for attack in self._attacks)):
                 items = first
                 if number:

@@ -102,6 +102,8 @@ class ModelSettings(Settings):
     the number of ranks and are not resumed exactly."""
     precision: Precision = "fp32"
     """bf16 runs the blocks in bf16; pixels, patch embedding, adapters, optimizer and head stay in fp32."""
+    compile: bool = False
+    """Compile the blocks in training, one by one; needs a C++ compiler, on CUDA triton. Off at ZeRO-3."""
 
     @field_validator("class_indices")
     @classmethod

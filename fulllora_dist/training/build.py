@@ -16,10 +16,12 @@ from fulllora_dist.evaluation.trained import classes_of
 from fulllora_dist.models.adapt import build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.compiled import compile_blocks, why_not_compiled
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.summary import DatasetInfo
+from fulllora_dist.training.context import RunContext
 from fulllora_dist.training.inputs import check_classes, load_index
 
 
@@ -43,6 +45,19 @@ def build_model(config: Config) -> AdaptedModel:
     """Build the frozen backbone with its adapter, on the CPU."""
     sizes = sorted({phase.image_size for phase in config.phases if phase.image_size})
     return build_adapted(config.model, config.adapter, config.finetune, seed=config.run.seed, input_sizes=sizes)
+
+
+def compile_model(config: Config, model: AdaptedModel, run: RunContext) -> None:
+    """Compile the blocks where model.compile asks for it, or say in one line why not."""
+    if not config.model.compile:
+        return
+    reason = why_not_compiled(run.comm.device)
+    if config.distributed.zero_stage == 3:
+        reason = "DeepSpeed's hooks of distributed.zero_stage=3 cannot be compiled"
+    if reason is None:
+        compile_blocks(model)
+    else:
+        run.say(f"model.compile: off, as {reason}")
 
 
 def _check_same(index: Index, comm: Comm, setting: str) -> None:

@@ -9,7 +9,7 @@ from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.precision import has_fast_bf16
 from fulllora_dist.models.training_record import TrainingRecord
-from fulllora_dist.training.build import build_model, build_stream, track_data
+from fulllora_dist.training.build import build_model, build_stream, compile_model, track_data
 from fulllora_dist.training.context import RunContext, start_run
 from fulllora_dist.training.deterministic import deterministic
 from fulllora_dist.training.finalize import finalize, save_best
@@ -83,6 +83,7 @@ def train(config: Config, profile_steps: int = 0) -> int:
         guard = build_guard(config, model, run.comm)
         trainer = Trainer(run, model, stream, phases, guard)  # resumes from a checkpoint, if any
         run.open()
+        compile_model(config, model, run)
         run.say(str(model.report))
         for note in cost_notes(config, phases, guard, run.comm.device):
             run.say(note)
