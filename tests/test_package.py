@@ -57,7 +57,7 @@ def test_the_readme_s_python_lines_run(tmp_path: Path, monkeypatch) -> None:
             pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "pictures" / str(label) / f"{i}.png")
     make_shards(tmp_path / "pictures", tmp_path / "shards" / "val", workers=1, progress=False)
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    block, loop = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     for printed, here in (
         ('"vit_base_patch16_224.augreg2_in21k_ft_in1k"', '"vit_tiny_patch16_224", pretrained=False, num_classes=2'),
         ("num_samples=200", "num_samples=4"),
@@ -70,6 +70,10 @@ def test_the_readme_s_python_lines_run(tmp_path: Path, monkeypatch) -> None:
     exec(block, names)
     assert (names["x_adv"] - names["x"]).abs().max() <= 4 / 255 + 1e-7
     assert isinstance(names["model"], fd.AdaptedModel)
+    names["optimizer"] = torch.optim.AdamW(p for p in names["model"].parameters() if p.requires_grad)
+    names["loader"] = [(names["x"], names["y"])]
+    exec(loop, names)
+    assert names["metrics"]["loss"].isfinite()
 
 
 def test_deepspeed_s_launcher_takes_the_printed_commands() -> None:

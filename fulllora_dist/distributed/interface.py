@@ -57,7 +57,11 @@ def _hosts(store: dist.Store, rank: int, world: int, address: str) -> list[tuple
     if rank == 0:
         said = {tuple(json.loads(one)) for one in store.multi_get([f"interface/{other}" for other in range(world)])}
         store.set("interface/hosts", json.dumps(sorted(said)))
-    return [(name, towards) for name, towards in json.loads(store.get("interface/hosts"))]
+    hosts = [(name, towards) for name, towards in json.loads(store.get("interface/hosts"))]
+    store.set(f"interface/read/{rank}", "")
+    if rank == 0:  # the store is here, and ends with this rank where it is refused
+        store.wait([f"interface/read/{other}" for other in range(world)])
+    return hosts
 
 
 def _chosen(address: str, hosts: list[tuple[str, str]]) -> str:

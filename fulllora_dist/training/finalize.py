@@ -21,12 +21,14 @@ def finalize(run: RunContext, summary: TrainingSummary) -> None:
     adapter = os.path.join(output, "adapter")
 
     def save() -> None:
-        save_adapter(summary.model, adapter, state=summary.tensors, training=summary.training)
+        try:
+            save_adapter(summary.model, adapter, state=summary.tensors, training=summary.training)
+        except UserError as error:
+            kept = f"the newest checkpoint is {run.checkpoints.describe()}"
+            raise UserError(f"run.output_dir: no adapter in {output}, {kept} ({error})") from error
         run.tracker.artifact(adapter, "adapter")
 
-    run.comm.run_on_rank0(
-        save, f"run.output_dir: no adapter in {output}, the newest checkpoint is {run.checkpoints.describe()}"
-    )
+    run.comm.run_on_rank0(save, f"run.output_dir: {output}")
     run.say(f"adapter: {adapter}, {summary.model.report.share:.2%} of the model")
     save_best(run, summary)
     if run.config.data.validation is not None:

@@ -239,7 +239,7 @@ def test_too_few_images_to_notice_a_collapse_by(shards: str, held_out: str, tmp_
 def test_a_costly_guard_is_said_at_the_start(shards: str, held_out: str, tmp_path: Path) -> None:
     """Its passes, counted in a check, against those of the training: PGD of two steps makes 3 and 3."""
     cpu = torch.device("cpu")
-    for every in (1, 40):
+    for every in (1, 160):
         config = Config.model_validate(_guarded(tmp_path, shards, held_out, 0, every))
         model = build_model(config)
         guard = Guard(config, held_out, model, Comm(0, 1, cpu, None))
@@ -256,7 +256,7 @@ def test_a_costly_guard_is_said_at_the_start(shards: str, held_out: str, tmp_pat
         share = guard.share(phases, batch_size=config.optim.batch_size)
         assert share == pytest.approx(cost, rel=0.05), "a batch that is filled up counts more"
         notes = [line for line in cost_notes(config, phases, guard, cpu) if "guard" in line]
-        assert notes == ([] if every == 40 else [line for line in notes if f"about {share:.0%} of" in line])
+        assert notes == ([] if every == 160 else [line for line in notes if f"about {share:.0%} of" in line])
         assert bool(notes) == (cost > 0.1)
 
 

@@ -34,7 +34,7 @@ def _alone(
     ("name", "norm", "eps"),
     [
         ("apgd-ce", "linf", EPS),
-        ("apgd-ce+apgd-t", "linf", 1.5 * EPS),
+        ("apgd-ce+apgd-t", "linf", EPS),
         ("fab-t", "l2", 0.3),
         pytest.param("square+apgd-ce", "l2", 0.3, marks=pytest.mark.long),
     ],
