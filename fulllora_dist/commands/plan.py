@@ -23,6 +23,14 @@ ASSUMED_FP32_FLOPS = 4e13
 """The same for an evaluation, which computes in full fp32: about 60 % of an H200's peak."""
 
 
+def _flops_in_place(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: _flops_in_place}
+"""The operation of the branches (models/low_rank_linear.py) that torch's counter does not know."""
+
+
 class _SavedBytes:
     """Bytes that autograd saves for the backward pass; counts each storage once, without parameters and buffers."""
 
@@ -59,7 +67,7 @@ class _Cost(NamedTuple):
 def _count(model: AdaptedModel, size: int) -> _Cost:
     pixels = torch.empty(1, 3, size, size, device="meta", requires_grad=True)
     saved = _SavedBytes(model)
-    with FlopCounterMode(display=False) as flops:
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as flops:
         with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
             logits = model(pixels)
             loss = F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device="meta"))
