@@ -17,16 +17,10 @@ from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.methods import METHODS
 from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.phases import build_phases
+from tests.smallest import SMALLEST
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 BASES = {yaml.safe_load(path.read_text()).get("base") for path in CONFIGS.glob("*.yaml")}
-SMALLEST = """
-model: {backbone: vit_tiny_patch16_224.augreg_in21k_ft_in1k}
-threat: {eps: 4/255}
-method: {name: pgd, steps: 2}
-data: {train: shards}
-run: {output_dir: out}
-"""
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fulllora_dist.attacks.arguments import dtype_name
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.weights import fingerprint
 
@@ -128,14 +129,10 @@ class AsBuilt:
         for name, tensor in self._own(backbone):
             dtype, shape = self.tensors[name]
             if (tensor.dtype, tensor.shape) != (dtype, shape):
-                was, now = f"{_name(dtype)} {list(shape)}", f"{_name(tensor.dtype)} {list(tensor.shape)}"
+                was, now = f"{dtype_name(dtype)} {list(shape)}", f"{dtype_name(tensor)} {list(tensor.shape)}"
                 yield f"{name} was {was} and is {now}"
 
     def _changed_values(self, backbone: nn.Module) -> Iterator[str]:
         for name, tensor in self._own(backbone):
             if name in self.fingerprints and fingerprint({name: tensor}) != self.fingerprints[name]:
                 yield f"the values of {name}, which is frozen, changed after the model was created"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

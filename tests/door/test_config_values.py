@@ -11,15 +11,9 @@ from fulllora_dist.config.load import load_config, read_frame
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.resources import read_profile, resources
 from tests.door.conftest import ROOT
+from tests.smallest import SMALLEST
 
 TRAIN = ROOT / "fulllora_dist" / "train.py"
-SMALLEST = """
-model: {backbone: vit_tiny_patch16_224.augreg_in21k_ft_in1k}
-threat: {eps: 4/255}
-method: {name: pgd, steps: 2}
-data: {train: shards}
-run: {output_dir: out}
-"""
 
 
 @pytest.fixture

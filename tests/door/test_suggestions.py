@@ -13,14 +13,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.suggest import MEANT, suggestion
 from fulllora_dist.launching.resources import resources
 from tests.door.conftest import ROOT
-
-SMALLEST = """
-model: {backbone: vit_tiny_patch16_224.augreg_in21k_ft_in1k}
-threat: {eps: 4/255}
-method: {name: pgd, steps: 2}
-data: {train: shards}
-run: {output_dir: out}
-"""
+from tests.smallest import SMALLEST
 
 
 @pytest.fixture
