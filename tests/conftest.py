@@ -1,10 +1,22 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import pytest
 from mlflow import MlflowClient
 
 from tests.ranks import RankServer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_environment() -> Iterator[None]:
+    """Each file starts from the same environment: MLflow writes the store that is set into it."""
+    before = dict(os.environ)
+    yield
+    mlflow.set_tracking_uri(None)
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -249,6 +249,8 @@ class _Counter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        elif func.overloadpacket is torch.ops.aten.addmm_:  # that of the branches, which torch does not count
+            self.flops += 2 * args[1].numel() * args[2].shape[1]
         return result
 
 
