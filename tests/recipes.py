@@ -61,7 +61,7 @@ def uphill(gradient: Tensor, norm: str) -> Tensor:
 def _start(method: Recipe, x: Tensor, ids: Tensor, step: int, seed: int, eps: float, norm: str) -> Tensor:
     name = method["name"]
     rng = sample_rng(seed, f"train/{name}/start/0", step, ids)
-    if name in ("trades", "mart"):
+    if name == "mart" or "start" in method:
         return to_ball((method.get("start", 0.001) * rng.normal(x.shape[1:])).to(x.dtype), eps, norm)
     if norm == "linf":
         return ((rng.uniform(x.shape[1:]) * 2 - 1) * eps).to(x.dtype)
@@ -144,7 +144,9 @@ def plain_loss(
     method, threat, targets = recipe["method"], recipe.get("threat", {}), recipe.get("targets", {})
     name, steps, norm = method["name"], method["steps"], threat.get("norm", "linf")
     eps = threat.get("eps", eps) * rise(step, threat.get("eps_warmup_ratio", 0), run)
-    size = min(2.5 * eps / steps, eps) * rise(step, threat.get("step_size_warmup_ratio", 0), run)
+    given = method.get("step_size")
+    size = min(2.5 * eps / steps, eps) if given is None else given * rise(step, threat.get("eps_warmup_ratio", 0), run)
+    size *= rise(step, threat.get("step_size_warmup_ratio", 0), run)
     model.eval()
     with torch.no_grad():
         x, y = mixed(x, y, ids, step, seed, model(x).shape[1], targets)
@@ -186,5 +188,5 @@ def plain_loss(
     own = torch.arange(len(y))
     others = q.clone()
     others[own, y] = 0
-    bce = -(soft * q.log()).sum(1) - (1 - others.max(1).values).log()
+    bce = -(soft * q.log()).sum(1) - (1.0001 - others.max(1).values + 1e-12).log()
     return (bce + method.get("weight", 5.0) * divergence * (1 - p[own, y])).mean()

@@ -16,7 +16,7 @@ class ThreatSettings(Settings):
     eps: Size
     """Radius of the ball, for pixels in [0, 1]: a number or a fraction such as 4/255."""
     eps_warmup_ratio: float = Field(0.0, ge=0, lt=1)
-    """Fraction of the batches over which the training eps rises linearly from 0."""
+    """Fraction of the batches over which the training eps, and with it the step size, rises linearly from 0."""
     step_size_warmup_ratio: float = Field(0.0, ge=0, lt=1)
     """Fraction of the batches over which the attack's step size rises linearly from 0."""
 

@@ -12,7 +12,7 @@ shared by processes; `index_cache` fetches a remote one.
 `plan` and `position` are pure: which ids form global batch b of an epoch, what a rank and worker read of them, and how
 far a run has come. `subset` says which samples an evaluation takes. `reader` gives the bytes of a sample, checked
 (remote ones by `storage.ranges`). `decode` makes an RGB image of them and `transforms` the uint8 tensor of training or
-evaluation; every random decision (`randaugment` too) comes from a generator keyed by (seed, epoch, sample id).
+evaluation; every random decision (torchvision's too) comes from a generator keyed by (seed, epoch, sample id).
 
 `worker_dataset` does this in worker processes, which `workers` starts and ends; `loader` joins their parts and yields
 `batch.Batch`, `shard_stream` yields webdataset's dicts instead. Neither counts: the trainer commits its steps.

@@ -28,6 +28,10 @@ class DataSettings(Settings):
     """Area of the random crop as a share of the image."""
     randaugment: RandAugmentSettings = RandAugmentSettings()
     """How strong RandAugment is."""
+    color_jitter: float = Field(0.0, ge=0, le=1)
+    """Brightness, contrast and saturation change by factors uniform in [1 - this, 1 + this]; 0 disables it."""
+    random_erasing: float = Field(0.0, ge=0, le=1)
+    """Probability that a rectangle of the training image is replaced by noise."""
     decode: Literal["fast", "pil"] = "fast"
     """Of training images: libjpeg-turbo and torch's antialiased resize, or Pillow. Evaluation always uses Pillow."""
     crop_pct: float | None = Field(None, gt=0, le=1)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.augmentations import RandAugment, color_jitter, random_erasing
 from fulllora_dist.data.decode import check_pixels, decode, decode_fast
-from fulllora_dist.data.randaugment import RandAugment
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the source
 Backend = Literal["fast", "pil"]
@@ -126,6 +126,8 @@ class TrainTransform:
         crop_pct, crop_mode: of the evaluation crop under "none" and "flip".
         interpolation: a PIL filter by name.
         randaugment: its settings.
+        color_jitter: strength, 0 for none; after the flip and before RandAugment.
+        random_erasing: probability, 0 for none; the last step.
         backend: "fast" or "pil"; random decisions are the same under both.
     """
 
@@ -136,6 +138,8 @@ class TrainTransform:
     crop_mode: str = "center"
     interpolation: str = "bicubic"
     randaugment: RandAugment = field(default_factory=RandAugment)
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
     backend: Backend = "fast"
 
     def __post_init__(self) -> None:
@@ -153,8 +157,12 @@ class TrainTransform:
         image = self._fast(data, rng) if self.backend == "fast" else self._reference(data, rng)
         if flip:
             image = image.flip(2)
+        if self.color_jitter:
+            image = color_jitter(image, self.color_jitter, rng)
         if self.augment == "randaugment":
             image = self.randaugment(image, rng)
+        if self.random_erasing and rng.random() < self.random_erasing:
+            image = random_erasing(image, rng)
         return image.contiguous()
 
     def _random_box(self, width: int, height: int, rng: np.random.Generator) -> Box | None:

@@ -258,15 +258,13 @@ def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _adamw(model: AdaptedModel, optim: OptimSettings) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters, with weight decay on matrices only."""
-    parameters = list(model.trainable().values())
-    decayed, plain = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, optim.weight_decay), (plain, 0.0))
-        if group
-    ]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas)
+    """AdamW. Norms, biases and what timm exempts (class token, position embedding, bias tables) are not decayed."""
+    exempt: set[str] = getattr(model.backbone, "no_weight_decay", set)()
+    groups: dict[bool, list[Tensor]] = {}
+    for name, parameter in model.trainable().items():
+        groups.setdefault(parameter.ndim > 1 and name not in exempt, []).append(parameter)
+    parameters = [{"params": group, "weight_decay": optim.weight_decay * decays} for decays, group in groups.items()]
+    return torch.optim.AdamW(parameters, lr=optim.lr, betas=optim.betas)
 
 
 def _start_deepspeed(

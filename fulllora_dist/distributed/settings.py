@@ -19,7 +19,7 @@ class OptimSettings(Settings):
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW betas."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of matrices; norms and biases are not decayed."""
+    """Decoupled weight decay of matrices; norms, biases, class token and position embedding are not decayed."""
     grad_clip: float = Field(1.0, ge=0)
     """Maximum global gradient norm; 0 disables clipping."""
     ema_decay: float = Field(0.0, ge=0, lt=1)

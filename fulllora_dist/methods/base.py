@@ -73,8 +73,9 @@ class Method(ABC):
         return self.threat.scaled(ramp(self.warmup.at(step), self.warmup.eps))
 
     def step_size(self, size: float, step: int) -> float:
-        """The attack's step size at batch `step`, equal to `size` after the warm-up."""
-        return size * ramp(self.warmup.at(step), self.warmup.step_size)
+        """The attack's step size at batch `step`: `size` after the warm-ups, before in proportion to eps, too."""
+        at = self.warmup.at(step)
+        return size * ramp(at, self.warmup.eps) * ramp(at, self.warmup.step_size)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
         """Mean cross-entropy with label smoothing; y: labels [B] or probabilities [B, classes]."""

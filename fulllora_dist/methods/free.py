@@ -1,8 +1,9 @@
 """Free adversarial training (Shafahi et al., arXiv 1904.12843).
 
 Each batch is replayed m times. One backward pass gives the gradients of both the adapter and the input, and the latter
-updates the perturbation before the next replay. The perturbation persists over replays *and* over batches: it belongs
-to the slot in the global batch, not to the image. Epochs count optimizer updates, so a run draws 1 / m as many batches.
+updates the perturbation before the next replay; label smoothing thus enters both. The perturbation persists over
+replays *and* over batches: it belongs to the slot in the global batch, not to the image. Epochs count optimizer
+updates, so a run draws 1 / m as many batches.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class Free(Method):
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
         delta = self._delta_for(batch)
         threat = self.threat_at(step)
-        full_size = threat.eps if self.settings.step_size is None else self.settings.step_size
+        full_size = self.threat.eps if self.settings.step_size is None else self.settings.step_size
         step_size = self.step_size(full_size, step)
         for _ in range(self.updates_per_batch):
             means = MetricAverager()

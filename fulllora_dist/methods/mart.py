@@ -2,7 +2,9 @@
 
     BCE(f(x'), y) + lambda KL(f(x) || f(x')) (1 - p_y(x)),    BCE = -log p_y(x') - log(1 - max_{k != y} p_k(x'))
 
-Images that are misclassified without a perturbation have more weight. Clean and perturbed images share a forward pass.
+The margin is the authors' log(1.0001 - p), which saturates: an image that a backbone without robustness gets wrong with
+certainty pulls less. Images that are misclassified without a perturbation have more weight. Clean and perturbed images
+share a forward pass.
 """
 
 import torch
@@ -32,9 +34,8 @@ class MART(MultiStep):
         clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)  # logits, [B, K] each
         log_clean, log_perturbed = F.log_softmax(clean, dim=1), F.log_softmax(perturbed, dim=1)
         runner_up = perturbed.scatter(1, y[:, None], float("-inf")).argmax(dim=1, keepdim=True)  # [B, 1]
-        # log(1 - p_k) as the log of the sum of all other probabilities, which is exact even if p_k rounds to 1
-        all_others = log_perturbed.scatter(1, runner_up, float("-inf")).logsumexp(dim=1)
-        boosted = self.cross_entropy(perturbed, y) - all_others.mean()
+        margin = (1.0001 - log_perturbed.gather(1, runner_up).exp()).log()
+        boosted = self.cross_entropy(perturbed, y) - margin.mean()
         divergence = F.kl_div(log_perturbed, log_clean, reduction="none", log_target=True).sum(dim=1)
         doubt = 1 - log_clean.gather(1, y[:, None]).squeeze(1).exp()
         return boosted + self.settings.weight * (divergence * doubt).mean(), perturbed

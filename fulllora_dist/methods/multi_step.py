@@ -61,7 +61,7 @@ class MultiStep(PerturbedStep):
     ) -> Tensor:
         """Run the attack on `x` from `start`, both [B, 3, H, W] in [0, 1]; inside `attack_mode`."""
         settings = self.settings
-        size = default_step_size(threat.eps, settings.steps) if settings.step_size is None else settings.step_size
+        size = default_step_size(self.threat.eps, settings.steps) if settings.step_size is None else settings.step_size
         weakened = settings.attention_drop > 0 or settings.perturbation_mask > 0
         patch = self._patch or settings.mask_patch
         return ascend(

@@ -24,7 +24,8 @@ class MultiStepSettings(MethodSettings):
     steps: int = Field(3, ge=1)
     """Attack steps, each with one forward and one backward pass."""
     step_size: Size | None = None
-    """Step size, for pixels in [0, 1]; null takes 2.5 eps / steps, as Madry et al. do, but at most eps."""
+    """Step size, for pixels in [0, 1]; null takes 2.5 eps / steps, as Madry et al. do, but at most eps. Like eps, it is
+    smaller during threat.eps_warmup_ratio."""
     attention_drop: float = Field(0.0, ge=0, le=1)
     """Fraction of the run's batches during which attention gradients are randomly dropped, at a decreasing rate; 0
     disables it."""
@@ -51,7 +52,8 @@ class FreeSettings(MethodSettings):
     replays: int = Field(4, ge=1)
     """Optimizer updates per batch (m in the paper)."""
     step_size: Size | None = None
-    """Step size of the perturbation, for pixels in [0, 1]; null takes eps, as in the paper."""
+    """Step size of the perturbation, for pixels in [0, 1]; null takes eps, as in the paper. Like eps, it is smaller
+    during threat.eps_warmup_ratio."""
 
 
 class MARTSettings(MultiStepSettings):
@@ -83,14 +85,15 @@ class TRADESSettings(MultiStepSettings):
     name: Literal["trades"] = "trades"
     beta: float = Field(6.0, ge=0)
     """Weight of the divergence (1 / lambda in the paper); larger is more robust, but less accurate on clean images."""
-    start: Size = 1e-3
-    """Standard deviation of the attack's Gaussian start, for pixels in [0, 1]. The divergence is flat at the image
-    itself; so near to it the first step depends on fp32 rounding, and runs on other numbers of ranks agree less
-    closely."""
+    start: Size | None = None
+    """Standard deviation of a Gaussian start of the attack, for pixels in [0, 1]; null starts uniformly in the ball.
+    The paper's code has 0.001, in fp32: the divergence is flat at the image itself, and so near to it the gradient
+    depends on rounding, which makes it noise in bf16."""
 
 
 class TargetSettings(Settings):
-    """Mixed images and soft labels. Mixing applies to the attack and the weight step, smoothing to the latter only."""
+    """Mixed images and soft labels. Mixing applies to the attack and the weight step, smoothing to the latter only;
+    Free has one backward pass for both."""
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Fraction of the label that is spread over all classes."""

@@ -34,7 +34,7 @@ class SingleStep(PerturbedStep):
             eps=threat.eps,
             norm=threat.norm,
             noise=self.noise() * threat.eps,
-            step_size=self.step_size(self.settings.step * threat.eps, step),
+            step_size=self.step_size(self.settings.step * self.threat.eps, step),
             project=self.project,
             seed=self.seed,
             step=step,

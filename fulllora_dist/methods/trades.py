@@ -2,6 +2,9 @@
 
     CE(f(x), y) + beta KL(f(x) || f(x')),    x' = argmax KL(f(x) || f(x')) in the ball
 
+The attack starts uniformly in the ball, where the paper's code starts at Gaussian noise of 1e-3 (`method.start`): so
+near to the image the divergence is flat, and in bf16 its gradient is rounding noise (docs/how_it_works.md).
+
 The weight step passes clean and perturbed images as one batch of twice the size, so that the engine is called once.
 """
 
@@ -31,11 +34,14 @@ class TRADES(MultiStep):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
         rng = sample_rng(self.seed, "train/trades/start/0", step, ids)
-        start = in_box(x + gaussian_start(self.settings.start, threat, rng, x))
+        deviation = self.settings.start
+        start = threat.random_start(rng, x) if deviation is None else gaussian_start(deviation, threat, rng, x)
         with attack_mode(model):
             with torch.no_grad():
                 clean = model(x)
-            return self.attack(model, x, start, clean, threat=threat, step=step, ids=ids, loss=kl_divergence)
+            return self.attack(
+                model, x, in_box(x + start), clean, threat=threat, step=step, ids=ids, loss=kl_divergence
+            )
 
     def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)  # logits, [B, K] each

@@ -3,10 +3,10 @@
 from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.augmentations import RandAugment
 from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
-from fulllora_dist.data.randaugment import RandAugment
 from fulllora_dist.data.settings import DataSettings
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import TrainTransform
@@ -97,6 +97,8 @@ def build_stream(config: Config, model: BackboneInfo, comm: Comm) -> TrainStream
             crop_mode=model.crop_mode,
             interpolation=data.interpolation or model.interpolation,
             randaugment=RandAugment(data.randaugment.num_ops, data.randaugment.magnitude),
+            color_jitter=data.color_jitter,
+            random_erasing=data.random_erasing,
             backend=data.decode,
         ),
         seed=config.run.seed,

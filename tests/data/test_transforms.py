@@ -14,7 +14,7 @@ from timm.data import create_transform
 from torchvision.transforms import v2
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.randaugment import RandAugment
+from fulllora_dist.data.augmentations import RandAugment
 from fulllora_dist.data.transforms import Augment, Backend, EvalTransform, TrainTransform, random_box
 
 
@@ -193,6 +193,40 @@ def test_randaugment_is_the_crop_and_torchvisions_operations(naturals: list[byte
         RandAugment(magnitude=31)
     with pytest.raises(UserError, match=r"num_ops must be >= 1, got 0"):
         RandAugment(num_ops=0)
+
+
+def test_color_jitter_is_torchvisions_after_the_crop(naturals: list[bytes]) -> None:
+    plain, jittered = TrainTransform(96, "crop"), TrainTransform(96, "crop", color_jitter=0.4)
+    for i, data in enumerate(naturals):
+        rng = np.random.default_rng(i)
+        cropped = plain(data, rng)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(rng.integers(2**63)))
+            theirs = v2.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4)(cropped)
+        assert torch.equal(jittered(data, np.random.default_rng(i)), theirs)
+        assert not torch.equal(theirs, cropped)
+
+
+def test_random_erasing_replaces_a_rectangle_by_noise(naturals: list[bytes]) -> None:
+    """In that share of the images; the rest of each image stays, and other draws are as without it."""
+    plain, erasing = TrainTransform(96, "crop"), TrainTransform(96, "crop", random_erasing=0.5)
+    areas = []
+    for i in range(200):
+        data = naturals[i % len(naturals)]
+        before, after = (transform(data, np.random.default_rng(i)) for transform in (plain, erasing))
+        changed = (before != after).any(dim=0)
+        if not changed.any():
+            continue
+        rows, columns = changed.any(dim=1).nonzero(), changed.any(dim=0).nonzero()
+        top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+        inside = after[:, top:bottom, left:right].float()
+        assert changed[top:bottom, left:right].float().mean() > 0.99
+        areas.append((bottom - top) * (right - left) / 96**2)
+        assert (inside.mean() - 127.5).abs() < 6 * 73.9 / inside.numel() ** 0.5
+        assert 0.25 < (bottom - top) / (right - left) < 4
+    assert 70 < len(areas) < 130
+    assert min(areas) < 0.06
+    assert 0.28 < max(areas) < 0.35
 
 
 def test_stronger_randaugment_changes_more(naturals: list[bytes]) -> None:

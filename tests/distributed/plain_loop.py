@@ -66,7 +66,10 @@ def plain_training(model: AdaptedModel, method: str, data: Sequence[Batch], part
     """Six updates on whole batches, or on their gradients summed over `parts` micro-batches."""
     model.train()
     named = model.trainable()
-    weights, rest = ([p for p in named.values() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    tokens = {"cls_token", "pos_embed"}  # which timm does not decay
+    weights, rest = (
+        [p for name, p in named.items() if (p.dim() > 1 and name not in tokens) == matrix] for matrix in (True, False)
+    )
     optimizer = torch.optim.AdamW(
         [{"params": weights, "weight_decay": OPTIM.weight_decay}, {"params": rest, "weight_decay": 0.0}],
         lr=OPTIM.lr,

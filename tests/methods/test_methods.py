@@ -47,6 +47,8 @@ NEWER: dict[str, Recipe] = {
     "trades": {"method": {"name": "trades", "steps": 2, "beta": 3.0}},
     "mart": {"method": {"name": "mart", "steps": 2, "weight": 4.0}},
     "pgd, L2": {"method": PGD, "threat": {"norm": "l2", "eps": 0.8}},
+    "trades, Gaussian start": {"method": {"name": "trades", "steps": 2, "start": 0.002}},
+    "pgd, given step and eps warm-up": {"method": {**PGD, "step_size": 0.03}, "threat": {"eps_warmup_ratio": 0.5}},
     "trades, L2": {"method": {"name": "trades", "steps": 2}, "threat": {"norm": "l2", "eps": 0.8}},
     "pgd, mixed and smoothed": {"method": PGD, "targets": SOFT},
     "pgd, mixup alone": {"method": PGD, "targets": {"mixup": 0.3}},
