@@ -175,6 +175,10 @@ def plain_loss(
         x_adv = x_adv + size * uphill(_attack_gradient(model, objective, x_adv, masks), norm)
         x_adv = (x + to_ball(x_adv - x, eps, norm)).clamp(0, 1)
 
+    if method.get("clean_fraction"):
+        kept_clean = sample_rng(seed, "train/clean", step, ids).uniform((1,))[:, 0] < method["clean_fraction"]
+        assert kept_clean.any()
+        x_adv = torch.stack([x[i] if kept_clean[i] else x_adv[i] for i in range(len(x))])
     smoothing = targets.get("label_smoothing", 0.0)
     soft = y if y.ndim == 2 else F.one_hot(y, clean.shape[1]).to(clean.dtype)
     soft = (1 - smoothing) * soft + smoothing / clean.shape[1]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings, TargetSettings
 from fulllora_dist.methods.targets import Mixer
@@ -168,7 +169,15 @@ class MetricAverager:
 
 
 class PerturbedStep(Method):
-    """Perturbs the images, then makes a weight step, by default on the perturbed images only."""
+    """Perturbs the images, then makes a weight step, by default on the perturbed images only.
+
+    Attributes:
+        clean_fraction: fraction of the images that the weight step takes as they are.
+    """
+
+    @property
+    def clean_fraction(self) -> float:
+        return float(getattr(self.settings, "clean_fraction", 0))
 
     @abstractmethod
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
@@ -184,6 +193,9 @@ class PerturbedStep(Method):
         for micro in engine.accumulate(batch):
             x, y = self.mix(micro, step, engine.classes)  # [B, C, H, W] in [0, 1]; [B] or [B, K]
             x_adv = self.perturb(engine.attack_view, x, y, self.threat_at(step), step, micro.ids)
+            if self.clean_fraction:
+                u = sample_rng(self.seed, "train/clean", step, micro.ids).uniform((1, 1, 1))
+                x_adv = torch.where(u < self.clean_fraction, x, x_adv)
             loss, logits = self.loss(engine, x, x_adv, y)
             engine.backward(loss)
             means.add(loss, logits, y)

@@ -20,6 +20,14 @@ class MethodSettings(Settings):
     """Name of the method."""
 
 
+class CleanFractionSettings(MethodSettings):
+    """Settings of the methods whose weight step takes perturbed images alone."""
+
+    clean_fraction: float = Field(0.0, ge=0, lt=1)
+    """Fraction of the images that the weight step takes unperturbed, after Kurakin et al. (arXiv 1611.01236): more
+    accurate on clean images, less robust."""
+
+
 class MultiStepSettings(MethodSettings):
     steps: int = Field(3, ge=1)
     """Attack steps, each with one forward and one backward pass."""
@@ -36,7 +44,7 @@ class MultiStepSettings(MethodSettings):
     """Side of the masked patches in pixels; null takes the backbone's patch size."""
 
 
-class SingleStepSettings(MethodSettings):
+class SingleStepSettings(CleanFractionSettings):
     step: float = Field(1.0, gt=0)
     """Step size in units of eps."""
 
@@ -71,7 +79,7 @@ class NFGSMSettings(SingleStepSettings):
     """Radius of the uniform noise in units of eps."""
 
 
-class PGDSettings(MultiStepSettings):
+class PGDSettings(MultiStepSettings, CleanFractionSettings):
     name: Literal["pgd"] = "pgd"
     random_start: bool = True
     """Start at a uniform random point in the ball instead of at the image."""

@@ -49,6 +49,7 @@ NEWER: dict[str, Recipe] = {
     "pgd, L2": {"method": PGD, "threat": {"norm": "l2", "eps": 0.8}},
     "trades, Gaussian start": {"method": {"name": "trades", "steps": 2, "start": 0.002}},
     "pgd, given step and eps warm-up": {"method": {**PGD, "step_size": 0.03}, "threat": {"eps_warmup_ratio": 0.5}},
+    "pgd, half of the images clean": {"method": {**PGD, "clean_fraction": 0.5}},
     "trades, L2": {"method": {"name": "trades", "steps": 2}, "threat": {"norm": "l2", "eps": 0.8}},
     "pgd, mixed and smoothed": {"method": PGD, "targets": SOFT},
     "pgd, mixup alone": {"method": PGD, "targets": {"mixup": 0.3}},
