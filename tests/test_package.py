@@ -41,6 +41,7 @@ def test_the_wheel_builds_and_installs(tmp_path: Path) -> None:
         (["--help"], 0, "  study "),
         (["evaluate", "--help"], 0, "usage: fulllora evaluate "),
         (["compare", "a.json", "b.json"], 2, "error: a.json: cannot be read"),
+        (["launch", "--config", "c.yaml", "--profile", "mine"], 2, "mine.yaml does not exist; give the path of a YAML"),
         (["evalaute"], 2, "error: fulllora evalaute: unknown command; did you mean evaluate?\n"),
     ):
         script = [sys.executable, str(tmp_path / "site" / "bin" / "fulllora"), *arguments]

@@ -92,12 +92,13 @@ class Report:
         done = sum(len(arm.runs) for arm in self._arms)
         planned = len(self._arms) * len(settings.seeds)
         sizes = {len(correct(part, a)) for a, part in self._found(self._attacks) if part is not None}
-        images = " and ".join(f"{n:,}" for n in sorted(sizes, reverse=True)) or "no"
+        images = " and ".join(f"{n:,}" for n in sorted(sizes, reverse=True))
+        on = f", evaluated on {images} validation images" if images else ""
+        count = f"{done} of {planned} runs are done ({len(self._arms)} arms, {len(settings.seeds)} seeds){on}"
+        path = self._study.path
         return (
-            f"{done} of {planned} runs ({len(self._arms)} arms, {len(settings.seeds)} seeds), evaluated on {images} "
-            f"validation images. `fulllora study {self._study.path}` makes them, `fulllora study report "
-            f"{self._study.path}` these tables, from `{settings.results_dir}/`. Intervals are 95 %, over images and "
-            "seeds (`evaluation/bootstrap.py`)."
+            f"{count}. `fulllora study {path}` makes them, `fulllora study report {path}` these tables, from "
+            f"`{settings.results_dir}/`. Intervals are 95 %, over images and seeds (`evaluation/bootstrap.py`)."
         )
 
     def _found(self, attacks: Sequence[str]) -> Iterator[tuple[str, Verdicts | None]]:

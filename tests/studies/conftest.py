@@ -15,6 +15,7 @@ from fulllora_dist.studies.plan import Run, Study
 from fulllora_dist.studies.processes import Job
 from fulllora_dist.studies.report import Report
 from fulllora_dist.studies.runner import Options, Runner
+from fulllora_dist.studies.verify import Call
 from tests.ranks import RankServer
 from tests.scripts import Launched
 
@@ -121,11 +122,14 @@ class Tiny:
         runner.check()
         return runner.run()
 
-    def call(
-        self, script: str, arguments: Sequence[str], environment: Mapping[str, str]
-    ) -> subprocess.CompletedProcess[str]:
-        """evaluate.py for `verify`."""
-        return self.launcher.server.launch(script, *arguments, env=environment).wait()
+
+def call_on(server: RankServer) -> Call:
+    """evaluate.py for `verify`, in a forked process."""
+
+    def call(script: str, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        return server.launch(script, *arguments, env=environment).wait()
+
+    return call
 
 
 def write_images(folder: Path, per_class: int, seed: int) -> None:

@@ -28,7 +28,7 @@ from fulllora_dist.studies.results import Results, as_ranges, from_ranges
 from fulllora_dist.studies.runner import TRAIN
 from fulllora_dist.studies.verify import verify
 from fulllora_dist.studies.work import training_work
-from tests.studies.conftest import CONFIG, STUDY, Launcher, Tiny
+from tests.studies.conftest import CONFIG, STUDY, Launcher, Tiny, call_on
 
 SEEDS = ["tiny-fulllora-lr3e-2-seed0", "tiny-fulllora-lr3e-2-seed1"]
 
@@ -208,14 +208,14 @@ def test_a_margin_that_came_later_is_said(copy: Tiny) -> None:
 def test_verify_gets_the_committed_verdicts(copy: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     results = str(copy.folder / "results")
     shutil.rmtree(copy.folder / "runs")
-    found = verify(SEEDS[0], results, copy.call)
+    found = verify(SEEDS[0], results, call_on(copy.launcher.server))
     assert found.passed
     assert (found.n, found.attacks) == (30, ("clean", "pgd3"))
     evaluations = result(copy, SEEDS[0])["evaluations"]
     marks = evaluations[0]["attacks"]["pgd3"]
     evaluations[0]["attacks"]["pgd3"] = marks[:7] + "10"[int(marks[7])] + marks[8:]
     change(copy, SEEDS[0], evaluations=evaluations)
-    assert verify(SEEDS[0], results, copy.call).differing == {"clean": [], "pgd3": [7]}
+    assert verify(SEEDS[0], results, call_on(copy.launcher.server)).differing == {"clean": [], "pgd3": [7]}
     with pytest.raises(UserError, match="its adapter was not kept"):
         verify("tiny-fulllora-lr3e-2-try", results)
     shutil.copy(copy.folder / "results" / SEEDS[1] / "adapter.safetensors", copy.folder / "results" / SEEDS[0])
