@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fulllora_dist as fd
+from fulllora_dist.commands.plan import IN_PLACE
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
@@ -316,7 +317,7 @@ def test_a_run_whose_study_is_killed_is_asked_to_save(copy: Tiny) -> None:
 
 
 def test_the_work_of_a_training_is_what_torch_counts(copy: Tiny) -> None:
-    """Full finetuning on clean images, in a loop of its own."""
+    """On clean images, in a loop of its own: full finetuning of a plain timm model, and the branches."""
     overrides = ["run.output_dir=unset", "method=standard", "optim.epochs=1"]
     config = load_config(str(copy.folder / "config.yaml"), [*overrides, "finetune=full", "adapter.rank=null"])
     model = timm.create_model(
@@ -328,4 +329,15 @@ def test_the_work_of_a_training_is_what_torch_counts(copy: Tiny) -> None:
     assert found == {"batches": 6, "updates": 6, "flops": 6 * counter.get_total_flops()}
     attacks = training_work(load_config(str(copy.folder / "config.yaml"), [*overrides, "method=n_fgsm"]), 48)
     lora = training_work(load_config(str(copy.folder / "config.yaml"), overrides), 48)
+    branched = fd.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=False,
+        num_classes=3,
+        image_size=16,
+        model_kwargs={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        rank=2,
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        branched(torch.zeros(8, 3, 16, 16)).sum().backward()
+    assert lora["flops"] == 6 * counter.get_total_flops()
     assert 1.5 < attacks["flops"] / lora["flops"] < 2.5
