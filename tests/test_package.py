@@ -37,6 +37,16 @@ def test_the_wheel_builds_and_installs(tmp_path: Path) -> None:
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert found.stdout.strip() == str(tmp_path / "site" / "fulllora_dist" / "__init__.py")
+    for arguments, code, said in (
+        (["--help"], 0, "  study "),
+        (["evaluate", "--help"], 0, "usage: fulllora evaluate "),
+        (["compare", "a.json", "b.json"], 2, "error: a.json: cannot be read"),
+        (["launch", "--config", "c.yaml", "--profile", "mine"], 2, "mine.yaml does not exist; give the path of a YAML"),
+        (["evalaute"], 2, "error: fulllora evalaute: unknown command; did you mean evaluate?\n"),
+    ):
+        script = [sys.executable, str(tmp_path / "site" / "bin" / "fulllora"), *arguments]
+        done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

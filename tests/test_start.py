@@ -17,6 +17,9 @@ COMMANDS = [
     *((f"tools/{name}.py", "--help") for name in ("where_robustness_sits", "sync_tracking", "backbones")),
     ("tools/benchmark.py", "--help"),
     ("tools/demo.py", "--help"),
+    ("fulllora_dist/commands/cli.py", "--help"),
+    ("fulllora_dist/commands/cli.py", "study", "--help"),
+    ("fulllora_dist/commands/cli.py", "train", "--help"),
 ]
 MEASURE = """
 import contextlib, os, runpy, sys

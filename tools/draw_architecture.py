@@ -19,7 +19,7 @@ PICTURE = ROOT / "docs" / "architecture.svg"
 LAYERS = (
     ("train", "evaluate"),  # scripts that nobody imports
     ("commands",),
-    ("launching",),
+    ("launching", "studies"),
     ("__init__",),
     ("training",),
     ("registry",),

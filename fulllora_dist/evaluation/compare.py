@@ -7,9 +7,9 @@ import numpy as np
 from scipy.stats import binomtest
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.core.stats import paired_score
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.core.units import number_in
+from fulllora_dist.evaluation.bootstrap import difference_over_seeds
 from fulllora_dist.evaluation.report import EvaluationReport, attack_names, check_unique_ids, scores
 
 SAME = ("norm", "precision", "data")
@@ -140,25 +140,22 @@ def paired_difference(a: np.ndarray, b: np.ndarray, samples: int, rng: np.random
     """B minus A, from what each classifies correctly: bool [n], image by image.
 
     The interval is the percentile one of a paired bootstrap: images are drawn with replacement, each with both its
-    results (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13). As only the numbers of images
-    that A alone and B alone classifies correctly matter, they are drawn from their multinomial distribution, which is
-    the same. Where few images differ it is too narrow, and empty where none does, however few there are; so it is
-    widened to the score interval (`paired_score`) at the end where that reaches further.
+    results (Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13); see `bootstrap.py`, whose case of
+    one seed this is. Where few images differ it is too narrow, and empty where none does, however few there are; so it
+    is widened to the score interval (`paired_score`) at the end where that reaches further.
 
     Args:
         samples: of the bootstrap.
     """
     n, only_a, only_b = len(a), int((a & ~b).sum()), int((b & ~a).sum())
-    drawn = rng.multinomial(n, np.array([only_a, only_b, n - only_a - only_b]) / n, size=samples)
-    low, high = np.percentile((drawn[:, 1] - drawn[:, 0]) / n, [2.5, 97.5])
-    score = paired_score(only_a, only_b, n)
+    found = difference_over_seeds(a[None], b[None], samples, rng)
     p = binomtest(only_b, only_a + only_b).pvalue if only_a + only_b else 1.0
     return {
         "a": float(a.mean()),
         "b": float(b.mean()),
         "difference": (only_b - only_a) / n,
-        "low": float(min(low, score[0])),
-        "high": float(max(high, score[1])),
+        "low": found["low"],
+        "high": found["high"],
         "only_a": only_a,
         "only_b": only_b,
         "p": float(p),

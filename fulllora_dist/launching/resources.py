@@ -130,8 +130,10 @@ def read_profile(name: str, folder: str) -> dict[str, Any]:
     """
     path = name if name.endswith((".yaml", ".yml")) else os.path.join(folder, f"{name}.yaml")
     if not os.path.isfile(path):
-        known = sorted(file.removesuffix(".yaml") for file in os.listdir(folder) if file.endswith(".yaml"))
-        raise UserError(f"--profile: {path} does not exist; known: {', '.join(known)}, or the path of a YAML file")
+        files = os.listdir(folder) if os.path.isdir(folder) else []  # a wheel has none
+        known = ", ".join(sorted(file.removesuffix(".yaml") for file in files if file.endswith(".yaml")))
+        choices = f"known: {known}, or the path of a YAML file" if known else "give the path of a YAML file"
+        raise UserError(f"--profile: {path} does not exist; {choices}")
     return read_yaml(path, "--profile")
 
 

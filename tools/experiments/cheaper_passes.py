@@ -1,4 +1,4 @@
-"""Two published ideas for cheaper attack passes, as methods of docs/results.md. What they gave there: see that page.
+"""Two published ideas for cheaper attack passes, as methods of docs/results_one_seed.md, which has what they gave.
 
 A plugin (docs/extending.md): `plugins=[tools/experiments/cheaper_passes.py] method=agat_n_fgsm` or `method=yopo`.
 Both know timm's plain ViT alone, of which they take blocks apart.

@@ -1,4 +1,4 @@
-"""Make docs/results.md: the variants of configs/imagenette_vit_tiny.yaml, trained and evaluated on Imagenette.
+"""Make docs/results_one_seed.md: the variants of configs/imagenette_vit_tiny.yaml, trained and evaluated on Imagenette.
 
     python tools/experiments/results_imagenette.py [--data ../shared/data] [--rows NAME,...] [--table-only]
 
@@ -13,31 +13,24 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
-import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation.compare import paired_difference
-from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.training.build import build_model
-from fulllora_dist.training.phases import build_phases
+from fulllora_dist.studies.work import training_work
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = "configs/imagenette_vit_tiny.yaml"
 RUNS = Path("runs/imagenette")
-PAGE = Path("docs/results.md")
-RESULTS = Path("docs/results_imagenette.json")  # what was measured, a row each; the page is made from it
+PAGE = Path("docs/results_one_seed.md")
+RESULTS = Path("docs/results_one_seed.json")  # what was measured, a row each; the page is made from it
 TRAINING_IMAGES = 2000
 BEFORE = "before"
 ATTACK = "pgd10"
@@ -105,7 +98,7 @@ python tools/make_shards.py ../shared/data/imagenette224-train.tar data/imagenet
 python tools/make_shards.py ../shared/data/imagenette224-val1000.tar data/imagenette/val
 ```
 
-`python tools/experiments/results_imagenette.py` trains the rows that `docs/results_imagenette.json` has not and writes
+`python tools/experiments/results_imagenette.py` trains the rows that `docs/results_one_seed.json` has not and writes
 this page.
 
 | row | trained share | updates | work | clean % | PGD-10 % |
@@ -153,51 +146,11 @@ def run(name: str, checkpoint: Path) -> None:
     subprocess.run([*local_launcher(2), *script], check=True, env=os.environ | ENVIRONMENT)
 
 
-class _Counter(TorchDispatchMode):
-    """Sums the floating-point operations of everything that runs within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        return out
-
-
-class _Engine:
-    """The two doors of a method over the plain model, which takes no step."""
-
-    def __init__(self, model: AdaptedModel):
-        self.attack_view, self.classes = model, model.info.num_classes
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.attack_view(pixels)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def accumulate(self, batch: Batch) -> Iterator[Batch]:
-        yield batch
-
-
 def work(name: str) -> tuple[int, int]:
-    """(optimizer updates, floating-point operations an image of the batch) of a row's whole training."""
-    timm.layers.set_fused_attn(False)  # the counter does not know the fused kernel of the CPU
-    config = load_config(CONFIG, [*ROWS[name][1], "model.pretrained=false", "model.checkpoint_path=null"])
-    model, total = build_model(config).train(), 0
-    phases = build_phases(config, steps_per_epoch=TRAINING_IMAGES // config.optim.batch_size)
-    for phase in phases.phases:
-        size = phase.image_size or model.info.image_size
-        images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-        batch = Batch(images, torch.tensor([0, 1]), torch.arange(2), torch.ones(2, dtype=torch.bool))
-        with _Counter() as counter:
-            phase.method.step(_Engine(model), batch, phase.first)
-        total += counter.total // 2 * (phase.end - phase.first)
-    return phases.total_updates, total
+    """(optimizer updates, floating-point operations) of a row's whole training."""
+    timm.layers.set_fused_attn(False)  # the methods of cheaper_passes.py read the attention's weights
+    found = training_work(load_config(CONFIG, ROWS[name][1]), TRAINING_IMAGES)
+    return found["updates"], found["flops"]
 
 
 def read_result(name: str) -> dict[str, Any]:

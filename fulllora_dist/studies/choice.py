@@ -1,0 +1,48 @@
+"""Which try is the best, and which runs are left."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from fulllora_dist.studies.plan import HELD_OUT, Run, Study
+from fulllora_dist.studies.results import Results, correct, has, of_attack
+
+InputsOf = Callable[[Run], Mapping[str, str] | None]
+
+
+def _no_inputs(_: Run) -> None:
+    return None
+
+
+def score(study: Study, results: Results, run: Run, inputs_of: InputsOf = _no_inputs) -> float | None:
+    """The accuracy of a try by which it is chosen; None while it is not done."""
+    result, attack = results.find(run, inputs_of(run)), study.settings.choose.attack
+    found = result and of_attack(result, attack, HELD_OUT)
+    return None if not found else float(correct(found, attack).mean())
+
+
+def choice(study: Study, arm: str, results: Results, inputs_of: InputsOf = _no_inputs) -> Mapping[str, str] | None:
+    """The values of an arm's best try, of equals the first; None while one is not done."""
+    scores = {run: score(study, results, run, inputs_of) for run in study.tries[arm]}
+    if any(found is None for found in scores.values()):
+        return None
+    return max(study.tries[arm], key=lambda run: scores[run] or 0.0).values
+
+
+def is_done(results: Results, run: Run, inputs: Mapping[str, str] | None) -> bool:
+    """Whether its result is there, with all verdicts."""
+    result = results.find(run, inputs)
+    return result is not None and all(has(result, evaluation) for evaluation in run.evaluations)
+
+
+def pending(study: Study, results: Results, inputs_of: InputsOf) -> Iterator[Run]:
+    """The runs that are left and can start, in order: wave by wave, the tries, then seed by seed, so that what is there
+    at any time can be compared."""
+    seen = set()  # arms that are alike share a run
+    for arms in study.waves():
+        runs = [run for arm in arms for run in study.tries[arm]]
+        values = {arm: choice(study, arm, results, inputs_of) for arm in arms}
+        seeds = {arm: study.seeds(arm, found) for arm, found in values.items() if found is not None}
+        runs += [seeds[arm][i] for i in range(len(study.settings.seeds)) for arm in seeds]
+        for run in runs:
+            if run.key not in seen and not is_done(results, run, inputs_of(run)):
+                seen.add(run.key)
+                yield run

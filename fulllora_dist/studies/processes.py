@@ -1,0 +1,106 @@
+"""Runs as child processes: the scripts that people start, so that each resumes as theirs do."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from fulllora_dist.distributed.comm import local_launcher
+from fulllora_dist.studies.plan import Evaluation, Run
+
+PACKAGE = Path(__file__).resolve().parents[1]
+EVALUATION_SEED = 0
+_SIGNAL_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a fork must not wait for a lock
+
+
+def train_command(config: str, run: Run) -> list[str]:
+    """train.py of a run, which ends with its adapter."""
+    own = (f"run.seed={run.seed}", f"run.output_dir={run.output_dir}", "data.validation=null")
+    return [str(PACKAGE / "train.py"), "--config", config, *run.overrides, *own]
+
+
+def evaluate_command(config: str, run: Run, evaluation: Evaluation, adapter: str) -> list[str]:
+    """evaluate.py of a run's adapter. The attacks' random starts are the same for all runs."""
+    own = [f"run.seed={EVALUATION_SEED}", f"run.output_dir={run.output_dir}", f"data.validation={evaluation.data}"]
+    own += ["--attacks", ",".join(evaluation.attacks), "--output", str(Path(run.output_dir, evaluation.file))]
+    own += [] if evaluation.num_samples is None else ["--num-samples", str(evaluation.num_samples)]
+    return [str(PACKAGE / "evaluate.py"), "--config", config, "--adapter", adapter, *run.overrides, *own]
+
+
+def _end_with_parent() -> None:
+    """Have the kernel send this child SIGTERM when its parent is gone, as after `kill -9`: it saves a checkpoint, and
+    does not hold its folder against the next start."""
+    if _LIBC is not None:
+        _LIBC.prctl(_SIGNAL_WITH_PARENT, signal.SIGTERM)
+
+
+class Process(Protocol):
+    """What is used of a child."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+@dataclass
+class Job:
+    """A step of a run that is under way.
+
+    Attributes:
+        run, step: which one, "train" or an evaluation's file.
+        process: of the script, or of the launcher of its ranks.
+        log: what it prints.
+    """
+
+    run: Run
+    step: str
+    process: Process
+    log: Path
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def last_line(self) -> str:
+        """The end of its log: the one line of a mistake."""
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "it printed nothing"
+
+
+def start(run: Run, step: str, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> Job:
+    """Start a script with what it prints in `NAME.log` beside the folder of the run."""
+    log = Path(f"{run.output_dir}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            [*local_launcher(ranks), *command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**environment, **os.environ},
+            start_new_session=True,  # a Ctrl-C in the terminal is passed on once, by `stop`
+            preexec_fn=_end_with_parent,
+        )
+    return Job(run, step, process, log)
+
+
+def stop(jobs: Sequence[Job]) -> None:
+    """Ask the jobs to save and end, and wait for them."""
+    for job in jobs:
+        if job.process.poll() is None:
+            job.process.send_signal(signal.SIGTERM)
+    for job in jobs:
+        job.process.wait()

@@ -1,0 +1,206 @@
+"""Results of runs: `results/NAME.json`, with the adapter in `results/NAME/`. They are committed, and all that a report
+needs.
+
+A result holds what the run was (config, commit, seed, arm, hashes of what it read), the sha256 of its adapter, what it
+cost, and the verdict on every image.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+
+from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation.report import EvaluationReport
+from fulllora_dist.studies.content import content, differences
+from fulllora_dist.studies.plan import Evaluation, Run
+
+FORMAT = 1
+
+
+class Verdicts(TypedDict):
+    """An evaluation of a result.
+
+    Attributes:
+        images: of which shards, see `Evaluation`.
+        num_samples: as it was asked for; None is all.
+        data: hash of the shards' index.
+        eps, norm, precision, batch_size, seed: as in evaluation.json.
+        ids: of the images, "0-99,105".
+        attacks: {name: "1" or "0" for each image, whether it was classified correctly}.
+    """
+
+    images: str
+    num_samples: int | None
+    data: str
+    eps: float
+    norm: str
+    precision: str
+    batch_size: int
+    seed: int
+    ids: str
+    attacks: dict[str, str]
+
+
+class Result(TypedDict):
+    """The content of a result's file; see the module.
+
+    Attributes:
+        name: of the file.
+        study, arm, values, seed, is_try: which run of which study it was made as.
+        commit: of the code.
+        config: all settings of the training.
+        inputs: hashes of what it read.
+        environment: variables that the study set.
+        shards: what made the data, see `StudySettings.shards`.
+        comparisons: what was declared when it was made, as `StudySettings.comparisons`.
+        adapter_sha256: of adapter.safetensors.
+        adapter_kept: whether that file is beside the result.
+        trainable, trainable_share, rank: of the adapter.
+        cost: of the training: batches, updates, flops, step_seconds (median of the wall clock), ranks, threads of each,
+            and how many runs ran beside each other.
+        evaluations: the verdicts.
+    """
+
+    format: int
+    name: str
+    study: str
+    arm: str
+    values: dict[str, str]
+    seed: int
+    is_try: bool
+    commit: str | None
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    environment: dict[str, str]
+    shards: list[str]
+    comparisons: list[dict[str, Any]]
+    adapter_sha256: str
+    adapter_kept: bool
+    trainable: int
+    trainable_share: float
+    rank: int | None
+    cost: dict[str, Any]
+    evaluations: list[Verdicts]
+
+
+def as_ranges(ids: Iterable[int]) -> str:
+    """Ascending ids as "0-99,105"."""
+    parts = []
+    for _, group in groupby(enumerate(ids), key=lambda pair: pair[1] - pair[0]):
+        run = [i for _, i in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ",".join(parts)
+
+
+def from_ranges(text: str) -> list[int]:
+    """The ids of `as_ranges`."""
+    ends = (part.partition("-") for part in text.split(","))
+    return [i for first, _, last in ends for i in range(int(first), int(last or first) + 1)]
+
+
+def verdicts(evaluation: Evaluation, report: EvaluationReport) -> Verdicts:
+    """What is kept of an evaluation.json."""
+    return {
+        "images": evaluation.images,
+        "num_samples": evaluation.num_samples,
+        "data": report["data"],
+        "eps": report["eps"],
+        "norm": report["norm"],
+        "precision": report["precision"],
+        "batch_size": report["pictures"]["batch_size"],
+        "seed": report["seed"],
+        "ids": as_ranges(report["ids"]),
+        "attacks": {name: "".join(map(str, score["correct"])) for name, score in report["attacks"].items()},
+    }
+
+
+def correct(found: Verdicts, attack: str) -> np.ndarray:
+    """bool [n], image by image."""
+    return np.frombuffer(found["attacks"][attack].encode(), np.uint8) == ord("1")
+
+
+def has(result: Result, evaluation: Evaluation) -> bool:
+    """Whether it has these verdicts."""
+    return any(
+        found["images"] == evaluation.images
+        and found["num_samples"] == evaluation.num_samples
+        and set(evaluation.attacks) <= found["attacks"].keys()
+        for found in result["evaluations"]
+    )
+
+
+def of_attack(result: Result, attack: str, images: str) -> Verdicts | None:
+    """The verdicts that have an attack."""
+    found = (part for part in result["evaluations"] if part["images"] == images and attack in part["attacks"])
+    return next(found, None)
+
+
+def read_result(path: Path) -> Result:
+    """A result's file.
+
+    Raises:
+        UserError: it cannot be read, or is none.
+    """
+    try:
+        values: Result = json.loads(path.read_text())
+        whole = values["format"] == FORMAT and all(
+            len(from_ranges(part["ids"])) == len(marks) and {*marks} <= {"0", "1"}
+            for part in values["evaluations"]
+            for marks in part["attacks"].values()
+        )
+        whole = whole and values["name"] == path.stem and not Result.__required_keys__ - values.keys()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is not a result of a study; move it to another folder")
+    return values
+
+
+def write_result(result: Result, folder: Path) -> None:
+    """Write or replace it, whole or not at all."""
+    with atomic_write(folder / f"{result['name']}.json") as file:
+        file.write((json.dumps(result, indent=1) + "\n").encode())
+
+
+class Results:
+    """The results in a folder.
+
+    Raises:
+        UserError: a file in it that is none.
+    """
+
+    def __init__(self, folder: str):
+        self.folder = Path(folder)
+        self._all = {path.stem: read_result(path) for path in sorted(self.folder.glob("*.json"))}
+        self._contents = {name: content(result["config"]) for name, result in self._all.items()}
+
+    def find(self, run: Run, inputs: Mapping[str, str] | None = None) -> Result | None:
+        """The result of a run: found by what the run is, so that names and paths may have changed since.
+
+        Args:
+            inputs: of the run, as `inputs_of`; None does not compare them.
+
+        Raises:
+            UserError: its name belongs to the result of another run.
+        """
+        same = [
+            name
+            for name, settings in self._contents.items()
+            if not any(differences(settings, run.content)) and self._all[name]["is_try"] == run.is_try
+        ]
+        read_same = [name for name in same if inputs is None or self._all[name]["inputs"] == inputs]
+        if read_same:
+            return self._all[run.name if run.name in read_same else read_same[0]]
+        if run.name in self._all:
+            changed = ", ".join(differences(self._contents[run.name], run.content))
+            changed = changed or "other content of " + " or ".join(self._all[run.name]["inputs"])
+            path = self.folder / f"{run.name}.json"
+            raise UserError(f"{path} holds another run ({changed}); rename the study or the arm, or delete the result")
+        return None

@@ -1,0 +1,223 @@
+"""Runs what a study has not yet: tries first, then the chosen values with every seed, each run resumable by itself."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.adapter_file import DESCRIPTION
+from fulllora_dist.storage.folder_lock import FolderLock
+from fulllora_dist.studies.choice import choice, pending
+from fulllora_dist.studies.content import inputs_of
+from fulllora_dist.studies.finished import save_result
+from fulllora_dist.studies.plan import Run, Study
+from fulllora_dist.studies.processes import Job, evaluate_command, start, stop, train_command
+from fulllora_dist.studies.results import Results
+from fulllora_dist.training.inputs import check_inputs
+from fulllora_dist.training.resume import LOCK
+
+_POLL = 0.5  # seconds
+_KILLS = 2  # of one run by others, as by a machine that is short of memory, until it is given up
+_SAVING = 600.0  # seconds that a run which an earlier study left may take to save and end
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the runs are run; no result depends on it beyond rounding.
+
+    Attributes:
+        parallel: how many at a time.
+        ranks: of each.
+    """
+
+    parallel: int = 1
+    ranks: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Of each rank."""
+        return max(1, (os.cpu_count() or 1) // (self.parallel * self.ranks))
+
+
+class Runner:
+    """Runs a study.
+
+    Args:
+        say: prints a line for people.
+        report: called after each finished run.
+        launch: starts a step of a run.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        options: Options,
+        say: Callable[[str], None],
+        report: Callable[[], None],
+        launch: Callable[..., Job] = start,
+    ):
+        self._study, self._options, self._say, self._report, self._launch = study, options, say, report, launch
+        self._times = _Times(Path(study.settings.output_dir, "times.json"))
+        self._inputs: dict[str, Mapping[str, str]] = {}
+        self._jobs: list[Job] = []
+        self._failed: dict[str, str] = {}  # {name of a run: why}
+        self._kills: dict[str, int] = {}
+
+    def check(self) -> None:
+        """Refuse what a start of any run would refuse, and a result that another run has the name of.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        results = Results(self._study.settings.results_dir)
+        for arm, tries in self._study.tries.items():
+            for run in tries:
+                for evaluation in run.evaluations:
+                    data = run.config.data.model_copy(update={"held_out": evaluation.data})
+                    check_inputs(run.config.model_copy(update={"data": data}), self._options.ranks)
+            values = choice(self._study, arm, results, self._inputs_of)
+            for run in [*tries, *([] if values is None else self._study.seeds(arm, values))]:
+                results.find(run, self._inputs_of(run))
+
+    def plan(self) -> list[str]:
+        """What is left, a line each, and the time that it takes as far as that is known."""
+        return [*(str(run) for run in self._planned()), self._time_left()]
+
+    def run(self) -> int:
+        """Run all that is not done. The exit code is 1 if a run failed; what is done stays done."""
+        lock = FolderLock(Path(self._study.settings.output_dir, "study.lock"), "output_dir", self._say)
+        Path(self._study.settings.output_dir).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        before = signal.signal(signal.SIGTERM, _exit)
+        try:
+            self._start_some()
+            while self._jobs:
+                time.sleep(_POLL)
+                for job in [job for job in self._jobs if job.process.poll() is not None]:
+                    self._jobs.remove(job)
+                    self._end(job)
+                    self._start_some()
+        finally:
+            stop(self._jobs)
+            signal.signal(signal.SIGTERM, before)
+            lock.release()
+        for name, reason in self._failed.items():
+            self._say(f"failed: {name}: {reason}")
+        return int(bool(self._failed))
+
+    def _left(self) -> list[Run]:
+        """The runs that can start, in order."""
+        results = Results(self._study.settings.results_dir)
+        return [run for run in pending(self._study, results, self._inputs_of) if run.name not in self._failed]
+
+    def _inputs_of(self, run: Run) -> Mapping[str, str]:
+        key = f"{run.config.data.train} {run.config.model.checkpoint_path}"  # the same for most runs
+        if key not in self._inputs:
+            self._inputs[key] = inputs_of(run.config)
+        return self._inputs[key]
+
+    def _start_some(self) -> None:
+        while len(self._jobs) < self._options.parallel:
+            under_way = {job.run.name for job in self._jobs}
+            run = next((run for run in self._left() if run.name not in under_way), None)
+            if run is None:
+                return
+            self._advance(run)
+
+    def _advance(self, run: Run) -> None:
+        """Start the run's next step; after the last one there is its result."""
+        step = next(_steps(run), None)
+        if step is None:
+            place = {name: getattr(self._options, name) for name in ("ranks", "threads", "parallel")}
+            save_result(self._study, run, self._inputs_of(run), place)
+            try:
+                self._report()
+            except (UserError, OSError) as error:  # the results are there; the runs need no tables
+                self._say(f"warning: no tables: {error}")
+            self._say(f"done: {run}; {self._time_left()}")
+            return
+        if step == TRAIN:
+            self._wait_for_an_earlier_one(run)
+            command = train_command(self._study.config, run)
+        else:
+            evaluation = next(e for e in run.evaluations if e.file == step)
+            command = evaluate_command(self._study.config, run, evaluation, str(Path(run.output_dir, "adapter")))
+        environment = {"OMP_NUM_THREADS": str(self._options.threads), **self._study.settings.environment}
+        self._jobs.append(self._launch(run, step, command, self._options.ranks, environment))
+
+    def _wait_for_an_earlier_one(self, run: Run) -> None:
+        """After `kill -9` of a study its run saves and ends by itself."""
+        lock, deadline = FolderLock(Path(run.output_dir, LOCK), "output_dir", self._say), time.monotonic() + _SAVING
+        while True:
+            try:
+                return lock.check()
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL)
+
+    def _end(self, job: Job) -> None:
+        """A job has ended: the run's next step, its result, or why there is none."""
+        run, code = job.run, job.process.returncode
+        if code:
+            self._kills[run.name] = self._kills.get(run.name, 0) + (code < 0 or code > 128)
+            if (code < 0 or code > 128) and self._kills[run.name] <= _KILLS:
+                self._say(f"{run}: killed by another process (exit code {code}); resuming it")
+            else:
+                self._failed[run.name] = f"{job.last_line()} ({job.log})"
+                self._say(f"failed: {run}: {self._failed[run.name]}")
+            return
+        self._times.add(run.arm, job.step, job.seconds)
+        self._advance(run)
+
+    def _time_left(self) -> str:
+        runs = list(self._planned())
+        known = [self._times.of(run.arm, step) for run in runs for step in _steps(run)]
+        if not runs:
+            return "nothing left"
+        if None in known:
+            return f"{len(runs)} runs left"
+        hours = sum(filter(None, known)) / self._options.parallel / 3600
+        return f"{len(runs)} runs left, about {hours:.1f} h"
+
+    def _planned(self) -> Iterator[Run]:
+        """Every run that is left, those too whose values are not chosen yet."""
+        results = Results(self._study.settings.results_dir)
+        yield from pending(self._study, results, self._inputs_of)
+        for arm, tries in self._study.tries.items():
+            if choice(self._study, arm, results, self._inputs_of) is None:
+                yield from self._study.seeds(arm, tries[0].values)
+
+
+class _Times:
+    """What the steps of each arm took so far, kept in a file; of one that was interrupted the last part."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._seconds: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, arm: str, step: str, seconds: float) -> None:
+        self._seconds.setdefault(step, {})[arm] = seconds
+        self._path.write_text(json.dumps(self._seconds))
+
+    def of(self, arm: str, step: str) -> float | None:
+        """The arm's last one, else the mean of the others'; None where there is none."""
+        known = self._seconds.get(step, {})
+        return known.get(arm, sum(known.values()) / len(known) if known else None)
+
+
+def _steps(run: Run) -> Iterator[str]:
+    """What a run has not done, by the files in its folder."""
+    if not Path(run.output_dir, "adapter", DESCRIPTION).exists():
+        yield TRAIN
+    yield from (e.file for e in run.evaluations if not Path(run.output_dir, e.file).exists())
+
+
+def _exit(number: int, _: object) -> None:
+    sys.exit(128 + number)

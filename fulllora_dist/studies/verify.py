@@ -1,0 +1,135 @@
+"""A row of a report, evaluated again from its committed adapter."""
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.index import Index
+from fulllora_dist.distributed.comm import local_launcher
+from fulllora_dist.evaluation.attack_names import AttackName
+from fulllora_dist.evaluation.report import EvaluationReport, read_evaluation
+from fulllora_dist.studies.plan import VALIDATION
+from fulllora_dist.studies.processes import PACKAGE
+from fulllora_dist.studies.results import Result, Verdicts, correct, from_ranges, read_result
+
+IMAGES = 50
+Call = Callable[[str, Sequence[str], Mapping[str, str]], subprocess.CompletedProcess[str]]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came out.
+
+    Attributes:
+        n: images.
+        attacks: those that were made.
+        differing: {attack: ids of the images with another verdict}.
+    """
+
+    n: int
+    attacks: tuple[str, ...]
+    differing: dict[str, list[int]]
+
+    @property
+    def passed(self) -> bool:
+        return not any(self.differing.values())
+
+
+def _call(script: str, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*local_launcher(1), script, *arguments], env=environment, capture_output=True, text=True)
+
+
+def check_kept(result: Result, folder: Path) -> None:
+    """Raises UserError: its adapter is not there, or is another one."""
+    if not result["adapter_kept"]:
+        raise UserError(
+            f"{result['name']}: its adapter was not kept, as it is too large; run its study again to get it"
+        )
+    try:
+        tensors = (folder / result["name"] / "adapter.safetensors").read_bytes()
+    except OSError as error:
+        raise UserError(f"{folder / result['name']}: the adapter cannot be read ({error.strerror})") from None
+    if hashlib.sha256(tensors).hexdigest() != result["adapter_sha256"]:
+        raise UserError(f"{folder / result['name']}: the adapter is not the one that was evaluated: its sha256 differs")
+
+
+def verify(name: str, results_dir: str, call: Call = _call) -> Verification:
+    """Evaluate images of a result again, each attack but AutoAttack's, whose random numbers depend on all images.
+
+    The images are whole batches of the evaluation, so that on the same kind of machine every bit is the same.
+
+    Args:
+        name: of the result.
+        call: runs evaluate.py with arguments and variables of the environment.
+
+    Raises:
+        UserError: no such result, no adapter or no data; the evaluation is refused.
+    """
+    folder = Path(results_dir)
+    result = read_result(folder / f"{name}.json")
+    check_kept(result, folder)
+    data = result["config"]["data"]["validation"]
+    found = [part for part in result["evaluations"] if part["images"] == VALIDATION]
+    if not found or not (
+        attacks := tuple(attack for attack in found[0]["attacks"] if AttackName.parse(attack).kind != "autoattack")
+    ):
+        raise UserError(f"{name} has no evaluation that can be repeated on some of its images")
+    if Index.load(data).hash != found[0]["data"]:
+        raise UserError(f"{data} holds other images than {name} was evaluated on; make them with its `shards`")
+    ids = _some(found[0])
+    with tempfile.TemporaryDirectory() as temporary:
+        report = _evaluate(result, folder / name, found[0], attacks, ids, Path(temporary), call)
+    before = dict(zip(from_ranges(found[0]["ids"]), range(len(from_ranges(found[0]["ids"]))), strict=True))
+    places = [before[i] for i in report["ids"]]
+    differing = {
+        attack: [
+            i
+            for i, then, now in zip(
+                report["ids"],
+                correct(found[0], attack)[places],
+                report["attacks"][attack]["correct"],
+                strict=True,
+            )
+            if then != now
+        ]
+        for attack in attacks
+    }
+    return Verification(len(ids), attacks, differing)
+
+
+def _some(found: Verdicts) -> list[int]:
+    """At least `IMAGES` of the ids, of whole batches."""
+    ids, size = from_ranges(found["ids"]), found["batch_size"]
+    batches = [ids[i : i + size] for i in range(0, len(ids), size)]
+    order = np.random.default_rng(0).permutation(len(batches))
+    chosen: list[int] = []
+    for i in order:
+        if len(chosen) < IMAGES:
+            chosen += batches[i]
+    return sorted(chosen)
+
+
+def _evaluate(
+    result: Result, adapter: Path, found: Verdicts, attacks: Sequence[str], ids: Sequence[int], folder: Path, call: Call
+) -> EvaluationReport:
+    config, listed, output = folder / "config.yaml", folder / "ids.txt", folder / "evaluation.json"
+    config.write_text(yaml.safe_dump(result["config"]))
+    listed.write_text("\n".join(map(str, ids)) + "\n")
+    own = [f"run.seed={found['seed']}", f"threat.eps={found['eps']}", "evaluation.num_samples=null"]
+    own += [f"evaluation.batch_size={found['batch_size']}", "evaluation.gradient_masking_samples=0"]
+    arguments = ["--config", str(config), "--adapter", str(adapter), *own]
+    arguments += ["--attacks", ",".join(attacks), "--ids", str(listed), "--output", str(output)]
+    threads = {"OMP_NUM_THREADS": str(result["cost"]["threads"])}
+    done = call(str(PACKAGE / "evaluate.py"), arguments, {**threads, **result["environment"], **os.environ})
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise UserError(f"{result['name']}: its evaluation failed: {reason}")
+    return read_evaluation(output)

@@ -1,0 +1,80 @@
+"""The committed results of studies: their tables are what they say, and rows evaluated again get the same verdicts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fulllora_dist.commands import study
+from fulllora_dist.studies.results import read_result
+from fulllora_dist.studies.verify import verify
+from tests.ranks import RankServer
+from tests.studies.conftest import call_on
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+RESULTS = ROOT / "results"
+STUDIES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES)
+def test_the_page_is_made_from_the_results(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert study.main(["report", path, "--check"]) == 0, f"run fulllora study report {path}"
+
+
+def rows() -> list[str]:
+    """One of each of three arms, whose adapters are there."""
+    arms: dict[tuple[str, str], str] = {}
+    for path in sorted(RESULTS.glob("*.json")):
+        found = read_result(path)
+        if found["adapter_kept"]:
+            arms.setdefault((found["study"], found["arm"]), path.stem)
+    return list(arms.values())[:3]
+
+
+@pytest.mark.long
+def test_rows_get_their_verdicts_again(rank_server: RankServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On real images with the real ViT-Ti/16."""
+    names = rows()
+    if not names or not DATA.is_dir():
+        pytest.skip("no committed results with adapters" if DATA.is_dir() else f"no {DATA}")
+    monkeypatch.chdir(ROOT)
+    for name in names:
+        found = verify(name, "results", call_on(rank_server))
+        assert found.n >= 50
+        assert found.passed, found
+
+
+@pytest.mark.long
+def test_a_study_of_real_images_from_its_command(tmp_path: Path) -> None:
+    """Everything by `fulllora study` itself: shards, a try, a run, the page, and a row evaluated again."""
+    if not DATA.is_dir():
+        pytest.skip(f"no {DATA}")
+    text = f"""
+name: real
+config: {ROOT}/configs/imagenette_vit_tiny.yaml
+overrides: [model.checkpoint_path={DATA}/vit_tiny_patch16_224.safetensors, method=n_fgsm, optim.epochs=2,
+  data.train=train, data.validation=val, run.log_every=1, evaluation.gradient_masking_samples=0, tracking=none]
+shards:
+  - {DATA}/imagenette224-train.tar train --limit 100 --holdout 2 --holdout-dst held_out --workers 1
+  - {DATA}/imagenette224-val1000.tar val --limit 50 --workers 1
+choose: {{data: held_out, attack: pgd1}}
+seeds: [0]
+evaluations: [{{attacks: [clean, pgd3]}}]
+arms: {{fulllora: {{label: FullLoRA, overrides: [optim.batch_size=40]}}}}
+output_dir: runs
+page: page.md
+"""
+    (tmp_path / "study.yaml").write_text(text)
+    command = [sys.executable, "-m", "fulllora_dist.commands.cli", "study"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    done = subprocess.run([*command, "study.yaml", "--parallel", "2"], **run)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    assert "| FullLoRA | 4.68%, rank 5 |" in (tmp_path / "page.md").read_text()
+    done = subprocess.run([*command, "verify", "real-fulllora-seed0"], **run)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("real-fulllora-seed0: pgd3: 50 images, as committed\n")

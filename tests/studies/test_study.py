@@ -1,0 +1,343 @@
+"""A study from its file to its tables: what is run and what is not, what the results hold, and what the tables say."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fulllora_dist as fd
+from fulllora_dist.commands.plan import IN_PLACE
+from fulllora_dist.config.load import load_config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.loader import EvalStream
+from fulllora_dist.data.transforms import EvalTransform
+from fulllora_dist.studies.choice import choice
+from fulllora_dist.studies.plan import Study
+from fulllora_dist.studies.processes import start
+from fulllora_dist.studies.report import Report, verdict
+from fulllora_dist.studies.results import Results, as_ranges, from_ranges
+from fulllora_dist.studies.runner import TRAIN
+from fulllora_dist.studies.verify import verify
+from fulllora_dist.studies.work import training_work
+from tests.studies.conftest import CONFIG, STUDY, Launcher, Tiny, call_on
+
+SEEDS = ["tiny-fulllora-lr3e-2-seed0", "tiny-fulllora-lr3e-2-seed1"]
+
+
+@pytest.fixture
+def copy(made: tuple[Tiny, int], tmp_path: Path) -> Tiny:
+    """The finished study to change, which starts nothing unless a test expects it."""
+    original = made[0]
+    for name in ("results", "runs"):
+        shutil.copytree(original.folder / name, tmp_path / name)
+    shutil.copy(original.folder / "page.md", tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG.format(data=tmp_path))
+    for name in ("train", "val", "held_out"):
+        (tmp_path / name).symlink_to(original.folder / name)
+    return Tiny(tmp_path, Launcher(original.launcher.server))
+
+
+def result(tiny: Tiny, name: str) -> dict:
+    return json.loads((tiny.folder / "results" / f"{name}.json").read_text())
+
+
+def change(tiny: Tiny, name: str, **values: object) -> None:
+    path = tiny.folder / "results" / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_each_content_is_run_once_and_a_killed_run_resumes(made: tuple[Tiny, int]) -> None:
+    """The second arm is the first one under another name, so nothing of it is run."""
+    tiny, code = made
+    assert code == 0, tiny.said
+    tries = ["tiny-fulllora-lr1e-5-try", "tiny-fulllora-lr3e-2-try"]
+    trained = [name for name, step in tiny.launcher.steps if step == TRAIN]
+    assert trained == [tries[0], *tries, *SEEDS], "the first one twice: it was killed"
+    assert len(tiny.launcher.steps) == len(trained) + 2 + 2
+    assert any("killed by another process" in line for line in tiny.said)
+    assert tiny.said[-1].endswith("nothing left")
+    assert sorted(path.stem for path in (tiny.folder / "results").glob("*.json")) == sorted([*tries, *SEEDS])
+
+
+def test_a_result_has_the_verdicts_of_its_adapter(made: tuple[Tiny, int]) -> None:
+    """Recomputed by predictions of the adapter beside it, image by image."""
+    tiny, _ = made
+    for name in SEEDS:
+        found = result(tiny, name)
+        model = fd.load(str(tiny.folder / "results" / name))
+        stream = EvalStream(tiny.folder / "val", batch_size=30, transform=EvalTransform(size=16, crop_pct=1.0))
+        (batch,) = stream
+        (said,) = found["evaluations"]
+        with torch.no_grad():
+            right = model(batch.pixels()).argmax(dim=1) == batch.labels
+        expected = dict(zip(batch.ids.tolist(), right.tolist(), strict=True))
+        assert [mark == "1" for mark in said["attacks"]["clean"]] == [expected[i] for i in from_ranges(said["ids"])]
+        assert (found["trainable"], found["rank"]) == (model.report.trainable, 2)
+    assert result(tiny, SEEDS[0])["adapter_sha256"] != result(tiny, SEEDS[1])["adapter_sha256"]
+
+
+def test_killed_it_is_the_uninterrupted_run(made: tuple[Tiny, int], copy: Tiny) -> None:
+    name = "tiny-fulllora-lr1e-5-try"
+    before = result(copy, name)["adapter_sha256"]
+    (copy.folder / "results" / f"{name}.json").unlink()
+    shutil.rmtree(copy.folder / "runs")
+    assert copy.run(copy.study()) == 0
+    assert [step for step in copy.launcher.steps if step[1] == TRAIN] == [(name, TRAIN)]
+    assert result(copy, name)["adapter_sha256"] == before
+
+
+def test_nothing_is_run_again_without_its_folders_or_by_another_name(copy: Tiny) -> None:
+    shutil.rmtree(copy.folder / "runs")
+    moved = copy.folder / "moved"
+    moved.mkdir()
+    for name in ("train", "val", "held_out"):
+        (copy.folder / name).rename(moved / name)
+    config = copy.folder / "config.yaml"
+    config.write_text(config.read_text().replace("/train", "/moved/train").replace("/val,", "/moved/val,"))
+    text = STUDY.format(folder=copy.folder).replace("name: tiny", "name: other").replace("fulllora:", "renamed:")
+    text = text.replace("like: fulllora", "like: renamed").replace("against: fulllora", "against: renamed")
+    text = text.replace("/held_out", "/moved/held_out").replace("attacks: [clean, pgd3]", "attacks: [pgd3, clean]")
+    assert copy.run(copy.study(text)) == 0
+    assert copy.launcher.steps == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs: 2", "epochs: 3", r"tiny-fulllora-lr1e-5-try.json holds another run \(optim.epochs 2.0, now 3.0\)"),
+        ("method: n_fgsm", "method: {name: n_fgsm, noise: 1.0}", r"another run \(method.noise 2.0, now 1.0\)"),
+    ],
+)
+def test_other_content_is_not_taken_for_done(copy: Tiny, old: str, new: str, message: str) -> None:
+    config = copy.folder / "config.yaml"
+    config.write_text(config.read_text().replace(old, new))
+    with pytest.raises(UserError, match=message):
+        copy.run(copy.study())
+    assert copy.launcher.steps == []
+
+
+def test_other_images_are_not_taken_for_the_same(copy: Tiny) -> None:
+    (copy.folder / "train").unlink()
+    (copy.folder / "train").symlink_to((copy.folder / "val").resolve())
+    config = copy.folder / "config.yaml"
+    config.write_text(config.read_text().replace("/val,", "/held_out,"))
+    text = STUDY.format(folder=copy.folder).replace("/held_out", "/elsewhere")
+    shutil.copytree((copy.folder / "held_out").resolve(), copy.folder / "elsewhere")
+    with pytest.raises(UserError, match=r"data.held_out|holds another run \(other content of data.train\)"):
+        copy.run(copy.study(text))
+
+
+def test_a_further_evaluation_trains_nothing(copy: Tiny) -> None:
+    text = STUDY.format(folder=copy.folder).replace(
+        "[clean, pgd3]}\n", "[clean, pgd3]}\n  - {attacks: [apgd-ce], num_samples: 6}\n"
+    )
+    assert copy.run(copy.study(text)) == 0
+    assert len(copy.launcher.steps) == 2
+    assert all(step != TRAIN for _, step in copy.launcher.steps)
+    for name in SEEDS:
+        first, second = result(copy, name)["evaluations"]
+        assert (first["attacks"].keys(), second["attacks"].keys()) == ({"clean", "pgd3"}, {"apgd-ce"})
+        assert (second["num_samples"], len(second["attacks"]["apgd-ce"])) == (6, 6)
+
+
+def test_the_try_is_chosen_on_held_out_images_alone(copy: Tiny) -> None:
+    study = copy.study()
+    results = Results(study.settings.results_dir)
+    tries = {run.values["optim.lr"]: results.find(run) for run in study.tries["fulllora"]}
+    right = {lr: found["evaluations"][0]["attacks"]["pgd2"].count("1") for lr, found in tries.items()}
+    assert all(found["evaluations"][0]["images"] == "held_out" for found in tries.values())
+    assert right["3e-2"] > right["1e-5"]
+    assert choice(study, "fulllora", results) == {"optim.lr": "3e-2"}
+    evaluations = tries["1e-5"]["evaluations"]
+    evaluations[0]["attacks"]["pgd2"] = "1" * 24
+    change(copy, "tiny-fulllora-lr1e-5-try", evaluations=evaluations)
+    assert choice(study, "fulllora", Results(study.settings.results_dir)) == {"optim.lr": "1e-5"}
+
+
+def test_a_run_that_fails_stops_no_other(copy: Tiny) -> None:
+    for name in SEEDS:
+        (copy.folder / "results" / f"{name}.json").unlink()
+    adapter = next((copy.folder / "runs").glob(f"{SEEDS[0]}-*/")) / "adapter" / "adapter.safetensors"
+    for evaluation in adapter.parents[1].glob("evaluation-*.json"):
+        evaluation.unlink()
+    adapter.write_bytes(b"damaged")
+    assert copy.run(copy.study()) == 1
+    assert any(line.startswith(f"failed: {SEEDS[0]}") for line in copy.said)
+    assert (copy.folder / "results" / f"{SEEDS[1]}.json").exists()
+
+
+def test_the_tables_need_the_results_alone(made: tuple[Tiny, int], copy: Tiny) -> None:
+    page = copy.folder / "page.md"
+    before = page.read_text()
+    assert before.startswith("# By hand\n\nWords.\n")
+    for name in ("runs", "train", "val", "held_out"):
+        path = copy.folder / name
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    page.write_text("# By hand\n\nWords.\n")
+    report = Report(copy.study())
+    assert not report.is_written()
+    report.write()
+    assert report.is_written()
+    said = page.read_text()
+    assert said == before.replace(str(made[0].folder), str(copy.folder))
+    assert page.with_name("study_tiny.png").read_bytes()[:4] == b"\x89PNG"
+    evaluations = [result(copy, name)["evaluations"][0]["attacks"] for name in SEEDS]
+    mean = 100 * np.mean([[mark == "1" for mark in found["pgd3"]] for found in evaluations])
+    assert f" {mean:.1f} (" in next(line for line in said.splitlines() if line.startswith("| FullLoRA | "))
+    assert "| the same - FullLoRA | pgd3 | 30 | +0.0 (" in said
+    assert "| not inferior |" in said
+    page.write_text(page.read_text().replace(f"{mean:.1f}", "99.9"))
+    assert not report.is_written()
+
+
+def test_a_margin_that_came_later_is_said(copy: Tiny) -> None:
+    assert "Declared or changed after" not in Report(copy.study()).text()
+    text = STUDY.format(folder=copy.folder).replace("margin: 0.2", "margin: 0.3")
+    assert f"Declared or changed after {', '.join(SEEDS)}" in Report(copy.study(text)).text()
+
+
+def test_verify_gets_the_committed_verdicts(copy: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = str(copy.folder / "results")
+    shutil.rmtree(copy.folder / "runs")
+    found = verify(SEEDS[0], results, call_on(copy.launcher.server))
+    assert found.passed
+    assert (found.n, found.attacks) == (30, ("clean", "pgd3"))
+    evaluations = result(copy, SEEDS[0])["evaluations"]
+    marks = evaluations[0]["attacks"]["pgd3"]
+    evaluations[0]["attacks"]["pgd3"] = marks[:7] + "10"[int(marks[7])] + marks[8:]
+    change(copy, SEEDS[0], evaluations=evaluations)
+    assert verify(SEEDS[0], results, call_on(copy.launcher.server)).differing == {"clean": [], "pgd3": [7]}
+    with pytest.raises(UserError, match="its adapter was not kept"):
+        verify("tiny-fulllora-lr3e-2-try", results)
+    shutil.copy(copy.folder / "results" / SEEDS[1] / "adapter.safetensors", copy.folder / "results" / SEEDS[0])
+    with pytest.raises(UserError, match="not the one that was evaluated"):
+        verify(SEEDS[0], results)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: [0, 1]", "seeds: [0, 100]", r"seeds: must be different, and none choose.seed=100, got \[0, 100\]"),
+        ("like: fulllora", "like: lora", "arms.again.like: must be an arm before it, got lora"),
+        ("like: fulllora}", "like: fulllora, tries: {{optim.lr: [1e-3]}}}", "as many tries, got fulllora 2, again 1"),
+        ("[1e-5, 3e-2]", "[1e-5, 1e-5]", "arms.fulllora.tries.optim.lr: must be different values"),
+        ("[1e-5, 3e-2]", "[1e-5, -1]", "arms.fulllora: command line: optim.lr: .* greater than 0"),
+        ("attack: pgd3, margin", "attack: pgd4, margin", "comparisons.0.attack: must be one of clean, pgd3, got pgd4"),
+        ("margin: 0.2,\n", "", "comparisons.0: margin and power belong together"),
+        ("attacks: [clean, pgd3]", "attacks: [clean, pgd3, pgb20]", "unknown attack 'pgb20'"),
+        ("label: FullLoRA,", "label: FullLoRA, overrides: [run.seed=3],", "run.seed is set by the study; remove it"),
+        ("name: tiny", "nome: tiny", "unknown setting nome"),
+        ("{folder}/config.yaml", "{folder}/none.yaml", "none.yaml does not exist"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(copy: Tiny, old: str, new: str, message: str) -> None:
+    assert old in STUDY
+    with pytest.raises(UserError, match=message) as refused:
+        copy.study(STUDY.replace(old, new).format(folder=copy.folder))
+    assert str(refused.value).startswith(copy.path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_file_that_is_no_result_is_refused(copy: Tiny) -> None:
+    (copy.folder / "results" / "other.json").write_text("{}")
+    with pytest.raises(UserError, match=r"other\.json is not a result of a study"):
+        Report(copy.study())
+
+
+def test_ranges() -> None:
+    for ids in ([0], [0, 1, 2], [3, 5, 6, 7, 20], list(range(0, 50, 7))):
+        assert from_ranges(as_ranges(ids)) == ids
+    assert as_ranges([0, 1, 2, 9]) == "0-2,9"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "said"),
+    [
+        (-0.02, 0.01, 0.025, "not inferior"),
+        (-0.03, 0.01, 0.025, "undecided"),
+        (-0.05, -0.03, 0.025, "inferior"),
+        (-0.04, -0.01, 0.025, "worse"),
+        (0.01, 0.02, 0.025, "better"),
+        (-0.02, 0.01, None, "undecided"),
+        (-0.02, -0.01, None, "worse"),
+    ],
+)
+def test_what_an_interval_says(low: float, high: float, margin: float | None, said: str) -> None:
+    assert verdict({"value": (low + high) / 2, "low": low, "high": high, "per_seed": []}, margin) == said
+
+
+def test_the_study_in_the_repository_is_well_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    study = Study("configs/studies/imagenette.yaml")
+    assert {arm: len(tries) for arm, tries in study.tries.items()} == {"full": 3, "fulllora": 3, "lora": 3}
+    assert study.images("pgd20") == 1000
+
+
+def test_a_folder_that_is_complete_is_only_read(copy: Tiny) -> None:
+    """As after a kill between the last step of a run and its result: of the last try, too, which the seeds wait for."""
+    for path in (copy.folder / "results").glob("*.json"):
+        path.unlink()
+    assert copy.run(copy.study()) == 0
+    assert copy.launcher.steps == []
+    assert copy.said[-1].endswith("nothing left")
+
+
+def test_a_run_whose_study_is_killed_is_asked_to_save(copy: Tiny) -> None:
+    script, saved = copy.folder / "script.py", copy.folder / "saved"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "def save(*_): pathlib.Path(sys.argv[1], 'saved').touch(); sys.exit()\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "pathlib.Path(sys.argv[1], 'started').touch()\n"
+        "time.sleep(60)\n"
+    )
+    run = dataclasses.replace(copy.study().tries["fulllora"][0], output_dir=str(copy.folder / "out"))
+    pid = os.fork()
+    if pid == 0:
+        start(run, TRAIN, [str(script), str(copy.folder)], 1, {})
+        while not (copy.folder / "started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    deadline = time.monotonic() + 20
+    while not saved.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_work_of_a_training_is_what_torch_counts(copy: Tiny) -> None:
+    """On clean images, in a loop of its own: full finetuning of a plain timm model, and the branches."""
+    overrides = ["run.output_dir=unset", "method=standard", "optim.epochs=1"]
+    config = load_config(str(copy.folder / "config.yaml"), [*overrides, "finetune=full", "adapter.rank=null"])
+    model = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=3, img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(8, 3, 16, 16)).sum().backward()
+    found = training_work(config, 48)
+    assert found == {"batches": 6, "updates": 6, "flops": 6 * counter.get_total_flops()}
+    attacks = training_work(load_config(str(copy.folder / "config.yaml"), [*overrides, "method=n_fgsm"]), 48)
+    lora = training_work(load_config(str(copy.folder / "config.yaml"), overrides), 48)
+    branched = fd.create_model(
+        "vit_tiny_patch16_224",
+        pretrained=False,
+        num_classes=3,
+        image_size=16,
+        model_kwargs={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
+        rank=2,
+    )
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        branched(torch.zeros(8, 3, 16, 16)).sum().backward()
+    assert lora["flops"] == 6 * counter.get_total_flops()
+    assert 1.5 < attacks["flops"] / lora["flops"] < 2.5
