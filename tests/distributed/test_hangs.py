@@ -41,7 +41,8 @@ def _start(server: RankServer, shards: str, output: Path, how: str, rank: int, *
 
 def _end(launched: Launched, waiting: int) -> tuple[int, int]:
     """The exit code of the rank that waits for the other one, which is killed then, and its process."""
-    while not Path(launched.order.folder, "pid-1").exists():
+    files = [Path(launched.order.folder, f"pid-{rank}") for rank in (0, 1)]
+    while not all(file.exists() and file.read_text() for file in files):
         time.sleep(0.05)
     process, pids = launched.rank(waiting), [launched.rank(rank).pid for rank in (0, 1)]
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -206,4 +207,8 @@ def test_the_flight_recorder_writes_where_it_is_told(server: RankServer, tmp_pat
     torch = pytest.importorskip("torch", minversion="2.15")
     assert torch.distributed.is_available()
     assert server.run(2, _recorded, str(tmp_path)) == ["1", "1"]
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["collectives_rank_0", "collectives_rank_1"]
+    from torch.distributed.flight_recorder.components.loader import read_dump  # of torchfrtrace
+
+    for rank in (0, 1):
+        entries = read_dump("collectives_rank_", str(tmp_path / f"collectives_rank_{rank}"))["entries"]
+        assert any("barrier" in entry["profiling_name"] for entry in entries)  # type: ignore[index, operator, union-attr, arg-type]
