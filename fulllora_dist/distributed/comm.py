@@ -240,7 +240,7 @@ def start_comm(timeout_minutes: float | None = None, recorder: str | None = None
     if not dist.is_initialized():
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local)}
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if recorder is not None:
+        if recorder is not None and world > 1:
             _record_collectives(recorder)
         try:
             # one plain process needs no port, and leaves no address behind for what it starts

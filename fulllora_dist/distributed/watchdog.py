@@ -42,7 +42,7 @@ class Beat:
     Attributes:
         number: beats so far.
         phases: phases begun so far: equal on ranks that are equally far.
-        step: batches trained on.
+        step: batches trained on; -1 outside of the training.
         phase, seconds: what it does, and since when.
         stack: of the main thread, innermost frame first; empty where the phase has just begun.
         waits: whether the main thread waits for other ranks.
@@ -60,7 +60,7 @@ class Beat:
 
     @property
     def place(self) -> str:
-        return f"in batch {self.step + 1}, {self.phase}"
+        return f"in batch {self.step + 1}, {self.phase}" if self.step >= 0 else f"in {self.phase}"
 
 
 class Watchdog:
@@ -71,12 +71,12 @@ class Watchdog:
         say: prints a line, from another thread.
 
     Attributes:
-        step: number of batches trained on.
+        step: number of batches trained on; -1 outside of the training.
         named: what the last line said of the missing ranks, without stacks; None while there is progress.
     """
 
     def __init__(self, comm: Comm, say: Callable[[str], None] | None = None):
-        self.step: Callable[[], int] = lambda: 0
+        self.step: Callable[[], int] = lambda: -1
         self.named: str | None = None
         self._comm, self._print = comm, say or _to_stderr
         self._begun = (0, "start", time.monotonic())

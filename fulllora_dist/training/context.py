@@ -50,7 +50,7 @@ class RunContext:
         self.stop = stop
         self.progress: Progress | None = None
         self.watchdog = watchdog or Watchdog(comm)
-        self.watchdog.step = lambda: self.progress()[0] if self.progress else 0
+        self.watchdog.step = lambda: self.progress()[0] if self.progress else -1
         self.checkpoints = CheckpointManager(config.run, self.say)
         self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: cannot read its checkpoints")
         # the checkpoint's own run, not that of run.resume_from

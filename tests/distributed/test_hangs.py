@@ -31,6 +31,8 @@ def _start(server: RankServer, shards: str, output: Path, how: str, rank: int, *
     settings += [("data", "num_workers", int(how == "worker")), ("data", "request_timeout_s", 1)]
     settings += [("data", "retry_timeout_s", 1), ("distributed", "timeout_minutes", LIMIT / 60)]
     config = _config(output, shards, "pgd", 1, settings)  # type: ignore[arg-type]
+    config["data"]["validation"] = shards if how == "evaluation" else None
+    config["evaluation"] = {"attacks": ["pgd2"], "gradient_masking_samples": 0, "batch_size": 4}
     config["optim"]["epochs"] = 2 if how == "slow" else 100  # of three batches
     output.mkdir()
     file = output / "given.yaml"
@@ -108,6 +110,21 @@ def test_a_rank_that_is_slow_is_only_named(server: RankServer, shards: str, tmp_
     slow = re.findall(rf"warning: rank 1 \({name}\) is slow: a batch takes 1.* of its attack", ended.stderr)
     assert len(slow) == 1, "said once"
     assert (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_rank_that_hangs_in_an_evaluation(server: RankServer, shards: str, tmp_path: Path) -> None:
+    launched = _start(server, shards, tmp_path / "run", "evaluation", 1)
+    try:
+        said, deadline = None, time.monotonic() + 60
+        while said is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            said = re.search(r"^warning: no progress .*", launched.stderr(0), re.MULTILINE)
+        assert said is not None, launched.stderr()[-4000:]
+        assert f"process {launched.rank(1).pid}) has not answered for 1 s, last heard of in evaluation; " in said[0]
+        launched.rank(1).resume()
+        assert launched.wait().returncode == 0, launched.stderr()[-4000:]
+    finally:
+        launched.kill()
 
 
 def _beats(**others: Beat) -> dict[int, Beat]:
