@@ -9,6 +9,7 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.distributed.launcher import say
+from fulllora_dist.distributed.watchdog import Watchdog
 from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
 from fulllora_dist.evaluation.report import check_replaced, read_replaced
 from fulllora_dist.evaluation.resume_log import items_done
@@ -85,6 +86,7 @@ def _kept(output: str | None) -> str:
 
 def _evaluate(config: Config, folder: str, where: str | None, output: str | None, stack: ExitStack) -> None:
     comm = start_comm(config.distributed.timeout_minutes)
+    stack.enter_context(Watchdog(comm)).enter("evaluation")
     adapter = comm.broadcast(comm.run_on_rank0(lambda: where and resolved(where, config.tracking_uri())))
     model = comm.run_on_all(lambda: build_evaluated(config, adapter)).to(comm.device)
     stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))

@@ -100,6 +100,7 @@ class Config(Settings):
                 "optim.batch_size must be divisible by distributed.gradient_accumulation_steps, got "
                 f"{self.optim.batch_size} and {self.distributed.gradient_accumulation_steps}"
             )
+        self._check_timeout()
         self._check_phases()
         self._check_store()
         if self.guard.on_collapse != "warn" and self.data.held_out is None:
@@ -110,6 +111,15 @@ class Config(Settings):
         if self.finetune == "full" and self.adapter.init_from:
             raise ValueError("adapter.init_from: finetune: full has no adapter; set model.checkpoint_path")
         return self
+
+    def _check_timeout(self) -> None:
+        given, data = self.distributed.timeout_minutes, self.data
+        least = (data.retry_timeout_s + data.request_timeout_s) / 60
+        if given is not None and given <= least:
+            raise ValueError(
+                "distributed.timeout_minutes: must exceed data.retry_timeout_s and data.request_timeout_s together, "
+                f"{least:g} minutes, or a rank that waits for its data ends the run; got {given:g}"
+            )
 
     def _check_phases(self) -> None:
         total = sum(phase.fraction for phase in self.phases)
@@ -148,6 +158,12 @@ class Config(Settings):
                 f"run.output_dir: the MLflow store beside it, {uri}," if self.tracking.uri is None else "tracking.uri:"
             )
             raise ValueError(f"{place} must not have ? or %XX in its path; {remedy}")
+
+    def timeout_minutes(self) -> float:
+        """distributed.timeout_minutes, else what a rank may wait for its data: the last try of a range begins within
+        data.retry_timeout_s, and the ranges of a batch may have to take turns."""
+        data = self.data
+        return self.distributed.timeout_minutes or (data.retry_timeout_s + 5 * data.request_timeout_s) / 60
 
     def tracking_uri(self) -> str:
         """The MLflow tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else sqlite next to the output folder."""

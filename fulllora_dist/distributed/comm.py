@@ -19,6 +19,9 @@ from fulllora_dist.distributed.interface import meet
 
 T = TypeVar("T")
 
+FLIGHT_RECORDS = "TORCH_FR_DUMP_TEMP_FILE"
+"""The environment variable with the path of torch's flight records, less the rank."""
+
 # (host, process id) of every rank, to name the one that died; empty before the process group is set up
 _processes: list[tuple[str, int]] = []
 
@@ -163,12 +166,13 @@ class Comm:
             raise SharedUserError(failed[0])
         return cast(T, result)
 
-    def limit_waiting(self) -> None:
-        """Apply `patience` to all process groups: DeepSpeed creates its own with torch's default timeout."""
+    def limit_waiting(self, patience: timedelta | None = None) -> None:
+        """Apply `patience`, if not given this one's, to the collectives of all process groups from now on: DeepSpeed
+        creates its own with torch's default timeout."""
         groups = dist.distributed_c10d
         set_timeout = getattr(groups, "set_timeout", None) or groups._set_pg_timeout
         for group in groups._world.pg_map:
-            set_timeout(self.patience, group)
+            set_timeout(patience or self.patience, group)
 
     def counters(self) -> Counters:
         """Create new counters at zero. Rank 0 serves them, so it must not exit before all ranks are done counting."""
@@ -195,13 +199,15 @@ def hosts() -> list[str]:
     return [host for host, _ in _processes] or [socket.gethostname()]
 
 
-def start_comm(timeout_minutes: float = 30) -> Comm:
+def start_comm(timeout_minutes: float | None = None, recorder: str | None = None) -> Comm:
     """Join the ranks that the launcher started, or run as the only one under plain `python`.
 
     Uses NCCL with one GPU per local rank, or gloo without GPUs. Call once per process.
 
     Args:
-        timeout_minutes: timeout of collectives.
+        timeout_minutes: timeout of collectives; 30 if None.
+        recorder: the path, less the rank, to which NCCL's flight recorder writes the newest collectives of each rank
+            when one of them has timed out.
 
     Raises:
         UserError: the launcher's variables are incomplete, its port is in use, the hosts do not reach each other
@@ -218,7 +224,7 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
     port = os.environ.get("MASTER_PORT", "29500")
     if not (port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"MASTER_PORT: must be a port such as 29500, got {port!r}")
-    patience = timedelta(minutes=timeout_minutes)
+    patience = timedelta(minutes=timeout_minutes or 30)
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         torch.backends.cudnn.allow_tf32 = False  # else the patch embedding's fp32 convolution keeps 10 bits
@@ -234,6 +240,8 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
     if not dist.is_initialized():
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(local)}
         backend = "nccl" if device.type == "cuda" else "gloo"
+        if recorder is not None and world > 1:
+            _record_collectives(recorder)
         try:
             # one plain process needs no port, and leaves no address behind for what it starts
             store = meet(rank, world, local, patience) if "MASTER_ADDR" in os.environ else dist.HashStore()
@@ -247,6 +255,18 @@ def start_comm(timeout_minutes: float = 30) -> Comm:
     if world > 1:
         dist.all_gather_object(_processes, _processes[rank], group=control)
     return Comm(rank, world, device, control, patience)
+
+
+def _record_collectives(path: str) -> None:
+    """Switch on torch's flight recorder, but for what the user's variables say."""
+    older = {"TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORDS: "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"}
+    for name, value in {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        FLIGHT_RECORDS: path,
+    }.items():
+        if older.get(name, name) not in os.environ:
+            os.environ.setdefault(name, value)
 
 
 def _port_in_use() -> str:

@@ -52,12 +52,14 @@ def lost_contact(error: BaseException) -> str | None:
     import torch.distributed as dist  # deferred: every command imports this file, also those that do not need torch
 
     from fulllora_dist.distributed.comm import processes
+    from fulllora_dist.distributed.watchdog import named
 
     reason = _LOST.search(str(error))
     if reason is None and not isinstance(error, dist.DistError):
         return None
     ended = [rank for rank, (host, pid) in enumerate(processes()) if host == socket.gethostname() and not _lives(pid)]
-    which = f"rank {', '.join(map(str, ended))} has died" if ended else "another rank has died or does not answer"
+    known = named() or "another rank has died or does not answer"
+    which = f"rank {', '.join(map(str, ended))} has died" if ended else known
     cause = reason[1] if reason else str(error).split("\n")[0][:200]
     return f"{which} ({cause}); re-run the same command to resume from the newest checkpoint"
 

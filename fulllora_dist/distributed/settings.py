@@ -37,5 +37,6 @@ class DistributedSettings(Settings):
     """Micro-batches per optimizer update."""
     activation_checkpointing: Literal["off", "weight_step", "all"] = "off"
     """Recompute blocks in the backward pass: off, in the weight step only, or in attack passes too."""
-    timeout_minutes: float = Field(30.0, gt=0)
-    """Timeout of collectives in minutes, after which the run is ended; must exceed data.retry_timeout_s."""
+    timeout_minutes: float | None = Field(None, gt=0)
+    """Minutes that ranks wait for another in training until the run ends; null: data.retry_timeout_s and five times
+    data.request_timeout_s."""

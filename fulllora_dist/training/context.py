@@ -5,6 +5,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
 
 from omegaconf import OmegaConf
 from tqdm import tqdm
@@ -14,11 +16,15 @@ from fulllora_dist.checkpoints.manager import CheckpointManager
 from fulllora_dist.config.schema import Config
 from fulllora_dist.distributed.comm import Comm, hosts, start_comm, stop_comm
 from fulllora_dist.distributed.signals import GracefulStop
+from fulllora_dist.distributed.watchdog import Watchdog
 from fulllora_dist.storage import store, urls
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.system import SystemSampler
 from fulllora_dist.training.resume import check_resumable, run_locks
 
+APART = timedelta(minutes=30)
+"""How long ranks wait for each other before and after the training, where one has work of its own: weights to fetch, an
+adapter to publish."""
 Progress = Callable[[], tuple[int, int]]
 """Batches trained on, and those of the whole run."""
 
@@ -35,12 +41,16 @@ class RunContext:
         checkpoints: checkpoints on disk or in a bucket, used on rank 0.
         tracker: metrics and artifacts, logged on rank 0; does nothing before `open`.
         progress: how far the training is; None before and after it.
+        watchdog: knows the phase of this rank.
     """
 
-    def __init__(self, config: Config, comm: Comm, stop: GracefulStop):
+    def __init__(self, config: Config, comm: Comm, stop: GracefulStop, watchdog: Watchdog | None = None):
         self.config = config
         self.comm = comm
         self.stop = stop
+        self.progress: Progress | None = None
+        self.watchdog = watchdog or Watchdog(comm)
+        self.watchdog.step = lambda: self.progress()[0] if self.progress else -1
         self.checkpoints = CheckpointManager(config.run, self.say)
         self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: cannot read its checkpoints")
         # the checkpoint's own run, not that of run.resume_from
@@ -49,7 +59,6 @@ class RunContext:
         self._resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
         self.settings = urls.redacted(self._resolved)
         self.tracker = Tracker(config.tracked_run(), False)
-        self.progress: Progress | None = None
         self._locks = run_locks(config, self.say)
         self._sampler: SystemSampler | None = None
         stop.announce = self._announce
@@ -182,9 +191,11 @@ def start_run(config: Config) -> Iterator[RunContext]:
     Raises:
         UserError: the output folder holds another run, or a checkpoint that cannot be read.
     """
-    comm = start_comm(config.distributed.timeout_minutes)
-    with GracefulStop() as stop:
-        run = RunContext(config, comm, stop)
+    patience = timedelta(minutes=config.timeout_minutes())
+    records = os.path.join(config.run.output_dir, "collectives_rank_")
+    comm = replace(start_comm(max(patience, APART).total_seconds() / 60, records), patience=patience)
+    with GracefulStop() as stop, Watchdog(comm) as watchdog:
+        run = RunContext(config, comm, stop, watchdog)
         status = "FAILED"
         try:
             yield run

@@ -7,7 +7,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
 from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
 from fulllora_dist.training.build import build_eval_stream, build_evaluator
-from fulllora_dist.training.context import RunContext
+from fulllora_dist.training.context import APART, RunContext
 from fulllora_dist.training.inputs import check_evaluation
 from fulllora_dist.training.run_plots import show_end
 from fulllora_dist.training.summary import TrainingSummary
@@ -19,6 +19,8 @@ def finalize(run: RunContext, summary: TrainingSummary) -> None:
     Safe to repeat. A collective."""
     output = run.config.run.output_dir
     adapter = os.path.join(output, "adapter")
+    run.comm.limit_waiting(max(run.comm.patience, APART))
+    run.watchdog.enter("saving the adapter")
 
     def save() -> None:
         try:
@@ -32,7 +34,9 @@ def finalize(run: RunContext, summary: TrainingSummary) -> None:
     run.say(f"adapter: {adapter}, {summary.model.report.share:.2%} of the model")
     save_best(run, summary)
     if run.config.data.validation is not None:
+        run.watchdog.enter("evaluation")
         _evaluate(run, adapter, run.config.data.validation, summary.step)
+    run.watchdog.enter("publishing")
     if run.config.tracking.enabled and run.config.tracking.publish:
         run.comm.run_on_rank0(lambda: run.say(_publish(run)))
 

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 
@@ -18,15 +19,21 @@ class StepTimer:
 
     Args:
         device: of the model.
+        enter: called with the name of each part that begins.
+
+    Attributes:
+        seconds: of a batch before the last `take`, by part.
     """
 
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, enter: Callable[[str], None] = lambda part: None):
+        self._cuda, self._enter = device.type == "cuda", enter
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
         self._began, self._batches = time.perf_counter(), 0
+        self.seconds: dict[str, float] = {}
 
     def mark(self, part: str) -> None:
         """What follows belongs to `part`, one of `PARTS` or another name, which counts in no share but in the total."""
+        self._enter(part)
         if len(self._marks) < _MOST:
             self._marks.append((part, self._now()))
 
@@ -49,6 +56,7 @@ class StepTimer:
         seconds: defaultdict[str, float] = defaultdict(float)
         for (part, begin), (_, end) in itertools.pairwise(marks):
             seconds[part] += self._between(begin, end)
+        self.seconds = {part: seconds[part] / max(1, self._batches) for part in PARTS}
         each, total = (now - self._began) / max(1, self._batches), sum(seconds.values())
         self._marks, self._began, self._batches = marks[-1:], now, 0
         metrics = {"step_seconds": each, "images_per_second": batch_size / each}

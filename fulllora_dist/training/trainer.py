@@ -20,6 +20,7 @@ from fulllora_dist.training.guard import Check, Guard
 from fulllora_dist.training.initial import initial_state
 from fulllora_dist.training.phases import Phases
 from fulllora_dist.training.profiling import profiled
+from fulllora_dist.training.rank_averages import RankAverages
 from fulllora_dist.training.requests import start_requests
 from fulllora_dist.training.run_plots import show_check
 from fulllora_dist.training.step_timer import StepTimer
@@ -55,7 +56,8 @@ class Trainer:
         self._seen_skipped = 0
         initial = run.comm.run_on_all(lambda: initial_state(model, run.saved, config.adapter.init_from))
         self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
-        self._timer = StepTimer(run.comm.device)
+        self._timer = StepTimer(run.comm.device, run.watchdog.enter)
+        self._averages = RankAverages(run, self._timer)
         self.engine.on_part = self._timer.mark
         if run.saved is not None:
             self._resume(*run.saved)
@@ -170,14 +172,11 @@ class Trainer:
 
     def _log(self, metrics: dict[str, Tensor]) -> None:
         """Average the metrics over the ranks and log them to the tracker."""
-        names = list(metrics)
-        total = self._run.comm.sum(torch.stack([metrics[name].double() for name in names]))
-        means = dict(zip(names, (total / self._run.comm.world).tolist(), strict=True))
+        means, speed = self._averages.of(metrics)
         # the loss of a skipped update may be NaN or infinite
         self.shown = {name: f"{value:.3f}" for name, value in means.items() if math.isfinite(value)}
         means |= {"learning_rate": self.engine.learning_rate, "skipped": self.engine.skipped}
         means |= {} if (norm := self.engine.gradient_norm()) is None else {"gradient_norm": norm}
-        speed = self._timer.take(self._run.config.optim.batch_size)
         named = [("train", means), ("speed", speed)]
         self._run.tracker.log({f"{kind}/{name}": v for kind, values in named for name, v in values.items()}, self.step)
 
@@ -185,6 +184,7 @@ class Trainer:
         """Let the guard check if due, and log the result."""
         if self.guard is None or not (self.guard.due(self.step, bool(self.engine.skipped_in_a_row)) or last):
             return None
+        self._timer.mark("guard")
         check = self.guard.check(self.engine, self.step)
         metrics = self.guard.metrics(last)
         if self._run.config.guard.on_collapse == "rollback":
@@ -199,6 +199,7 @@ class Trainer:
         """Start writing the checkpoint of this step, unless it is already saved. A collective."""
         if self._saved_step == self.step:
             return
+        self._timer.mark("checkpoint")
         run = self._run
         if not self.engine.is_finite():
             raise SharedUserError(
@@ -229,8 +230,7 @@ class Trainer:
         self.rollbacks = metadata["rollbacks"]
         if self.rollbacks:
             self.phases = self.phases.rollback_from(min(past["to"] for past in self.rollbacks))
-        slots = self._restore(tensors, metadata)
-        if slots:
+        if slots := self._restore(tensors, metadata):
             size = len(next(iter(slots.values()))) // self._run.comm.world
             first = size * self._run.comm.rank
             self.phases.load_slot_state({name: t[first : first + size] for name, t in slots.items()}, self.step)
