@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.settings import Precision
 
 
 def _flops_in_place(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
@@ -18,6 +19,43 @@ IN_PLACE = {torch.ops.aten.addmm_: _flops_in_place}
 """The operation of the branches (low_rank_linear.py) that torch's counter does not know."""
 
 
+_PEAKS: dict[str, tuple[float | None, float]] = {
+    "B200": (2250e12, 75e12),
+    "GH200": (990e12, 67e12),
+    "H200": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100 PCIe": (756e12, 51e12),
+    "A100": (312e12, 19.5e12),
+    "A40": (149.7e12, 37.4e12),
+    "A30": (165e12, 10.3e12),
+    "A10": (125e12, 31.2e12),
+    "L40S": (362e12, 91.6e12),
+    "L40": (181e12, 90.5e12),
+    "L4": (121e12, 30.3e12),
+    "V100": (None, 15.7e12),
+    "MI300X": (1307e12, 163.4e12),
+}
+"""Dense peak FLOP/s in (bf16, fp32 without TF32) by the words of the device's name, from the makers' data sheets."""
+
+
+def peak_flops(device: str, precision: Precision) -> float | None:
+    """Peak FLOP/s of a device by its name, e.g. "NVIDIA H100 80GB HBM3"; None where it is not known.
+
+    Args:
+        precision: of the blocks. fp32 is known only without TF32.
+    """
+    words = device.replace("-", " ").split()
+    if "MIG" in words or (precision == "fp32" and torch.get_float32_matmul_precision() != "highest"):
+        return None
+    known = [name for name in _PEAKS if {*name.split()} <= {*words}]
+    if not known:
+        return None
+    bf16, fp32 = _PEAKS[max(known, key=len)]
+    return bf16 if precision == "bf16" else fp32
+
+
 class PassCost(NamedTuple):
     """Cost of a forward and backward pass for one image; `flops` is the sum of both, a multiply-add counted as two."""
 
@@ -26,16 +64,17 @@ class PassCost(NamedTuple):
     saved_bytes: int
 
 
-def pass_cost(model: AdaptedModel, size: int) -> PassCost:
+def pass_cost(model: AdaptedModel, size: int, attack: bool = False) -> PassCost:
     """Count a forward and backward pass of an image of `size` pixels a side: in the backward pass the gradients of the
     pixels and of the parameters that require one.
 
     Args:
         model: on any device; its tensors are not touched.
+        attack: without gradients of parameters.
     """
     tensors = {name: t.detach().to("meta") for name, t in model.named_buffers()}
     for name, parameter in model.named_parameters():
-        tensors[name] = parameter.detach().to("meta").requires_grad_(parameter.requires_grad)
+        tensors[name] = parameter.detach().to("meta").requires_grad_(parameter.requires_grad and not attack)
     pixels = torch.empty(1, 3, size, size, device="meta", requires_grad=True)
     saved = _SavedBytes(list(tensors.values()))
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as flops:
