@@ -1,11 +1,12 @@
 """Count the FLOPs of a pass and the bytes that autograd saves for it, on the meta device, where nothing is computed."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.settings import Precision
@@ -84,6 +85,23 @@ def pass_cost(model: AdaptedModel, size: int, attack: bool = False) -> PassCost:
         forward = flops.get_total_flops()
         loss.backward()
     return PassCost(forward, flops.get_total_flops(), saved.total)
+
+
+class OperationFlops(TorchDispatchMode):
+    """Adds up the FLOPs of the operations that run inside, by torch's formulas, in `flops`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in IN_PLACE:
+            self.flops += IN_PLACE[packet](*(arg.shape for arg in args))
+        elif packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _SavedBytes:

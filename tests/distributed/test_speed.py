@@ -7,33 +7,14 @@ from typing import Any
 import pytest
 import torch
 from test_resume import _config, _start
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.models.flops import IN_PLACE, peak_flops
+from fulllora_dist.models.flops import OperationFlops, peak_flops
 from fulllora_dist.training import speed
 from fulllora_dist.training.speed import worker_advice
 from tests.ranks import RankServer
 
 PEAK = 1e9
-
-
-class _Operations(TorchDispatchMode):
-    """FLOPs of the operations that run, by torch's own formulas."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        formula = {**flop_registry, **IN_PLACE}.get(func._overloadpacket)
-        if formula in IN_PLACE.values():
-            self.flops += formula(*(arg.shape for arg in args))
-        elif formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 def _flops(comm: Comm, settings: dict) -> list[int]:
@@ -44,7 +25,7 @@ def _flops(comm: Comm, settings: dict) -> list[int]:
     original, found = trainer.phases.step, []
 
     def step(*args: Any) -> Any:
-        with _Operations() as operations:
+        with OperationFlops() as operations:
             metrics = original(*args)
         found.append(operations.flops)
         return metrics
