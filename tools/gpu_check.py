@@ -33,7 +33,6 @@ from typing import Any
 import gpu_parts
 from gpu_parts import Put, attempt, device
 
-from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.core.errors import UserError
 
 ROWS = {
@@ -135,4 +134,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    try:  # not commands/entry.py, which needs more than torch
+        sys.exit(main())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
