@@ -152,7 +152,11 @@ def test_one_plain_process_trains_what_two_ranks_train(rank_server: RankServer, 
     folder = config.parent
     short = ["optim.epochs=4", "method=pgd", "tracking.enabled=false"]
     end(start(config, f"run.output_dir={folder}/two", *short))
-    launch(rank_server, config, f"run.output_dir={folder}/one", *short)
+    said = launch(rank_server, config, f"run.output_dir={folder}/one", *short, "data.num_workers=3")
+    assert said.count("data.num_workers=3: 1 would keep up") == 1
+    speeds = [json.loads(line) for line in (folder / "one" / "metrics.jsonl").read_text().splitlines()]
+    speeds = [line for line in speeds if "speed/step_seconds" in line]
+    assert all(0 < line["speed/decode_ms"] < 50 and "speed/mfu" not in line for line in speeds), "no peak of a CPU"
     one, two = (load_file(folder / name / "adapter" / "adapter.safetensors") for name in ("one", "two"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
     again = launch(rank_server, config, f"run.output_dir={folder}/one", *short)

@@ -1,6 +1,7 @@
 """Side-by-side measurements, all arms interleaved in one run.
 
 python tools/benchmark.py step --output FILE    one adversarial step: FullLoRA, peft's LoRA, full finetuning, the bound
+python tools/benchmark.py run --output FILE     training by train.py against a plain PyTorch loop on the same images
 python tools/benchmark.py data --output FILE    images a second: ours, webdataset, ImageFolder; cost of the plan
 python tools/benchmark.py several    several adapters on one backbone: switching, mixed batches, memory
 """
@@ -13,7 +14,7 @@ from fulllora_dist.commands.entry import run_entry
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "data", "several"))
+    parser.add_argument("what", choices=("step", "run", "data", "several"))
     parser.add_argument("settings", nargs=argparse.REMAINDER, help="see --help of each")
     args = parser.parse_args()
     importlib.import_module(f"benchmark_{args.what}").main(args.settings)

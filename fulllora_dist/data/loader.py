@@ -131,6 +131,7 @@ class TrainStream(PlannedStream):
         self._max_bad = max_bad_samples
         self._bad: set[int] = set()  # over all ranks, as far as they have been counted
         self._uncounted: list[BadSample] = []
+        self._work = [0.0, 0]  # CPU seconds of the workers, and the images that they made in them
 
     def resize(self, size: int) -> None:
         """Iterations that begin from now on give images of `size` pixels a side."""
@@ -150,9 +151,19 @@ class TrainStream(PlannedStream):
             if self._world > 1:
                 self._check_bad(self._uncounted, UserError)
             self._note_bad(parts)
+            for part in parts:
+                if part.cpu_s is not None:
+                    self._work[0] += part.cpu_s
+                    self._work[1] += len(part.batch)
             if self._world == 1:
                 self._check_bad(self._uncounted, UserError)
             yield _joined(parts, self._pin_memory)
+
+    def take_decode_seconds(self) -> float | None:
+        """CPU seconds in which a worker makes an image, on average over this rank's batches since the last call; None
+        without any, or without workers."""
+        (seconds, images), self._work = self._work, [0.0, 0]
+        return seconds / images if images else None
 
     def _note_bad(self, parts: list[Part]) -> None:
         for sample in (sample for part in parts for sample in part.bad):

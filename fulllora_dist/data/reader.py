@@ -19,12 +19,12 @@ from fulllora_dist.data.position import Work
 from fulllora_dist.storage import store, urls
 from fulllora_dist.storage.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
 
-AHEAD = 512  # samples that a process asks for before it needs them, beyond the windows in use
 _MAX_OPEN = 64  # files of each process; a large data set has more shards than a process may have open files
 _MAX_GAP = 128 << 10  # bytes between two samples that are cheaper to read than another request
 _MAX_RANGE = 8 << 20
 _WHOLE = 1 << 62
 _CHECKS_AT_ONCE = 16
+_LEAST = 125_000  # bytes that a smaller sample counts as when reading ahead: it costs a request all the same
 
 
 class DamagedSample(UserError):
@@ -97,14 +97,18 @@ class ShardReader:
         place = block.ids.tolist().index(sample_id)
         return self._sound(sample_id, self._fetch(block).result()[place])
 
-    def ahead(self, works: Iterable[Work]) -> Iterator[tuple[Work, Read]]:
+    def ahead(self, works: Iterable[Work], workers: int = 1) -> Iterator[tuple[Work, Read]]:
         """Each of `works` with a function that gives the bytes of a sample (once for each of its `ids`); it raises as
-        `read` does. Remote samples are on their way from the moment at which `works` says so, or AHEAD samples before.
+        `read` does. Remote samples are on their way from the moment at which `works` says so, or `read_ahead` of the
+        policy before, and at least during the work before.
+
+        Args:
+            workers: how many processes of the rank do this, each with its part of `read_ahead`.
         """
         coming: deque[tuple[Work, dict[int, tuple[Pieces, int]]]] = deque()
         asked: dict[int, tuple[Pieces, int]] = {}
         waiting, source = 0, iter(works)
-        depth = AHEAD if self._remote.any() else 0
+        depth, least = (self._policy.read_ahead / workers, 2) if self._remote.any() else (0, 1)
 
         def take(sample_id: int, held: dict[int, tuple[Pieces, int]]) -> bytes:
             if sample_id not in held:
@@ -116,7 +120,7 @@ class ShardReader:
 
         try:
             while True:
-                while (waiting < depth or not coming) and (work := next(source, None)) is not None:
+                while (waiting < depth or len(coming) < least) and (work := next(source, None)) is not None:
                     for block in self._blocks(work.begin):
                         pieces = self._fetch(block)
                         asked |= {
@@ -125,15 +129,19 @@ class ShardReader:
                             if wanted
                         }
                     coming.append((work, {i: asked.pop(i) for i in work.ids.tolist() if i in asked}))
-                    waiting += len(work.ids)
+                    waiting += self._weight(work)
                 if not coming:
                     return
                 work, held = coming.popleft()
-                waiting -= len(work.ids)
+                waiting -= self._weight(work)
                 yield work, partial(take, held=held)
         finally:
             for unused, _ in itertools.chain(asked.values(), *(held.values() for _, held in coming)):
                 unused.cancel()
+
+    def _weight(self, work: Work) -> int:
+        """Bytes that a work counts for when reading ahead."""
+        return int(np.maximum(self._index.columns["size"][work.ids[work.ids >= 0]], _LEAST).sum())
 
     def _read_local(self, sample_id: int) -> bytes:
         sample = self._index.sample(sample_id)

@@ -39,11 +39,14 @@ class DataSettings(Settings):
     interpolation: Literal["bilinear", "bicubic", "lanczos"] | None = None
     """Of every resize; null takes the backbone's."""
     num_workers: int = Field(2, ge=0)
-    """Processes per rank that read and decode; 0 does it in the training process."""
+    """Processes per rank that read and decode; 0 does it in the training process. Where far fewer would keep up, or
+    more are needed, the run says so."""
     max_bad_samples: int = Field(10, ge=0)
     """Unreadable training images that others may replace, over the whole run; one more ends it."""
     connections: int = Field(4, ge=1)
     """Byte ranges of remote shards in flight per process."""
+    read_ahead_mb: float = Field(64.0, gt=0)
+    """10**6 bytes of remote shards that a rank requests early, shared by its workers; a restart reads them again."""
     request_timeout_s: float = Field(60.0, gt=0)
     """Seconds until an unanswered request is retried."""
     retry_timeout_s: float = Field(600.0, gt=0)

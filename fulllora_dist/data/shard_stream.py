@@ -48,7 +48,7 @@ class ShardStream(PlannedStream, IterableDataset):
         works = self._position.works(self._world, self._rank)
         if works.count % workers:
             raise UserError(f"num_workers must divide the rank's batch of {works.count}, got {workers}")
-        for work, read in self._reader.ahead(works(number, workers)):
+        for work, read in self._reader.ahead(works(number, workers), workers):
             for sample_id in work.ids.tolist():
                 sample = self.index.sample(sample_id)
                 yield {

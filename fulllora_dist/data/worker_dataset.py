@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from functools import partial
@@ -38,10 +39,12 @@ class BadSample(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one process made of its slots of one batch, and what it had to replace."""
+    """What one process made of its slots of one batch, what it had to replace, and the CPU time that it took (None
+    without a process of its own)."""
 
     batch: Batch
     bad: tuple[BadSample, ...]
+    cpu_s: float | None = None
 
 
 class WorkerDataset(IterableDataset):
@@ -67,10 +70,14 @@ class WorkerDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[Part | UserError]:
         worker = get_worker_info()
-        works = self._works() if worker is None else self._works(worker.id, worker.num_workers)
+        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        works, begin = self._works(number, workers), time.process_time()
         try:
-            for work, read in self._reader.ahead(works):
-                yield self._part(work, read)
+            for work, read in self._reader.ahead(works, workers):
+                part = self._part(work, read)
+                if worker is not None:
+                    begin, part = (now := time.process_time()), part._replace(cpu_s=now - begin)
+                yield part
         except UserError as error:
             yield error
 

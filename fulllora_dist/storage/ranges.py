@@ -34,6 +34,8 @@ class ReadPolicy:
 
     Attributes:
         connections: ranges in flight of each process.
+        read_ahead: bytes that a rank asks for before it needs them, beyond the windows of samples in use; divided
+            equally among its workers, so that their number changes neither this nor what a restart reads again.
         request_timeout_s: until an unanswered request is given up and made again.
         retry_timeout_s: until a range that does not succeed ends the run.
         cache: local folder that keeps what was read; None keeps nothing.
@@ -41,6 +43,7 @@ class ReadPolicy:
     """
 
     connections: int = 4
+    read_ahead: int = 64_000_000
     request_timeout_s: float = 60.0
     retry_timeout_s: float = 600.0
     cache: str | None = None

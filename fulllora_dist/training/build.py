@@ -76,6 +76,7 @@ def _check_same(index: Index, comm: Comm, setting: str) -> None:
 def _policy(data: DataSettings) -> ReadPolicy:
     return ReadPolicy(
         connections=data.connections,
+        read_ahead=int(1e6 * data.read_ahead_mb),
         request_timeout_s=data.request_timeout_s,
         retry_timeout_s=data.retry_timeout_s,
         cache=data.cache_dir,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fulllora_dist.distributed.comm import hosts
 from fulllora_dist.training.context import RunContext
-from fulllora_dist.training.step_timer import StepTimer
+from fulllora_dist.training.speed import Speed
 
 OWN = ("data", "attack", "weight_step")
 """Parts of a batch in which a rank does its own work."""
@@ -16,18 +16,18 @@ _TIMES, _SECONDS = 2.0, 0.2
 class RankAverages:
     """Averages the metrics of the ranks, and warns about a slow rank once, until another one is."""
 
-    def __init__(self, run: RunContext, timer: StepTimer):
-        self._run, self._timer = run, timer
+    def __init__(self, run: RunContext, speed: Speed):
+        self._run, self._speed = run, speed
         self._first = True
         self._slow: list[int] = []
 
     def of(self, metrics: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float]]:
-        """The averages of `metrics` (scalars), and the speed of this rank, see `StepTimer.take`. A collective."""
+        """The averages of `metrics` (scalars), and the speed of this rank, see `Speed.take`. A collective."""
         comm = self._run.comm
         values = torch.stack([value.double() for value in metrics.values()]).cpu()  # waits for the device, for `take`
-        speed = self._timer.take(self._run.config.optim.batch_size)
+        speed = self._speed.take()
         seconds = torch.zeros(comm.world, len(OWN), dtype=torch.float64)
-        seconds[comm.rank] = torch.tensor([self._timer.seconds[part] for part in OWN])
+        seconds[comm.rank] = torch.tensor([self._speed.timer.seconds[part] for part in OWN])
         total, seconds = comm.sum(torch.cat([values, seconds.flatten()])).split([len(values), seconds.numel()])
         self._note_slow(seconds.view(comm.world, len(OWN)))
         return dict(zip(metrics, (total / comm.world).tolist(), strict=True)), speed

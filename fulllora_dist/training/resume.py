@@ -34,6 +34,7 @@ _MAY_CHANGE = {
     "data.held_out",
     "data.max_bad_samples",
     "data.connections",
+    "data.read_ahead_mb",
     "data.request_timeout_s",
     "data.retry_timeout_s",
     "data.cache_dir",

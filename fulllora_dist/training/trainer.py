@@ -23,7 +23,7 @@ from fulllora_dist.training.profiling import profiled
 from fulllora_dist.training.rank_averages import RankAverages
 from fulllora_dist.training.requests import start_requests
 from fulllora_dist.training.run_plots import show_check
-from fulllora_dist.training.step_timer import StepTimer
+from fulllora_dist.training.speed import Speed
 
 
 class Trainer:
@@ -55,9 +55,9 @@ class Trainer:
         self._saved_step: int | None = None
         self._seen_skipped = 0
         initial = run.comm.run_on_all(lambda: initial_state(model, run.saved, config.adapter.init_from))
+        self._speed = Speed(run, model, stream, phases)
+        self._timer, self._averages = self._speed.timer, RankAverages(run, self._speed)
         self.engine = Engine(model, config.optim, config.distributed, config.deepspeed, run.comm, phases.total_updates)
-        self._timer = StepTimer(run.comm.device, run.watchdog.enter)
-        self._averages = RankAverages(run, self._timer)
         self.engine.on_part = self._timer.mark
         if run.saved is not None:
             self._resume(*run.saved)
@@ -108,12 +108,12 @@ class Trainer:
         logs = self.step + 1 == self.total_steps or (self.step + 1) % self._run.config.run.log_every == 0
         requests = start_requests(self._run, self.stream, self.step + 1, logs=logs)
         self._timer.mark("attack")
-        metrics = self.phases.step(self.engine, batch, self.step)
+        metrics, phase = self.phases.step(self.engine, batch, self.step), self.phases.at(self.step)
         self.step += 1
         self.stream.commit(self.step)
         self._timer.mark("communication")
         asked = requests()
-        self._timer.end_batch()
+        self._speed.end_batch(phase)
         if asked.bad_samples:
             self.stream.count_bad(self._run.comm.all_gather_list)
         self._count_skipped()

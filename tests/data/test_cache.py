@@ -71,7 +71,6 @@ def test_a_process_holds_what_it_will_use_and_nothing_else(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks are fetched whole and shared with other ranks; six epochs of one rank of two keep as much as one does."""
-    monkeypatch.setattr(reader, "AHEAD", 20)
     asked: list[weakref.ref[Future]] = []
     submit = RangeFetcher.submit
 
@@ -96,7 +95,9 @@ def test_a_process_holds_what_it_will_use_and_nothing_else(
     with FaultServer(folder) as server:
         index = Index.load(server.url)
         works = StreamPosition(index, 0, 10).works(world=2, rank=1)
-        steps = ShardReader(index, ReadPolicy(cache=str(tmp_path))).ahead(counted(works()))
+        steps = ShardReader(index, ReadPolicy(cache=str(tmp_path), read_ahead=20 * reader._LEAST)).ahead(
+            counted(works())
+        )
         for step, (work, read) in zip(range(60), steps, strict=False):
             for sample in work.ids.tolist():
                 assert zlib.crc32(read(sample)) == index.sample(sample).crc32

@@ -26,14 +26,14 @@ from fulllora_dist.storage import ranges, store
 from fulllora_dist.storage.ranges import ChangedObject, Piece, Range, RangeFetcher, ReadPolicy
 from tests.services.fault_server import FATAL, PASSING, FaultServer, Request
 
-QUICK = ReadPolicy(request_timeout_s=0.5, retry_timeout_s=30)
+AHEAD = 40 * reader._LEAST  # less than an epoch
+QUICK = ReadPolicy(request_timeout_s=0.5, retry_timeout_s=30, read_ahead=AHEAD)
 LENGTHS = (20, 3, 31, 46)  # 100
 
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "_FIRST_WAIT", 0.02)
-    monkeypatch.setattr(reader, "AHEAD", 40)  # less than an epoch
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +203,7 @@ def test_a_server_that_hangs_is_given_up(server: FaultServer) -> None:
     server.stall = 30
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no answer in time; gave up after"):
-        list(islice(train(server.url, policy=ReadPolicy(request_timeout_s=0.3, retry_timeout_s=1)), 1))
+        list(islice(train(server.url, policy=replace(QUICK, request_timeout_s=0.3, retry_timeout_s=1)), 1))
     assert time.monotonic() - began < 6
 
 
@@ -240,7 +240,8 @@ def _survives(folder: Path, seed: int) -> None:
     with FaultServer(folder, random_faults(seed)) as server:
         server.stall = 0.4
         stream = train(
-            server.url, policy=ReadPolicy(request_timeout_s=0.25, retry_timeout_s=60, connections=1 + seed % 5)
+            server.url,
+            policy=replace(QUICK, request_timeout_s=0.25, retry_timeout_s=60, connections=1 + seed % 5),
         )
         assert _epoch(stream) == in_tars(folder)
         assert sum(kind is not None for _, kind in server.log) > 5

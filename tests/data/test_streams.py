@@ -206,6 +206,30 @@ def test_evaluation_sees_every_sample_once_in_the_same_company(shards, tar_conte
         assert Counter(label for label, _ in found.elements()) == {0: 4, 1: 3, 2: 3}
 
 
+class Slow(TrainTransform):
+    """20 ms of CPU time an image."""
+
+    def __call__(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
+        begin = time.process_time()
+        image = super().__call__(data, rng)
+        while time.process_time() < begin + 0.02:
+            pass
+        return image
+
+
+def test_the_cpu_time_of_an_image(shards) -> None:
+    stream = train(shards, transform=Slow(SIDE, "none"), workers=2)
+    batches = iter(stream)
+    list(islice(batches, 2))  # the first parts have the start of a worker in them
+    assert stream.take_decode_seconds() is not None
+    list(islice(batches, 3))
+    assert 0.02 <= stream.take_decode_seconds() < 0.03
+    assert stream.take_decode_seconds() is None
+    here = train(shards)
+    list(islice(here, 2))
+    assert here.take_decode_seconds() is None, "the time of training would be in it"
+
+
 def test_the_global_generators_are_left_alone(shards) -> None:
     before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
     list(islice(train(shards, transform=AUGMENTED, workers=1), 3))
