@@ -1,17 +1,11 @@
 """Estimate the cost of a run without a GPU, on the meta device, where no memory is allocated."""
 
 import os
-from typing import NamedTuple
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import EvalAttack, size_in
-from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.flops import PassCost, pass_cost
 from fulllora_dist.training.inputs import check_evaluation, check_files, check_settings, load_index
 from fulllora_dist.training.run import on_meta
 
@@ -21,59 +15,6 @@ ASSUMED_FLOPS = 3e14
 
 ASSUMED_FP32_FLOPS = 4e13
 """The same for an evaluation, which computes in full fp32: about 60 % of an H200's peak."""
-
-
-def _flops_in_place(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
-    return 2 * left[0] * left[1] * right[1]
-
-
-IN_PLACE = {torch.ops.aten.addmm_: _flops_in_place}
-"""The operation of the branches (models/low_rank_linear.py) that torch's counter does not know."""
-
-
-class _SavedBytes:
-    """Bytes that autograd saves for the backward pass; counts each storage once, without parameters and buffers."""
-
-    def __init__(self, model: AdaptedModel):
-        self._own = {id_of(t) for t in (*model.parameters(), *model.buffers())}
-        self._seen: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # a freed storage could pass its identity on to another
-
-    def pack(self, tensor: Tensor) -> Tensor:
-        key = id_of(tensor)
-        if key not in self._own:
-            self._seen[key] = tensor.untyped_storage().nbytes()
-            self._kept.append(tensor)
-        return tensor
-
-    @property
-    def total(self) -> int:
-        return sum(self._seen.values())
-
-
-def id_of(tensor: Tensor) -> int:
-    """Identity of a tensor's storage, also on the meta device."""
-    return tensor.untyped_storage()._cdata
-
-
-class _Cost(NamedTuple):
-    """Cost of a forward and backward pass for one image; `flops` is the sum of both."""
-
-    forward_flops: int
-    flops: int
-    saved_bytes: int
-
-
-def _count(model: AdaptedModel, size: int) -> _Cost:
-    pixels = torch.empty(1, 3, size, size, device="meta", requires_grad=True)
-    saved = _SavedBytes(model)
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as flops:
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-            logits = model(pixels)
-            loss = F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device="meta"))
-        forward = flops.get_total_flops()
-        loss.backward()
-    return _Cost(forward, flops.get_total_flops(), saved.total)
 
 
 def estimate(config: Config, ranks: int | None = None) -> str:
@@ -104,22 +45,20 @@ def estimate(config: Config, ranks: int | None = None) -> str:
 
     sizes = [phase.image_size or model.info.image_size for phase in phases.phases]
     model.set_activation_checkpointing(checkpointing != "off")
-    weight_step = {size: _count(model, size) for size in sizes}
+    weight_step = {size: pass_cost(model, size) for size in sizes}
     model.set_activation_checkpointing(checkpointing == "all")
     for parameter in model.trainable().values():
         parameter.requires_grad_(False)
-    attack_pass = {size: _count(model, size) for size in sizes}
+    attack_pass = {size: pass_cost(model, size) for size in sizes}
 
     total_flops, activations, update_passes, phase_lines = 0, 0, 0.0, []
     for phase, size in zip(phases.phases, sizes, strict=True):
         method, batches = phase.method, phase.end - phase.first
         forward, backward = method.passes()
         updates, seen = method.updates_per_batch, method.images_in_weight_step
-        attacks, without_backward = backward - updates * seen, forward - backward
+        attacks, without_backward = method.attack_passes()
         step, attack = weight_step[size], attack_pass[size]
-        total_flops += batches * (
-            attacks * attack.flops + without_backward * attack.forward_flops + updates * seen * step.flops
-        )
+        total_flops += batches * method.flops(attack, step)
         activations = max(activations, seen * step.saved_bytes, attack.saved_bytes if attacks else 0)
         update_passes = max(update_passes, 1 + (attacks + without_backward / 2) / updates)
         phase_lines.append(
@@ -145,7 +84,7 @@ def estimate(config: Config, ranks: int | None = None) -> str:
     reduced = 2 * adapter * (world - 1) / world
     passes = update_passes * config.distributed.gradient_accumulation_steps
     gathered = 2 * passes * (weights + adapter) if stage == 3 else 0
-    evaluation = _evaluation_line(config, _count(model, model.info.image_size))
+    evaluation = _evaluation_line(config, pass_cost(model, model.info.image_size))
     lines = [
         f"{model.info.name} at {model.info.image_size} pixels, {config.finetune}, "
         f"{config.model.precision}, ZeRO-{stage}, {world} ranks",
@@ -174,10 +113,10 @@ def estimate_evaluation(config: Config) -> str:
     for parameter in model.trainable().values():
         parameter.requires_grad_(False)
     size = model.info.image_size
-    return f"{model.info.name} at {size} pixels\n{_evaluation_line(config, _count(model, size))}"
+    return f"{model.info.name} at {size} pixels\n{_evaluation_line(config, pass_cost(model, size))}"
 
 
-def _evaluation_line(config: Config, cost: _Cost) -> str | None:
+def _evaluation_line(config: Config, cost: PassCost) -> str | None:
     """What the attacks of a config cost; None where it has no validation images."""
     if config.data.validation is None:
         return None

@@ -13,6 +13,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings, TargetSettings
 from fulllora_dist.methods.targets import Mixer
 from fulllora_dist.methods.warmup import WarmupSchedule, ramp
+from fulllora_dist.models.flops import PassCost
 
 
 class WeightStep(Protocol):
@@ -99,6 +100,17 @@ class Method(ABC):
     @abstractmethod
     def passes(self) -> tuple[int, int]:
         """Number of (forward, backward) passes over the model per batch."""
+
+    def attack_passes(self) -> tuple[int, int]:
+        """Number of attack passes per batch: (forward and backward, forward alone)."""
+        forward, backward = self.passes()
+        return backward - self.updates_per_batch * self.images_in_weight_step, forward - backward
+
+    def flops(self, attack: PassCost, weight_step: PassCost) -> int:
+        """FLOPs per batch and image, given the costs of a pass of the attack and of the weight step."""
+        both, forward_alone = self.attack_passes()
+        updated = self.updates_per_batch * self.images_in_weight_step
+        return both * attack.flops + forward_alone * attack.forward_flops + updated * weight_step.flops
 
     @abstractmethod
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
