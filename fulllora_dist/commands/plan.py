@@ -45,7 +45,7 @@ def estimate(config: Config, ranks: int | None = None, prices: Prices | None = N
     prices = prices or Prices()
     counts = count_run(config, ranks)
     model, phases = counts.model, counts.phases
-    rate = _rate(counts, prices)
+    rate = run_rate(counts, prices.rates)
     flops = counts.flops(counts.checkpointing)
     hours = rate.hours(flops)
     elapsed = "" if not prices.rates else f", {hours / counts.world:.2g} hours on {counts.world} ranks"
@@ -89,12 +89,13 @@ def _figure(hours: float) -> str:
     return f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
 
 
-def _rate(counts: RunCounts, prices: Prices) -> Rate:
+def run_rate(counts: RunCounts, files: Sequence[str]) -> Rate:
+    """The rate of a run, from files of tools/benchmark.py step; see `measured_rate`."""
     phase = counts.phases.phases[-1]
     attack, _ = counts.costs(phase, "off")
     settings = counts.config.model
     return measured_rate(
-        prices.rates, settings.backbone, counts.size(phase), attack.flops, settings.precision, settings.compile
+        files, settings.backbone, counts.size(phase), attack.flops, settings.precision, settings.compile
     )
 
 
@@ -115,9 +116,10 @@ def _phase_lines(counts: RunCounts) -> list[str]:
 
 def _communication_line(counts: RunCounts, memory: dict[str, float]) -> str:
     adapter = 4 * counts.model.report.trainable
-    reduced = 2 * adapter * (counts.world - 1) / counts.world
-    line = f"communication a rank and update: {reduced / 2**20:.1f} MiB of gradients"
-    if counts.config.distributed.zero_stage < 3:
+    stage = counts.config.distributed.zero_stage
+    sent = (2 if stage == 0 else 3) * adapter * (counts.world - 1) / counts.world
+    line = f"communication a rank and update: {sent / 2**20:.1f} MiB of gradients and updated parameters"
+    if stage < 3:
         return f"{line}, attack passes none"
     passes = counts.update_passes() * counts.config.distributed.gradient_accumulation_steps
     gathered = 2 * passes * counts.world * (memory["frozen weights"] + memory["adapter"])

@@ -40,12 +40,14 @@ class PassCost(NamedTuple):
         flops: of both.
         saved_bytes: what is alive between them: what autograd keeps, and logits.
         peak_bytes: the most that is alive at once, gradients included; the model's own tensors are in neither.
+        operations: that write memory, of the whole pass whatever its images: what a device is asked to start.
     """
 
     forward_flops: int
     flops: int
     saved_bytes: int
     peak_bytes: int
+    operations: int = 0
 
 
 def pass_cost(model: AdaptedModel, size: int, images: int = 1) -> PassCost:
@@ -62,7 +64,8 @@ def pass_cost(model: AdaptedModel, size: int, images: int = 1) -> PassCost:
     with _Counter(tensors.values()) as counter, _attention_as_one_kernel():
         whole = {f"model.{name}": tensor for name, tensor in tensors.items()}
         forward, saved = torch.func.functional_call(_Pass(model), whole, (images, size, counter))
-    return PassCost(*(n // images for n in (forward, counter.flops, saved, counter.peak)))
+    an_image = [n // images for n in (forward, counter.flops, saved, counter.peak)]
+    return PassCost(an_image[0], an_image[1], an_image[2], an_image[3], counter.operations)
 
 
 class _Pass(nn.Module):
@@ -86,19 +89,21 @@ class _Counter(TorchDispatchMode):
 
     def __init__(self, own: Iterable[Tensor]):
         super().__init__()
-        self.flops = self.now = self.peak = 0
+        self.flops = self.now = self.peak = self.operations = 0
         self._alive: dict[int, object] = {_identity(tensor): tensor for tensor in own}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if (formula := FORMULAS.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        before = self.now
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor) and (key := _identity(tensor)) not in self._alive:
                 storage = tensor.untyped_storage()
                 self._alive[key] = weakref.ref(storage, partial(self._freed, key, storage.nbytes()))
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
+        self.operations += self.now > before or func._schema.is_mutable
         return result
 
     def _freed(self, key: int, size: int, _: object) -> None:
