@@ -5,6 +5,7 @@ import re
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,18 +81,37 @@ def test_a_config_opens_with_its_command_hours_and_score(config: Path) -> None:
     assert re.search(r" Hours: .+ Score: (.*\d|not trained yet)", opening)
 
 
+PASSES: dict[tuple[object, ...], object] = {}
+"""Counted so far: configs of one backbone have the same."""
+
+
+def once_for_a_model(count: Any) -> Any:
+    def counted(model: Any, *given: int, **switches: bool) -> object:
+        key = model.info.name, model.precision, *given, *sorted(switches.items())
+        if key not in PASSES:
+            PASSES[key] = count(model, *given, **switches)
+        return PASSES[key]
+
+    return counted
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "config", [c for c in RUNS if "counted by --dry-run" in head(c)], ids=lambda config: config.stem
 )
 def test_the_hours_are_those_that_are_counted(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fulllora_dist.commands import plan_counts
     from fulllora_dist.commands.plan import estimate
     from fulllora_dist.config.load import load_config
 
+    monkeypatch.setattr(plan_counts, "count_pass", once_for_a_model(plan_counts.count_pass))
     monkeypatch.setenv("WORLD_SIZE", "8")
     counted, opening = estimate(load_config(str(config), ["data.train=/nowhere"])), head(config)
-    for said in (r"[\d.]+ GPU-hours", r"[\d.]+ EFLOP", r"[\d,]+ batches", r"[\d.]+ GiB"):
+    for said in (r"[\d.]+ GPU-hours", r"[\d.]+ EFLOP", r"[\d,]+ batches", r"[\d.]+ GiB a GPU", r"micro-batch \d+"):
         (figure,) = re.findall(said, opening)
-        assert figure in counted
+        assert figure.removesuffix(" a GPU") in counted
+    assert re.search(r"\n  off \(this run\) .* in 80 GB", counted)
+    fewest, again = re.findall(r"`all` takes ([\d.]+ GiB), and computes (\d+% again)", opening)[0]
+    assert re.search(rf"\n  all +{fewest}, +{again}; ", counted)
     (rank,) = re.findall(r"rank (\d+)", opening)
     assert f"rank of the branches: {rank}" in counted

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from fulllora_dist.commands.plan import IMAGENET, estimate
+from fulllora_dist.commands.plan import estimate
+from fulllora_dist.commands.plan_counts import IMAGENET
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError

@@ -32,6 +32,33 @@ def parser(description: str) -> argparse.ArgumentParser:
     return result
 
 
+def add_dry_run(arguments: argparse.ArgumentParser, instead: str) -> None:
+    """Add --dry-run, which takes the place of `instead`, and what it can be told of the machines."""
+    arguments.add_argument(
+        "--dry-run", action="store_true", help=f"check the settings and estimate the cost without {instead}"
+    )
+    group = arguments.add_argument_group("with --dry-run")
+    group.add_argument(
+        "--rates", action="append", default=[], metavar="FILE", help="measured rates, of tools/benchmark.py step "
+        "--output FILE; once for bf16 and once for fp32, in which evaluations are made",
+    )  # fmt: skip
+    group.add_argument(
+        "--memory-gb", type=float, metavar="GB", help="memory of a GPU, 10**9 bytes (default: 80 and 141)"
+    )
+    group.add_argument("--price", type=float, metavar="X", help="price of an hour of a GPU")
+
+
+def check_dry_run(arguments: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse options of --dry-run without it, and numbers that are none of a machine's."""
+    given = {"--rates": args.rates or None, "--memory-gb": args.memory_gb, "--price": args.price}
+    for name, value in given.items():
+        if value is not None and not args.dry_run:
+            arguments.error(f"{name} is an option of --dry-run; add that")
+    for name in ("--memory-gb", "--price"):
+        if given[name] is not None and not 0 < given[name] < float("inf"):
+            arguments.error(f"{name} must be > 0, got {given[name]:g}")
+
+
 def add_num_samples(arguments: argparse.ArgumentParser) -> None:
     """Add --num-samples (not --n, which DeepSpeed's launcher would take for an abbreviation of its own options)."""
     arguments.add_argument(

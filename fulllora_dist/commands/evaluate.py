@@ -10,7 +10,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from fulllora_dist.commands.arguments import add_num_samples, parser
+from fulllora_dist.commands.arguments import add_dry_run, add_num_samples, check_dry_run, parser
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
@@ -80,10 +80,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         help="path of evaluation.json, with figures next to it; the same command resumes after a kill. Default: only "
         "the table",
     )
-    arguments.add_argument(
-        "--dry-run", action="store_true", help="check the settings and estimate the cost without evaluating"
-    )
+    add_dry_run(arguments, "evaluating")
     args = arguments.parse_intermixed_args(argv)
+    check_dry_run(arguments, args)
     for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "output"):
         given = getattr(args, name)
         parts = given.split(",") if given and name in ("attacks", "eps") else [given]
@@ -115,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = check_inputs(config, args.adapter, args.output)
     if args.dry_run:
         if is_main_process():
-            from fulllora_dist.commands.plan import estimate_evaluation  # torch
+            from fulllora_dist.commands.plan import Prices, estimate_evaluation  # torch
 
-            print(estimate_evaluation(config))
+            print(estimate_evaluation(config, Prices(args.rates, args.memory_gb, args.price)))
         return
     from fulllora_dist.commands.evaluation import evaluate  # torch
 

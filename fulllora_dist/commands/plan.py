@@ -1,143 +1,140 @@
-"""Estimate the cost of a run without a GPU, on the meta device, where no memory is allocated."""
+"""The text of `--dry-run`: what a run or an evaluation costs, without a GPU."""
 
-import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from fulllora_dist.commands.plan_counts import EvaluationCounts, RunCounts, count_evaluation, count_run
+from fulllora_dist.commands.plan_memory import CARDS, checkpointing_table, rank_memory, stage_advice, together
+from fulllora_dist.commands.plan_rates import Rate, measured_rate
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import EvalAttack, size_in
-from fulllora_dist.models.flops import PassCost, pass_cost
-from fulllora_dist.training.inputs import check_evaluation, check_files, check_settings, load_index
-from fulllora_dist.training.run import on_meta
-
-IMAGENET, IMAGENET_VALIDATION = 1_281_167, 50_000
-ASSUMED_FLOPS = 3e14
-"""Assumed sustained FLOP/s of one GPU for the estimate of GPU-hours: about 30 % of an H200's bf16 peak."""
-
-ASSUMED_FP32_FLOPS = 4e13
-"""The same for an evaluation, which computes in full fp32: about 60 % of an H200's peak."""
+from fulllora_dist.evaluation import size_in
 
 
-def estimate(config: Config, ranks: int | None = None) -> str:
+@dataclass(frozen=True)
+class Prices:
+    """What the command line says of the machines.
+
+    Attributes:
+        rates: JSON files of tools/benchmark.py step; without them rates are assumed.
+        memory_gb: memory of a GPU, 10**9 bytes; None for those of `CARDS`.
+        price: of an hour of a GPU, or of a rank without one; None prints no cost.
+    """
+
+    rates: Sequence[str] = ()
+    memory_gb: float | None = None
+    price: float | None = None
+
+    @property
+    def cards(self) -> tuple[float, ...]:
+        return CARDS if self.memory_gb is None else (self.memory_gb,)
+
+    def cost(self, hours: float) -> str:
+        return "" if self.price is None else f", cost {hours * self.price:,.0f}"
+
+
+def estimate(config: Config, ranks: int | None = None, prices: Prices | None = None) -> str:
     """Estimate parameters, passes, FLOPs, memory and communication of a run, as readable text.
 
     Args:
-        ranks: number of ranks; defaults to the launcher's WORLD_SIZE, else the largest number up to 8 that divides the
-            batch.
+        ranks: number of ranks, see `count_run`.
 
     Raises:
         UserError: invalid settings.
     """
-    parts = config.optim.batch_size // config.distributed.gradient_accumulation_steps
-    likely = next(n for n in range(8, 0, -1) if parts % n == 0)
-    world = ranks or int(os.environ.get("WORLD_SIZE", likely))
-    notes = []
-    check_settings(config, world)
-    try:
-        images = len(load_index(config.data.train, "data.train"))
-    except UserError as error:
-        notes.append(f"not ready: {error}; counts are for ImageNet-1k")
-        images = IMAGENET
-    else:
-        check_files(config)
-    model, phases = on_meta(config, images)
-    micro = config.optim.batch_size // world // config.distributed.gradient_accumulation_steps
-    checkpointing = config.distributed.activation_checkpointing
-
-    sizes = [phase.image_size or model.info.image_size for phase in phases.phases]
-    model.set_activation_checkpointing(checkpointing != "off")
-    weight_step = {size: pass_cost(model, size) for size in sizes}
-    model.set_activation_checkpointing(checkpointing == "all")
-    for parameter in model.trainable().values():
-        parameter.requires_grad_(False)
-    attack_pass = {size: pass_cost(model, size) for size in sizes}
-
-    total_flops, activations, update_passes, phase_lines = 0, 0, 0.0, []
-    for phase, size in zip(phases.phases, sizes, strict=True):
-        method, batches = phase.method, phase.end - phase.first
-        forward, backward = method.passes()
-        updates, seen = method.updates_per_batch, method.images_in_weight_step
-        attacks, without_backward = method.attack_passes()
-        step, attack = weight_step[size], attack_pass[size]
-        total_flops += batches * method.flops(attack, step)
-        activations = max(activations, seen * step.saved_bytes, attack.saved_bytes if attacks else 0)
-        update_passes = max(update_passes, 1 + (attacks + without_backward / 2) / updates)
-        phase_lines.append(
-            f"{method.settings.name} at {size} pixels, {size_in(method.threat.norm, method.threat.eps)}: "
-            f"{forward} forward, {backward} backward passes a batch; {batches:,} batches, {phase.updates:,} updates; "
-            f"attack pass {attack.flops / 1e9:.1f} GFLOP, weight step {seen * step.flops / 1e9:.1f} GFLOP an image"
-        )
-    total_flops *= config.optim.batch_size
-
-    stage = config.distributed.zero_stage
-    weights = sum(
-        p.numel() * p.element_size() for n, p in model.backbone.named_parameters() if n not in model.trainable()
-    )
-    adapter = 4 * model.report.trainable
-    memory = {
-        "frozen weights": weights / (world if stage == 3 else 1),
-        "adapter": adapter / (world if stage == 3 else 1),
-        "gradients": adapter / (world if stage >= 2 else 1),
-        "optimizer": (2 + (stage > 0)) * adapter / (world if stage >= 1 else 1),
-        "average": adapter if config.optim.ema_decay else 0,
-        "activations": activations * micro,
-    }
-    reduced = 2 * adapter * (world - 1) / world
-    passes = update_passes * config.distributed.gradient_accumulation_steps
-    gathered = 2 * passes * (weights + adapter) if stage == 3 else 0
-    evaluation = _evaluation_line(config, pass_cost(model, model.info.image_size))
+    prices = prices or Prices()
+    counts = count_run(config, ranks)
+    model, phases = counts.model, counts.phases
+    rate = run_rate(counts, prices.rates)
+    flops = counts.flops(counts.checkpointing)
+    hours = rate.hours(flops)
+    elapsed = "" if not prices.rates else f", {hours / counts.world:.2g} hours on {counts.world} ranks"
+    memory = rank_memory(counts)
     lines = [
         f"{model.info.name} at {model.info.image_size} pixels, {config.finetune}, "
-        f"{config.model.precision}, ZeRO-{stage}, {world} ranks",
+        f"{config.model.precision}, ZeRO-{config.distributed.zero_stage}, {counts.world} ranks",
         str(model.report),
         f"  rank of the branches: {model.spec.rank}" if model.spec.rank else "  no branches",
-        *phase_lines,
-        f"{phases.total_steps:,} batches, {phases.total_updates:,} optimizer updates on {images:,} images; "
-        f"whole run {total_flops / 1e18:.2f} EFLOP, {total_flops / ASSUMED_FLOPS / 3600:.1f} GPU-hours "
-        f"at an assumed {ASSUMED_FLOPS / 1e12:.0f} TFLOP/s",
-        f"memory a rank at micro-batch {micro}: "
+        *_phase_lines(counts),
+        f"{phases.total_steps:,} batches, {phases.total_updates:,} optimizer updates on {counts.images:,} images; "
+        f"whole run {flops / 1e18:.2f} EFLOP, {_figure(hours)} {rate.unit} at {rate.source}"
+        f"{elapsed}{prices.cost(hours)}",
+        f"memory a rank at micro-batch {counts.micro}: "
         + ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
-        + f"; together {sum(memory.values()) / 2**30:.1f} GiB, transients not counted",
-        f"communication a rank and update: {reduced / 2**20:.1f} MiB of gradients"
-        + (f", {gathered / 2**30:.1f} GiB of weights gathered" if gathered else ", attack passes none"),
+        + f"; together {together(memory) / 2**30:.1f} GiB",
+        *checkpointing_table(counts, prices.cards),
+        stage_advice(counts, prices.cards[0]),
+        _communication_line(counts, memory),
     ]
-    return "\n".join([*lines, *([evaluation] if evaluation else []), *notes])
+    evaluation = count_evaluation(config)
+    if evaluation is not None:
+        beside = together(rank_memory(counts, micro=0))
+        lines.append(_evaluation_line(config, evaluation, prices, beside))
+    return "\n".join([*lines, *counts.notes])
 
 
-def estimate_evaluation(config: Config) -> str:
-    """Estimate the passes and FLOPs of an evaluation, as readable text.
+def estimate_evaluation(config: Config, prices: Prices | None = None) -> str:
+    """Estimate passes, FLOPs and memory of an evaluation, as readable text.
 
     Raises:
         UserError: invalid settings.
     """
-    model, _ = on_meta(config, IMAGENET)
-    for parameter in model.trainable().values():
-        parameter.requires_grad_(False)
-    size = model.info.image_size
-    return f"{model.info.name} at {size} pixels\n{_evaluation_line(config, pass_cost(model, size))}"
+    evaluation = count_evaluation(config)
+    if evaluation is None:
+        raise UserError("data.validation is not set; set it to the folder of shards to evaluate on")
+    return _evaluation_line(config, evaluation, prices or Prices())
 
 
-def _evaluation_line(config: Config, cost: PassCost) -> str | None:
-    """What the attacks of a config cost; None where it has no validation images."""
-    if config.data.validation is None:
-        return None
-    settings, subset = config.evaluation, check_evaluation(config)
-    try:
-        images = len(subset.of(load_index(config.data.validation, "data.validation"), "data.validation"))
-    except UserError:  # not there yet
-        images = settings.num_samples or settings.first or IMAGENET_VALIDATION
-    backward = cost.flops - cost.forward_flops
-    most, least, named = 0, 0, []
-    for attack in EvalAttack.parse_all(settings.attacks):
-        first = EvalAttack.parse(attack.parts[0]) if attack.parts else attack
-        balls = 1 if attack.kind == "clean" else 1 + len(settings.eps)
-        for passes, is_most in ((attack.forward_and_backward, True), (first.forward_and_backward, False)):
-            flops = balls * images * (passes[0] * cost.forward_flops + passes[1] * backward)
-            most, least = (most + flops, least) if is_most else (most, least + flops)
-        falls = f" where it stays robust, {first.passes:,} where it falls to {first.name}" if attack.parts else ""
-        named.append(f"{attack.name} {attack.passes:,} passes an image" + falls)
-    hours = [flops / ASSUMED_FP32_FLOPS / 3600 for flops in (most, (most + least) / 2)]
-    half = f", {hours[1]:.2g} where half of the images fall to its first part" if most > least else ""
+def _figure(hours: float) -> str:
+    return f"{hours:.1f}" if hours >= 1 else f"{hours:.2g}"
+
+
+def run_rate(counts: RunCounts, files: Sequence[str]) -> Rate:
+    """The rate of a run, from files of tools/benchmark.py step; see `measured_rate`."""
+    phase = counts.phases.phases[-1]
+    attack, _ = counts.costs(phase, "off")
+    settings = counts.config.model
+    return measured_rate(
+        files, settings.backbone, counts.size(phase), attack.flops, settings.precision, settings.compile
+    )
+
+
+def _phase_lines(counts: RunCounts) -> list[str]:
+    lines = []
+    for phase in counts.phases.phases:
+        method, batches = phase.method, phase.end - phase.first
+        forward, backward = method.passes()
+        attack, step = counts.costs(phase, counts.checkpointing)
+        lines.append(
+            f"{method.settings.name} at {counts.size(phase)} pixels, "
+            f"{size_in(method.threat.norm, method.threat.eps)}: {forward} forward, {backward} backward passes a batch; "
+            f"{batches:,} batches, {phase.updates:,} updates; attack pass {attack.flops / 1e9:.1f} GFLOP, "
+            f"weight step {method.images_in_weight_step * step.flops / 1e9:.1f} GFLOP an image"
+        )
+    return lines
+
+
+def _communication_line(counts: RunCounts, memory: dict[str, float]) -> str:
+    adapter = 4 * counts.model.report.trainable
+    stage = counts.config.distributed.zero_stage
+    sent = (2 if stage == 0 else 3) * adapter * (counts.world - 1) / counts.world
+    line = f"communication a rank and update: {sent / 2**20:.1f} MiB of gradients and updated parameters"
+    if stage < 3:
+        return f"{line}, attack passes none"
+    passes = counts.update_passes() * counts.config.distributed.gradient_accumulation_steps
+    gathered = 2 * passes * counts.world * (memory["frozen weights"] + memory["adapter"])
+    return f"{line}, {gathered / 2**30:.1f} GiB of weights gathered"
+
+
+def _evaluation_line(config: Config, counts: EvaluationCounts, prices: Prices, beside: float = 0) -> str:
+    """Cost of an evaluation; `beside`: bytes that a training holds while it evaluates at its end."""
+    rate = measured_rate(prices.rates, config.model.backbone, counts.size, counts.pass_flops, "fp32", False)
+    hours = rate.hours(counts.flops)
+    falling = rate.hours(counts.half_flops)
+    half = f", {falling:.2g} where half of the images fall to its first part" if falling < hours else ""
+    training = " beside the trained model" if beside else ""
     return (
-        f"evaluation of {images:,} images: {', '.join(named)}; {hours[0]:.2g} GPU-hours at an assumed "
-        f"{ASSUMED_FP32_FLOPS / 1e12:.0f} TFLOP/s of fp32{half}"
+        f"evaluation of {counts.images:,} images: {', '.join(counts.attacks)}; {hours:.2g} {rate.unit} at "
+        f"{rate.source}{half}{prices.cost(hours)}; in fp32 and batches of {counts.batch} "
+        f"{(counts.batch_bytes + beside) / 2**30:.1f} GiB a rank{training}"
     )

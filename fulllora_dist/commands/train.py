@@ -5,7 +5,7 @@ One process: `python fulllora_dist/train.py --config FILE`. Re-running the same 
 
 from collections.abc import Sequence
 
-from fulllora_dist.commands.arguments import parser
+from fulllora_dist.commands.arguments import add_dry_run, check_dry_run, parser
 from fulllora_dist.config.load import load_config
 from fulllora_dist.distributed.launcher import is_main_process, join_launcher, say, world_size
 from fulllora_dist.training.inputs import check_inputs
@@ -19,9 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     join_launcher()
     arguments = parser(__doc__ or "")
-    arguments.add_argument(
-        "--dry-run", action="store_true", help="check the settings and estimate the cost without training"
-    )
+    add_dry_run(arguments, "training")
     arguments.add_argument(
         "--profile",
         type=int,
@@ -32,12 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments.parse_intermixed_args(argv)
     if args.profile < 0:
         arguments.error(f"--profile must be >= 0, got {args.profile}")
+    check_dry_run(arguments, args)
     config = load_config(args.config, args.overrides)
     if args.dry_run:
         if is_main_process():
-            from fulllora_dist.commands.plan import estimate
+            from fulllora_dist.commands.plan import Prices, estimate
 
-            print(estimate(config))
+            print(estimate(config, prices=Prices(args.rates, args.memory_gb, args.price)))
         return 0
     check_inputs(config, world_size())
     check_unlocked(config, say)

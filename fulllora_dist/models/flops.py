@@ -1,23 +1,36 @@
-"""Count the FLOPs of a pass and the bytes that autograd saves for it, on the meta device, where nothing is computed."""
+"""Count the FLOPs and the memory of a pass on the meta device, where nothing is computed."""
 
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import flop_registry
 
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.settings import Precision
 
-
-def _flops_in_place(_: torch.Size, left: torch.Size, right: torch.Size, **__: object) -> int:
-    return 2 * left[0] * left[1] * right[1]
+ATTENTION = torch.ops.aten._scaled_dot_product_efficient_attention
 
 
-IN_PLACE = {torch.ops.aten.addmm_: _flops_in_place}
-"""The operation of the branches (low_rank_linear.py) that torch's counter does not know."""
+def _addmm(_: Tensor, left: Tensor, right: Tensor, **__: object) -> int:
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
+def _attention_backward(_: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: object, **___: object) -> int:
+    """Without the scores, which the kernel computes again: that is no work of the model's."""
+    return 4 * q.shape[:3].numel() * k.shape[2] * (q.shape[3] + v.shape[3])
+
+
+FORMULAS = flop_registry | {
+    torch.ops.aten.addmm_: _addmm,  # of the branches, low_rank_linear.py
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward: _attention_backward,
+}
 
 
 _PEAKS: dict[str, tuple[float | None, float]] = {
@@ -58,33 +71,56 @@ def peak_flops(device: str, precision: Precision) -> float | None:
 
 
 class PassCost(NamedTuple):
-    """Cost of a forward and backward pass for one image; `flops` is the sum of both, a multiply-add counted as two."""
+    """Cost of a forward and backward pass for one image, a multiply-add counted as two FLOPs.
+
+    Attributes:
+        forward_flops: of the forward pass.
+        flops: of both.
+        saved_bytes: what is alive between them: what autograd keeps, and logits.
+        peak_bytes: the most that is alive at once, gradients included; the model's own tensors are in neither.
+        operations: that write memory, of the whole pass whatever its images: what a device is asked to start.
+    """
 
     forward_flops: int
     flops: int
     saved_bytes: int
+    peak_bytes: int
+    operations: int = 0
 
 
-def pass_cost(model: AdaptedModel, size: int, attack: bool = False) -> PassCost:
+def pass_cost(model: AdaptedModel, size: int, images: int = 1, attack: bool = False) -> PassCost:
     """Count a forward and backward pass of an image of `size` pixels a side: in the backward pass the gradients of the
-    pixels and of the parameters that require one.
+    pixels and of the parameters that require one. Attention is taken for one kernel that keeps no scores.
 
     Args:
         model: on any device; its tensors are not touched.
+        images: in one pass; what does not grow with them (gradients of the parameters) is divided among them.
         attack: without gradients of parameters.
     """
     tensors = {name: t.detach().to("meta") for name, t in model.named_buffers()}
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.detach().to("meta").requires_grad_(parameter.requires_grad and not attack)
-    pixels = torch.empty(1, 3, size, size, device="meta", requires_grad=True)
-    saved = _SavedBytes(list(tensors.values()))
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as flops:
-        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-            logits = torch.func.functional_call(model, tensors, pixels)
-            loss = F.cross_entropy(logits, torch.zeros(1, dtype=torch.int64, device="meta"))
-        forward = flops.get_total_flops()
+    with _Counter(tensors.values()) as counter, _attention_as_one_kernel():
+        whole = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        forward, saved = torch.func.functional_call(_Pass(model), whole, (images, size, counter))
+    an_image = [n // images for n in (forward, counter.flops, saved, counter.peak)]
+    return PassCost(an_image[0], an_image[1], an_image[2], an_image[3], counter.operations)
+
+
+class _Pass(nn.Module):
+    """Forward and backward as one module: what checkpointing computes again needs the same tensors."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: int, size: int, counter: "_Counter") -> tuple[int, int]:
+        """FLOPs of the forward pass, and bytes that are alive after it."""
+        pixels = torch.empty(images, 3, size, size, device="meta", requires_grad=True)
+        loss = F.cross_entropy(self.model(pixels), torch.zeros(images, dtype=torch.int64, device="meta"))
+        between = counter.flops, counter.now
         loss.backward()
-    return PassCost(forward, flops.get_total_flops(), saved.total)
+        return between
 
 
 class OperationFlops(TorchDispatchMode):
@@ -94,34 +130,54 @@ class OperationFlops(TorchDispatchMode):
         super().__init__()
         self.flops = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        packet = func._overloadpacket
-        if packet in IN_PLACE:
-            self.flops += IN_PLACE[packet](*(arg.shape for arg in args))
-        elif packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
+        if (formula := FORMULAS.get(func.overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
 
-class _SavedBytes:
-    """Bytes that autograd saves for the backward pass; counts each storage once, without the model's `own` tensors."""
+class _Counter(OperationFlops):
+    """Also the bytes of the storages that are alive, without the model's `own` tensors: now and at most."""
 
-    def __init__(self, own: list[Tensor]):
-        self._own = {_identity(tensor) for tensor in own}
-        self._seen: dict[int, int] = {}
-        self._kept: list[Tensor] = []  # a freed storage could pass its identity on to another
+    def __init__(self, own: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.peak = self.operations = 0
+        self._alive: dict[int, object] = {_identity(tensor): tensor for tensor in own}
 
-    def pack(self, tensor: Tensor) -> Tensor:
-        key = _identity(tensor)
-        if key not in self._own:
-            self._seen[key] = tensor.untyped_storage().nbytes()
-            self._kept.append(tensor)
-        return tensor
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        before = self.now
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor) and (key := _identity(tensor)) not in self._alive:
+                storage = tensor.untyped_storage()
+                self._alive[key] = weakref.ref(storage, partial(self._freed, key, storage.nbytes()))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        self.operations += self.now > before or func._schema.is_mutable
+        return result
 
-    @property
-    def total(self) -> int:
-        return sum(self._seen.values())
+    def _freed(self, key: int, size: int, _: object) -> None:
+        del self._alive[key]
+        self.now -= size
+
+
+@contextmanager
+def _attention_as_one_kernel() -> Iterator[None]:
+    """What every device does without a mask; the meta device alone takes attention apart, and keeps the scores."""
+    apart = F.scaled_dot_product_attention
+
+    def as_one(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *args: Any, **options: Any) -> Tensor:
+        if attn_mask is not None or args or options.get("is_causal") or q.ndim != 4:
+            return apart(q, k, v, attn_mask, *args, **options)
+        return ATTENTION(q, k, v, None, True, options.get("dropout_p", 0.0))[0]
+
+    # a mode would not reach what checkpointing computes again
+    F.scaled_dot_product_attention = as_one  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = apart
 
 
 def _identity(tensor: Tensor) -> int:

@@ -1,0 +1,165 @@
+"""What a run computes and keeps, counted on the meta device: passes, FLOPs and bytes of each phase."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fulllora_dist.config.schema import Config
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.evaluation import EvalAttack
+from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.flops import PassCost, pass_cost
+from fulllora_dist.training.inputs import check_evaluation, check_files, check_settings, load_index
+from fulllora_dist.training.phases import Phase, Phases
+from fulllora_dist.training.run import on_meta
+
+IMAGENET, IMAGENET_VALIDATION = 1_281_167, 50_000
+Checkpointing = Literal["off", "weight_step", "all"]
+
+
+@dataclass
+class RunCounts:
+    """A run on `world` ranks.
+
+    Attributes:
+        images: of the training data.
+        micro: images of a rank's micro-batch.
+        notes: what is not ready yet, a line each.
+    """
+
+    config: Config
+    model: AdaptedModel
+    phases: Phases
+    images: int
+    world: int
+    notes: list[str]
+    _passes: dict[tuple[int, int, bool, bool], PassCost] = field(default_factory=dict)
+
+    @property
+    def micro(self) -> int:
+        return self.config.optim.batch_size // self.world // self.config.distributed.gradient_accumulation_steps
+
+    @property
+    def checkpointing(self) -> Checkpointing:
+        return self.config.distributed.activation_checkpointing
+
+    def size(self, phase: Phase) -> int:
+        """Side of a phase's images in pixels."""
+        return phase.image_size or self.model.info.image_size
+
+    def costs(self, phase: Phase, checkpointing: Checkpointing) -> tuple[PassCost, PassCost]:
+        """Cost of an attack pass and of a weight step of a phase, for one of the micro-batch's images."""
+        size = self.size(phase)
+        attack = self._pass(size, self.micro, attack=True, recompute=checkpointing == "all")
+        in_step = self.micro * phase.method.images_in_weight_step
+        return attack, self._pass(size, in_step, attack=False, recompute=checkpointing != "off")
+
+    def flops(self, checkpointing: Checkpointing) -> int:
+        """FLOPs of the whole run."""
+        images = self.config.optim.batch_size
+        return images * sum(
+            (phase.end - phase.first) * phase.method.flops(*self.costs(phase, checkpointing))
+            for phase in self.phases.phases
+        )
+
+    def update_passes(self) -> float:
+        """Forward and backward passes of a micro-batch for an optimizer update, the most of any phase; a pass without a
+        backward pass is half of one."""
+        most = 0.0
+        for phase in self.phases.phases:
+            attacks, forward_alone = phase.method.attack_passes()
+            most = max(most, 1 + (attacks + forward_alone / 2) / phase.method.updates_per_batch)
+        return most
+
+    def _pass(self, size: int, images: int, *, attack: bool, recompute: bool) -> PassCost:
+        key = size, images, attack, recompute
+        if key not in self._passes:
+            self._passes[key] = count_pass(self.model, size, images, attack=attack, recompute=recompute)
+        return self._passes[key]
+
+
+def count_pass(model: AdaptedModel, size: int, images: int, *, attack: bool, recompute: bool = False) -> PassCost:
+    """Cost of a pass for one of so many images, for the pixels' gradient alone (`attack`) or also for the adapter's."""
+    model.set_activation_checkpointing(recompute)
+    for parameter in model.trainable().values():
+        parameter.requires_grad_(not attack)
+    return pass_cost(model, size, images)
+
+
+def count_run(config: Config, ranks: int | None = None) -> RunCounts:
+    """Count a run; without its data, on as many images as ImageNet-1k has.
+
+    Args:
+        ranks: number of ranks; defaults to the launcher's WORLD_SIZE, else the largest number up to 8 that divides the
+            batch.
+
+    Raises:
+        UserError: invalid settings.
+    """
+    parts = config.optim.batch_size // config.distributed.gradient_accumulation_steps
+    likely = next(n for n in range(8, 0, -1) if parts % n == 0)
+    world = ranks or int(os.environ.get("WORLD_SIZE", likely))
+    notes = []
+    check_settings(config, world)
+    try:
+        images = len(load_index(config.data.train, "data.train"))
+    except UserError as error:
+        notes.append(f"not ready: {error}; counts are for ImageNet-1k")
+        images = IMAGENET
+    else:
+        check_files(config)
+    model, phases = on_meta(config, images)
+    return RunCounts(config, model, phases, images, world, notes)
+
+
+@dataclass(frozen=True)
+class EvaluationCounts:
+    """An evaluation in fp32.
+
+    Attributes:
+        images: number of images.
+        size: their side in pixels.
+        batch: images of a rank's batch.
+        pass_flops: of a forward and backward pass of an image.
+        attacks: what each attack costs an image, as text.
+        flops: of all, where no image falls to an attack before its last part.
+        half_flops: where half of them fall to the first part of each.
+        batch_bytes: memory of the model and such a batch.
+    """
+
+    images: int
+    size: int
+    batch: int
+    pass_flops: int
+    attacks: list[str]
+    flops: int
+    half_flops: float
+    batch_bytes: int
+
+
+def count_evaluation(config: Config) -> EvaluationCounts | None:
+    """Count the attacks of a config; None where it has no validation images."""
+    if config.data.validation is None:
+        return None
+    settings, subset = config.evaluation, check_evaluation(config)
+    try:
+        images = len(subset.of(load_index(config.data.validation, "data.validation"), "data.validation"))
+    except UserError:  # not there yet
+        images = settings.num_samples or settings.first or IMAGENET_VALIDATION
+    in_fp32 = config.model.model_copy(update={"precision": "fp32"})
+    model, _ = on_meta(config.model_copy(update={"model": in_fp32}), max(IMAGENET, config.optim.batch_size))
+    size, batch = model.info.image_size, min(settings.batch_size, images)
+    cost = count_pass(model, size, batch, attack=True)
+    backward = cost.flops - cost.forward_flops
+    most, least, named = 0, 0, []
+    for attack in EvalAttack.parse_all(settings.attacks):
+        first = EvalAttack.parse(attack.parts[0]) if attack.parts else attack
+        balls = 1 if attack.kind == "clean" else 1 + len(settings.eps)
+        for passes, is_most in ((attack.forward_and_backward, True), (first.forward_and_backward, False)):
+            flops = balls * images * (passes[0] * cost.forward_flops + passes[1] * backward)
+            most, least = (most + flops, least) if is_most else (most, least + flops)
+        falls = f" where it stays robust, {first.passes:,} where it falls to {first.name}" if attack.parts else ""
+        named.append(f"{attack.name} {attack.passes:,} passes an image" + falls)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    memory = weights + batch * cost.peak_bytes
+    return EvaluationCounts(images, size, batch, cost.flops, named, most, (most + least) / 2, memory)
