@@ -88,7 +88,7 @@ def write_figures(report: EvaluationReport, path: str | Path) -> list[Path]:
     if not report.get("more_eps"):
         against_eps.unlink(missing_ok=True)  # of an evaluation that this one replaces
         return [of_classes]
-    figure = robustness_curve(_curves(report), trained_eps=None, attack="attack", norm=report["norm"])
+    figure = robustness_curve(_curves(report), attack="attack", norm=report["norm"])
     figure.suptitle(f"n = {report['n']}, {report['precision']}", fontsize=10)
     figure.savefig(against_eps)
     return [of_classes, against_eps]
