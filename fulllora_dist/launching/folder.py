@@ -24,8 +24,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fulllora_dist.config.schema import Config
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.tracking.provenance import git
+from fulllora_dist.tracking.provenance import PACKAGE, git
 
 RESTARTS = "restarts.jsonl"
 LAUNCHES = "launches"
@@ -33,7 +34,6 @@ RECORD = "launch.json"
 CONFIG = "config.yaml"
 CODE = "code"
 LOCK = ".lock"
-_PACKAGE = Path(__file__).parents[1]
 
 
 def launches_of(output: str) -> Path:
@@ -93,7 +93,7 @@ def make_folder(config: Config) -> Path:
 
 def _fill(folder: Path, config: Config) -> None:
     code = folder / CODE
-    shutil.copytree(_PACKAGE, code / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, code / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     plugins = [str(shutil.copy(name, str(code))) if name.endswith(".py") else name for name in config.plugins]
     values = config.model_dump(mode="json") | {"plugins": plugins}
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
@@ -114,9 +114,8 @@ def _write_git(folder: Path) -> None:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Replace launch.json atomically: `status` may be reading."""
-    temporary = folder / (RECORD + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, folder / RECORD)
+    with atomic_write(folder / RECORD) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import psutil
 from submitit import SlurmJob
 from submitit.core.utils import JobPaths, pickle_load
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.folder import launch_folders, read_record, read_restarts
 from fulllora_dist.launching.worker import REQUEUED
 
@@ -133,12 +134,16 @@ def wait(folder: Path, seconds: float = 5.0) -> list[RunJob]:
         time.sleep(seconds)
 
 
-def newest_launch(output: str, entry: str) -> list[RunJob]:
-    """The job of a kind in the newest launch that has one; the scheduler is asked for no others."""
+def newest_job(output: str, entry: str = "train") -> RunJob:
+    """The job of a kind in the newest launch that has one; the scheduler is asked for no others.
+
+    Raises:
+        UserError: the run has no job of that kind.
+    """
     for folder in reversed(launch_folders(output)):
         if any(job["entry"] == entry for job in read_record(folder)["jobs"]):
-            return [job for job in run_jobs(output, only=folder) if job.entry == entry]
-    return []
+            return next(job for job in run_jobs(output, only=folder) if job.entry == entry)
+    raise UserError(f"{output}: no {entry} job was launched here")
 
 
 def run_jobs(output: str, only: Path | None = None) -> list[RunJob]:

@@ -6,7 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 _PACKAGES = ("fulllora-dist", "torch", "deepspeed", "timm", "mlflow")
 CHANGED = " with changes"
 """End of the commit of a checkout that differs from it."""
@@ -27,14 +27,14 @@ def git(*command: str) -> str:
     Raises:
         OSError, CalledProcessError: there is no git, or the folder is not in a checkout.
     """
-    return subprocess.run(["git", "-C", _PACKAGE, *command], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(["git", "-C", PACKAGE, *command], capture_output=True, text=True, check=True).stdout
 
 
 def git_commit() -> str | None:
     """Of the running code, with a note if it has changes; None if it is unknown. A launched run (jobs/launch.py) has
     a copy of the code, and a record of its commit."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        record = json.loads((_PACKAGE.parents[1] / "code.json").read_text())
+        record = json.loads((PACKAGE.parents[1] / "code.json").read_text())
         return record["commit"] + (CHANGED if record["changed"] else "")
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = git("rev-parse", "HEAD").strip()

@@ -19,7 +19,7 @@ from fulllora_dist.evaluation.resume_log import ResumeLog
 from fulllora_dist.launching import jobs, worker
 from fulllora_dist.launching.executors import build_executor
 from fulllora_dist.launching.folder import read_restarts
-from fulllora_dist.launching.jobs import RunJob, newest_launch, wait
+from fulllora_dist.launching.jobs import RunJob, newest_job, wait
 from fulllora_dist.launching.report import find_runs, status
 from fulllora_dist.launching.resources import Resources
 from fulllora_dist.launching.submit import refuse_second
@@ -211,7 +211,7 @@ def test_only_the_launch_in_question_is_asked_for(tmp_path: Path, monkeypatch: p
         return {"state": "COMPLETED"}
 
     monkeypatch.setattr(jobs, "_slurm_state", metadata)
-    assert [job.folder for job in newest_launch(str(tmp_path), "train")] == [second]
+    assert newest_job(str(tmp_path), "train").folder == second
     assert [job.folder for job in wait(first)] == [first]
     assert asked == ["999999992", "999999991"]
 
