@@ -1,7 +1,6 @@
 """One run in an MLflow store: found or created, and written to. Everything here may block for long."""
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fulllora_dist.storage import urls
+from fulllora_dist.storage.machine_copy import one_at_a_time
 from fulllora_dist.tracking.spool import Line, metrics_of
 
 KEY = "fulllora_run"
@@ -17,7 +17,8 @@ KEY = "fulllora_run"
 _MAX_METRICS, _MAX_PARAMS = 1000, 100  # that MLflow takes in one call
 _MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 6000, 8000, 36  # characters
 _NOT_IN_A_NAME = re.compile(r"[^/\w.\- :]")
-_ARTIFACTS = ("artifact", "text")
+ARTIFACTS = ("artifact", "text")
+"""Events for the artifact store, which may fail alone."""
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _retries: str | None = None  # what was set here
 
@@ -79,7 +80,6 @@ class MlflowRun:
             {name: reason} of those that MLflow rejects for good, at their first appearance; all others are stored.
         """
         from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
 
         metrics: dict[str, list[Metric]] = {}
         for line in lines:
@@ -89,22 +89,32 @@ class MlflowRun:
         refused: dict[str, str] = {}
         try:
             self._log([metric for named in metrics.values() for metric in named])
-        except MlflowException as error:
-            if not self._is_permanent(error):
-                raise
+        except Refused:
             for name, named in metrics.items():
                 try:
                     self._log(named)
-                except MlflowException as of_name:
-                    if not self._is_permanent(of_name):
-                        raise
-                    refused[name] = urls.one_line(of_name)
+                except Refused as error:
+                    refused[name] = str(error)
         self._refused |= refused.keys()
         return refused
 
     def _log(self, metrics: Sequence[Any]) -> None:
-        for part in _parts(metrics, _MAX_METRICS):
-            self._client.log_batch(self.id, metrics=part)
+        with self._telling_refusals():
+            for part in _parts(metrics, _MAX_METRICS):
+                self._client.log_batch(self.id, metrics=part)
+
+    @contextlib.contextmanager
+    def _telling_refusals(self) -> Iterator[None]:
+        """Raise `Refused` where retrying is useless. A deleted run rejects everything, until it is restored."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            permanent = error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+            if permanent and self._client.get_run(self.id).info.lifecycle_stage != "deleted":
+                raise Refused(urls.one_line(error)) from error
+            raise
 
     def do(self, event: Line, folder: str) -> None:
         """Carry out an event that `Tracker` wrote. Idempotent.
@@ -115,24 +125,8 @@ class MlflowRun:
         Raises:
             Refused: it can never succeed.
         """
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with self._telling_refusals():
             self._do(event, folder)
-        except FileNotFoundError as error:
-            if event["do"] != "artifact" or os.path.exists(os.path.join(folder, event["path"])):
-                raise
-            raise Refused(f"{event['path']} does not exist any more") from error
-        except MlflowException as error:
-            if self._is_permanent(error):
-                raise Refused(urls.one_line(error)) from error
-            raise
-
-    def _is_permanent(self, error: Any) -> bool:
-        """Whether retrying is useless. A deleted run rejects everything, until it is restored."""
-        if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"):
-            return False
-        return self._client.get_run(self.id).info.lifecycle_stage != "deleted"
 
     def _do(self, event: Line, folder: str) -> None:
         client, kind = self._client, event["do"]
@@ -148,6 +142,8 @@ class MlflowRun:
             client.log_text(self.id, event["text"], event["name"])
         elif kind == "artifact":
             path = os.path.join(folder, event["path"])
+            if not os.path.exists(path):
+                raise Refused(f"{event['path']} does not exist any more")
             log = client.log_artifacts if os.path.isdir(path) else client.log_artifact
             log(self.id, path, event["folder"])
         else:
@@ -181,11 +177,6 @@ class MlflowRun:
         """Set the status of another run, if it is in this store."""
         if self._existing(run_id) is not None:
             self._client.set_terminated(run_id, status)
-
-
-def is_artifact(event: Line) -> bool:
-    """Whether it goes to the artifact store, which may fail alone."""
-    return event["do"] in _ARTIFACTS
 
 
 def patient_client(uri: str) -> Any:
@@ -240,8 +231,7 @@ def first_use_alone(uri: str) -> Iterator[None]:
         return
     path = os.path.abspath(uri.removeprefix("sqlite:///"))
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with one_at_a_time(Path(path + ".lock")):
         yield
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fulllora_dist.storage.urls import one_line, redacted
-from fulllora_dist.tracking.mlflow_run import MlflowRun, Refused, is_artifact
+from fulllora_dist.tracking.mlflow_run import ARTIFACTS, MlflowRun, Refused
 from fulllora_dist.tracking.outbox import Outbox
 
 _FIRST_PAUSE, _MAX_PAUSE = 1.0, 30.0  # seconds
@@ -151,14 +151,14 @@ class Shipper:
         failed: Any = None
         part = outbox.events.unsent()
         for number, (event, _) in enumerate(part.lines, 1):
-            if failed is not None and is_artifact(event):
+            if failed is not None and event["do"] in ARTIFACTS:
                 continue
             try:
                 run.do(event, str(outbox.output))
             except Refused as error:
                 self._say(f"warning: MLflow at {redacted(self._uri)} rejects {event['do']} ({error})")
             except Exception as error:
-                if not is_artifact(event):
+                if event["do"] not in ARTIFACTS:
                     raise
                 failed = error
             if failed is None:

@@ -20,6 +20,7 @@ from fulllora_dist.tracking import mlflow_run
 from fulllora_dist.tracking.mlflow_run import MlflowRun, first_use_alone
 from fulllora_dist.tracking.outbox import Outbox
 from fulllora_dist.tracking.run import Tracker
+from fulllora_dist.tracking.spool import Dropped
 
 
 def _config(folder: Path) -> Config:
@@ -207,7 +208,7 @@ def test_lines_that_are_under_way_when_training_goes_back(tmp_path: Path) -> Non
     early = outbox.metrics.unsent(until=outbox.is_uncovered)
     assert len(early.lines) == 3
 
-    def meanwhile(dropped: list[str]) -> None:
+    def meanwhile(dropped: Dropped) -> None:
         assert len(dropped) == 3
         outbox.metrics.confirm(outbox.metrics.unsent(until=outbox.is_uncovered))
 
