@@ -162,11 +162,16 @@ def expand(patterns: Iterable[str]) -> list[str]:
 
 
 def shards_in(folder: str) -> list[str]:
-    """The *.tar files or objects of a folder, by name."""
+    """The *.tar files of a folder, or the URLs of those in a bucket, by name."""
     if not urls.is_remote(folder):  # whose name may have *, ? and [ in it
         return sorted(str(path) for path in Path(os.path.abspath(urls.local_path(folder))).glob("*.tar"))
-    fs = urls.filesystem(folder)
-    return sorted(persistent(lambda: fs.glob(f"{folder.rstrip('/')}/*.tar"), folder))
+    return _matches(f"{folder.rstrip('/')}/*.tar")
+
+
+def _matches(pattern: str) -> list[str]:
+    fs, scheme = urls.filesystem(pattern), urls.scheme_of(pattern)
+    paths = sorted(persistent(lambda: fs.glob(pattern), pattern))
+    return paths if scheme == "file" else [f"{scheme}://{path}" for path in paths]
 
 
 def _listed(name: str) -> list[str]:
@@ -176,16 +181,15 @@ def _listed(name: str) -> list[str]:
             raise UserError(f"{urls.redacted(name)}: http has no listings; name the shards, e.g. with {{000..127}}")
         return [name]
     fs, path = urls.filesystem(name), urls.local_path(name) if scheme == "file" else name
-    if scheme == "file" and os.path.isdir(path) and (shards := shards_in(path)):
-        return shards
-    if not re.search(r"[*?\[]", path) or (scheme == "file" and os.path.exists(path)):
-        if path.endswith(".tar") or not persistent(lambda: fs.isdir(path), name):
-            return [path]
-        path = f"{path.rstrip('/')}/*.tar"
-    matches = sorted(persistent(lambda: fs.glob(path), name))
+    if re.search(r"[*?\[]", path) and not (scheme == "file" and os.path.exists(path)):
+        matches = _matches(path)
+    elif (scheme == "file" or not path.endswith(".tar")) and persistent(lambda: fs.isdir(path), name):
+        matches, path = shards_in(path), f"{path.rstrip('/')}/*.tar"
+    else:
+        return [path]
     if not matches:
         raise UserError(f"{urls.redacted(path)}: no shards match")
-    return [match if scheme == "file" else f"{scheme}://{match}" for match in matches]
+    return matches
 
 
 class ObjectStream:
