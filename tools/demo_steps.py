@@ -28,7 +28,7 @@ from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import load, read_adapter
-from fulllora_dist.plots.figures import GREY, Attacked, Curve, draw_curves, draw_examples
+from fulllora_dist.plots.figures import GREY, Attacked, draw_curves, draw_examples
 from fulllora_dist.registry.champion import promote
 from fulllora_dist.registry.promotion import Rules
 from fulllora_dist.registry.registry import SHA256, Registry, Version
@@ -106,11 +106,11 @@ def draw(config: Config, models: dict[str, AdaptedModel], scores: Scores, title:
     chosen = [int((first.labels == label).nonzero()) for label in IMAGES]
     x, y, ids = first.pixels()[chosen], first.labels[chosen], first.ids[chosen]
     stream = EvalStream(config.data.validation, batch_size=50, transform=transform)
-    curves = []
+    curves = {}
     for name, model in models.items():
         points = {e: evaluate(model, stream, attacks=(ATTACK,), eps=e, seed=config.run.seed)["attacks"] for e in CURVE}
         known = {0.0: scores[name]["clean"], eps: scores[name][ATTACK]}
-        curves.append(Curve(name, known | {e: point[ATTACK] for e, point in points.items()}))
+        curves[name] = known | {e: point[ATTACK] for e, point in points.items()}
     attacked = [attack(name, model, config, x, y, ids) for name, model in models.items()]
     size = number_in("linf", eps)
     subtitle = f"{len(stream.ids)} held-out digits, PGD-20, every pixel changed by up to {size} of its range"

@@ -31,6 +31,10 @@ STYLES = [
 MOST_CLASSES = 40  # that a figure or table shows
 
 
+Curves = Mapping[str, Mapping[float, Mapping[str, Any]]]
+"""{name: {eps in pixels of [0, 1]: "accuracy", "low" and "high" as in evaluation.json}}, of models or attacks."""
+
+
 @dataclass(frozen=True)
 class Attacked:
     """One model under attack.
@@ -45,19 +49,6 @@ class Attacked:
     adversarial: Tensor
     before: Tensor
     after: Tensor
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Robust accuracy of one model.
-
-    Attributes:
-        name: in the figure.
-        scores: {eps in pixels of [0, 1]: "accuracy", "low" and "high" as in evaluation.json}.
-    """
-
-    name: str
-    scores: Mapping[float, Mapping[str, Any]]
 
 
 def _show(axes: Axes, image: Tensor) -> None:
@@ -113,20 +104,18 @@ def draw_examples(
             _verdict(row[2 + 2 * j], [(model.name, classes[after], after == label)])
 
 
-def draw_curves(axes: Axes, curves: Sequence[Curve], attack: str, norm: str = "linf") -> None:
+def draw_curves(axes: Axes, curves: Curves, attack: str, norm: str = "linf") -> None:
     """As `robustness_curve`, on axes of a larger figure."""
     unit = 255 if norm == "linf" else 1
-    for curve, (color, marker, line) in zip(curves, itertools.cycle(STYLES)):
-        eps = sorted(curve.scores)
+    for (name, scores), (color, marker, line) in zip(curves.items(), itertools.cycle(STYLES)):
+        eps = sorted(scores)
         levels = [unit * e for e in eps]
-        accuracy, low, high = (
-            np.array([100 * curve.scores[e][key] for e in eps]) for key in ("accuracy", "low", "high")
-        )
+        accuracy, low, high = (np.array([100 * scores[e][key] for e in eps]) for key in ("accuracy", "low", "high"))
         axes.fill_between(levels, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=curve.name)
+        axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=name)
     axes.set_ylim(-3, 107)
     axes.set_xlim(left=0)
-    axes.set_xticks(sorted({round(unit * e, 2) for curve in curves for e in curve.scores}))
+    axes.set_xticks(sorted({round(unit * e, 2) for scores in curves.values() for e in scores}))
     change = "largest change of a pixel, in 1/255 of its range" if norm == "linf" else "L2 length of the change"
     axes.set_xlabel(f"eps: {change}", fontsize=11)
     axes.set_ylabel(f"accuracy under {attack}, % (band: 95 % interval)", fontsize=11)
@@ -159,7 +148,7 @@ def adversarial_examples(
     return figure
 
 
-def robustness_curve(curves: Sequence[Curve], *, attack: str = "PGD-20", norm: str = "linf") -> Figure:
+def robustness_curve(curves: Curves, *, attack: str = "PGD-20", norm: str = "linf") -> Figure:
     """Robust accuracy against eps, with 95 % intervals, for a few models (the backbone first) or attacks.
 
     Args:
