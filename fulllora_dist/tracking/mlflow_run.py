@@ -4,9 +4,9 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.machine_copy import one_at_a_time
@@ -14,7 +14,6 @@ from fulllora_dist.tracking.spool import Line, metrics_of
 
 KEY = "fulllora_run"
 """Tag with a key of our own, by which a run is found whose id was lost, with the answer or with the file."""
-_MAX_METRICS, _MAX_PARAMS = 1000, 100  # that MLflow takes in one call
 _MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 6000, 8000, 36  # characters
 _NOT_IN_A_NAME = re.compile(r"[^/\w.\- :]")
 ARTIFACTS = ("artifact", "text")
@@ -100,8 +99,7 @@ class MlflowRun:
 
     def _log(self, metrics: Sequence[Any]) -> None:
         with self._telling_refusals():
-            for part in _parts(metrics, _MAX_METRICS):
-                self._client.log_batch(self.id, metrics=part)
+            self._client.log_batch(self.id, metrics=metrics)
 
     @contextlib.contextmanager
     def _telling_refusals(self) -> Iterator[None]:
@@ -129,9 +127,13 @@ class MlflowRun:
             self._do(event, folder)
 
     def _do(self, event: Line, folder: str) -> None:
+        from mlflow.entities import Param, RunTag
+
         client, kind = self._client, event["do"]
         if kind in ("params", "tags"):
-            self._log_values(kind, event["values"])
+            entity, limit = (Param, _MAX_PARAM) if kind == "params" else (RunTag, _MAX_TAG)
+            values = [entity(allowed_name(name), str(value)[:limit]) for name, value in event["values"].items()]
+            client.log_batch(self.id, **{kind: values})
         elif kind == "status" and event["status"] == "RUNNING":
             client.update_run(self.id, status="RUNNING")
         elif kind == "status":
@@ -148,14 +150,6 @@ class MlflowRun:
             log(self.id, path, event["folder"])
         else:
             raise Refused(f"{kind!r} is unknown to this version")
-
-    def _log_values(self, kind: Literal["params", "tags"], values: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param, RunTag
-
-        entity, limit = (Param, _MAX_PARAM) if kind == "params" else (RunTag, _MAX_TAG)
-        entities = [entity(allowed_name(name), str(value)[:limit]) for name, value in values.items()]
-        for part in _parts(entities, _MAX_PARAMS):
-            self._client.log_batch(self.id, **{kind: part})
 
     def _data(self, event: Line) -> None:
         """Under the name of the split: MLflow drops a second data set of one name, whatever its context is."""
@@ -233,7 +227,3 @@ def first_use_alone(uri: str) -> Iterator[None]:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with one_at_a_time(Path(path + ".lock")):
         yield
-
-
-def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
