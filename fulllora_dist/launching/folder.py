@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from omegaconf import OmegaConf
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.tracking.provenance import PACKAGE, git
+from fulllora_dist.tracking.provenance import PACKAGE, record_code
 
 RESTARTS = "restarts.jsonl"
 LAUNCHES = "launches"
@@ -43,8 +42,11 @@ def launches_of(output: str) -> Path:
 
 def launch_folders(output: str) -> list[Path]:
     """The folders of a run's launches, oldest first."""
-    folders = (path for path in launches_of(output).glob("[0-9]*") if (path / RECORD).exists())
-    return sorted(folders, key=lambda path: int(path.name))
+    return [folder for folder in _numbered(output) if (folder / RECORD).exists()]
+
+
+def _numbered(output: str) -> list[Path]:
+    return sorted((path for path in launches_of(output).glob("*") if path.name.isdecimal()), key=lambda p: int(p.name))
 
 
 @contextmanager
@@ -79,9 +81,8 @@ def launching(output: str) -> Iterator[None]:
 
 def make_folder(config: Config) -> Path:
     """The next launch's folder with its snapshot of code and config."""
-    launches = launches_of(config.run.output_dir)
-    number = max((int(path.name) for path in launches.glob("[0-9]*")), default=0) + 1
-    folder = launches / f"{number:03d}"
+    number = max((int(path.name) for path in _numbered(config.run.output_dir)), default=0) + 1
+    folder = launches_of(config.run.output_dir) / f"{number:03d}"
     folder.mkdir()
     try:
         _fill(folder, config)
@@ -97,19 +98,7 @@ def _fill(folder: Path, config: Config) -> None:
     plugins = [str(shutil.copy(name, str(code))) if name.endswith(".py") else name for name in config.plugins]
     values = config.model_dump(mode="json") | {"plugins": plugins}
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    _write_git(folder)
-
-
-def _write_git(folder: Path) -> None:
-    """Nothing if the package is not in a git checkout."""
-    try:
-        commit = git("rev-parse", "HEAD").strip()
-        changed = git("status", "--porcelain", "--", ".").splitlines()
-        difference = git("diff", "HEAD", "--", ".")
-    except (OSError, subprocess.CalledProcessError):
-        return
-    (folder / "code.json").write_text(json.dumps({"commit": commit, "changed": changed}, indent=1) + "\n")
-    (folder / "code.diff").write_text(difference)
+    record_code(folder)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
