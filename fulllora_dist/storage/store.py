@@ -4,15 +4,14 @@ Everything is retried for some minutes where the store does not answer. An uploa
 local file by rename, an object because a PUT and the completion of a multipart upload are atomic.
 """
 
-import itertools
 import logging
 import os
 import random
 import re
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, TypeVar
@@ -199,11 +198,8 @@ class ObjectStream:
     """
 
     def __init__(self, url: str, length: int):
-        self._url = url
-        self._starts = iter(range(0, length, _RANGE))
-        self._length = length
         self._pool = ThreadPoolExecutor(_AHEAD)
-        self._ahead: list[Future[bytes]] = []
+        self._chunks = self._in_order(url, length)
         self._current = memoryview(b"")
 
     def __enter__(self) -> Self:
@@ -216,28 +212,31 @@ class ObjectStream:
         """The next `size` bytes; fewer only at the end."""
         parts: list[memoryview] = []
         while size > 0:
-            if not self._current and not self._advance():
+            self._current = self._current or memoryview(next(self._chunks, b""))
+            if not self._current:
                 break
             parts.append(self._current[:size])
             self._current = self._current[size:]
             size -= len(parts[-1])
         return b"".join(parts)
 
-    def _advance(self) -> bool:
-        for start in itertools.islice(self._starts, _AHEAD - len(self._ahead)):
-            self._ahead.append(self._pool.submit(self._fetch, start, min(start + _RANGE, self._length)))
-        if not self._ahead:
-            return False
-        self._current = memoryview(self._ahead.pop(0).result())
-        return True
+    def _in_order(self, url: str, length: int) -> Iterator[bytes]:
+        ahead: deque[Future[bytes]] = deque()
+        for start in range(0, length, _RANGE):
+            ahead.append(self._pool.submit(_read_range, url, start, min(start + _RANGE, length)))
+            if len(ahead) == _AHEAD:
+                yield ahead.popleft().result()
+        for future in ahead:
+            yield future.result()
 
-    def _fetch(self, start: int, end: int) -> bytes:
-        def once() -> bytes:
-            data: bytes = urls.filesystem(self._url).cat_file(self._url, start=start, end=end)
-            if len(data) > end - start:
-                raise UserError(f"{urls.redacted(self._url)}: the server sent more than the requested range")
-            if len(data) < end - start:
-                raise OSError(f"{urls.redacted(self._url)}: got {len(data)} of {end - start} bytes at {start}")
-            return data
 
-        return persistent(once, self._url)
+def _read_range(url: str, start: int, end: int) -> bytes:
+    def once() -> bytes:
+        data: bytes = urls.filesystem(url).cat_file(url, start=start, end=end)
+        if len(data) > end - start:
+            raise UserError(f"{urls.redacted(url)}: the server sent more than the requested range")
+        if len(data) < end - start:
+            raise OSError(f"{urls.redacted(url)}: got {len(data)} of {end - start} bytes at {start}")
+        return data
+
+    return persistent(once, url)
