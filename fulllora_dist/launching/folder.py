@@ -26,6 +26,7 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.tracking.provenance import PACKAGE, record_code
+from fulllora_dist.tracking.spool import Spool
 
 RESTARTS = "restarts.jsonl"
 LAUNCHES = "launches"
@@ -113,11 +114,4 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def read_restarts(folder: Path, job: str) -> list[dict[str, Any]]:
     """Entries of restarts.jsonl on a job, in order. A line may be torn if the disk was full or the node died."""
-    path = folder / RESTARTS
-    entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and entry.get("job") == job:
-                entries.append(entry)
-    return entries
+    return [entry for entry in Spool(folder / RESTARTS) if entry.get("job") == job]

@@ -67,10 +67,12 @@ def _progress(config: Config) -> str:
 
 
 def _problems(config: Config, jobs: list[RunJob]) -> list[str]:
-    newest = [job for job in jobs if job.folder == jobs[-1].folder]
-    ended = [job for job in newest if not job.alive and not _cancelled(job)]
-    failed = [job for job in ended if job.state not in ("COMPLETED", "CANCELLED", "UNKNOWN") or job.failure()]
-    lines = [f"job {job.id}: {job.failure() or f'{job.state}; its log is {job.log()}'}" for job in failed]
+    lines = []
+    for job in jobs:
+        if job.folder != jobs[-1].folder or job.alive or _cancelled(job):
+            continue
+        if (reason := job.failure()) or job.state not in ("COMPLETED", "CANCELLED", "UNKNOWN"):
+            lines.append(f"job {job.id}: {reason or f'{job.state}; its log is {job.log()}'}")
     if any(job.alive or job.state == "UNKNOWN" for job in jobs):
         return lines
     run = _tracked_as_running(config)

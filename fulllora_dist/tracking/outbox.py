@@ -85,12 +85,10 @@ class Outbox:
 
         def before(dropped: Dropped) -> None:
             keep(dropped)
-            for text, was_sent in dropped:
-                with suppress(ValueError):
-                    line = json.loads(text)
-                    # a covered one may be in flight, or its answer lost: MLflow has it, or will
-                    if was_sent or not self.is_uncovered(line):
-                        self._times[_content(line)] = line["time"]
+            for _, line, was_sent in dropped:
+                # a covered one may be in flight, or its answer lost: MLflow has it, or will
+                if line is not None and (was_sent or not self.is_uncovered(line)):
+                    self._times[_content(line)] = line["time"]
             self.cover(step)
             self.save()
 

@@ -152,7 +152,7 @@ class Tracker:
 
         def keep(dropped: Dropped) -> None:
             with atomic_write(self._metrics.path.with_name(kept_in)) as file:
-                file.write("".join(text for text, _ in dropped).encode())
+                file.write("".join(text for text, *_ in dropped).encode())
 
         if self._outbox is not None:
             self._outbox.cut_back(step, keep)

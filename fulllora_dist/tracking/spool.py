@@ -21,8 +21,8 @@ from fulllora_dist.core.atomic import atomic_write
 _BLOCK = 1 << 20  # bytes read at once where a position is checked
 
 Line = dict[str, Any]
-Dropped = list[tuple[str, bool]]
-"""Lines that are cut off, and whether each has been sent."""
+Dropped = list[tuple[str, Line | None, bool]]
+"""Lines that are cut off, what they say (None where one is torn), and whether each has been sent."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Spool:
                     kept.append(text)
                     sent = sent.behind(text) if was_sent else sent
                 else:
-                    dropped.append((text.decode(errors="replace"), was_sent))
+                    dropped.append((text.decode(errors="replace"), line, was_sent))
             self._replace(sent)
             before(dropped)
             if dropped:
