@@ -98,7 +98,7 @@ def _slurm(
         more = {"kill_on_invalid_dep": "yes"} | more | {"dependency": ",".join(dependencies)}
     # what a bucket has, a batch script cannot see
     saved = [os.path.abspath(place) for place in checkpoint_places(config.run) if not is_remote(place)]
-    omitted = {option for option, value in more.items() if str(value).lower() == "false"}
+    omitted = {option for option, value in more.items() if value is False}
     parameters = {
         "job_name": name if entry == "train" else f"{name}-{entry}",
         "nodes": resources.nodes,

@@ -81,8 +81,10 @@ class Shipper:
                 return
             self._waking.clear()
             try:
-                self.ship()
-            except Exception as error:  # whatever a store does, training continues
+                run = self._opened()
+                self._send_metrics(run)
+                self._send_events(run)
+            except Exception as error:  # whatever a store does, training continues; the rest is sent next time
                 pause = min(2 * pause, _MAX_PAUSE) or _FIRST_PAUSE
                 self._failed(error)
             else:
@@ -104,16 +106,6 @@ class Shipper:
         if self._failing_since is not None:
             outage, self._failing_since = time.monotonic() - self._failing_since, None
             self._say(f"MLflow at {redacted(self._uri)} is reachable again: all of {outage:.0f} s is sent")
-
-    def ship(self) -> None:
-        """Send all that may be sent.
-
-        Raises:
-            Exception: of any kind, where the store fails. The position is saved; the rest is sent next time.
-        """
-        run = self._opened()
-        self._send_metrics(run)
-        self._send_events(run)
 
     def _opened(self) -> MlflowRun:
         if self._run is not None:
