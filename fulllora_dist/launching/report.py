@@ -12,7 +12,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.launching.folder import CONFIG, LAUNCHES, launch_folders, read_restarts
 from fulllora_dist.launching.jobs import RunJob, run_jobs
-from fulllora_dist.tracking.mlflow_run import patient_client
+from fulllora_dist.tracking.mlflow_store import patient_client
 from fulllora_dist.tracking.outbox import METRICS
 from fulllora_dist.tracking.spool import Spool
 

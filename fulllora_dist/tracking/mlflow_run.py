@@ -3,28 +3,18 @@
 import contextlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from fulllora_dist.storage import urls
-from fulllora_dist.storage.machine_copy import one_at_a_time
+from fulllora_dist.tracking.mlflow_store import allowed_name, experiment_id, first_use_alone, patient_client
 from fulllora_dist.tracking.spool import Line, metrics_of
 
 KEY = "fulllora_run"
 """Tag with a key of our own, by which a run is found whose id was lost, with the answer or with the file."""
 _MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 6000, 8000, 36  # characters
-_NOT_IN_A_NAME = re.compile(r"[^/\w.\- :]")
 ARTIFACTS = ("artifact", "text")
 """Events for the artifact store, which may fail alone."""
-_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-_retries: str | None = None  # what was set here
-
-
-def allowed_name(name: str) -> str:
-    """The name of a metric or tag with `_` for every character that MLflow does not accept."""
-    return _NOT_IN_A_NAME.sub("_", name)
 
 
 class Refused(Exception):
@@ -171,59 +161,3 @@ class MlflowRun:
         """Set the status of another run, if it is in this store."""
         if self._existing(run_id) is not None:
             self._client.set_terminated(run_id, status)
-
-
-def patient_client(uri: str) -> Any:
-    """An `MlflowClient` whose calls fail soon and are not retried: retrying is ours, and creates no run twice."""
-    set_defaults(retries=0)
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
-
-
-def experiment_id(client: Any, name: str, uri: str) -> str:
-    """Of the experiment of that name, which is created if it does not exist."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return client.create_experiment(name, artifact_location(uri))
-        except Exception as error:
-            if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":  # another process has created it
-                raise
-            experiment = client.get_experiment_by_name(name)
-    return experiment.experiment_id
-
-
-def set_defaults(retries: int) -> None:
-    """MLflow's settings for this process, unless the user has set them: by default a dead server blocks a caller for
-    four minutes, and messages go to stdout. Call it before MLflow is imported.
-
-    Args:
-        retries: of a failed request. The setting is the process's, not a client's: the lowest of all calls counts.
-    """
-    global _retries
-    if os.environ.get(_RETRIES) in (None, _retries):
-        _retries = str(min(retries, int(_retries or retries)))
-        os.environ[_RETRIES] = _retries
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-
-
-def artifact_location(uri: str) -> str | None:
-    """Beside a sqlite file, where MLflow would take the working directory; None for a server, which has its own."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path(os.path.abspath(uri.removeprefix("sqlite:///"))).with_name("mlruns").as_uri()
-
-
-@contextlib.contextmanager
-def first_use_alone(uri: str) -> Iterator[None]:
-    """A new sqlite store is migrated at first use, which two processes at once would break."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = os.path.abspath(uri.removeprefix("sqlite:///"))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with one_at_a_time(Path(path + ".lock")):
-        yield
