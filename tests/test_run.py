@@ -1,5 +1,6 @@
 """The frame of a run: what it shows of its settings."""
 
+import threading
 import time
 from pathlib import Path
 
@@ -12,14 +13,12 @@ from fulllora_dist.distributed.signals import GracefulStop
 from fulllora_dist.training.context import RunContext
 
 
-def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def _opened(folder: Path) -> RunContext:
     config = Config.model_validate(
         {
             "model": {"backbone": "none"},
             "data": {"train": "https://host/train?sig=swordfish"},
-            "run": {"output_dir": str(tmp_path / "run")},
+            "run": {"output_dir": str(folder / "run")},
             "threat": {"eps": 0.1},
             "method": {"name": "standard"},
             "optim": {"epochs": 1},
@@ -28,6 +27,13 @@ def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
     )
     run = RunContext(config, Comm(0, 1, torch.device("cpu"), None), GracefulStop())
     run.open()
+    return run
+
+
+def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = _opened(tmp_path)
     shown, deadline = "", time.monotonic() + 60
     while "warning: MLflow" not in shown and time.monotonic() < deadline:  # nobody serves there
         time.sleep(0.1)
@@ -44,6 +50,18 @@ def test_a_signed_url_is_kept_for_the_next_start_and_shown_to_nobody(
         assert "swordfish" not in text
         assert "hunter2" not in text
     assert "https://host/train?sig=swordfish" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_a_run_leaves_no_thread_that_samples(tmp_path: Path) -> None:
+    def sampling() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "system" and thread not in before]
+
+    before = threading.enumerate()
+    run = _opened(tmp_path)
+    (thread,) = sampling()
+    run.close("FINISHED")
+    thread.join(10)
+    assert not sampling()
 
 
 def test_a_free_port_is_none_that_others_are_given_meanwhile() -> None:

@@ -20,6 +20,7 @@ from fulllora_dist.commands.adapter_actions import as_json, describe
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.units import number_in
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
@@ -27,7 +28,7 @@ from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import load, read_adapter
-from fulllora_dist.plots.figures import Attacked, Curve, demo_image, in_255ths
+from fulllora_dist.plots.figures import GREY, Attacked, draw_curves, draw_examples
 from fulllora_dist.registry.champion import promote
 from fulllora_dist.registry.promotion import Rules
 from fulllora_dist.registry.registry import SHA256, Registry, Version
@@ -95,7 +96,7 @@ def attack(
 
 
 def draw(config: Config, models: dict[str, AdaptedModel], scores: Scores, title: str) -> Figure:
-    """Examples of each model under attack, and its robust accuracy against eps."""
+    """Examples of each model under attack on the left, its robust accuracy against eps on the right."""
     assert config.data.validation is not None
     eps = config.threat.eps
     transform = EvalTransform(size=SIDE, crop_pct=1.0)
@@ -105,14 +106,27 @@ def draw(config: Config, models: dict[str, AdaptedModel], scores: Scores, title:
     chosen = [int((first.labels == label).nonzero()) for label in IMAGES]
     x, y, ids = first.pixels()[chosen], first.labels[chosen], first.ids[chosen]
     stream = EvalStream(config.data.validation, batch_size=50, transform=transform)
-    curves = []
+    curves = {}
     for name, model in models.items():
         points = {e: evaluate(model, stream, attacks=(ATTACK,), eps=e, seed=config.run.seed)["attacks"] for e in CURVE}
         known = {0.0: scores[name]["clean"], eps: scores[name][ATTACK]}
-        curves.append(Curve(name, known | {e: point[ATTACK] for e, point in points.items()}))
-    attack_mode = [attack(name, model, config, x, y, ids) for name, model in models.items()]
-    metadata = f"{len(stream.ids)} held-out digits, PGD-20, every pixel changed by up to {in_255ths(eps)} of its range"
-    return demo_image(x, y, stream.index.classes, attack_mode, curves, eps=eps, title=title, subtitle=metadata)
+        curves[name] = known | {e: point[ATTACK] for e, point in points.items()}
+    attacked = [attack(name, model, config, x, y, ids) for name, model in models.items()]
+    size = number_in("linf", eps)
+    subtitle = f"{len(stream.ids)} held-out digits, PGD-20, every pixel changed by up to {size} of its range"
+    figure = Figure(figsize=(15, 1.2 + 1.9 * len(x)), dpi=110)
+    figure.suptitle(title, fontsize=17, y=0.985)
+    figure.text(0.5, 0.935, subtitle, fontsize=11, color=GREY, ha="center", va="top")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1), squeeze=False)[0]
+    draw_examples(left, x, y, stream.index.classes, attacked, eps)
+    left.subplots_adjust(left=0.05, right=0.99, top=0.82, bottom=0.06)
+    axes = right.subplots()
+    draw_curves(axes, curves, "PGD-20")
+    axes.axvline(255 * eps, color=GREY, linewidth=1, linestyle=(0, (2, 2)))
+    style = {"textcoords": "offset points", "xytext": (4, 0), "fontsize": 9, "va": "center"}
+    axes.annotate(f"trained at {size}", (255 * eps, 103), color=GREY, **style)
+    right.subplots_adjust(left=0.13, right=0.97, top=0.82, bottom=0.1)
+    return figure
 
 
 def summary(rows: Scores, eps: float) -> str:
@@ -122,7 +136,7 @@ def summary(rows: Scores, eps: float) -> str:
         return f"{100 * score['accuracy']:5.1f} ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
 
     width = max(len(name) for name in rows)
-    lines = [f"{'':<{width}}  {'clean %':<21}  PGD-20 % at {in_255ths(eps)}"]
+    lines = [f"{'':<{width}}  {'clean %':<21}  PGD-20 % at {number_in('linf', eps)}"]
     for name, scores in rows.items():
         lines.append(f"{name:<{width}}  {cell(scores['clean']):<21}  {cell(scores[ATTACK])}")
     return "\n".join(lines)

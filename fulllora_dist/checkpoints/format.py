@@ -121,7 +121,9 @@ def write_checkpoint(
 
 def _write_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
     os.makedirs(place, exist_ok=True)
-    _delete_unfinished(place)
+    for name in os.listdir(place):
+        if name.startswith(".tmp-"):  # unfinished
+            shutil.rmtree(os.path.join(place, name))
     temporary = os.path.join(place, f".tmp-{os.path.basename(final)}")
     try:
         os.makedirs(temporary)
@@ -135,12 +137,6 @@ def _write_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the space
         raise
     _flush_folder(place)
-
-
-def _delete_unfinished(folder: str) -> None:
-    for name in os.listdir(folder):
-        if name.startswith(".tmp-"):
-            shutil.rmtree(os.path.join(folder, name))
 
 
 def _write_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
@@ -205,7 +201,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     from safetensors.torch import load as load_safetensors
 
     try:
-        files = _read_objects(path) if urls.is_remote(path) else _read_folder(path)
+        files = _read_files(path)
         metadata, content = json.loads(files[DESCRIPTION]), files[TENSORS]
         version, sha256 = metadata["format_version"], metadata.pop("sha256")
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
@@ -231,12 +227,10 @@ def read_metadata(places: Sequence[str], instead: str | None) -> CheckpointMetad
     return None
 
 
-def _read_folder(path: str) -> dict[str, bytes]:
-    return {name: Path(path, name).read_bytes() for name in (DESCRIPTION, TENSORS)}
-
-
-def _read_objects(path: str) -> dict[str, bytes]:
-    """Those of the two files that are there. A bucket that does not answer is a UserError, not a missing file."""
+def _read_files(path: str) -> dict[str, bytes]:
+    """The two files; of a bucket those that are there: one that does not answer is a UserError, not a missing file."""
+    if not urls.is_remote(path):
+        return {name: Path(path, name).read_bytes() for name in (DESCRIPTION, TENSORS)}
     fs = urls.filesystem(path)
     names = {key.rpartition("/")[2] for key in store.persistent(lambda: fs.find(path), path)}
     return {name: store.read(f"{path}/{name}") for name in (DESCRIPTION, TENSORS) if name in names}

@@ -83,7 +83,8 @@ def report(argv: list[str]) -> int:
     run = commands.add_parser("cancel", help="stop a run's jobs; a training saves first")
     run.add_argument("run", metavar="RUN", help="output folder")
     args = parser.parse_args(argv)
-    from fulllora_dist.launching.report import find_runs, newest_job, status  # --help need not wait for torch
+    from fulllora_dist.launching.jobs import newest_job  # --help need not wait for torch
+    from fulllora_dist.launching.report import find_runs, status
 
     runs = find_runs(args.run)
     if args.command == "status":

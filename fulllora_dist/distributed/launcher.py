@@ -10,7 +10,7 @@ import sys
 
 from fulllora_dist.core.errors import UserError
 
-_FIRST_PORT, _PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
+FIRST_PORT, PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
 
 # (number of tasks, rank, rank on the node); those of an MPI first: it may have started its daemons with srun.
 # SLURM_NTASKS says nothing: sbatch sets it for its script, too, which runs once
@@ -63,7 +63,7 @@ def join_launcher() -> None:
             f"{name} started {world} tasks ({size}), but MASTER_ADDR and MASTER_PORT are not set; set them to the host "
             "of rank 0 and a free port, or start with `deepspeed` or `torchrun` instead"
         )
-    port = _FIRST_PORT + (_number("SLURM_JOB_ID", 0) + 97 * _number("SLURM_STEP_ID", 0)) % _PORTS
+    port = FIRST_PORT + (_number("SLURM_JOB_ID", 0) + 97 * _number("SLURM_STEP_ID", 0)) % PORTS
     os.environ |= {
         "LOCAL_RANK": str(_number(local, 0)),
         "MASTER_ADDR": os.environ.get("MASTER_ADDR") or _first_node(),

@@ -11,7 +11,7 @@ from fulllora_dist.core.text_table import text_table
 from fulllora_dist.core.units import size_in
 from fulllora_dist.evaluation.report import EvaluationReport, Score, eps_points
 from fulllora_dist.evaluation.trained import pictures_line
-from fulllora_dist.plots.figures import Curve, least_and_most, per_class_bars, robustness_curve
+from fulllora_dist.plots.figures import Curves, least_and_most, per_class_bars, robustness_curve
 
 
 def table(report: EvaluationReport) -> str:
@@ -88,7 +88,7 @@ def write_figures(report: EvaluationReport, path: str | Path) -> list[Path]:
     if not report.get("more_eps"):
         against_eps.unlink(missing_ok=True)  # of an evaluation that this one replaces
         return [of_classes]
-    figure = robustness_curve(_curves(report), trained_eps=None, attack="attack", norm=report["norm"])
+    figure = robustness_curve(_curves(report), attack="attack", norm=report["norm"])
     figure.suptitle(f"n = {report['n']}, {report['precision']}", fontsize=10)
     figure.savefig(against_eps)
     return [of_classes, against_eps]
@@ -106,15 +106,15 @@ def _class_name(label: str) -> str:
         return label
 
 
-def _curves(report: EvaluationReport) -> list[Curve]:
+def _curves(report: EvaluationReport) -> Curves:
     """One of each attack, from the clean accuracy on."""
     attacks = report["attacks"]
     at_zero = {0.0: attacks["clean"]} if "clean" in attacks else {}
-    return [
-        Curve(name, at_zero | {point["eps"]: point["attacks"][name] for point in eps_points(report)})
+    return {
+        name: at_zero | {point["eps"]: point["attacks"][name] for point in eps_points(report)}
         for name in attacks
         if name != "clean"
-    ]
+    }
 
 
 def _strongest(attacks: Mapping[str, Score]) -> str:

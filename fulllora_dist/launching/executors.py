@@ -21,10 +21,8 @@ from fulllora_dist.launching.resources import ExecutorName, Resources
 from fulllora_dist.storage.urls import is_remote
 
 _KEPT_PATH = '"${PYTHONPATH:+:$PYTHONPATH}"'  # as the batch script's shell expands it
-
-
-# of the others once a task has ended well. A site's default may be too short for rank 0, which publishes at the end, or
-# endless, so that one that hangs there holds all nodes
+# for the others once a task has ended well. A site's default may be too short for rank 0, which publishes at the end,
+# or endless, so that one that hangs there holds all nodes
 _WAIT_SECONDS = 1800
 
 
@@ -73,14 +71,6 @@ def batch_script(config: Config, resources: Resources, folder: Path, entry: str,
     return writer._make_submission_file_text(writer._submitit_command_str, uid="")
 
 
-def _slurm(
-    kind: type[SlurmExecutor], config: Config, resources: Resources, folder: Path, entry: str, after: str | None
-) -> SlurmExecutor:
-    executor = kind(folder, python=_python(resources, folder))
-    executor.update_parameters(**_slurm_parameters(config, resources, folder, entry, after))
-    return executor
-
-
 def _python(resources: Resources, folder: Path, inherited: str = _KEPT_PATH) -> str:
     """Python with the launch's own copy of the package before everything else: `python -m` alone would begin with the
     working directory, which may be a repository.
@@ -92,10 +82,9 @@ def _python(resources: Resources, folder: Path, inherited: str = _KEPT_PATH) -> 
     return f"env PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(folder / CODE))}{inherited} {python}"
 
 
-def _slurm_parameters(
-    config: Config, resources: Resources, folder: Path, entry: str, after: str | None
-) -> dict[str, Any]:
-    """submitit's names for them."""
+def _slurm(
+    kind: type[SlurmExecutor], config: Config, resources: Resources, folder: Path, entry: str, after: str | None
+) -> SlurmExecutor:
     cpus = resources.cpus_per_task or config.data.num_workers + 1
     name = Path(config.run.output_dir).absolute().name
     # sbatch takes either spelling, and submitit's own are these: a user's setting replaces ours
@@ -109,7 +98,7 @@ def _slurm_parameters(
         more = {"kill_on_invalid_dep": "yes"} | more | {"dependency": ",".join(dependencies)}
     # what a bucket has, a batch script cannot see
     saved = [os.path.abspath(place) for place in checkpoint_places(config.run) if not is_remote(place)]
-    omitted = {option for option, value in more.items() if str(value).lower() == "false"}
+    omitted = {option for option, value in more.items() if value is False}
     parameters = {
         "job_name": name if entry == "train" else f"{name}-{entry}",
         "nodes": resources.nodes,
@@ -131,7 +120,11 @@ def _slurm_parameters(
         "gpus_per_node": resources.gpus_per_node if resources.gpus else None,
         **{key: getattr(resources, key) for key in ("partition", "account", "qos", "constraint", "mem")},
     }
-    return {key: value for key, value in parameters.items() if value is not None and key not in omitted}
+    executor = kind(folder, python=_python(resources, folder))
+    executor.update_parameters(
+        **{key: value for key, value in parameters.items() if value is not None and key not in omitted}
+    )
+    return executor
 
 
 _REACH = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SBATCH_EXPORT")
@@ -144,7 +137,8 @@ def own_environment(resources: Resources) -> Iterator[None]:
     """Without the variables of the job that launch.py may run in, such as SLURM_MEM_PER_CPU, which srun would take for
     the new job's, and without those of sbatch that override its script; a site's default partition and the like stay
     where the launch names none."""
-    kept = [*_REACH, *(f"SBATCH_{place.upper()}" for place in _PLACES if not _names(resources, place))]
+    named = resources.sbatch.keys() | resources.model_dump(exclude_none=True).keys()
+    kept = [*_REACH, *(f"SBATCH_{place.upper()}" for place in _PLACES if place not in named)]
     inside = "SLURM_JOB_ID" in os.environ
     if not inside:
         kept += [name for name in os.environ if name.startswith(("SLURM_", "SRUN_"))]
@@ -153,10 +147,6 @@ def own_environment(resources: Resources) -> Iterator[None]:
     with clean_env(others):
         os.environ.update(values)
         yield
-
-
-def _names(resources: Resources, place: str) -> bool:
-    return place in resources.sbatch or getattr(resources, place, None) is not None
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +23,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fulllora_dist.config.schema import Config
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.tracking.provenance import git
+from fulllora_dist.tracking.provenance import PACKAGE, record_code
+from fulllora_dist.tracking.spool import Spool
 
 RESTARTS = "restarts.jsonl"
 LAUNCHES = "launches"
@@ -33,7 +34,6 @@ RECORD = "launch.json"
 CONFIG = "config.yaml"
 CODE = "code"
 LOCK = ".lock"
-_PACKAGE = Path(__file__).parents[1]
 
 
 def launches_of(output: str) -> Path:
@@ -43,8 +43,11 @@ def launches_of(output: str) -> Path:
 
 def launch_folders(output: str) -> list[Path]:
     """The folders of a run's launches, oldest first."""
-    folders = (path for path in launches_of(output).glob("[0-9]*") if (path / RECORD).exists())
-    return sorted(folders, key=lambda path: int(path.name))
+    return [folder for folder in _numbered(output) if (folder / RECORD).exists()]
+
+
+def _numbered(output: str) -> list[Path]:
+    return sorted((path for path in launches_of(output).glob("*") if path.name.isdecimal()), key=lambda p: int(p.name))
 
 
 @contextmanager
@@ -79,9 +82,8 @@ def launching(output: str) -> Iterator[None]:
 
 def make_folder(config: Config) -> Path:
     """The next launch's folder with its snapshot of code and config."""
-    launches = launches_of(config.run.output_dir)
-    number = max((int(path.name) for path in launches.glob("[0-9]*")), default=0) + 1
-    folder = launches / f"{number:03d}"
+    number = max((int(path.name) for path in _numbered(config.run.output_dir)), default=0) + 1
+    folder = launches_of(config.run.output_dir) / f"{number:03d}"
     folder.mkdir()
     try:
         _fill(folder, config)
@@ -93,30 +95,17 @@ def make_folder(config: Config) -> Path:
 
 def _fill(folder: Path, config: Config) -> None:
     code = folder / CODE
-    shutil.copytree(_PACKAGE, code / _PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(PACKAGE, code / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     plugins = [str(shutil.copy(name, str(code))) if name.endswith(".py") else name for name in config.plugins]
     values = config.model_dump(mode="json") | {"plugins": plugins}
     (folder / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-    _write_git(folder)
-
-
-def _write_git(folder: Path) -> None:
-    """Nothing if the package is not in a git checkout."""
-    try:
-        commit = git("rev-parse", "HEAD").strip()
-        changed = git("status", "--porcelain", "--", ".").splitlines()
-        difference = git("diff", "HEAD", "--", ".")
-    except (OSError, subprocess.CalledProcessError):
-        return
-    (folder / "code.json").write_text(json.dumps({"commit": commit, "changed": changed}, indent=1) + "\n")
-    (folder / "code.diff").write_text(difference)
+    record_code(folder)
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Replace launch.json atomically: `status` may be reading."""
-    temporary = folder / (RECORD + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, folder / RECORD)
+    with atomic_write(folder / RECORD) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -125,11 +114,4 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def read_restarts(folder: Path, job: str) -> list[dict[str, Any]]:
     """Entries of restarts.jsonl on a job, in order. A line may be torn if the disk was full or the node died."""
-    path = folder / RESTARTS
-    entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if isinstance(entry, dict) and entry.get("job") == job:
-                entries.append(entry)
-    return entries
+    return [entry for entry in Spool(folder / RESTARTS) if entry.get("job") == job]

@@ -12,6 +12,7 @@ import psutil
 from submitit import SlurmJob
 from submitit.core.utils import JobPaths, pickle_load
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.folder import launch_folders, read_record, read_restarts
 from fulllora_dist.launching.worker import REQUEUED
 
@@ -125,33 +126,37 @@ def wait(folder: Path, seconds: float = 5.0) -> list[RunJob]:
 
     submitit's own waiting takes a job's first result for its end, and polls up to ten minutes later.
     """
-    output = str(folder.parents[1])
     while True:
-        jobs = run_jobs(output, only=folder)
+        jobs = launch_jobs(folder)
         if not any(job.alive or job.state == "UNKNOWN" for job in jobs):
             return jobs
         time.sleep(seconds)
 
 
-def newest_launch(output: str, entry: str) -> list[RunJob]:
-    """The job of a kind in the newest launch that has one; the scheduler is asked for no others."""
+def newest_job(output: str, entry: str = "train") -> RunJob:
+    """The job of a kind in the newest launch that has one; the scheduler is asked for no others.
+
+    Raises:
+        UserError: the run has no job of that kind.
+    """
     for folder in reversed(launch_folders(output)):
         if any(job["entry"] == entry for job in read_record(folder)["jobs"]):
-            return [job for job in run_jobs(output, only=folder) if job.entry == entry]
-    return []
+            return next(job for job in launch_jobs(folder) if job.entry == entry)
+    raise UserError(f"{output}: no {entry} job was launched here")
 
 
-def run_jobs(output: str, only: Path | None = None) -> list[RunJob]:
-    """All jobs of a run, the oldest first, or those of one launch; the scheduler is asked for no others."""
-    jobs = []
-    for folder in launch_folders(output):
-        if only is not None and folder != only:
-            continue
-        record = read_record(folder)
-        executor, host = record["executor"], record["host"]
-        for job in record["jobs"]:
-            state = _slurm_state(job["id"]) if executor == "slurm" else _local_state(folder, job["id"], host)
-            jobs.append(RunJob(folder, job["id"], job["entry"], job["tasks"], executor, **state))
+def run_jobs(output: str) -> list[RunJob]:
+    """All jobs of a run, the oldest first."""
+    return [job for folder in launch_folders(output) for job in launch_jobs(folder)]
+
+
+def launch_jobs(folder: Path) -> list[RunJob]:
+    """The jobs of one launch; the scheduler is asked for no others."""
+    record, jobs = read_record(folder), []
+    for job in record["jobs"]:
+        slurm = record["executor"] == "slurm"
+        state = _slurm_state(job["id"]) if slurm else _local_state(folder, job["id"], record["host"])
+        jobs.append(RunJob(folder, job["id"], job["entry"], job["tasks"], record["executor"], **state))
     return jobs
 
 

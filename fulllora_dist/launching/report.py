@@ -1,6 +1,5 @@
 """The status of runs: their progress, their jobs, their problems."""
 
-import json
 import os
 import time
 from pathlib import Path
@@ -12,9 +11,10 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.launching.folder import CONFIG, LAUNCHES, launch_folders, read_restarts
-from fulllora_dist.launching.jobs import RunJob, newest_launch, run_jobs
-from fulllora_dist.tracking.mlflow_run import patient_client
+from fulllora_dist.launching.jobs import RunJob, run_jobs
+from fulllora_dist.tracking.mlflow_store import patient_client
 from fulllora_dist.tracking.outbox import METRICS
+from fulllora_dist.tracking.spool import Spool
 
 _COLUMNS = ("launch", "job", "what", "state", "restarts", "time", "nodes", "last")
 
@@ -44,16 +44,6 @@ def status(output: str) -> str:
     return "\n".join([f"{output}: {progress}", table, *problems])
 
 
-def newest_job(output: str, entry: str = "train") -> RunJob:
-    """Raises:
-    UserError: the run has no job of that kind.
-    """
-    jobs = newest_launch(output, entry)
-    if not jobs:
-        raise UserError(f"{output}: no {entry} job was launched here")
-    return jobs[-1]
-
-
 def _row(job: RunJob) -> tuple[str, ...]:
     entries = read_restarts(job.folder, job.id)
     last = f"{_clock(entries[-1]['time'])} {entries[-1]['event'][:60]}" if entries else job.reason
@@ -67,24 +57,22 @@ def _clock(seconds: float) -> str:
 def _progress(config: Config) -> str:
     output, checkpoints = config.run.output_dir, list_checkpoints(*checkpoint_places(config.run))
     parts = [f"checkpoint of batch {step_of(checkpoints[0])}" if checkpoints else "no checkpoint yet"]
-    path = os.path.join(output, METRICS)
-    if os.path.exists(path):
-        with open(path) as file:
-            lines = [json.loads(line) for line in file if '"train/loss"' in line and line.endswith("\n")]
-        finite = [line for line in lines if "train/loss" in line]  # a non-finite one is under "nonfinite"
-        if finite:
-            last = finite[-1]
-            parts.append(f"loss {last['train/loss']:.4f} at batch {last['step']} ({_clock(last['time'] / 1000)})")
+    finite = [line for line in Spool(Path(output, METRICS)) if "train/loss" in line]  # others are under "nonfinite"
+    if finite:
+        last = finite[-1]
+        parts.append(f"loss {last['train/loss']:.4f} at batch {last['step']} ({_clock(last['time'] / 1000)})")
     if os.path.exists(os.path.join(output, "evaluation.json")):
         parts.append("evaluated")
     return ", ".join(parts)
 
 
 def _problems(config: Config, jobs: list[RunJob]) -> list[str]:
-    newest = [job for job in jobs if job.folder == jobs[-1].folder]
-    ended = [job for job in newest if not job.alive and not _cancelled(job)]
-    failed = [job for job in ended if job.state not in ("COMPLETED", "CANCELLED", "UNKNOWN") or job.failure()]
-    lines = [f"job {job.id}: {job.failure() or f'{job.state}; its log is {job.log()}'}" for job in failed]
+    lines = []
+    for job in jobs:
+        if job.folder != jobs[-1].folder or job.alive or _cancelled(job):
+            continue
+        if (reason := job.failure()) or job.state not in ("COMPLETED", "CANCELLED", "UNKNOWN"):
+            lines.append(f"job {job.id}: {reason or f'{job.state}; its log is {job.log()}'}")
     if any(job.alive or job.state == "UNKNOWN" for job in jobs):
         return lines
     run = _tracked_as_running(config)

@@ -14,7 +14,6 @@ import runpy
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from submitit import JobEnvironment
@@ -26,10 +25,12 @@ from fulllora_dist.checkpoints.format import list_checkpoints, step_of
 from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.load import read_frame
 from fulllora_dist.distributed.failures import exit_answer
+from fulllora_dist.distributed.launcher import FIRST_PORT, PORTS
 from fulllora_dist.distributed.signals import GracefulStop
 from fulllora_dist.evaluation.resume_log import items_done
 from fulllora_dist.launching.folder import CONFIG, RESTARTS, read_restarts
 from fulllora_dist.storage import store
+from fulllora_dist.tracking.provenance import PACKAGE
 
 MAX_STALLED_RESTARTS = 3
 """Restarts in a row that may end at the same batch before the job is no longer requeued."""
@@ -39,8 +40,6 @@ REQUEUED = frozenset(f"stopped by {number.name}" for number in REQUEUE_SIGNALS)
 """Events of restarts.jsonl after which a job is requeued."""
 REFUSED = "refused-"
 """With the job's number, a file beside its logs: another start would not help, as the run ended with exit code 2."""
-_PACKAGE = Path(__file__).parents[1]
-_FIRST_PORT, _PORTS = 20_000, 12_000  # below 32,768, where ports of outgoing connections begin
 
 
 class Worker:
@@ -62,7 +61,7 @@ class Worker:
             environment.paths.result_pickle.unlink(missing_ok=True)
             join_ranks(environment)
             record = _RestartLog(environment, self.entry)
-            record("started", nodes=list(environment.hostnames), code=str(_PACKAGE))
+            record("started", nodes=list(environment.hostnames), code=str(PACKAGE))
             try:
                 code = entry_point(self.entry)["main"](self.arguments) or 0
             except SystemExit as stop:  # a signal came outside of the training loop
@@ -71,16 +70,15 @@ class Worker:
                 record(f"failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
                 answer = exit_answer(error)
                 if answer is None:
-                    _leave_after_traceback()
+                    if environment.cluster != "debug":
+                        # as soon as submitit has written the traceback
+                        atexit.register(_exit, 1)
                     raise
                 line, code = answer
-                _note_refusal(environment, code)
                 if line is not None:
                     print(line, file=sys.stderr, flush=True)
-                if environment.cluster != "debug":
-                    _leave_with_reason(environment, line or str(error), code)
+                _leave(environment, code, line or str(error))
                 return code
-        _note_refusal(environment, code)
         if code > 128:
             record(f"stopped by {signal.Signals(code - 128).name}", **_reached(environment, self.entry))
         else:
@@ -88,34 +86,55 @@ class Worker:
         if code - 128 in REQUEUE_SIGNALS and environment.global_rank == 0 and _stuck(environment):
             line = f"gave up: {MAX_STALLED_RESTARTS} restarts without progress; increase --time"
             record(line)
-            _note_refusal(environment, 2)
+            _note_refusal(environment)
             print(f"error: {line}", file=sys.stderr, flush=True)
-            _leave_with_reason(environment, line, 1)
-        if code and environment.cluster != "debug":
-            self._leave(environment, code)
+            _leave(environment, 1, line)
+        _leave(environment, code)
         return code
 
-    @staticmethod
-    def _leave(environment: JobEnvironment, code: int) -> None:
-        """Without a result: the job is not done. Rank 0 reports for all, as one code that is not 0 ends the others."""
-        if environment.global_rank:
-            code = 0
-        elif environment.cluster == "local" and code - 128 in REQUEUE_SIGNALS:
-            code = LOCAL_REQUEUE_RETURN_CODE
-        _exit(code)
 
+def _leave(environment: JobEnvironment, code: int, reason: str | None = None) -> None:
+    """End a task whose job is not done. Returns if it is, or if it runs in the caller's process.
 
-def _note_refusal(environment: JobEnvironment, code: int) -> None:
-    """For the batch script, which srun may give another task's code."""
+    Args:
+        reason: a line in place of submitit's traceback, for `status` and --wait. Without one there is no result, and
+            rank 0 reports for all, as one code that is not 0 ends the others.
+    """
     if code == 2:
-        with contextlib.suppress(OSError):
-            (environment.paths.folder / f"{REFUSED}{environment.job_id}").touch()
+        _note_refusal(environment)
+    if code == 0 or environment.cluster == "debug":
+        return
+    if reason is not None:
+        with contextlib.suppress(OSError), temporary_save_path(environment.paths.result_pickle) as path:
+            cloudpickle_dump(("error", reason), path)
+        try:
+            time.sleep(1)  # a rank that the others lost is reported first
+        finally:  # srun's SIGTERM may come meanwhile
+            _exit(code)
+    if environment.global_rank:
+        code = 0
+    elif environment.cluster == "local" and code - 128 in REQUEUE_SIGNALS:
+        code = LOCAL_REQUEUE_RETURN_CODE
+    _exit(code)
+
+
+def _note_refusal(environment: JobEnvironment) -> None:
+    """For the batch script, which srun may give another task's code."""
+    with contextlib.suppress(OSError):
+        (environment.paths.folder / f"{REFUSED}{environment.job_id}").touch()
+
+
+def _exit(code: int) -> None:
+    """Without clean-up, which may wait forever, such as of communicators with ranks that wait in a collective."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def entry_point(name: str) -> dict[str, Any]:
     """What train.py or evaluate.py defines. They are loaded as scripts: as a module of the package, evaluate would hide
     the function of that name."""
-    return runpy.run_path(str(_PACKAGE / f"{name}.py"))
+    return runpy.run_path(str(PACKAGE / f"{name}.py"))
 
 
 def join_ranks(environment: JobEnvironment) -> None:
@@ -124,7 +143,7 @@ def join_ranks(environment: JobEnvironment) -> None:
     The port follows from the job's number, so that jobs that share a node have different ones.
     """
     job = int("".join(filter(str.isdigit, environment.job_id)))
-    os.environ["MASTER_PORT"] = str(_FIRST_PORT + job % _PORTS)
+    os.environ["MASTER_PORT"] = str(FIRST_PORT + job % PORTS)
     # CUDA_VISIBLE_DEVICES stays the scheduler's: start_comm takes its own among those that are visible
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if environment.num_nodes == 1:
@@ -172,26 +191,3 @@ def _stuck(environment: JobEnvironment) -> bool:
     requeued = all(entry["event"] in REQUEUED and "evaluated" in entry for entry in last)
     places = {(entry["step"], entry["evaluated"]) for entry in last} if requeued else set()
     return len(last) == MAX_STALLED_RESTARTS and len(places) == 1
-
-
-def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # no clean-up that could wait for other ranks
-
-
-def _leave_with_reason(environment: JobEnvironment, line: str, code: int) -> None:
-    """Leave one line in place of submitit's traceback, for `status` and --wait."""
-    with contextlib.suppress(OSError), temporary_save_path(environment.paths.result_pickle) as path:
-        cloudpickle_dump(("error", line), path)
-    try:
-        time.sleep(1)  # a rank that the others lost is reported first
-    finally:  # srun's SIGTERM may come meanwhile
-        _exit(code)
-
-
-def _leave_after_traceback() -> None:
-    """End the process as soon as submitit has written the traceback: other clean-up, such as of communicators with
-    ranks that wait in a collective, may take forever."""
-    if JobEnvironment().cluster != "debug":
-        atexit.register(_exit, 1)

@@ -31,6 +31,10 @@ STYLES = [
 MOST_CLASSES = 40  # that a figure or table shows
 
 
+Curves = Mapping[str, Mapping[float, Mapping[str, Any]]]
+"""{name: {eps in pixels of [0, 1]: "accuracy", "low" and "high" as in evaluation.json}}, of models or attacks."""
+
+
 @dataclass(frozen=True)
 class Attacked:
     """One model under attack.
@@ -45,24 +49,6 @@ class Attacked:
     adversarial: Tensor
     before: Tensor
     after: Tensor
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Robust accuracy of one model.
-
-    Attributes:
-        name: in the figure.
-        scores: {eps in pixels of [0, 1]: "accuracy", "low" and "high" as in evaluation.json}.
-    """
-
-    name: str
-    scores: Mapping[float, Mapping[str, Any]]
-
-
-def in_255ths(eps: float) -> str:
-    """0.0157 -> "4/255"."""
-    return f"{eps * 255:.3g}/255"
 
 
 def _show(axes: Axes, image: Tensor) -> None:
@@ -90,7 +76,7 @@ def _verdict(axes: Axes, lines: Sequence[tuple[str, str, bool]]) -> None:
             spine.set(color=RIGHT if lines[0][2] else WRONG, linewidth=2.5)
 
 
-def _draw_examples(
+def draw_examples(
     figure: Figure | SubFigure,
     clean: Tensor,
     labels: Tensor,
@@ -118,25 +104,18 @@ def _draw_examples(
             _verdict(row[2 + 2 * j], [(model.name, classes[after], after == label)])
 
 
-def _draw_curves(
-    axes: Axes, curves: Sequence[Curve], trained_eps: float | None, attack: str, norm: str = "linf"
-) -> None:
+def draw_curves(axes: Axes, curves: Curves, attack: str, norm: str = "linf") -> None:
+    """As `robustness_curve`, on axes of a larger figure."""
     unit = 255 if norm == "linf" else 1
-    for curve, (color, marker, line) in zip(curves, itertools.cycle(STYLES)):
-        eps = sorted(curve.scores)
+    for (name, scores), (color, marker, line) in zip(curves.items(), itertools.cycle(STYLES)):
+        eps = sorted(scores)
         levels = [unit * e for e in eps]
-        accuracy, low, high = (
-            np.array([100 * curve.scores[e][key] for e in eps]) for key in ("accuracy", "low", "high")
-        )
+        accuracy, low, high = (np.array([100 * scores[e][key] for e in eps]) for key in ("accuracy", "low", "high"))
         axes.fill_between(levels, low, high, color=color, alpha=0.15, linewidth=0)
-        axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=curve.name)
-    if trained_eps is not None:
-        axes.axvline(unit * trained_eps, color=GREY, linewidth=1, linestyle=(0, (2, 2)))
-        style: dict[str, Any] = {"textcoords": "offset points", "xytext": (4, 0), "fontsize": 9, "va": "center"}
-        axes.annotate(f"trained at {in_255ths(trained_eps)}", (unit * trained_eps, 103), color=GREY, **style)
+        axes.plot(levels, accuracy, color=color, marker=marker, linestyle=line, linewidth=2, label=name)
     axes.set_ylim(-3, 107)
     axes.set_xlim(left=0)
-    axes.set_xticks(sorted({round(unit * e, 2) for curve in curves for e in curve.scores}))
+    axes.set_xticks(sorted({round(unit * e, 2) for scores in curves.values() for e in scores}))
     change = "largest change of a pixel, in 1/255 of its range" if norm == "linf" else "L2 length of the change"
     axes.set_xlabel(f"eps: {change}", fontsize=11)
     axes.set_ylabel(f"accuracy under {attack}, % (band: 95 % interval)", fontsize=11)
@@ -164,23 +143,20 @@ def adversarial_examples(
     """
     height = 0.9 + 2.2 * len(clean)
     figure = Figure(figsize=(2.0 * (1 + 2 * len(models)), height), dpi=120)
-    _draw_examples(figure, clean, labels, classes, models, eps)
+    draw_examples(figure, clean, labels, classes, models, eps)
     figure.subplots_adjust(left=0.07, right=0.98, top=1 - 0.75 / height, bottom=0.5 / height)
     return figure
 
 
-def robustness_curve(
-    curves: Sequence[Curve], *, trained_eps: float | None = None, attack: str = "PGD-20", norm: str = "linf"
-) -> Figure:
+def robustness_curve(curves: Curves, *, attack: str = "PGD-20", norm: str = "linf") -> Figure:
     """Robust accuracy against eps, with 95 % intervals, for a few models (the backbone first) or attacks.
 
     Args:
-        trained_eps: marked where given, in pixels of [0, 1].
         attack: its name for the axis.
         norm: of eps, "linf" or "l2".
     """
     figure = Figure(figsize=(6.5, 4.5), dpi=120, layout="constrained")
-    _draw_curves(figure.subplots(), curves, trained_eps, attack, norm)
+    draw_curves(figure.subplots(), curves, attack, norm)
     return figure
 
 
@@ -239,27 +215,3 @@ def least_and_most(per_class: Mapping[str, Sequence[int]]) -> set[str]:
     names = sorted((correct / n, name) for name, (correct, n) in per_class.items() if n)
     half = MOST_CLASSES // 2
     return {name for _, name in (names if len(names) <= MOST_CLASSES else [*names[:half], *names[-half:]])}
-
-
-def demo_image(
-    clean: Tensor,
-    labels: Tensor,
-    classes: Sequence[str],
-    models: Sequence[Attacked],
-    curves: Sequence[Curve],
-    *,
-    eps: float,
-    title: str,
-    subtitle: str,
-    attack: str = "PGD-20",
-) -> Figure:
-    """Examples on the left, curves on the right, one headline and a line of facts below it."""
-    figure = Figure(figsize=(15, 1.2 + 1.9 * len(clean)), dpi=110)
-    figure.suptitle(title, fontsize=17, y=0.985)
-    figure.text(0.5, 0.935, subtitle, fontsize=11, color=GREY, ha="center", va="top")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1), squeeze=False)[0]
-    _draw_examples(left, clean, labels, classes, models, eps)
-    left.subplots_adjust(left=0.05, right=0.99, top=0.82, bottom=0.06)
-    _draw_curves(right.subplots(), curves, eps, attack)
-    right.subplots_adjust(left=0.13, right=0.97, top=0.82, bottom=0.1)
-    return figure

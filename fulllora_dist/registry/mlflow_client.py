@@ -7,7 +7,7 @@ from typing import Any
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage.urls import one_line, redacted
-from fulllora_dist.tracking.mlflow_run import experiment_id, first_use_alone, set_defaults
+from fulllora_dist.tracking.mlflow_store import experiment_id, first_use_alone, set_defaults
 
 _CLIENTS = {"mlflow", "sqlalchemy", "alembic", "botocore", "boto3", "google", "azure"}
 """Packages whose exceptions are the store's; those of requests are OSErrors."""

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.registry.mlflow_client import Store, StoreError
-from fulllora_dist.tracking.mlflow_run import allowed_name
+from fulllora_dist.tracking.mlflow_store import allowed_name
 
 if TYPE_CHECKING:
     from fulllora_dist.evaluation.report import EvaluationReport

@@ -124,5 +124,4 @@ class RangeCache:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             size -= length
-        self._set_size(size)
         return size

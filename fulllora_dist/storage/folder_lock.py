@@ -1,8 +1,8 @@
 """One process at a time in a folder: a lock file with a heartbeat, which holds on NFS, too.
 
-The file `NAME.<number>` says who holds it, and its holder renews its time while it lives. It appears with its content
-by a hard link, which NFS makes for one of several at once; flock is not needed. Whoever finds that the holder is gone
-makes the file of the next number, so that of several only one can, and deletes the old one. A holder is gone
+The file `NAME.<number>` says who holds it, and its holder renews its time while it lives. Of several at once one alone
+can make it (O_EXCL, on NFS from version 3 on); flock is not needed. Whoever finds that the holder is gone makes the
+file of the next number and deletes the old one. A holder is gone
 
 - on the same machine if its process is;
 - if it belongs to the same SLURM job before it was requeued;
@@ -15,6 +15,7 @@ import os
 import random
 import secrets
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -55,14 +56,13 @@ class Holder:
     @classmethod
     def here(cls) -> "Holder":
         """This process."""
-        restart = os.environ.get("SLURM_RESTART_COUNT", "")
         return cls(
             host=socket.gethostname(),
             pid=os.getpid(),
             machine=_machine(),
             started=_started(os.getpid()) or "",
             job=os.environ.get("SLURM_JOB_ID"),
-            restart=int(restart) if restart.isdigit() else 0,
+            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
             since=time.time(),
             token=secrets.token_hex(8),
         )
@@ -84,7 +84,6 @@ class FolderLock:
     def __init__(self, path: Path, setting: str, say: Callable[[str], None]):
         self._path, self._setting, self._say = path, setting, say
         self._held: Path | None = None
-        self._holder: Holder | None = None
         self._released = threading.Event()
 
     def check(self) -> None:
@@ -107,22 +106,23 @@ class FolderLock:
             files = self._files()
             gone = self._judge(files)
             number = max(files, default=0) + 1
+            mine = self._numbered(number)
             try:
-                made = _create(self._numbered(number), me)
+                made = _create(mine, me)
             except OSError as error:
                 raise UserError(f"{self._setting}: {self._path.parent}: {error.strerror}") from None
             others = {other: stat for other, stat in self._files().items() if other != number}
             if made and others.items() <= files.items():
                 break
             if made:  # others make one, too, having seen another state: neither may win by chance
-                self._numbered(number).unlink(missing_ok=True)
+                mine.unlink(missing_ok=True)
             time.sleep(random.uniform(0.01, 0.1))
         for old in files:
             self._numbered(old).unlink(missing_ok=True)
         if gone is not None:
             self._say(gone)
-        self._held, self._holder = self._numbered(number), me
-        threading.Thread(target=self._renew, name="lock", daemon=True).start()
+        self._held = mine
+        threading.Thread(target=self._renew, args=(mine, me), name="lock", daemon=True).start()
 
     def release(self) -> None:
         """Give it back, if this process holds it."""
@@ -197,12 +197,9 @@ class FolderLock:
                 return None
         return f"no heartbeat for {silent:.0f} s"
 
-    def _renew(self) -> None:
+    def _renew(self, held: Path, me: Holder) -> None:
         """Renew the file while the process lives. If another has taken over, as this one was not heard of for long,
         end at once: both would write."""
-        held, me = self._held, self._holder
-        assert held is not None
-        assert me is not None
         renewed = time.time()  # goes on while the machine sleeps
         while not self._released.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # a server that does not answer may do so next time
@@ -219,30 +216,22 @@ class FolderLock:
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """Make the file with its content; False if it is there already."""
-    content = (json.dumps(asdict(holder)) + "\n").encode()
-    temporary = path.with_name(f".{path.name}-{holder.token}")
-    temporary.write_bytes(content)
+    """Make the file; False if it is there already. Its content comes a moment later."""
     try:
-        with contextlib.suppress(OSError):  # the answer of an NFS server may be lost: the number of links is not
-            os.link(temporary, path)
-            return True
-        if temporary.stat().st_nlink == 2:
-            return True
-        if path.exists():
-            return False
-        try:  # a file system without hard links
-            with open(path, "xb") as file:
-                file.write(content)
-        except FileExistsError:
-            return False
-        return True
-    finally:
-        temporary.unlink(missing_ok=True)
+        file = open(path, "x")  # noqa: SIM115
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(json.dumps(asdict(holder)) + "\n")
+    except OSError:  # a full disk
+        path.unlink(missing_ok=True)
+        raise
+    return True
 
 
 def _read(path: Path) -> Holder | None:
-    """None for a file that is gone, or (without hard links) not yet written."""
+    """None for a file that is gone, or still without its content after half a second."""
     for _ in range(5):
         try:
             return Holder(**json.loads(path.read_text()))
@@ -255,21 +244,14 @@ def _read(path: Path) -> Holder | None:
 
 def _modified(path: Path) -> float:
     """Its time of modification; of an opened file, as NFS answers for others from a cache."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        return os.fstat(handle).st_mtime
-    finally:
-        os.close(handle)
+    with open(path, "rb") as file:
+        return os.fstat(file.fileno()).st_mtime
 
 
 def _now(folder: Path) -> float:
     """The time by the clock of the folder's file system."""
-    probe = folder / f".now-{secrets.token_hex(8)}"
-    try:
-        probe.write_bytes(b"")
-        return _modified(probe)
-    finally:
-        probe.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        return os.fstat(probe.fileno()).st_mtime
 
 
 def _machine() -> str:

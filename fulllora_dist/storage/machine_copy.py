@@ -59,8 +59,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             name = hashlib.sha256(str(path).encode()).hexdigest()
-            with open(Path(tempfile.gettempdir(), f"fulllora_dist-{os.getuid()}-{name}.lock"), "w") as own:
-                fcntl.flock(own, fcntl.LOCK_EX)
+            with one_at_a_time(Path(tempfile.gettempdir(), f"fulllora_dist-{os.getuid()}-{name}.lock")):
                 yield
             return
         yield

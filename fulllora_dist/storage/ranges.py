@@ -9,10 +9,10 @@ import logging
 import random
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import fsspec.asyn
@@ -25,7 +25,6 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0  # seconds between tries, doubled each ti
 _REREADS = 3  # of bytes whose crc32 differs; then the object itself is damaged
 _LOUD_AFTER = 10.0  # seconds without success until a warning
 _logger = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -142,25 +141,6 @@ class RangeFetcher:
         raise AssertionError
 
     async def _fetch(self, filesystem: Any, wanted: Range) -> bytes:
-        async def once() -> bytes:
-            etag = wanted.etag or self._etags.get(wanted.url)
-            try:
-                data, new_etag = await _get(filesystem, wanted, etag)
-            except Exception as error:
-                if (status := urls.http_status(error)) in (412, 416):
-                    raise ChangedObject(wanted.url, f"the store answers {status}") from error
-                raise
-            if etag and new_etag and urls.bare_etag(new_etag) != urls.bare_etag(etag):
-                raise ChangedObject(wanted.url, f"etag {urls.bare_etag(new_etag)}, was {urls.bare_etag(etag)}")
-            if len(data) != wanted.end - wanted.start:
-                raise OSError(f"{wanted}: received {len(data)} bytes")
-            if new_etag:
-                self._etags[wanted.url] = new_etag
-            return data
-
-        return await self._patiently(filesystem, wanted.url, once)
-
-    async def _patiently(self, filesystem: Any, url: str, attempt: Callable[[], Awaitable[_T]]) -> _T:
         begun, wait, warned = 0.0, _FIRST_WAIT, False
         failure: Exception | None = None
         session = 0
@@ -171,9 +151,9 @@ class RangeFetcher:
                     if isinstance(failure, urls.NoCredentials):
                         await self._renew(filesystem, session)
                     session = self._sessions
-                    return await asyncio.wait_for(attempt(), self._policy.request_timeout_s)
+                    return await asyncio.wait_for(self._once(filesystem, wanted), self._policy.request_timeout_s)
             except Exception as error:
-                failure = urls.classify_error(error, url)
+                failure = urls.classify_error(error, wanted.url)
                 if isinstance(failure, UserError):
                     raise failure from error
                 passed, limit = time.monotonic() - begun, self._policy.retry_timeout_s
@@ -187,6 +167,22 @@ class RangeFetcher:
                     warned = True
             await asyncio.sleep(wait * self._random.uniform(0.5, 1.0))
             wait = min(2 * wait, _LONGEST_WAIT)
+
+    async def _once(self, filesystem: Any, wanted: Range) -> bytes:
+        etag = wanted.etag or self._etags.get(wanted.url)
+        try:
+            data, new_etag = await _get(filesystem, wanted, etag)
+        except Exception as error:
+            if (status := urls.http_status(error)) in (412, 416):
+                raise ChangedObject(wanted.url, f"the store answers {status}") from error
+            raise
+        if etag and new_etag and urls.bare_etag(new_etag) != urls.bare_etag(etag):
+            raise ChangedObject(wanted.url, f"etag {urls.bare_etag(new_etag)}, was {urls.bare_etag(etag)}")
+        if len(data) != wanted.end - wanted.start:
+            raise OSError(f"{wanted}: received {len(data)} bytes")
+        if new_etag:
+            self._etags[wanted.url] = new_etag
+        return data
 
     async def _renew(self, filesystem: Any, session: int) -> None:
         """A new session in place of number `session`, once for all who failed with it: it keeps that it found no

@@ -4,15 +4,14 @@ Everything is retried for some minutes where the store does not answer. An uploa
 local file by rename, an object because a PUT and the completion of a multipart upload are atomic.
 """
 
-import itertools
 import logging
 import os
 import random
 import re
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self, TypeVar
@@ -162,11 +161,16 @@ def expand(patterns: Iterable[str]) -> list[str]:
 
 
 def shards_in(folder: str) -> list[str]:
-    """The *.tar files or objects of a folder, by name."""
+    """The *.tar files of a folder, or the URLs of those in a bucket, by name."""
     if not urls.is_remote(folder):  # whose name may have *, ? and [ in it
         return sorted(str(path) for path in Path(os.path.abspath(urls.local_path(folder))).glob("*.tar"))
-    fs = urls.filesystem(folder)
-    return sorted(persistent(lambda: fs.glob(f"{folder.rstrip('/')}/*.tar"), folder))
+    return _matches(f"{folder.rstrip('/')}/*.tar")
+
+
+def _matches(pattern: str) -> list[str]:
+    fs, scheme = urls.filesystem(pattern), urls.scheme_of(pattern)
+    paths = sorted(persistent(lambda: fs.glob(pattern), pattern))
+    return paths if scheme == "file" else [f"{scheme}://{path}" for path in paths]
 
 
 def _listed(name: str) -> list[str]:
@@ -176,16 +180,15 @@ def _listed(name: str) -> list[str]:
             raise UserError(f"{urls.redacted(name)}: http has no listings; name the shards, e.g. with {{000..127}}")
         return [name]
     fs, path = urls.filesystem(name), urls.local_path(name) if scheme == "file" else name
-    if scheme == "file" and os.path.isdir(path) and (shards := shards_in(path)):
-        return shards
-    if not re.search(r"[*?\[]", path) or (scheme == "file" and os.path.exists(path)):
-        if path.endswith(".tar") or not persistent(lambda: fs.isdir(path), name):
-            return [path]
-        path = f"{path.rstrip('/')}/*.tar"
-    matches = sorted(persistent(lambda: fs.glob(path), name))
+    if re.search(r"[*?\[]", path) and not (scheme == "file" and os.path.exists(path)):
+        matches = _matches(path)
+    elif (scheme == "file" or not path.endswith(".tar")) and persistent(lambda: fs.isdir(path), name):
+        matches, path = shards_in(path), f"{path.rstrip('/')}/*.tar"
+    else:
+        return [path]
     if not matches:
         raise UserError(f"{urls.redacted(path)}: no shards match")
-    return [match if scheme == "file" else f"{scheme}://{match}" for match in matches]
+    return matches
 
 
 class ObjectStream:
@@ -195,11 +198,8 @@ class ObjectStream:
     """
 
     def __init__(self, url: str, length: int):
-        self._url = url
-        self._starts = iter(range(0, length, _RANGE))
-        self._length = length
         self._pool = ThreadPoolExecutor(_AHEAD)
-        self._ahead: list[Future[bytes]] = []
+        self._chunks = self._in_order(url, length)
         self._current = memoryview(b"")
 
     def __enter__(self) -> Self:
@@ -212,28 +212,31 @@ class ObjectStream:
         """The next `size` bytes; fewer only at the end."""
         parts: list[memoryview] = []
         while size > 0:
-            if not self._current and not self._advance():
+            self._current = self._current or memoryview(next(self._chunks, b""))
+            if not self._current:
                 break
             parts.append(self._current[:size])
             self._current = self._current[size:]
             size -= len(parts[-1])
         return b"".join(parts)
 
-    def _advance(self) -> bool:
-        for start in itertools.islice(self._starts, _AHEAD - len(self._ahead)):
-            self._ahead.append(self._pool.submit(self._fetch, start, min(start + _RANGE, self._length)))
-        if not self._ahead:
-            return False
-        self._current = memoryview(self._ahead.pop(0).result())
-        return True
+    def _in_order(self, url: str, length: int) -> Iterator[bytes]:
+        ahead: deque[Future[bytes]] = deque()
+        for start in range(0, length, _RANGE):
+            ahead.append(self._pool.submit(_read_range, url, start, min(start + _RANGE, length)))
+            if len(ahead) == _AHEAD:
+                yield ahead.popleft().result()
+        for future in ahead:
+            yield future.result()
 
-    def _fetch(self, start: int, end: int) -> bytes:
-        def once() -> bytes:
-            data: bytes = urls.filesystem(self._url).cat_file(self._url, start=start, end=end)
-            if len(data) > end - start:
-                raise UserError(f"{urls.redacted(self._url)}: the server sent more than the requested range")
-            if len(data) < end - start:
-                raise OSError(f"{urls.redacted(self._url)}: got {len(data)} of {end - start} bytes at {start}")
-            return data
 
-        return persistent(once, self._url)
+def _read_range(url: str, start: int, end: int) -> bytes:
+    def once() -> bytes:
+        data: bytes = urls.filesystem(url).cat_file(url, start=start, end=end)
+        if len(data) > end - start:
+            raise UserError(f"{urls.redacted(url)}: the server sent more than the requested range")
+        if len(data) < end - start:
+            raise OSError(f"{urls.redacted(url)}: got {len(data)} of {end - start} bytes at {start}")
+        return data
+
+    return persistent(once, url)

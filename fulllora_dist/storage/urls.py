@@ -38,10 +38,7 @@ _TO_INSTALL = {"s3": "s3fs: pip install 'fulllora-dist[s3]'", "gs": "gcsfs: pip 
 
 # how botocore says that a metadata service gave no credentials: it throttles when all ranks of a node start at once
 _NO_CREDENTIALS = {"NoCredentialsError", "CredentialRetrievalError"}
-_METADATA = {
-    "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "3",
-    "AWS_METADATA_SERVICE_TIMEOUT": "2",
-}  # botocore's own are 1 and 1
+_METADATA = {"metadata_service_num_attempts": "3", "metadata_service_timeout": "2"}  # botocore's own are 1 and 1
 
 
 class NoCredentials(OSError):
@@ -188,8 +185,8 @@ def _ask_metadata_again() -> None:
     with suppress(Exception):  # without botocore, or with a profile that is not there, the client says so
         named = importlib.import_module("botocore.session").Session().get_scoped_config()
         for name, value in _METADATA.items():
-            if name.removeprefix("AWS_").lower() not in named:
-                os.environ.setdefault(name, value)
+            if name not in named:
+                os.environ.setdefault(f"AWS_{name.upper()}", value)
 
 
 def object_info(url: str) -> ObjectInfo:

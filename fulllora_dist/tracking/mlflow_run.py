@@ -1,30 +1,20 @@
 """One run in an MLflow store: found or created, and written to. Everything here may block for long."""
 
 import contextlib
-import fcntl
 import json
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from fulllora_dist.storage import urls
+from fulllora_dist.tracking.mlflow_store import allowed_name, experiment_id, first_use_alone, patient_client
 from fulllora_dist.tracking.spool import Line, metrics_of
 
 KEY = "fulllora_run"
 """Tag with a key of our own, by which a run is found whose id was lost, with the answer or with the file."""
-_MAX_METRICS, _MAX_PARAMS = 1000, 100  # that MLflow takes in one call
 _MAX_PARAM, _MAX_TAG, _MAX_DIGEST = 6000, 8000, 36  # characters
-_NOT_IN_A_NAME = re.compile(r"[^/\w.\- :]")
-_ARTIFACTS = ("artifact", "text")
-_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-_retries: str | None = None  # what was set here
-
-
-def allowed_name(name: str) -> str:
-    """The name of a metric or tag with `_` for every character that MLflow does not accept."""
-    return _NOT_IN_A_NAME.sub("_", name)
+ARTIFACTS = ("artifact", "text")
+"""Events for the artifact store, which may fail alone."""
 
 
 class Refused(Exception):
@@ -79,7 +69,6 @@ class MlflowRun:
             {name: reason} of those that MLflow rejects for good, at their first appearance; all others are stored.
         """
         from mlflow.entities import Metric
-        from mlflow.exceptions import MlflowException
 
         metrics: dict[str, list[Metric]] = {}
         for line in lines:
@@ -89,22 +78,31 @@ class MlflowRun:
         refused: dict[str, str] = {}
         try:
             self._log([metric for named in metrics.values() for metric in named])
-        except MlflowException as error:
-            if not self._is_permanent(error):
-                raise
+        except Refused:
             for name, named in metrics.items():
                 try:
                     self._log(named)
-                except MlflowException as of_name:
-                    if not self._is_permanent(of_name):
-                        raise
-                    refused[name] = urls.one_line(of_name)
+                except Refused as error:
+                    refused[name] = str(error)
         self._refused |= refused.keys()
         return refused
 
     def _log(self, metrics: Sequence[Any]) -> None:
-        for part in _parts(metrics, _MAX_METRICS):
-            self._client.log_batch(self.id, metrics=part)
+        with self._telling_refusals():
+            self._client.log_batch(self.id, metrics=metrics)
+
+    @contextlib.contextmanager
+    def _telling_refusals(self) -> Iterator[None]:
+        """Raise `Refused` where retrying is useless. A deleted run rejects everything, until it is restored."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            yield
+        except MlflowException as error:
+            permanent = error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
+            if permanent and self._client.get_run(self.id).info.lifecycle_stage != "deleted":
+                raise Refused(urls.one_line(error)) from error
+            raise
 
     def do(self, event: Line, folder: str) -> None:
         """Carry out an event that `Tracker` wrote. Idempotent.
@@ -115,29 +113,17 @@ class MlflowRun:
         Raises:
             Refused: it can never succeed.
         """
-        from mlflow.exceptions import MlflowException
-
-        try:
+        with self._telling_refusals():
             self._do(event, folder)
-        except FileNotFoundError as error:
-            if event["do"] != "artifact" or os.path.exists(os.path.join(folder, event["path"])):
-                raise
-            raise Refused(f"{event['path']} does not exist any more") from error
-        except MlflowException as error:
-            if self._is_permanent(error):
-                raise Refused(urls.one_line(error)) from error
-            raise
-
-    def _is_permanent(self, error: Any) -> bool:
-        """Whether retrying is useless. A deleted run rejects everything, until it is restored."""
-        if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE"):
-            return False
-        return self._client.get_run(self.id).info.lifecycle_stage != "deleted"
 
     def _do(self, event: Line, folder: str) -> None:
+        from mlflow.entities import Param, RunTag
+
         client, kind = self._client, event["do"]
         if kind in ("params", "tags"):
-            self._log_values(kind, event["values"])
+            entity, limit = (Param, _MAX_PARAM) if kind == "params" else (RunTag, _MAX_TAG)
+            values = [entity(allowed_name(name), str(value)[:limit]) for name, value in event["values"].items()]
+            client.log_batch(self.id, **{kind: values})
         elif kind == "status" and event["status"] == "RUNNING":
             client.update_run(self.id, status="RUNNING")
         elif kind == "status":
@@ -148,18 +134,12 @@ class MlflowRun:
             client.log_text(self.id, event["text"], event["name"])
         elif kind == "artifact":
             path = os.path.join(folder, event["path"])
+            if not os.path.exists(path):
+                raise Refused(f"{event['path']} does not exist any more")
             log = client.log_artifacts if os.path.isdir(path) else client.log_artifact
             log(self.id, path, event["folder"])
         else:
             raise Refused(f"{kind!r} is unknown to this version")
-
-    def _log_values(self, kind: Literal["params", "tags"], values: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param, RunTag
-
-        entity, limit = (Param, _MAX_PARAM) if kind == "params" else (RunTag, _MAX_TAG)
-        entities = [entity(allowed_name(name), str(value)[:limit]) for name, value in values.items()]
-        for part in _parts(entities, _MAX_PARAMS):
-            self._client.log_batch(self.id, **{kind: part})
 
     def _data(self, event: Line) -> None:
         """Under the name of the split: MLflow drops a second data set of one name, whatever its context is."""
@@ -181,69 +161,3 @@ class MlflowRun:
         """Set the status of another run, if it is in this store."""
         if self._existing(run_id) is not None:
             self._client.set_terminated(run_id, status)
-
-
-def is_artifact(event: Line) -> bool:
-    """Whether it goes to the artifact store, which may fail alone."""
-    return event["do"] in _ARTIFACTS
-
-
-def patient_client(uri: str) -> Any:
-    """An `MlflowClient` whose calls fail soon and are not retried: retrying is ours, and creates no run twice."""
-    set_defaults(retries=0)
-    from mlflow import MlflowClient
-
-    return MlflowClient(uri)
-
-
-def experiment_id(client: Any, name: str, uri: str) -> str:
-    """Of the experiment of that name, which is created if it does not exist."""
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            return client.create_experiment(name, artifact_location(uri))
-        except Exception as error:
-            if getattr(error, "error_code", None) != "RESOURCE_ALREADY_EXISTS":  # another process has created it
-                raise
-            experiment = client.get_experiment_by_name(name)
-    return experiment.experiment_id
-
-
-def set_defaults(retries: int) -> None:
-    """MLflow's settings for this process, unless the user has set them: by default a dead server blocks a caller for
-    four minutes, and messages go to stdout. Call it before MLflow is imported.
-
-    Args:
-        retries: of a failed request. The setting is the process's, not a client's: the lowest of all calls counts.
-    """
-    global _retries
-    if os.environ.get(_RETRIES) in (None, _retries):
-        _retries = str(min(retries, int(_retries or retries)))
-        os.environ[_RETRIES] = _retries
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-
-
-def artifact_location(uri: str) -> str | None:
-    """Beside a sqlite file, where MLflow would take the working directory; None for a server, which has its own."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return Path(os.path.abspath(uri.removeprefix("sqlite:///"))).with_name("mlruns").as_uri()
-
-
-@contextlib.contextmanager
-def first_use_alone(uri: str) -> Iterator[None]:
-    """A new sqlite store is migrated at first use, which two processes at once would break."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = os.path.abspath(uri.removeprefix("sqlite:///"))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _parts(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fulllora_dist.core.atomic import atomic_write
-from fulllora_dist.tracking.spool import Line, Position, Spool, metrics_of, step_of
+from fulllora_dist.tracking.spool import Dropped, Line, Position, Spool, metrics_of, step_of
 
 METRICS = "metrics.jsonl"
 FOLDER = "tracking"
@@ -43,14 +43,12 @@ class Outbox:
         self.store: str | None = saved.get("store")
         self.ended: dict[str, str] = saved.get("ended", {})
         self._times: dict[str, int] = saved.get("times", {})
+        folders = {"metrics": self.output, "system": self._folder, "events": self._folder}
         sent = saved.get("sent", {})
-
-        def spool(name: str, folder: Path) -> Spool:
-            return Spool(folder / f"{name}.jsonl", Position(*sent.get(name, ())))
-
-        self.metrics = spool("metrics", self.output)
-        self.system, self.events = spool("system", self._folder), spool("events", self._folder)
-        self._spools = {"metrics": self.metrics, "system": self.system, "events": self.events}
+        self._spools = {
+            name: Spool(folder / f"{name}.jsonl", Position(*sent.get(name, ()))) for name, folder in folders.items()
+        }
+        self.metrics, self.system, self.events = self._spools.values()
         self.covered = 0
         with suppress(OSError, ValueError):
             self.covered = int((self._folder / "covered").read_text())
@@ -75,7 +73,7 @@ class Outbox:
             spool.cut(lambda line: not anew)  # half a line goes anyway
         self.cut_back(step)
 
-    def cut_back(self, step: int, keep: Callable[[list[str]], None] = lambda dropped: None) -> None:
+    def cut_back(self, step: int, keep: Callable[[Dropped], None] = lambda dropped: None) -> None:
         """Training resumes from batch `step`. MLflow keeps those of the later metrics that it has.
 
         Args:
@@ -85,14 +83,12 @@ class Outbox:
             OSError: the disk cannot be written; no line is dropped.
         """
 
-        def before(dropped: list[tuple[str, bool]]) -> None:
-            keep([text for text, _ in dropped])
-            for text, was_sent in dropped:
-                with suppress(ValueError):
-                    line = json.loads(text)
-                    # a covered one may be in flight, or its answer lost: MLflow has it, or will
-                    if was_sent or not self.is_uncovered(line):
-                        self._times[_content(line)] = line["time"]
+        def before(dropped: Dropped) -> None:
+            keep(dropped)
+            for _, line, was_sent in dropped:
+                # a covered one may be in flight, or its answer lost: MLflow has it, or will
+                if line is not None and (was_sent or not self.is_uncovered(line)):
+                    self._times[_content(line)] = line["time"]
             self.cover(step)
             self.save()
 

@@ -23,7 +23,7 @@ from fulllora_dist.storage.urls import is_remote, local_path, redacted
 from fulllora_dist.tracking.outbox import METRICS, Outbox, belongs
 from fulllora_dist.tracking.provenance import CHANGED, git_commit, package_versions
 from fulllora_dist.tracking.shipping import Shipper
-from fulllora_dist.tracking.spool import Line, Spool
+from fulllora_dist.tracking.spool import Dropped, Line, Spool
 from fulllora_dist.tracking.summary import DatasetInfo, RunSummary
 
 if TYPE_CHECKING:
@@ -150,14 +150,14 @@ class Tracker:
         if not self._active:
             return
 
-        def keep(dropped: list[str]) -> None:
+        def keep(dropped: Dropped) -> None:
             with atomic_write(self._metrics.path.with_name(kept_in)) as file:
-                file.write("".join(dropped).encode())
+                file.write("".join(text for text, *_ in dropped).encode())
 
         if self._outbox is not None:
             self._outbox.cut_back(step, keep)
         else:
-            self._metrics.cut(lambda line: belongs(line, step), lambda lines: keep([text for text, _ in lines]))
+            self._metrics.cut(lambda line: belongs(line, step), keep)
 
     def artifact(self, path: str, folder: str | None = None) -> None:
         """Log a file or folder of the output folder."""

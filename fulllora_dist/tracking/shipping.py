@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fulllora_dist.storage.urls import one_line, redacted
-from fulllora_dist.tracking.mlflow_run import MlflowRun, Refused, is_artifact
+from fulllora_dist.tracking.mlflow_run import ARTIFACTS, MlflowRun, Refused
 from fulllora_dist.tracking.outbox import Outbox
 
 _FIRST_PAUSE, _MAX_PAUSE = 1.0, 30.0  # seconds
@@ -81,8 +81,10 @@ class Shipper:
                 return
             self._waking.clear()
             try:
-                self.ship()
-            except Exception as error:  # whatever a store does, training continues
+                run = self._opened()
+                self._send_metrics(run)
+                self._send_events(run)
+            except Exception as error:  # whatever a store does, training continues; the rest is sent next time
                 pause = min(2 * pause, _MAX_PAUSE) or _FIRST_PAUSE
                 self._failed(error)
             else:
@@ -104,16 +106,6 @@ class Shipper:
         if self._failing_since is not None:
             outage, self._failing_since = time.monotonic() - self._failing_since, None
             self._say(f"MLflow at {redacted(self._uri)} is reachable again: all of {outage:.0f} s is sent")
-
-    def ship(self) -> None:
-        """Send all that may be sent.
-
-        Raises:
-            Exception: of any kind, where the store fails. The position is saved; the rest is sent next time.
-        """
-        run = self._opened()
-        self._send_metrics(run)
-        self._send_events(run)
 
     def _opened(self) -> MlflowRun:
         if self._run is not None:
@@ -151,14 +143,14 @@ class Shipper:
         failed: Any = None
         part = outbox.events.unsent()
         for number, (event, _) in enumerate(part.lines, 1):
-            if failed is not None and is_artifact(event):
+            if failed is not None and event["do"] in ARTIFACTS:
                 continue
             try:
                 run.do(event, str(outbox.output))
             except Refused as error:
                 self._say(f"warning: MLflow at {redacted(self._uri)} rejects {event['do']} ({error})")
             except Exception as error:
-                if not is_artifact(event):
+                if event["do"] not in ARTIFACTS:
                     raise
                 failed = error
             if failed is None:

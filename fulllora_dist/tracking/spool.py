@@ -21,6 +21,8 @@ from fulllora_dist.core.atomic import atomic_write
 _BLOCK = 1 << 20  # bytes read at once where a position is checked
 
 Line = dict[str, Any]
+Dropped = list[tuple[str, Line | None, bool]]
+"""Lines that are cut off, what they say (None where one is torn), and whether each has been sent."""
 
 
 @dataclass(frozen=True)
@@ -112,54 +114,47 @@ class Spool:
 
     def rewind(self) -> None:
         """Everything is to be sent again."""
-        with self._lock:
-            self.sent, self._cuts = Position(), self._cuts + 1
+        self._replace(Position())
 
-    def cut(
-        self, stays: Callable[[Line], bool], before: Callable[[list[tuple[str, bool]]], None] = lambda dropped: None
-    ) -> None:
+    def cut(self, stays: Callable[[Line], bool], before: Callable[[Dropped], None] = lambda dropped: None) -> None:
         """Drop lines, and the torn one that a kill left.
 
         Args:
             stays: whether a line does.
-            before: called before the file is changed, with the lines that are dropped, and for each whether it has
-                been sent; `sent` is already that of the file to come.
+            before: called before the file is changed; `sent` is already that of the file to come.
 
         Raises:
             OSError: the file is as it was, and `sent` less than it was.
         """
         with self._writing:
             self._flush()
-            self._cut(stays, before)
+            kept, dropped = [], []
+            end, sent = 0, Position()
+            for text, line in self._read(0, torn=True):
+                end += len(text)
+                was_sent = end <= self.sent.size
+                if line is not None and stays(line):
+                    kept.append(text)
+                    sent = sent.behind(text) if was_sent else sent
+                else:
+                    dropped.append((text.decode(errors="replace"), line, was_sent))
+            self._replace(sent)
+            before(dropped)
+            if dropped:
+                with atomic_write(self.path) as whole:
+                    whole.write(b"".join(kept))
+                self._replace(sent)  # what was read or confirmed in the meantime was of the old file
 
-    def _cut(self, stays: Callable[[Line], bool], before: Callable[[list[tuple[str, bool]]], None]) -> None:
-        kept, dropped = [], []
-        end, sent = 0, Position()
-        for text, line in self._read(0, torn=True):
-            end += len(text)
-            was_sent = end <= self.sent.size
-            if line is not None and stays(line):
-                kept.append(text)
-                sent = sent.behind(text) if was_sent else sent
-            else:
-                dropped.append((text.decode(errors="replace"), was_sent))
+    def _replace(self, sent: Position) -> None:
         with self._lock:
             self.sent, self._cuts = sent, self._cuts + 1
-        before(dropped)
-        if dropped:
-            with atomic_write(self.path) as whole:
-                whole.write(b"".join(kept))
-            with self._lock:  # what was read or confirmed in the meantime was of the old file
-                self.sent, self._cuts = sent, self._cuts + 1
 
     def _read(self, start: int, torn: bool = False) -> Iterator[tuple[bytes, Line | None]]:
         """(bytes, content) of the lines from `start` on; the content of an invalid one is None. A last line without its
         end is still being written, or was `torn` by a kill."""
-        try:
-            file = open(self.path, "rb")  # noqa: SIM115
-        except FileNotFoundError:
+        if not self.path.exists():
             return
-        with file:
+        with open(self.path, "rb") as file:
             file.seek(start)
             for text in file:
                 if not text.endswith(b"\n"):
@@ -186,11 +181,8 @@ def metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _begins_with(path: Path, sent: Position) -> bool:
-    crc, remaining = 0, sent.size
-    try:
-        with open(path, "rb") as file:
-            while remaining and (block := file.read(min(remaining, _BLOCK))):
-                crc, remaining = zlib.crc32(block, crc), remaining - len(block)
-    except FileNotFoundError:
-        return False
-    return remaining == 0 and crc == sent.crc
+    at = Position()
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        while at.size < sent.size and (block := file.read(min(sent.size - at.size, _BLOCK))):
+            at = at.behind(block)
+    return at == sent

@@ -80,7 +80,9 @@ class RunContext:
         self._sampler = self._sample_node()
 
     def close(self, status: str) -> None:
-        """Set the tracked run's status and give the output folder back."""
+        """Set the tracked run's status, stop sampling, and give the output folder back."""
+        if self._sampler is not None:
+            self._sampler.stop()
         self.tracker.finish(status)
         for lock in self._locks:
             lock.release()

@@ -101,6 +101,7 @@ def test_shards_over_http(shards: Path, tmp_path: Path) -> None:
 
 def test_shards_in_a_bucket(shards: Path, s3: MockS3, tmp_path: Path, own_cache: Path) -> None:
     url = s3.upload(copied(shards, tmp_path / "d"), "foreign/train")
+    assert store.shards_in(url) == [f"{url}/train-{i:06d}.tar" for i in range(5)]
     for pattern in (url, f"{url}/*.tar", f"{url}/train-{{000000..000004}}.tar"):
         result = index(pattern, classes=CLASSES, workers=1)
         assert (result["index"], result["samples"]) == (f"{url}/index.safetensors", 32)

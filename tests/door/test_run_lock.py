@@ -173,15 +173,7 @@ def test_who_was_taken_over_ends_without_writing(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("stale", [False, True])
-@pytest.mark.parametrize("links", [True, False])
-def test_of_many_that_start_at_one_moment_one_wins(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stale: bool, links: bool
-) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError("no hard links here")
-
-    if not links:
-        monkeypatch.setattr(os, "link", refuse)  # a file system without them
+def test_of_many_that_start_at_one_moment_one_wins(tmp_path: Path, stale: bool) -> None:
     for _ in range(2):
         if stale:
             held_by(tmp_path, replace(Holder.here(), pid=ended_process()))

@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 
 from fulllora_dist.evaluation import table, write_figures
 from fulllora_dist.evaluation.report import score
-from fulllora_dist.plots.figures import Curve, per_class_bars, robustness_curve
+from fulllora_dist.plots.figures import per_class_bars, robustness_curve
 
 
 def _results(classes: list[str], more_eps: tuple[float, ...] = ()) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def test_classes_without_an_image_are_left_out() -> None:
 
 def test_a_curve_goes_through_its_points() -> None:
     scores = {0.0: {"accuracy": 0.9, "low": 0.8, "high": 0.95}, 4 / 255: {"accuracy": 0.5, "low": 0.4, "high": 0.6}}
-    (axes,) = robustness_curve([Curve("pgd10", scores)]).axes
+    (axes,) = robustness_curve({"pgd10": scores}).axes
     (line,) = axes.lines
     assert line.get_xydata() == pytest.approx(np.array([[0, 90], [4, 50]]))
     (band,) = axes.collections

@@ -18,8 +18,8 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.resume_log import ResumeLog
 from fulllora_dist.launching import jobs, worker
 from fulllora_dist.launching.executors import build_executor
-from fulllora_dist.launching.folder import read_restarts
-from fulllora_dist.launching.jobs import RunJob, newest_launch, wait
+from fulllora_dist.launching.folder import launch_folders, read_restarts
+from fulllora_dist.launching.jobs import RunJob, newest_job, wait
 from fulllora_dist.launching.report import find_runs, status
 from fulllora_dist.launching.resources import Resources
 from fulllora_dist.launching.submit import refuse_second
@@ -157,6 +157,17 @@ def test_torn_files_are_passed_over(tmp_path: Path) -> None:
     job = RunJob(folder, "999999991", "train", 1, "local", "FAILED")
     job.paths(0).result_pickle.write_bytes(b"\x80\x05\x95")
     assert job.failure() is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 0, "train/loss": 2.5}\n{"step": 2, "train/loss": \0\n')
+    assert "loss 2.5000 at batch 1" in status(str(tmp_path)).splitlines()[0]
+
+
+def test_a_copy_of_a_launch_is_none(tmp_path: Path) -> None:
+    folder = launched(tmp_path)
+    noted(folder, "finished")
+    folder.rename(folder.with_name("002"))
+    launched(tmp_path).rename(tmp_path / "launches" / "001.old")
+    assert launch_folders(str(tmp_path)) == [tmp_path / "launches" / "002"]
+    assert "COMPLETED" in status(str(tmp_path))
 
 
 def test_status_needs_no_plugin_and_what_is_unreadable_costs_a_line(tmp_path: Path) -> None:
@@ -211,7 +222,7 @@ def test_only_the_launch_in_question_is_asked_for(tmp_path: Path, monkeypatch: p
         return {"state": "COMPLETED"}
 
     monkeypatch.setattr(jobs, "_slurm_state", metadata)
-    assert [job.folder for job in newest_launch(str(tmp_path), "train")] == [second]
+    assert newest_job(str(tmp_path), "train").folder == second
     assert [job.folder for job in wait(first)] == [first]
     assert asked == ["999999992", "999999991"]
 

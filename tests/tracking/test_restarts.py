@@ -16,10 +16,12 @@ from matplotlib.figure import Figure
 from mlflow import MlflowClient
 
 from fulllora_dist.config.schema import Config
-from fulllora_dist.tracking import mlflow_run
-from fulllora_dist.tracking.mlflow_run import MlflowRun, first_use_alone
+from fulllora_dist.tracking import mlflow_store
+from fulllora_dist.tracking.mlflow_run import MlflowRun
+from fulllora_dist.tracking.mlflow_store import first_use_alone
 from fulllora_dist.tracking.outbox import Outbox
 from fulllora_dist.tracking.run import Tracker
+from fulllora_dist.tracking.spool import Dropped
 
 
 def _config(folder: Path) -> Config:
@@ -207,7 +209,7 @@ def test_lines_that_are_under_way_when_training_goes_back(tmp_path: Path) -> Non
     early = outbox.metrics.unsent(until=outbox.is_uncovered)
     assert len(early.lines) == 3
 
-    def meanwhile(dropped: list[str]) -> None:
+    def meanwhile(dropped: Dropped) -> None:
         assert len(dropped) == 3
         outbox.metrics.confirm(outbox.metrics.unsent(until=outbox.is_uncovered))
 
@@ -291,12 +293,12 @@ def test_a_tracker_decides_how_often_mlflow_tries(monkeypatch: pytest.MonkeyPatc
     name = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
     for asked, expected in (([2], "2"), ([0, 2], "0"), ([2, 0], "0")):
         monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(mlflow_run, "_retries", None)
+        monkeypatch.setattr(mlflow_store, "_retries", None)
         for retries in asked:
-            mlflow_run.set_defaults(retries)
+            mlflow_store.set_defaults(retries)
         assert os.environ[name] == expected
     monkeypatch.setenv(name, "5")
-    mlflow_run.set_defaults(0)
+    mlflow_store.set_defaults(0)
     assert os.environ[name] == "5", "its user's"
 
 
