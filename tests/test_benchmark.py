@@ -1,4 +1,4 @@
-"""`tools/benchmark.py step`: its file, and that an adversarial step stays near the frozen bound."""
+"""`tools/benchmark.py step`: its file, and that an adversarial step stays near the frozen bound; `benchmark.py run`."""
 
 import json
 from pathlib import Path
@@ -39,3 +39,17 @@ def test_a_step_stays_near_the_bound(rank_server: RankServer, tmp_path: Path) ->
     code, line = benchmark("--rounds", "3")
     assert (code, line) == (2, f"error: --output: {file} was measured with rounds 7, not 3; give another name\n")
     assert file.read_bytes() == before
+
+
+@pytest.mark.long
+def test_a_run_costs_little_more_than_its_steps(rank_server: RankServer, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    command = ("run", "--row", "vit_tiny_patch16_224:96:10:1", "--rounds", "3", "--batches", "2", "--output", file)
+    done = rank_server.launch(ROOT / "tools/benchmark.py", *command, cwd=ROOT, timeout=600).wait()
+    assert done.returncode == 0, done.stderr
+    result = json.loads(file.read_text())
+    assert (result["zero_stage"], result["image_size"], result["batch"], result["steps"]) == (1, 96, 10, 1)
+    low, high = result["ratio_spread"]
+    assert low <= result["ratio"] <= high
+    assert low < 1.15, result
+    assert result["cpu_s"].keys() == {"run", "plain"}

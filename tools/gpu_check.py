@@ -15,13 +15,13 @@ missing is recorded with its reason:
     compile    compiled blocks against eager ones
     compiled   the steps again, with compiled blocks
 
-Without a GPU it does the same on the CPU with a tiny model, to show that it works.
+The exit code is 1 where something is missing or wrong. Without a GPU it does the same on the CPU with a tiny model, to
+show that it works.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import gpu_parts
-from gpu_parts import Put, attempt, device
+import torch
+from gpu_parts import Put, attempt
 
 from fulllora_dist.core.errors import UserError
 
@@ -40,7 +41,16 @@ ROWS = {
     "cpu": ["vit_tiny_patch16_224:32:2:1"],
 }
 PARTS = ("machine", "matmul", "step", "nccl", "zero", "bf16", "compile", "compiled")
+FORK = multiprocessing.get_context("fork")  # shares the imports
 _LEAST_SECONDS = 5  # that a part is worth starting for
+
+
+def has_gpu() -> bool:
+    """Asked in another process: one that has touched a GPU must not fork."""
+    process = FORK.Process(target=lambda: sys.exit(not torch.cuda.is_available()))
+    process.start()
+    process.join()
+    return process.exitcode == 0
 
 
 def run_part(file: Path, part: str, work: Callable[[Put], None], limit: float) -> None:
@@ -54,8 +64,7 @@ def run_part(file: Path, part: str, work: Callable[[Put], None], limit: float) -
     if limit < _LEAST_SECONDS:
         put(part, error="not started: no time was left")
         return
-    # forked: the imports are shared, and the parent has never touched the GPU
-    process = multiprocessing.get_context("fork").Process(target=attempt, args=(put, part, partial(work, put)))
+    process = FORK.Process(target=attempt, args=(put, part, partial(work, put)))
     process.start()
     process.join(limit)
     if process.is_alive():
@@ -116,10 +125,9 @@ def main() -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     file = args.output / "results.jsonl"
     file.write_text("")
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # the question for a GPU must not touch it before the forks
     with suppress(ImportError):
         import benchmark_step  # noqa: F401  # once for all parts
-    rows, arms = args.row or ROWS[device().type], args.arms.split(",")
+    rows, arms = args.row or ROWS["cuda" if has_gpu() else "cpu"], args.arms.split(",")
     parts: list[tuple[str, Callable[[Put], None]]] = [("machine", gpu_parts.machine), ("matmul", gpu_parts.matmul)]
     parts += [("step", partial(gpu_parts.step, row=row, arms=arms, compiled=False)) for row in rows]
     parts += [("nccl", gpu_parts.nccl), ("zero", gpu_parts.zero), ("bf16", partial(gpu_parts.bf16, row=rows[0]))]

@@ -19,7 +19,10 @@ from torch import Tensor
 from fulllora_dist.core.errors import UserError
 
 ROUNDS = 5
-TOLERANCE = {"zero": 1e-3, "bf16": 0.1, "compile": 1e-3}
+# of zero: AdamW takes the first gradients by their sign, so that the rounding of those near zero counts in full, and on
+# a GPU each backward pass rounds differently; an error in a stage makes about 1
+TOLERANCE = {"zero": 0.05, "bf16": 0.1, "compile": 1e-3}
+torch.backends.cudnn.allow_tf32 = False  # as in a run
 
 Put = Callable[..., None]
 
@@ -84,9 +87,9 @@ def step(put: Put, row: str, arms: list[str], compiled: bool) -> None:
     batch = Batch(pixels, ids % CLASSES, ids, torch.ones(size.batch, dtype=torch.bool)).to(device())
 
     def measure(name: str) -> None:
-        with OperationFlops() as operations:
-            arm(name, size, "bf16", 1, batch)()
         work = arm(name + "_compiled" * compiled, size, "bf16", 1, batch)
+        with OperationFlops() as operations, torch.compiler.set_stance("force_eager"):
+            work()
         seconds(work, rounds=1)
         peak = {}
         if torch.cuda.is_available():
