@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.adapt import attach_at
 from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors
-from fulllora_dist.models.adapter_file import build, check_backbone, described, read_adapter
+from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.adapter_switch import AdapterSwitch, Choice, OwnTensors, choosing
+from fulllora_dist.models.attaching import attach_at
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.placement import Site
+from fulllora_dist.models.rebuild import build, check_backbone, described
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
 
