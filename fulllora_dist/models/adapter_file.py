@@ -20,12 +20,9 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.adapt import adapt_given
 from fulllora_dist.models.adapted_model import AdaptedModel, check_tensors, set_tensors
 from fulllora_dist.models.adapter_description import AdapterDescription, backbone_content, spec_content
-from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.given_module import check_given, class_name
-from fulllora_dist.models.rebuild import build, check_backbone, described, settings_of
+from fulllora_dist.models.rebuild import build, build_onto, check_backbone, described
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.storage.urls import classify_error, open_anywhere, redacted, write_anywhere
@@ -204,17 +201,7 @@ def _load_onto(
     module: nn.Module, folder: str, description: AdapterDescription, state: Mapping[str, Tensor], precision: Precision
 ) -> AdaptedModel:
     """Adapt the module that an adapter belongs to, and load the adapter. Refused, the module is as it was."""
-    info, spec = description.backbone, description.spec
-    check_given(module)
-    if info.module not in (None, class_name(module)):
-        raise UserError(f"backbone: must be a {info.module} for the adapter {folder}, got a {class_name(module)}")
-
-    def check(actual: BackboneInfo) -> None:
-        if spec.finetune != "full":
-            check_backbone(folder, description, actual)
-
-    settings, adapter = settings_of(info, spec, precision=precision)
-    model = adapt_given(module, settings, adapter, spec.finetune, spec.target_modules, seed=spec.seed, check=check)
+    model = build_onto(module, folder, description, description.spec, precision=precision)
     own = {**model.trainable(), **model.statistics()}
     try:
         check_tensors({name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}, state)
@@ -222,6 +209,5 @@ def _load_onto(
         model.original.restore(module)
         raise
     set_tensors(own, state)
-    model.info = info
     model.record = TrainingRecord(description.training)
     return model

@@ -6,21 +6,24 @@ from typing import Any
 import timm
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import explain
-from fulllora_dist.models.adapt import build_adapted
+from fulllora_dist.models.adapt import adapt_given, build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.checkpoint_header import read_header
 from fulllora_dist.models.families import FAMILIES
+from fulllora_dist.models.families.target_modules import BY_TARGET
+from fulllora_dist.models.given_module import check_given, class_name
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings, Precision
 
 
 def _check_family(folder: str, family: Mapping[str, Any] | None) -> None:
     """Reject an adapter of an unregistered family. A module named in a file is never imported automatically."""
-    if family is not None and family["name"] not in FAMILIES:
+    if family is not None and family["name"] not in (*FAMILIES, BY_TARGET):
         plugin = family["plugin"]
         raise UserError(
             f"adapter: {folder} is of the family {family['name']}, which is not registered; "
@@ -34,8 +37,7 @@ def described(folder: str, description: AdapterDescription) -> tuple[BackboneInf
     Raises:
         UserError: a family that is not registered.
     """
-    if description.spec.target_modules is None:
-        _check_family(folder, description.content.get("family"))
+    _check_family(folder, description.content.get("family"))
     return description.backbone, description.spec
 
 
@@ -62,6 +64,37 @@ def build(
         )
     model, adapter = settings_of(info, spec, checkpoint_path=checkpoint_path, precision=precision)
     return build_adapted(model, adapter, spec.finetune, seed=spec.seed)
+
+
+def build_onto(
+    module: nn.Module,
+    folder: str,
+    description: AdapterDescription,
+    spec: AdapterSpec,
+    *,
+    precision: Precision = "fp32",
+) -> AdaptedModel:
+    """Adapt the module that an adapter belongs to, in place, with a freshly initialised adapter.
+
+    Args:
+        spec: the description's, or another for the same backbone.
+
+    Raises:
+        UserError: another module, which is then as it was.
+    """
+    check_given(module)
+    info = description.backbone
+    if info.module not in (None, class_name(module)):
+        raise UserError(f"backbone: must be a {info.module} for the adapter {folder}, got a {class_name(module)}")
+
+    def check(actual: BackboneInfo) -> None:
+        if description.spec.finetune != "full":  # its own tensors replace the module's
+            check_backbone(folder, description, actual)
+
+    settings, adapter = settings_of(info, spec, precision=precision)
+    model = adapt_given(module, settings, adapter, spec.finetune, spec.target_modules, seed=spec.seed, check=check)
+    model.info = info
+    return model
 
 
 def settings_of(

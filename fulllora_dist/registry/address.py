@@ -79,7 +79,7 @@ class MultiAdapter(multi_adapter.MultiAdapter):
 
     Args:
         adapters: {name: address}; see `load`.
-        checkpoint_path, precision, uri: see `load`.
+        checkpoint_path, backbone, precision, uri: see `load`.
 
     Raises:
         UserError: adapters of different backbones, one that is a whole model (finetune: full); as for `load`.
@@ -90,8 +90,11 @@ class MultiAdapter(multi_adapter.MultiAdapter):
         adapters: Mapping[str, str],
         *,
         checkpoint_path: str | None = None,
+        backbone: nn.Module | None = None,
         precision: Precision = "fp32",
         uri: str | None = None,
     ):
         fetch = partial(local_folder, uri=uri)
-        super().__init__(adapters, checkpoint_path=checkpoint_path, precision=precision, local_folder=fetch)
+        super().__init__(
+            adapters, checkpoint_path=checkpoint_path, backbone=backbone, precision=precision, local_folder=fetch
+        )

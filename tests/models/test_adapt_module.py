@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a container": (
         torchvision_vit,
         {"target_modules": ["mlp"]},
-        r"mlp is a MLPBlock; name linear layers .* encoder_layer_0\.mlp\.0$",
+        r"mlp is a MLPBlock; name linear layers .*encoder_layer_0\.mlp\.0$",
     ),
     "no such layer": (
         hugging_face_vit,
@@ -276,3 +276,32 @@ def test_one_s_own_loop_trains_it(name: str) -> None:
     assert losses[-1] < losses[0] - 0.1
     after = module.state_dict()
     assert all(torch.equal(after[key], value) for key, value in frozen.items())
+
+
+@pytest.mark.parametrize("name", ["timm", *TARGETS])
+def test_several_adapters_of_a_module_are_switched(name: str, tmp_path: Path) -> None:
+    """Each with the logits that it has alone, and none with the bare module's."""
+    bare, targets = own(name) if name in TARGETS else (timm_model(), None)
+    x, expected = images(), {}
+    for key, settings in {"a": {"head": "trained"}, "b": {"finetune": "lora"}}.items():
+        model = fd.adapt(copy.deepcopy(bare), target_modules=targets, rank=2, **HALF, **settings)
+        expected[None] = model(x)
+        fd.save_adapter(stir(model), str(tmp_path / key))
+        expected[key] = model(x)
+    folders = {key: str(tmp_path / key) for key in "ab"}
+    with pytest.raises(fd.UserError, match="a module that adapt was given; give it: load"):
+        fd.MultiAdapter(folders)
+    several = fd.MultiAdapter(folders, backbone=bare).eval()
+    assert torch.equal(several(x, "a"), expected["a"])
+    assert torch.equal(several(x, "b"), expected["b"])
+    choice = ["b", None, "a", "b"]
+    mixed = several(x, choice)
+    for i, key in enumerate(choice):
+        torch.testing.assert_close(mixed[i], expected[key][i], rtol=1e-4, atol=1e-5)
+
+
+def test_a_module_trained_as_a_whole_comes_back(tmp_path: Path) -> None:
+    """Onto one of the same class, whatever its weights were."""
+    model = stir(fd.adapt(hugging_face_vit(), finetune="full", **HALF))
+    fd.save_adapter(model, str(tmp_path))
+    assert torch.equal(fd.load(str(tmp_path), backbone=hugging_face_vit())(images()), model(images()))

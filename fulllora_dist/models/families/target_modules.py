@@ -18,6 +18,8 @@ from fulllora_dist.models.families.family import CONTAINERS, LAYERS, Family, che
 from fulllora_dist.models.placement import Site
 
 ALL_LINEAR = "all-linear"
+BY_TARGET = "target_modules"
+""": the name of the family in adapter files."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class TargetModules(Family):
         for path in paths:
             _check(module, path, shown)
         return cls(
-            name="target_modules",
+            name=BY_TARGET,
             models=(type(module),),
             parts={},
             blocks=tuple(dict.fromkeys(block for path in paths if (block := _block(module, path)))),
