@@ -91,6 +91,8 @@ def test_any_module_by_the_names_of_its_layers(name: str, finetune: str) -> None
     assert (expected - plain_logits(bare, fd.adapt(copy.deepcopy(bare), finetune="full", **HALF), x)).abs().max() > 0.1
     assert adapted.backbone is module
     assert adapted.num_classes == CLASSES
+    conv = module.get_submodule("conv_proj" if name == "torchvision" else "vit.embeddings.patch_embeddings.projection")
+    assert conv.lnlora.eps == adapted.spec.patch_norm_eps == 1e-2  # type: ignore[union-attr]
     assert {path.rpartition(".lnlora")[0].rpartition(".")[2] for path in adapted.trainable()} == {
         target.rpartition(".")[2] for target in targets
     }
@@ -155,6 +157,12 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"target_modules": ["fc1", "qproj"]},
         "'qproj' matches no .* did you mean q_proj",
     ),
+    "an end within a name": (
+        hugging_face_vit,
+        {"target_modules": ["proj"]},
+        "target_modules: 'proj' matches no module",
+    ),
+    "a pass that fails behind": (timm_model, {"image_size": 20}, "image_size: vit_tiny.* fails on an image of 3 x 20"),
     "a pattern's part": (hugging_face_vit, {"target_modules": "fc1"}, "the pattern 'fc1' matches no whole name"),
     "no pattern": (hugging_face_vit, {"target_modules": "*fc1"}, r"'\*fc1' is not a regular expression"),
     "no names": (
