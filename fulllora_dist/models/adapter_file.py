@@ -76,8 +76,8 @@ def save_adapter(
     """
     if not isinstance(model, AdaptedModel):
         raise UserError(
-            f"save_adapter: must be a model of create_model or load, got {type(model).__name__}; give the one that it "
-            "wraps"
+            f"save_adapter: must be a model of create_model, adapt or load, got {type(model).__name__}; give the one "
+            "that it wraps"
         )
     model.check_savable(state)
     if training is None:

@@ -198,8 +198,8 @@ def test_what_only_holds_a_model_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             fd.save_adapter(other, str(tmp_path / "b"))  # type: ignore[arg-type]
         assert str(caught.value) == (
-            f"save_adapter: must be a model of create_model or load, got {type(other).__name__}; give the one that it "
-            "wraps"
+            f"save_adapter: must be a model of create_model, adapt or load, got {type(other).__name__}; give the one "
+            "that it wraps"
         )
     assert not (tmp_path / "b").exists()
     fd.save_adapter(model, str(tmp_path / "c"))  # several adapters leave the first one's model alone

@@ -162,7 +162,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"target_modules": ["proj"]},
         "target_modules: 'proj' matches no module",
     ),
-    "a pass that fails behind": (timm_model, {"image_size": 20}, "image_size: vit_tiny.* fails on an image of 3 x 20"),
+    "a pass that fails behind": (
+        timm_model,
+        {"image_size": 20, "rank": 2},
+        "image_size: vit_tiny.* fails on an image of 3 x 20",
+    ),
     "a pattern's part": (hugging_face_vit, {"target_modules": "fc1"}, "the pattern 'fc1' matches no whole name"),
     "no pattern": (hugging_face_vit, {"target_modules": "*fc1"}, r"'\*fc1' is not a regular expression"),
     "no names": (
@@ -313,3 +317,18 @@ def test_a_module_trained_as_a_whole_comes_back(tmp_path: Path) -> None:
     model = stir(fd.adapt(hugging_face_vit(), finetune="full", **HALF))
     fd.save_adapter(model, str(tmp_path))
     assert torch.equal(fd.load(str(tmp_path), backbone=hugging_face_vit())(images()), model(images()))
+
+
+def test_transformers_activation_checkpointing_is_taken(tmp_path: Path) -> None:
+    """The same gradients, and the adapter is saved."""
+    module, targets = own("hugging face")
+    model = stir(fd.adapt(module, target_modules=targets, rank=2, **HALF)).train()
+
+    def gradients() -> list[Tensor]:
+        loss = F.cross_entropy(model(images()), torch.arange(CLASSES))
+        return list(torch.autograd.grad(loss, list(model.trainable().values())))
+
+    kept = gradients()
+    module.gradient_checkpointing_enable()  # type: ignore[operator]
+    assert all(map(torch.equal, gradients(), kept))
+    fd.save_adapter(model, str(tmp_path))
