@@ -116,17 +116,23 @@ class Victim(nn.Module):
         return None
 
 
+def logits_in(output: Any) -> Tensor | None:
+    """The logits in what a model returns: a tensor, or a `ModelOutput`, dict or object with `logits`; None without."""
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else None
+
+
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a model returns: a tensor, or a `ModelOutput`, dict or object with `logits`.
+    """`logits_in`.
 
     Raises:
         UserError: there are none.
     """
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, dict) else getattr(output, "logits", None)
-    if isinstance(found, Tensor):
-        return found
-    raise UserError(
-        f"model must return logits [B, classes], got {type(output).__name__}; wrap it in a module that does"
-    )
+    found = logits_in(output)
+    if found is None:
+        raise UserError(
+            f"model must return logits [B, classes], got {type(output).__name__}; wrap it in a module that does"
+        )
+    return found

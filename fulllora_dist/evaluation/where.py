@@ -14,7 +14,7 @@ from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.report import EvaluationReport
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.models.branches import Branch, branches_of, disable_adapter
+from fulllora_dist.models.branches import Branch, branches_of, disable_branches
 
 By = Literal["component", "block", "branch"]
 _SHARED = ("n", "eps", "norm", "precision", "backbone", "adapter", "seed", "ids", "data", "warnings")
@@ -82,7 +82,7 @@ def where_robustness_sits(
     branches = branches_of(model)
     groups = _groups(branches, by)
     variants: dict[str, Callable[[], AbstractContextManager[None]]] = {"intact": nullcontext}
-    variants |= {group.variant: partial(disable_adapter, group.branches) for group in groups}
+    variants |= {group.variant: partial(disable_branches, group.branches) for group in groups}
     norms = {branch.name: (branch.norm(), branch.weight_norm()) for branch in branches}
 
     def relative(some: Iterable[Branch]) -> float | None:

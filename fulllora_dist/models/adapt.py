@@ -1,87 +1,57 @@
-"""Build an adapted model: place branches in a frozen backbone and derive their rank from the trainable fraction."""
+"""The public ways to an adapted model: `create_model` builds a timm backbone, `adapt` takes a module that is there."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, get_args
 
-import timm
-import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.core.rng import base_key
 from fulllora_dist.core.settings import Settings, explain
 from fulllora_dist.core.suggest import suggestion
-from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel, AdapterSpec
-from fulllora_dist.models.backbone import build_backbone
-from fulllora_dist.models.families import Family, family_of
-from fulllora_dist.models.families.family import check_forward
-from fulllora_dist.models.lnlora import QKV, LNLoRABranch, LNLoRASplit, attach
-from fulllora_dist.models.placement import FUSED, Adapted, PlacementReport, Site
-from fulllora_dist.models.precision import compute_in_bf16
-from fulllora_dist.models.settings import COMPONENTS, AdapterSettings, Finetune, Head, ModelSettings
+from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
+from fulllora_dist.models.attaching import adapt_backbone
+from fulllora_dist.models.backbone import BackboneInfo, build_backbone
+from fulllora_dist.models.families import family_of, has_family
+from fulllora_dist.models.families.target_modules import Pass, TargetModules, labels
+from fulllora_dist.models.given_module import check_given, describe, image_size_of, name_of
+from fulllora_dist.models.settings import AdapterSettings, Finetune, ModelSettings
 
-TOKEN_NORM_EPS = 1e-6
-LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm, timm.layers.RmsNorm)
-"""What `finetune: layernorm` trains: timm's RmsNorm stands in for LayerNorm in AIMv2, Sapiens2 and others."""
-
-
-def _branch_sizes(site: Site, layer: nn.Module, placement: Sequence[str], qkv: str) -> dict[str, tuple[int, int]]:
-    """{branch name: (d_in, d_out)} of one layer; the name is "" for a single branch."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    d_in, d_out = weight[0].numel(), weight.shape[0]
-    parts = FUSED.get(site.component, (site.component,))
-    wanted = [part for part in parts if part == "head" or part in placement]
-    if len(parts) == 1 or qkv == "shared":
-        return {"": (d_in, d_out)} if wanted else {}
-    return {part: (d_in, d_out // len(parts)) for part in wanted}
-
-
-def _resolve_head(head: Head, finetune: Finetune, own_classes: bool) -> Literal["frozen", "trained", "adapted"]:
-    if finetune in ("full", "head"):
-        if head not in ("auto", "trained"):
-            raise UserError(
-                f"adapter.head: {head} contradicts finetune: {finetune}, which trains the head; leave it out"
-            )
-        return "trained"
-    if head == "adapted" and finetune not in WITH_BRANCHES:
-        raise UserError(f"adapter.head: adapted needs branches; finetune: {finetune} has none")
-    if head == "auto":
-        return "frozen" if own_classes else "trained"
-    return head
-
-
-def _own_trained(backbone: nn.Module, finetune: Finetune, head: str, sites: Iterable[Site]) -> set[str]:
-    """Names of the backbone's own trainable tensors."""
-    heads = {site.path for site in sites if site.component == "head"}
-    trained: set[str] = set()
-    for name, module in backbone.named_modules():
-        own = {f"{name}.{n}".removeprefix(".") for n, _ in module.named_parameters(recurse=False)}
-        is_norm = finetune == "layernorm" and isinstance(module, LAYER_NORMS)
-        if finetune == "full" or is_norm or (head == "trained" and name in heads):
-            trained |= own
-    return trained
-
-
-def _largest_rank(sizes: list[tuple[int, int]], fixed: int, total: int, norm: bool, fraction: float) -> int:
-    """The largest rank whose trainable parameters, head included, stay within `fraction` of backbone + head."""
-    per_rank = sum(d_in + d_out for d_in, d_out in sizes)
-    norms = 2 * sum(d_in for d_in, _ in sizes) if norm else 0
-    rank = int((fraction * total - fixed - norms) // per_rank)
-    if rank < 1:
-        least = (fixed + norms + per_rank) / total
-        raise UserError(
-            f"adapter.trainable_fraction: must be at least {least:.2%} for rank 1 with these components and this head, "
-            f"got {fraction:g}"
-        )
-    return rank
+_OF_BUILDING = (
+    "checkpoint_path",
+    "checkpoint_key",
+    "pretrained",
+    "num_classes",
+    "class_indices",
+    "model_kwargs",
+    "compile",
+)
+"""Settings of `create_model` that a module has behind it."""
 
 
 class _Arguments(Settings):
-    """Arguments of `create_model`, under their names in a config."""
+    """Arguments of `create_model` and `adapt`, under their names in a config."""
 
     model: ModelSettings
     adapter: AdapterSettings
+
+
+def _checked(name: str, settings: Mapping[str, Any], without: Collection[str] = ()) -> _Arguments:
+    sections: dict[str, type[Settings]] = {"model": ModelSettings, "adapter": AdapterSettings}
+    keys = {section: set(of.model_fields) - {"backbone", "init_from", *without} for section, of in sections.items()}
+    if unknown := sorted(settings.keys() - set().union(*keys.values())):
+        raise UserError(f"unknown setting {unknown[0]}; {suggestion(unknown[0], sorted(set().union(*keys.values())))}")
+    values = {section: {key: settings[key] for key in settings.keys() & keys[section]} for section in sections}
+    values["model"]["backbone"] = name
+    try:
+        return _Arguments.model_validate(values)
+    except ValidationError as error:
+        raise UserError(explain(error)) from None
+
+
+def _check_finetune(finetune: str) -> None:
+    if finetune not in get_args(Finetune):
+        raise UserError(f"finetune: {finetune!r} is unknown; known: {', '.join(get_args(Finetune))}")
 
 
 def create_model(
@@ -106,16 +76,7 @@ def create_model(
     Raises:
         UserError: an unsupported model, weights that do not fit, a trainable_fraction that is too small.
     """
-    sections: dict[str, type[Settings]] = {"model": ModelSettings, "adapter": AdapterSettings}
-    keys = {section: set(of.model_fields) - {"backbone", "init_from"} for section, of in sections.items()}
-    if unknown := sorted(settings.keys() - set().union(*keys.values())):
-        raise UserError(f"unknown setting {unknown[0]}; {suggestion(unknown[0], sorted(set().union(*keys.values())))}")
-    values = {section: {key: settings[key] for key in settings.keys() & keys[section]} for section in sections}
-    values["model"]["backbone"] = backbone
-    try:
-        checked = _Arguments.model_validate(values)
-    except ValidationError as error:
-        raise UserError(explain(error)) from None
+    checked = _checked(backbone, settings)
     return build_adapted(checked.model, checked.adapter, finetune, seed=seed, input_sizes=input_sizes)
 
 
@@ -132,97 +93,104 @@ def build_adapted(
     Raises:
         UserError: see `create_model`.
     """
-    if finetune not in get_args(Finetune):
-        raise UserError(f"finetune: {finetune!r} is unknown; known: {', '.join(get_args(Finetune))}")
-    name, components, qkv, rank, alpha = model.backbone, adapter.components, adapter.qkv, adapter.rank, adapter.alpha
+    _check_finetune(finetune)
     backbone, info = build_backbone(model, seed=seed, input_sizes=input_sizes)
-    if qkv == "shared" and len(set(QKV) & set(components)) not in (0, len(QKV)):
+    family = family_of(backbone, model.backbone)
+    return adapt_backbone(backbone, info, family, adapter, finetune, seed=seed, precision=model.precision)
+
+
+def adapt(
+    module: nn.Module,
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    finetune: Finetune = "fulllora",
+    seed: int = 0,
+    name: str | None = None,
+    **settings: Any,
+) -> AdaptedModel:
+    """Adapt an existing module in place: its weights are frozen, and the branches do not change its output at first.
+
+    Args:
+        module: a model from normalised images [B, 3, H, W] to logits [B, classes], or to an output with `logits`.
+        target_modules: which layers get a branch, as in peft: a list of their names or ends of names, a regular
+            expression for whole names, or "all-linear". None for a timm model of a known family takes `components`.
+        finetune, seed: see `create_model`.
+        name: what the backbone is called in adapter files; None asks the module: timm's arch.tag, transformers'
+            name_or_path, else its class.
+        settings: `mean` and `std` of the normalisation in units of [0, 1] pixels, and `image_size`, where the module
+            does not say them; `precision` for a known family; fields of `AdapterSettings` (trainable_fraction, rank,
+            alpha, head, ...). The head is frozen unless head="trained"; that of a timm model whose number of classes
+            is not the pretrained weights' is taken for a new one and trained.
+
+    Returns:
+        The adapted model: pixels in [0, 1] -> logits. `unload` gives the module back as it was.
+
+    Raises:
+        UserError: a layer whose branch would have no effect, a normalisation that is not known, ...; the module is then
+            as it was.
+
+    Example:
+        vit = torchvision.models.vit_b_16(weights="IMAGENET1K_V1")
+        model = fd.adapt(vit, target_modules=["mlp.0", "mlp.3"], mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    """
+    check_given(module)
+    name = name or name_of(module)
+    if built := sorted(settings.keys() & set(_OF_BUILDING)):
+        raise UserError(f"{built[0]}: adapt takes the module as it is; set it where the module is made")
+    by_family = target_modules is None and has_family(module)
+    if not by_family and (wrong := sorted(settings.keys() & {"components", "qkv"})):
+        raise UserError(f"{wrong[0]}: is for timm's models of a known family without target_modules; leave it out")
+    checked = _checked(name, settings, _OF_BUILDING)
+    return adapt_given(module, checked.model, checked.adapter, finetune, target_modules, seed=seed)
+
+
+def adapt_given(
+    module: nn.Module,
+    model: ModelSettings,
+    adapter: AdapterSettings,
+    finetune: Finetune,
+    target_modules: str | Sequence[str] | None,
+    *,
+    seed: int = 0,
+    check: Callable[[BackboneInfo], None] = lambda info: None,
+) -> AdaptedModel:
+    """Adapt an existing module from settings.
+
+    Args:
+        model: its name, and what is given of image_size, mean, std and precision.
+        check: called with the module's description before it is changed; may raise.
+
+    Raises:
+        UserError: see `adapt`.
+    """
+    _check_finetune(finetune)
+    name, branches = model.backbone, finetune in WITH_BRANCHES
+    if target_modules is not None and not branches:
+        raise UserError(f"target_modules: finetune: {finetune} has no branches; remove one of them")
+    if target_modules is None and has_family(module):
+        info = describe(module, name, model, module.num_classes)  # type: ignore[arg-type]
+        check(info)
+        family = family_of(module, name)
+        if family.prepare is not None:
+            family.prepare(module)
+        return adapt_backbone(module, info, family, adapter, finetune, seed=seed, precision=model.precision)
+    if model.precision != "fp32":
+        raise UserError(f"precision: {model.precision} is for timm's models of a known family; use autocast around it")
+    if target_modules is None and branches:
         raise UserError(
-            "adapter.qkv: a shared branch adapts q, k and v together; put all three in adapter.components, or set "
-            "adapter.qkv=separate"
+            f"target_modules: must name the layers of {name} that get a branch, as it is no timm model of a known "
+            f"family; its layers: {', '.join(labels(module))}"
         )
-    family = family_of(backbone, name)
-    sites = family.sites(backbone, name)
-    resolved_head = _resolve_head(adapter.head, finetune, info.own_classes)
-    total = sum(p.numel() for p in backbone.parameters())
-    trained = _own_trained(backbone, finetune, resolved_head, sites)
-    own = {n: p.numel() for n, p in backbone.named_parameters() if n in trained}
-    normless = finetune == "layernorm" and not any(isinstance(module, LAYER_NORMS) for module in backbone.modules())
-    if normless or (finetune not in WITH_BRANCHES and not own):
-        raise UserError(f"finetune: {finetune} has nothing to train in {name}; use fulllora, lora or full")
-
-    plan: list[tuple[Site, dict[str, tuple[int, int]]]] = []
-    if finetune in WITH_BRANCHES:
-        for site in sites:
-            if site.component != "head" or resolved_head == "adapted":
-                sizes = _branch_sizes(site, backbone.get_submodule(site.path), components, qkv)
-                plan += [(site, sizes)] if sizes else []
-        if not plan:
-            present = {part for site in sites for part in FUSED.get(site.component, (site.component,))}
-            raise UserError(
-                f"adapter.components: must include a component of {name}, got {', '.join(components) or 'none'}; "
-                f"choose from {', '.join(c for c in COMPONENTS if c in present)}"
-            )
-        every = [size for _, sizes in plan for size in sizes.values()]
-        if rank is not None and rank > (widest := max(map(max, every))):
-            raise UserError(f"adapter.rank: must be at most {widest}, the width of the widest layer, got {rank}")
-        if rank is None:
-            rank = _largest_rank(every, sum(own.values()), total, finetune == "fulllora", adapter.trainable_fraction)
-        alpha = float(rank) if alpha is None else alpha
-    else:
-        rank = alpha = None
-
-    spec = AdapterSpec(finetune, rank, alpha, components, qkv, adapter.patch_norm_eps, resolved_head, seed)
-    for parameter_name, parameter in backbone.named_parameters():
-        parameter.requires_grad_(parameter_name in trained)
-    adapted = [_adapt(backbone, family, site, sizes, spec) for site, sizes in plan]
-    check_forward(backbone, [site for site, _ in plan], name, info.image_size, info.num_classes)
-    report = _report(backbone, adapted, own, total)
-    if model.precision == "bf16":
-        compute_in_bf16(family.modules(backbone))
-    return AdaptedModel(backbone, family, info, spec, report, model.precision).eval()
-
-
-def _adapt(
-    backbone: nn.Module, family: Family, site: Site, sizes: dict[str, tuple[int, int]], spec: AdapterSpec
-) -> Adapted:
-    assert spec.rank is not None
-    assert spec.alpha is not None
-    layer: Any = backbone.get_submodule(site.path)
-    device = layer.weight.device
-    eps = spec.patch_norm_eps if site.component == "patch_embed" else TOKEN_NORM_EPS
-    branches: dict[str, LNLoRABranch] = {}
-    for name, (d_in, d_out) in sizes.items():
-        part = LNLoRABranch(d_in, d_out, spec.rank, spec.alpha, norm=spec.finetune == "fulllora", eps=eps)
-        if device.type != "meta":
-            generator = torch.Generator().manual_seed(base_key(spec.seed, f"{site.path}.{name}", 0) >> 1)
-            part.reset_parameters(generator)
-        branches[name] = part.to(device)
-    branch: nn.Module = branches[""] if "" in branches else LNLoRASplit(branches, FUSED[site.component])
-    attach_at(backbone, family, site, branch)
-    count = sum(p.numel() for p in branch.parameters())
-    return Adapted(site, tuple(branches), count)
-
-
-def attach_at(backbone: nn.Module, family: Family, site: Site, branch: nn.Module) -> None:
-    """Attach `branch` to the layer of a site, which has no branch yet."""
-    layer: Any = backbone.get_submodule(site.path)
-    around: Any = backbone.get_submodule(site.path.rpartition(".")[0])
-    calling = family.calling.get(type(around)) if site.component == "qkv" else None
-    if calling is not None and around.q_bias is not None:
-        attach(layer, branch, around, calling)
-    else:
-        attach(layer, branch)
-
-
-def _report(backbone: nn.Module, adapted: list[Adapted], own: dict[str, int], total: int) -> PlacementReport:
-    with_branch = {a.site.path for a in adapted}
-    frozen = [
-        (name, type(module).__name__)
-        for name, module in backbone.named_modules()
-        if ".lnlora" not in name
-        and name not in with_branch
-        and any(not p.requires_grad for p in module.parameters(recurse=False))
-    ]
-    trainable = sum(own.values()) + sum(a.parameters for a in adapted)
-    return PlacementReport(tuple(adapted), tuple(own.items()), tuple(frozen), trainable, total)
+    shown = Pass.through(module, name, image_size_of(module, name, model.image_size))
+    info = describe(module, name, model, shown.num_classes)
+    check(info)
+    by_target = TargetModules.of(module, target_modules, name, shown)
+    unplaced = adapter.model_copy(update={"components": (), "qkv": "separate"})
+    targeted_head = shown.head is not None and shown.head in by_target.paths
+    if targeted_head and adapter.head == "trained":
+        raise UserError(
+            f"head: trained contradicts target_modules, which puts a branch beside {shown.head}; remove one of them"
+        )
+    if targeted_head:
+        unplaced = unplaced.model_copy(update={"head": "adapted"})
+    return adapt_backbone(module, info, by_target, unplaced, finetune, seed=seed)

@@ -1,4 +1,4 @@
-"""A timm model with an adapter, from pixels in [0, 1] to logits."""
+"""A model with an adapter, from pixels in [0, 1] to logits."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fulllora_dist.attacks.arguments import check_images, check_range, pixel_range
+from fulllora_dist.attacks.victim import logits_of
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.as_built import AsBuilt
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import Family
+from fulllora_dist.models.original import Original
 from fulllora_dist.models.placement import PlacementReport
 from fulllora_dist.models.settings import Finetune, Precision, Qkv
 from fulllora_dist.models.training_record import TrainingRecord
@@ -36,6 +38,8 @@ class AdapterSpec:
         patch_norm_eps: eps of the LN over flattened patches, in squared units of the normalised pixels.
         head: "frozen", "trained" or "adapted".
         seed: seed of the branches' A.
+        target_modules: which layers have a branch, in place of `placement`, as `adapt` was given them; None for a timm
+            model of a family.
     """
 
     finetune: Finetune
@@ -46,6 +50,7 @@ class AdapterSpec:
     patch_norm_eps: float
     head: Literal["frozen", "trained", "adapted"]
     seed: int
+    target_modules: str | tuple[str, ...] | None = None
 
 
 class AdaptedModel(nn.Module):
@@ -55,7 +60,7 @@ class AdaptedModel(nn.Module):
     looked at, as this would make each pass wait for the device.
 
     Attributes:
-        backbone: the timm model, branches in place, under timm's own keys.
+        backbone: the timm model, or what `adapt` was given, branches in place, under its own keys.
         family: the backbone's family.
         info: description of the backbone.
         spec: how it is adapted.
@@ -64,6 +69,7 @@ class AdaptedModel(nn.Module):
         pixels_checked: whether the first batch has been looked at; set it where pixels outside [0, 1] are meant.
         record: what is known of its training: class names, crop, threat model; set by `load`.
         as_built: what the backbone was built as.
+        original: what adapting changed of it.
     """
 
     mean: Tensor
@@ -78,6 +84,7 @@ class AdaptedModel(nn.Module):
         spec: AdapterSpec,
         report: PlacementReport,
         precision: Precision,
+        original: Original,
     ):
         super().__init__()
         self.backbone = backbone
@@ -86,18 +93,34 @@ class AdaptedModel(nn.Module):
         self.spec = spec
         self.report = report
         self.precision = precision
+        self.original = original
         self.record = TrainingRecord()
         self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
         self.as_built = AsBuilt.of(backbone, {*self._trainable, *self.statistics()})
-        self.register_buffer("mean", torch.tensor(info.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(info.std).view(1, 3, 1, 1), persistent=False)
+        device = next(backbone.parameters()).device
+        self.register_buffer("mean", torch.tensor(info.mean, device=device).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(info.std, device=device).view(1, 3, 1, 1), persistent=False)
         self.register_load_state_dict_pre_hook(_accept_timm_keys)
 
     def forward(self, pixels: Tensor) -> Tensor:
+        return logits_of(self.backbone(self._normalised(pixels)))
+
+    def forward_features(self, pixels: Tensor) -> Tensor:
+        """As timm's: what the head pools, e.g. [B, N, D] of a ViT.
+
+        Raises:
+            UserError: the backbone has no `forward_features`.
+        """
+        features = getattr(self.backbone, "forward_features", None)
+        if features is None:
+            raise UserError(f"forward_features: {self.info.name} has none; it is a method of timm's models")
+        return features(self._normalised(pixels))
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
         check_images(pixels, "pixels", channels=3)
         if not self.pixels_checked:
             self._check_first(pixels)
-        return self.backbone((pixels.to(self.mean.dtype) - self.mean) / self.std)
+        return (pixels.to(self.mean.dtype) - self.mean) / self.std
 
     def _check_first(self, pixels: Tensor) -> None:
         """Refuse normalised images and those of 0..255, by the first batch that has numbers."""
@@ -117,6 +140,12 @@ class AdaptedModel(nn.Module):
     def num_classes(self) -> int:
         """Number of outputs."""
         return self.info.num_classes
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, and as a fraction of backbone and head."""
+        trainable, total = self.report.trainable, self.report.total
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,} || backbone params: {total:,} || trainable%: {share:.4f}")
 
     def train(self, mode: bool = True) -> "AdaptedModel":
         """Set training mode, except for BatchNorm, which keeps the statistics of the backbone.
@@ -144,7 +173,7 @@ class AdaptedModel(nn.Module):
             )
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The trainable tensors by their names in the timm model, also while an attack has frozen them."""
+        """The trainable tensors by their names in the backbone, also while an attack has frozen them."""
         parameters = dict(self.backbone.named_parameters())
         return {name: parameters[name] for name in self._trainable}
 

@@ -11,8 +11,13 @@ from fulllora_dist.models.training_record import TrainingData, TrainingRecord
 
 def backbone_content(info: BackboneInfo) -> dict[str, Any]:
     """The section `backbone`, without what few backbones have: readers refuse keys that they do not know."""
-    rare = ("checkpoint_key", "head_sha256")
+    rare = ("checkpoint_key", "head_sha256", "module")
     return {key: value for key, value in asdict(info).items() if value is not None or key not in rare}
+
+
+def spec_content(spec: AdapterSpec) -> dict[str, Any]:
+    """The section `adapter`, in the same way."""
+    return {key: value for key, value in asdict(spec).items() if value is not None or key != "target_modules"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +48,11 @@ class AdapterDescription:
         Raises:
             KeyError, TypeError: a field is missing or unknown.
         """
+        backbone: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in content["backbone"].items()
+        }
         return cls(
-            BackboneInfo(**content["backbone"]),
+            BackboneInfo(**backbone),
             AdapterSpec(**content["adapter"]),
             content["sha256"],
             content["trainable"],

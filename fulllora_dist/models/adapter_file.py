@@ -9,26 +9,21 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import fsspec
 import timm
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.core.settings import explain
-from fulllora_dist.models.adapt import build_adapted
-from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors, set_tensors
-from fulllora_dist.models.adapter_description import AdapterDescription, backbone_content
-from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.checkpoint_header import read_header
-from fulllora_dist.models.families import FAMILIES
-from fulllora_dist.models.settings import AdapterSettings, ModelSettings, Precision
+from fulllora_dist.models.adapted_model import AdaptedModel, check_tensors, set_tensors
+from fulllora_dist.models.adapter_description import AdapterDescription, backbone_content, spec_content
+from fulllora_dist.models.rebuild import build, build_onto, check_backbone, described
+from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.storage.urls import classify_error, open_anywhere, redacted, write_anywhere
 
@@ -37,7 +32,7 @@ TENSORS = "adapter.safetensors"
 DESCRIPTION = "adapter.json"
 
 
-def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def adapter_state_dict(model: AdaptedModel, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter file as {name in the timm model: tensor}, on the CPU.
 
     Args:
@@ -52,7 +47,7 @@ def adapter_state(model: AdaptedModel, trained: Mapping[str, Tensor] | None = No
 
 def adapter_sha256(model: AdaptedModel) -> str:
     """sha256 of the model's adapter.safetensors."""
-    return hashlib.sha256(save_safetensors(adapter_state(model))).hexdigest()
+    return hashlib.sha256(save_safetensors(adapter_state_dict(model))).hexdigest()
 
 
 def _checksum(description: Mapping[str, Any]) -> str:
@@ -81,16 +76,16 @@ def save_adapter(
     """
     if not isinstance(model, AdaptedModel):
         raise UserError(
-            f"save_adapter: must be a model of create_model or load, got {type(model).__name__}; give the one that it "
-            "wraps"
+            f"save_adapter: must be a model of create_model, adapt or load, got {type(model).__name__}; give the one "
+            "that it wraps"
         )
     model.check_savable(state)
     if training is None:
         training = {key: value for key, value in model.record.content.items() if key == "data"}
-    tensors = save_safetensors(adapter_state(model, state))
+    tensors = save_safetensors(adapter_state_dict(model, state))
     description = {
         "format_version": FORMAT_VERSION,
-        "adapter": dataclasses.asdict(model.spec),
+        "adapter": spec_content(model.spec),
         "backbone": backbone_content(model.info),
         "family": {"name": model.family.name, "plugin": model.family.plugin},
         "timm": timm.__version__,
@@ -160,22 +155,19 @@ def copy_adapter(source: str, folder: str) -> None:
         filesystem.get_file(f"{path}/{name}", os.path.join(folder, name))
 
 
-def _check_family(folder: str, family: Mapping[str, Any] | None) -> None:
-    """Reject an adapter of an unregistered family. A module named in a file is never imported automatically."""
-    if family is not None and family["name"] not in FAMILIES:
-        plugin = family["plugin"]
-        raise UserError(
-            f"adapter: {folder} is of the family {family['name']}, which is not registered; "
-            f"import {plugin or 'the module that registers it'}, or list it or its .py file under plugins:"
-        )
-
-
-def load(folder: str, *, checkpoint_path: str | None = None, precision: Precision = "fp32") -> AdaptedModel:
+def load(
+    folder: str,
+    *,
+    checkpoint_path: str | None = None,
+    backbone: nn.Module | None = None,
+    precision: Precision = "fp32",
+) -> AdaptedModel:
     """Load an adapted model: build the backbone from timm or `checkpoint_path`, verify it, and load the adapter.
 
     Args:
         folder: folder written by `save_adapter`, local path or fsspec URL.
         checkpoint_path: location of the backbone's weights, if it has changed since training.
+        backbone: the module that the adapter belongs to, which is adapted in place; needed where `adapt` was given one.
         precision: see `ModelSettings.precision`.
 
     Raises:
@@ -183,6 +175,8 @@ def load(folder: str, *, checkpoint_path: str | None = None, precision: Precisio
     """
     description, state = read_adapter(folder)
     info, spec = described(folder, description)
+    if backbone is not None:
+        return _load_onto(backbone, folder, description, state, precision)
     whole_model = spec.finetune == "full"  # its tensors replace the backbone's, which need not be fetched
     if whole_model:
         bare = dataclasses.replace(info, checkpoint=None, checkpoint_key=None, pretrained=False, classes=None)
@@ -203,96 +197,17 @@ def load(folder: str, *, checkpoint_path: str | None = None, precision: Precisio
     return model
 
 
-def described(folder: str, description: AdapterDescription) -> tuple[BackboneInfo, AdapterSpec]:
-    """The backbone and the adapter spec of a description.
-
-    Raises:
-        UserError: a family that is not registered.
-    """
-    _check_family(folder, description.content.get("family"))
-    return description.backbone, description.spec
-
-
-def _key_in(moved_to: str | None, key: str | None) -> str | None:
-    """The set of weights to take: a safetensors file in place of the original checkpoint holds that set alone."""
-    local = moved_to is not None and "://" not in moved_to
-    return None if local and key is not None and read_header(str(moved_to)) is not None else key
-
-
-def build(
-    info: BackboneInfo, spec: AdapterSpec, *, checkpoint_path: str | None = None, precision: Precision = "fp32"
+def _load_onto(
+    module: nn.Module, folder: str, description: AdapterDescription, state: Mapping[str, Tensor], precision: Precision
 ) -> AdaptedModel:
-    """Build the backbone with a freshly initialised adapter; the fingerprint is not verified.
-
-    Args:
-        checkpoint_path: location of the backbone's weights, if it has changed since training.
-
-    Raises:
-        UserError: a description with values that no setting allows.
-    """
+    """Adapt the module that an adapter belongs to, and load the adapter. Refused, the module is as it was."""
+    model = build_onto(module, folder, description, description.spec, precision=precision)
+    own = {**model.trainable(), **model.statistics()}
     try:
-        model = ModelSettings(
-            backbone=info.name,
-            checkpoint_path=checkpoint_path or info.checkpoint,
-            checkpoint_key=_key_in(checkpoint_path, info.checkpoint_key),
-            pretrained=info.pretrained,
-            num_classes=None if info.classes is not None else info.num_classes,
-            class_indices=None if info.classes is None else list(info.classes),
-            image_size=info.image_size,
-            mean=info.mean,
-            std=info.std,
-            model_kwargs=info.architecture,
-            precision=precision,
-        )
-        adapter = AdapterSettings(
-            rank=spec.rank,
-            alpha=spec.alpha,
-            components=spec.placement,
-            qkv=spec.qkv,
-            patch_norm_eps=spec.patch_norm_eps,
-            head=spec.head,
-        )
-    except ValidationError as error:  # a file of another version, or made by hand
-        raise UserError(f"adapter: {explain(error)}") from None
-    return build_adapted(model, adapter, spec.finetune, seed=spec.seed)
-
-
-def check_backbone(folder: str, description: AdapterDescription, actual: BackboneInfo) -> None:
-    """Check that the weights of a backbone are those that an adapter belongs to.
-
-    Args:
-        actual: the backbone that was built.
-
-    Raises:
-        UserError: the fingerprints differ.
-    """
-    info, then = description.backbone, f"timm {description.content.get('timm')}"
-    now = f"timm {timm.__version__} and torch {torch.__version__}"
-    if actual.sha256 != info.sha256 and not info.pretrained:
-        raise UserError(
-            f"adapter: {folder} belongs to random weights with fingerprint {str(info.sha256)[:12]}, but seed "
-            f"{info.seed} gives {str(actual.sha256)[:12]} with {now}; use the versions it was saved with ({then}), or "
-            "start from weights in a file"
-        )
-    if actual.sha256 != info.sha256:
-        raise UserError(
-            f"adapter: {folder} belongs to {info.name} with fingerprint {str(info.sha256)[:12]}, "
-            f"but these weights have {str(actual.sha256)[:12]}; give the backbone it was trained on"
-        )
-    if description.spec.head != "trained" and info.head_sha256 not in (None, actual.head_sha256):
-        raise UserError(
-            f"adapter: {folder} belongs to an untrained head that seed {info.seed} does not give with {now}; use the "
-            f"versions it was saved with ({then}), or train the head (adapter.head=trained)"
-        )
-
-
-def merge(model: AdaptedModel) -> NoReturn:
-    """Not supported: LN depends on the input, so that B A LN(x) is not a matrix that could be added to W.
-
-    Raises:
-        UserError: always.
-    """
-    raise UserError(
-        "an LNLoRA branch cannot be merged into W: B A LN(x) divides by the deviation of x, so it is not linear in x; "
-        "keep the branches beside the frozen layers"
-    )
+        check_tensors({name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}, state)
+    except UserError:
+        model.original.restore(module)
+        raise
+    set_tensors(own, state)
+    model.record = TrainingRecord(description.training)
+    return model

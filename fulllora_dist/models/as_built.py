@@ -15,7 +15,18 @@ from fulllora_dist.attacks.arguments import dtype_name
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.weights import fingerprint
 
-_MAY_CHANGE = {"training", "grad_checkpointing", "fused_attn", "p", "drop_prob", "drop_rate", "inplace"}
+_MAY_CHANGE = {
+    *(
+        "training",
+        "grad_checkpointing",
+        "gradient_checkpointing",
+        "fused_attn",
+        "p",
+        "drop_prob",
+        "drop_rate",
+        "inplace",
+    )
+}
 """Attributes of modules that do not change the logits in evaluation mode."""
 _PLAIN = (bool, int, float, str)
 

@@ -23,7 +23,7 @@ class BackboneInfo:
     """Description of a backbone, as stored in an adapter file.
 
     Attributes:
-        name: timm's full `arch.tag`.
+        name: timm's full `arch.tag`; of a module that `adapt` was given, where it came from.
         checkpoint: path or URL of the weights, with its signature redacted; None for timm's hub or random weights.
         pretrained: False for random weights.
         seed: seed of the random weights (and of a new head).
@@ -38,6 +38,8 @@ class BackboneInfo:
         architecture: arguments that change the tag's architecture (depth, embed_dim, ...).
         checkpoint_key: which set of weights in the checkpoint; None if it has a single one.
         head_sha256: `fingerprint` of a new, random head above pretrained weights; None without one.
+        module: class of a module that `adapt` was given, which `load` must be given again; None for one of timm's that
+            is built by its name.
     """
 
     name: str
@@ -57,6 +59,7 @@ class BackboneInfo:
     crop_mode: str = "center"
     checkpoint_key: str | None = None
     head_sha256: str | None = None
+    module: str | None = None
 
 
 def check_name(name: str, needs_tag: bool) -> None:

@@ -39,6 +39,10 @@ class Branch:
         whole: Tensor = self.layer.weight  # type: ignore[assignment]
         return whole.detach()[self.rows].flatten(1)
 
+    def update(self) -> Tensor:
+        """(alpha / r) B A in float64, [d_out, d_in]: what a branch without LN adds to the weight."""
+        return self.module.scale * (self.module.B.detach().double() @ self.module.A.detach().double())
+
     def norm(self) -> float:
         """The Frobenius norm of (alpha / r) B A, computed in float64.
 
@@ -94,7 +98,7 @@ def branches_of(model: AdaptedModel) -> list[Branch]:
 
 
 @contextmanager
-def disable_adapter(branches: Iterable[Branch]) -> Iterator[None]:
+def disable_branches(branches: Iterable[Branch]) -> Iterator[None]:
     """Disable branches within the context: the model computes bit for bit what it would with their B zero.
 
     No tensor is changed. Branches that were already disabled stay disabled.

@@ -87,7 +87,7 @@ class LNLoRABranch(Folding):
     Parameters are fp32 for any dtype of the activations; they are folded in fp32 and cast once per call.
 
     Attributes:
-        on: whether the branch is enabled; see `branches.disable_adapter`.
+        on: whether the branch is enabled; see `branches.disable_branches`.
     """
 
     def __init__(self, d_in: int, d_out: int, rank: int, alpha: float, norm: bool, eps: float):

@@ -6,6 +6,7 @@ head, LayerNorm) replace the backbone's in the same way, with a forward hook. Th
 changed.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.adapt import attach_at
+from fulllora_dist.models.adapt import adapt_given
 from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors
-from fulllora_dist.models.adapter_file import build, check_backbone, described, read_adapter
+from fulllora_dist.models.adapter_file import read_adapter
 from fulllora_dist.models.adapter_switch import AdapterSwitch, Choice, OwnTensors, choosing
+from fulllora_dist.models.attaching import attach_at
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.placement import Site
+from fulllora_dist.models.rebuild import build, build_onto, check_backbone, described, settings_of
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
 
@@ -37,6 +40,7 @@ class MultiAdapter(nn.Module):
     Args:
         adapters: {name: folder}, with names of your choice.
         checkpoint_path: location of the backbone's weights, if it has changed since training.
+        backbone: the module that the adapters belong to, which is changed in place; needed where `adapt` was given one.
         precision: see `ModelSettings.precision`.
         local_folder: context manager that turns an address into a local folder, if the addresses are not folders.
 
@@ -53,6 +57,7 @@ class MultiAdapter(nn.Module):
         adapters: Mapping[str, str],
         *,
         checkpoint_path: str | None = None,
+        backbone: nn.Module | None = None,
         precision: Precision = "fp32",
         local_folder: Callable[[str], AbstractContextManager[str]] = nullcontext,
     ):
@@ -60,25 +65,30 @@ class MultiAdapter(nn.Module):
         if not isinstance(adapters, Mapping) or not adapters:
             raise UserError(f"adapters: must be {{name: folder, ...}} with at least one, got {adapters!r}")
         self._local_folder = local_folder
+        self._shape: nn.Module | None = None  # of a backbone that was given, on the meta device
         self._specs: dict[str, AdapterSpec] = {}
         self.records: dict[str, TrainingRecord] = {}
         self._own: dict[str, OwnTensors] = {}
         self.own = nn.ModuleList()
         for name, where in adapters.items():
             if not self._specs:
-                self._begin(where, checkpoint_path, precision)
+                self._begin(where, checkpoint_path, backbone, precision)
             self.add(name, where)
 
-    def _begin(self, where: str, checkpoint_path: str | None, precision: Precision) -> None:
+    def _begin(self, where: str, checkpoint_path: str | None, backbone: nn.Module | None, precision: Precision) -> None:
         """Build the backbone of the first adapter, with its original head and without branches."""
         with self._local_folder(where) as folder:
             description, _ = read_adapter(folder)
             info, spec = described(folder, description)
             _check_shares(where, spec)
             self._seed = spec.seed
-            bare = replace(spec, finetune="head", head="trained", rank=None, alpha=None)
-            base = build(info, bare, checkpoint_path=checkpoint_path, precision=precision)
-            check_backbone(folder, description, base.info)
+            bare = replace(spec, finetune="full", head="trained", rank=None, alpha=None, target_modules=None)
+            if backbone is not None:
+                self._shape = on_meta(backbone)
+                base = build_onto(backbone, folder, description, bare, precision=precision)
+            else:
+                base = build(info, bare, checkpoint_path=checkpoint_path, precision=precision)
+                check_backbone(folder, description, base.info)
         self._base: AdaptedModel = base.requires_grad_(False)
         self.info: BackboneInfo = base.info
 
@@ -109,8 +119,13 @@ class MultiAdapter(nn.Module):
             info, spec = described(folder, description)
             _check_shares(where, spec)
             self._check_same(where, info, spec)
-            with torch.device("meta"):
-                planned = build(info, spec)
+            if self._shape is not None:
+                settings, adapter = settings_of(info, spec)
+                module = copy.deepcopy(self._shape)
+                planned = adapt_given(module, settings, adapter, spec.finetune, spec.target_modules, seed=spec.seed)
+            else:
+                with torch.device("meta"):
+                    planned = build(info, spec)
         self._place(name, planned, state)
         self._specs[name] = spec
         self.records[name] = TrainingRecord(description.training)
@@ -238,6 +253,13 @@ class SelectedAdapter(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.several(pixels, self.adapter)
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy without memory for its tensors."""
+    made: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    made |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    return copy.deepcopy(module, made)
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
+from torch import nn
+
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models import multi_adapter
 from fulllora_dist.models.adapted_model import AdaptedModel
@@ -47,7 +49,12 @@ def local_folder(address: str, uri: str | None = None) -> Iterator[str]:
 
 
 def load(
-    address: str, *, checkpoint_path: str | None = None, precision: Precision = "fp32", uri: str | None = None
+    address: str,
+    *,
+    checkpoint_path: str | None = None,
+    backbone: nn.Module | None = None,
+    precision: Precision = "fp32",
+    uri: str | None = None,
 ) -> AdaptedModel:
     """The adapted model of an adapter: its backbone is built from timm or `checkpoint_path`, and checked.
 
@@ -55,6 +62,7 @@ def load(
         address: what `save_adapter` wrote, a local path or fsspec URL; or an address of MLflow:
             "models:/NAME@champion", "models:/NAME/3", "runs:/ID/adapter".
         checkpoint_path: the backbone's weights, if they have moved since training.
+        backbone: the module that the adapter belongs to, which is adapted in place; needed where `adapt` was given one.
         precision: see `create_model`.
         uri: MLflow's tracking store, which becomes its `set_tracking_uri`; None takes the one that is set
             (MLFLOW_TRACKING_URI).
@@ -63,7 +71,7 @@ def load(
         UserError: missing or damaged files, an unknown version or alias, another backbone, other shapes.
     """
     with local_folder(address, uri) as folder:
-        return load_folder(folder, checkpoint_path=checkpoint_path, precision=precision)
+        return load_folder(folder, checkpoint_path=checkpoint_path, backbone=backbone, precision=precision)
 
 
 class MultiAdapter(multi_adapter.MultiAdapter):
@@ -71,7 +79,7 @@ class MultiAdapter(multi_adapter.MultiAdapter):
 
     Args:
         adapters: {name: address}; see `load`.
-        checkpoint_path, precision, uri: see `load`.
+        checkpoint_path, backbone, precision, uri: see `load`.
 
     Raises:
         UserError: adapters of different backbones, one that is a whole model (finetune: full); as for `load`.
@@ -82,8 +90,11 @@ class MultiAdapter(multi_adapter.MultiAdapter):
         adapters: Mapping[str, str],
         *,
         checkpoint_path: str | None = None,
+        backbone: nn.Module | None = None,
         precision: Precision = "fp32",
         uri: str | None = None,
     ):
         fetch = partial(local_folder, uri=uri)
-        super().__init__(adapters, checkpoint_path=checkpoint_path, precision=precision, local_folder=fetch)
+        super().__init__(
+            adapters, checkpoint_path=checkpoint_path, backbone=backbone, precision=precision, local_folder=fetch
+        )

@@ -119,6 +119,10 @@ def _limits(threat: tuple[str, float] | None, evaluation: Mapping[str, Any] | No
 
 
 def _loading(backbone: BackboneInfo, address: str) -> list[str]:
+    if backbone.module is not None:
+        weights = f"The backbone is a {backbone.module} with the fingerprint `{backbone.sha256}`, given as `backbone=`."
+        loading = f'model = fd.load("{address}", backbone=module)  # fp32 pixels [B, 3, H, W] in [0, 1] -> logits'
+        return [weights, "", "```python", "import fulllora_dist as fd", "", loading, "```"]
     source = redacted(backbone.checkpoint or "") or ("timm's hub" if backbone.pretrained else "its seed")
     return [
         f"The backbone's weights are taken from {source} and must have the fingerprint `{backbone.sha256}`; where "

@@ -84,7 +84,8 @@ def model_name(description: "AdapterDescription", data: str | None, threat: tupl
     norm, eps = threat
     size = f"{eps * 255:.4g}_255" if norm == "linf" else f"{eps:.4g}"
     backbone = description.backbone
-    base = backbone.name if "." in backbone.name else f"{backbone.name}_{str(backbone.sha256)[:8]}"
+    named = "." in backbone.name and backbone.module is None
+    base = backbone.name if named else f"{backbone.name}_{str(backbone.sha256)[:8]}"
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", f"{base}-{data}-{norm}-{size}")
 
 

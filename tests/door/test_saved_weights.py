@@ -18,7 +18,7 @@ import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import read_adapter
-from fulllora_dist.models.branches import branches_of, disable_adapter
+from fulllora_dist.models.branches import branches_of, disable_branches
 from fulllora_dist.training.initial import state_of_adapter
 from tests.tiny import ARCHITECTURE, CLASSES, SIDE, architecture, images, roughen, stir, tiny
 
@@ -182,7 +182,7 @@ def test_buffers_count_too(family: str, precision: Any, tmp_path: Path) -> None:
 
 def test_a_disabled_adapter_is_not_saved(tmp_path: Path) -> None:
     model = stir(tiny())
-    with disable_adapter(branches_of(model)), pytest.raises(UserError, match=r"lnlora.on was True and is False"):
+    with disable_branches(branches_of(model)), pytest.raises(UserError, match=r"lnlora.on was True and is False"):
         fd.save_adapter(model, str(tmp_path / "a"))
     assert not (tmp_path / "a").exists()
     fd.save_adapter(model, str(tmp_path / "a"))
@@ -198,8 +198,8 @@ def test_what_only_holds_a_model_is_not_saved(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             fd.save_adapter(other, str(tmp_path / "b"))  # type: ignore[arg-type]
         assert str(caught.value) == (
-            f"save_adapter: must be a model of create_model or load, got {type(other).__name__}; give the one that it "
-            "wraps"
+            f"save_adapter: must be a model of create_model, adapt or load, got {type(other).__name__}; give the one "
+            "that it wraps"
         )
     assert not (tmp_path / "b").exists()
     fd.save_adapter(model, str(tmp_path / "c"))  # several adapters leave the first one's model alone

@@ -22,7 +22,6 @@ from fulllora_dist.distributed.comm import Comm, free_port
 from fulllora_dist.models.adapt import create_model
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_description import AdapterDescription
-from fulllora_dist.models.adapter_file import merge
 from fulllora_dist.registry.card import model_card
 from fulllora_dist.training.build import build_evaluator
 from tests.tiny import ARCHITECTURE, architecture, images, roughen, stir, tiny
@@ -225,11 +224,6 @@ def test_what_is_not_that_adapter_is_refused(damage: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=f"adapter: .*{words}|^{words}") as caught:
         fd.load(str(folder))
     assert "\n" not in str(caught.value)
-
-
-def test_merging_is_refused_with_the_reason() -> None:
-    with pytest.raises(UserError, match=r"cannot be merged into W: .*not linear in x"):
-        merge(tiny())
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.models.branches import Branch, branches_of, disable_adapter
+from fulllora_dist.models.branches import Branch, branches_of, disable_branches
 from tests.tiny import CLASSES, FAMILIES, SIDE, architecture, branches, images, roughen, stir, tiny
 
 CASES = [
@@ -97,7 +97,7 @@ def test_switched_off_is_b_zero_and_all_off_the_bare_model(family: str, qkv: str
         with torch.no_grad():
             for branch in chosen:
                 zeroed.backbone.get_parameter(f"{branch.name}.B").zero_()
-        with disable_adapter(chosen):
+        with disable_branches(chosen):
             off = logits_and_gradient(model)
         assert same(off, logits_and_gradient(zeroed)), component
         assert not torch.equal(off[0], before[0]), component
@@ -110,7 +110,7 @@ def test_switched_off_is_b_zero_and_all_off_the_bare_model(family: str, qkv: str
     bare.load_state_dict(
         {key.removeprefix("backbone."): value for key, value in state.items() if ".lnlora." not in key}
     )
-    with torch.no_grad(), disable_adapter(found):
+    with torch.no_grad(), disable_branches(found):
         assert torch.equal(model(images()), bare((images() - model.mean) / model.std))
 
 
@@ -118,12 +118,12 @@ def test_on_again_after_an_exception_and_inside_another() -> None:
     model = stir(tiny())
     found = branches_of(model)
     before = logits_and_gradient(model)
-    with pytest.raises(KeyboardInterrupt), disable_adapter(found[:3]):
+    with pytest.raises(KeyboardInterrupt), disable_branches(found[:3]):
         raise KeyboardInterrupt
     assert same(logits_and_gradient(model), before)
-    with disable_adapter(found[:2]):
+    with disable_branches(found[:2]):
         outer = logits_and_gradient(model)
-        with disable_adapter(found[1:4]):
+        with disable_branches(found[1:4]):
             assert not same(logits_and_gradient(model), outer)
         assert same(logits_and_gradient(model), outer), "what was off already stays off"
     assert same(logits_and_gradient(model), before)

@@ -11,7 +11,12 @@ from fulllora_dist.models.families.family import FAMILIES, Family, register_fami
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["FAMILIES", "Family", "family_of", "register_family"]
+__all__ = ["FAMILIES", "Family", "family_of", "has_family", "register_family"]
+
+
+def has_family(module: nn.Module) -> bool:
+    """Whether a module is a model of a registered family."""
+    return any(type(module) in family.models for family in FAMILIES.values())
 
 
 def family_of(backbone: nn.Module, name: str) -> Family:

@@ -7,13 +7,16 @@ branches that are never called.
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fulllora_dist.attacks.victim import logits_in
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.placement import FUSED, Site
 from fulllora_dist.models.settings import COMPONENTS
@@ -21,8 +24,8 @@ from fulllora_dist.models.settings import COMPONENTS
 Parts = Mapping[type[nn.Module], Mapping[str, str | None]]
 Weights = dict[str, Tensor]
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_LAYERS = (nn.Linear, _ConvNd)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+LAYERS = (nn.Linear, _ConvNd)
 
 
 def _matches(pattern: str, path: str) -> bool:
@@ -81,12 +84,12 @@ class Family:
         """
         sites: list[Site] = []
         for path, module in backbone.named_modules():
-            if isinstance(module, _LAYERS):
+            if isinstance(module, LAYERS):
                 sites += self._site(backbone, name, path, module)
             elif (
-                not isinstance(module, _CONTAINERS)
+                not isinstance(module, CONTAINERS)
                 and type(module) not in self.parts
-                and any(isinstance(m, _LAYERS) for m in module.modules())
+                and any(isinstance(m, LAYERS) for m in module.modules())
             ):
                 raise UserError(
                     f"model.backbone: {name} has the part {path} of class {type(module).__name__}, where no branch is "
@@ -96,7 +99,7 @@ class Family:
 
     def _site(self, backbone: nn.Module, name: str, path: str, layer: nn.Module) -> list[Site]:
         owner, below = path, ""
-        while not below or isinstance(backbone.get_submodule(owner), _CONTAINERS):
+        while not below or isinstance(backbone.get_submodule(owner), CONTAINERS):
             owner, _, last = owner.rpartition(".")
             below = f"{last}.{below}".removesuffix(".")
         layers = self.parts[type(backbone.get_submodule(owner))]
@@ -109,16 +112,19 @@ class Family:
         component = layers[pattern]
         if component is None:
             return []
-        plain = type(layer) in (nn.Linear, nn.Conv2d)
-        if not plain or (
-            isinstance(layer, nn.Conv2d)
-            and (layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str))
-        ):
-            raise UserError(
-                f"model.backbone: {name} has the layer {path}, beside which no branch can be put: {layer}; "
-                "supported: nn.Linear, and nn.Conv2d with zero padding and without groups"
-            )
+        check_plain(path, layer, f"model.backbone: {name} has the layer")
         return [Site(path, component)]
+
+    def branches(self, component: str, placement: Sequence[str], qkv: str) -> tuple[str, ...]:
+        """Names of the branches of a layer: those of its parts for a fused projection, "" for one of the whole layer.
+
+        Args:
+            placement: the components that get a branch.
+            qkv: "separate" or "shared".
+        """
+        parts = FUSED.get(component, (component,))
+        wanted = tuple(part for part in parts if part == "head" or part in placement)
+        return wanted if len(parts) > 1 and qkv == "separate" else ("",) * bool(wanted)
 
     def modules(self, backbone: nn.Module) -> list[nn.Module]:
         """The blocks, in forward order."""
@@ -161,43 +167,98 @@ def register_family(family: Family) -> Family:
     return family
 
 
+def check_plain(path: str, layer: nn.Module, what: str) -> None:
+    """Check that a branch can be put beside a layer.
+
+    Args:
+        what: of the message, before the path.
+
+    Raises:
+        UserError: it is another class, or has another kind of padding, or groups.
+    """
+    if type(layer) is nn.Linear or (
+        type(layer) is nn.Conv2d
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+    ):
+        return
+    raise UserError(
+        f"{what} {path}, beside which no branch can be put: {layer}; supported: nn.Linear, and nn.Conv2d with zero "
+        "padding and without groups"
+    )
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the context; then each module has its own mode back."""
+    training = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in training:
+            part.training = mode
+
+
+@contextmanager
+def noting_calls(modules: Mapping[str, nn.Module], grad: bool = False) -> Iterator[dict[str, Any]]:
+    """{name: output} of those modules that are called within the context.
+
+    By their `forward`: where a module has hooks, torch leaves the fused operation of nn.TransformerEncoderLayer that it
+    takes without, and in which no layer is called.
+
+    Args:
+        grad: outputs are part of the graph, for `torch.autograd.grad`.
+    """
+    outputs: dict[str, Any] = {}
+
+    def noting(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            output = outputs[name] = forward(*args, **kwargs)
+            if not grad:
+                return output
+            return (output if output.requires_grad else output.requires_grad_()).clone()  # it may be changed in place
+
+        return call
+
+    own = {name: vars(module).get("forward") for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            module.forward = noting(name, module.forward)
+        yield outputs
+    finally:
+        for name, module in modules.items():
+            vars(module).pop("forward", None)
+            if (forward := own[name]) is not None:
+                module.forward = forward
+
+
 def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size: int, num_classes: int) -> None:
     """Check in a forward pass on a grey image that a model returns logits and calls each branch.
 
     Raises:
         UserError: the pass fails, returns something else, or does not call a branch, whose layer the message names.
     """
-    called: set[str] = set()
-    handles = [
-        backbone.get_submodule(f"{site.path}.lnlora").register_forward_pre_hook(
-            lambda *_, path=site.path: called.add(path)
-        )
-        for site in sites
-    ]
-    training = [(module, module.training) for module in backbone.modules()]
+    branches = {site.path: backbone.get_submodule(f"{site.path}.lnlora") for site in sites}
     weight = next(backbone.parameters())
     try:
-        backbone.eval()
-        with torch.no_grad():
-            logits = backbone(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
+        with torch.no_grad(), evaluating(backbone), noting_calls(branches) as called:
+            output = backbone(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(
             f"model.image_size: {name} fails on an image of 3 x {image_size} x {image_size} ({reason}); use the size "
             "that it is made for, and remove arguments that change its input from model.model_kwargs"
         ) from None
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training:
-            module.training = mode
+    logits = logits_in(output)
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (1, num_classes):
         raise UserError(
             f"model.model_kwargs: {name} must return logits {(1, num_classes)} for one image, got "
-            f"{shape or type(logits).__name__}; remove arguments that change its output, such as global_pool"
+            f"{shape or type(output).__name__}; remove arguments that change its output, such as global_pool"
         )
-    if idle := [site.path for site in sites if site.path not in called]:
+    if idle := [path for path in branches if path not in called]:
         raise UserError(
             f"model.backbone: {name} never calls {idle[0]} ({len(idle)} such layers), so that its branch would have no "
             "effect; its family must give a subclass that calls it (`calling`), or None as its component"
