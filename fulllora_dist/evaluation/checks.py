@@ -273,15 +273,15 @@ def order_warnings(columns: Mapping[EvalAttack, np.ndarray], prefix: str) -> lis
     return lines
 
 
-def finite_warnings(columns: Mapping[EvalAttack, np.ndarray], eps: float) -> list[str]:
+def finite_warnings(columns: Mapping[EvalAttack, np.ndarray], ball: str) -> list[str]:
     """Of the reported figures: logits that are NaN or infinite, on all images. `columns` has int [n] of each attack, -k
-    where k logits are not finite; `eps` is that of all but `clean`."""
+    where k logits are not finite; `ball` is that of all but `clean`, in words."""
     counts = {
         attack: (-values[values < 0].sum(), (values < 0).sum(), len(values)) for attack, values in columns.items()
     }
     return [
         f"finite: {logits} logits of {images} of {n} images are not finite under {attack.name}"
-        f"{'' if attack.kind == 'clean' else f' at eps = {eps:.4g}'}: these images count as wrong"
+        f"{'' if attack.kind == 'clean' else f' at {ball}'}: these images count as wrong"
         for attack, (logits, images, n) in counts.items()
         if images
     ]

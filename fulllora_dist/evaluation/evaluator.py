@@ -27,7 +27,7 @@ from fulllora_dist.evaluation import checks
 from fulllora_dist.evaluation.attacks import parse_attacks, survivors_outcome
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.progress import Progress, heartbeat, wait_for_all
-from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKeys, score
+from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKeys, WorstCase, score
 from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
 from fulllora_dist.evaluation.trained import classes_of, own_pictures
 from fulllora_dist.evaluation.verdicts import Verdicts
@@ -50,7 +50,7 @@ class Evaluator:
         attacks: names, see `EvalAttack`.
         threat: the ball of perturbations.
         comm: the ranks that share the work.
-        more_threats: further balls, for robust accuracy against eps.
+        more_threats: further balls: of this norm, for robust accuracy against eps, or of others.
         seed: of the random starts.
         gradient_masking_samples: on how many images, drawn evenly over the classes, symptoms of masked gradients are
             looked for; 0 looks for none.
@@ -229,21 +229,31 @@ class Evaluator:
         labels, classes = images.index.labels[ids], images.index.classes
         points: list[EpsPoint] = []
         warnings = checks.warnings(measured)
+        norm = self._threats[0].norm
         for radius, threat in enumerate(self._threats):
             asked = self._attacks if radius == 0 else [attack for attack in self._attacks if attack.kind != "clean"]
             found = {attack: verdicts.of(variant, radius, attack) for attack in asked}
             correct = {attack: (values == 1).astype(int) for attack, values in found.items()}
-            scored = {attack.name: score(hits, labels, classes) for attack, hits in correct.items()}
-            points.append({"eps": threat.eps, "attacks": scored})
+            point: EpsPoint = {
+                "eps": threat.eps,
+                "attacks": {attack.name: score(hits, labels, classes) for attack, hits in correct.items()},
+            }
+            if any(attack.kind != "clean" for attack in asked):
+                point["worst_case"] = score(np.minimum.reduce(list(correct.values())), labels, classes)
+            if threat.norm != norm:
+                point["norm"] = threat.norm
+            points.append(point)
             standing = {attack: hits == 1 for attack, hits in correct.items()}
-            warnings += checks.order_warnings(standing, f"eps = {threat.eps:.4g}: ")
-            warnings += checks.finite_warnings(found, threat.eps)
+            ball = f"{'' if threat.norm == norm else f'{threat.norm} '}eps = {threat.eps:.4g}"
+            warnings += checks.order_warnings(standing, f"{ball}: ")
+            warnings += checks.finite_warnings(found, ball)
         if self._precision not in ("fp32", "fp64"):
             warnings.append(f"precision: computed in {self._precision}; a figure to report is computed in fp32")
+        worst: WorstCase = {"worst_case": points[0]["worst_case"]} if "worst_case" in points[0] else {}
         return {
             "n": len(ids),
             "eps": points[0]["eps"],
-            "norm": self._threats[0].norm,
+            "norm": norm,
             "precision": self._precision,
             "backbone": self._evaluated["backbone"],
             "adapter": self._evaluated["adapter"],
@@ -254,7 +264,9 @@ class Evaluator:
             **model,
             "ids": ids.tolist(),
             "attacks": points[0]["attacks"],
-            "more_eps": points[1:],
+            **worst,
+            "more_eps": [point for point in points[1:] if "norm" not in point],
+            "more_norms": [point for point in points if "norm" in point],
             "checks": measured,
             "warnings": warnings,
         }
