@@ -67,13 +67,15 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     arguments.add_argument(
         "--attacks",
         metavar="A,B",
-        help="evaluation.attacks: clean, fgsm, pgdK, cwK, dlrK, pgdKxR with R restarts, autoattack, apgd-ce+square",
+        help="evaluation.attacks: clean, fgsm, pgdK, cwK, dlrK, pgdKxR with R restarts, autoattack, apgd-ce+square, "
+        "transfer:ADAPTER",
     )
     add_num_samples(arguments)
     arguments.add_argument("--first", metavar="N", help="evaluation.first: the first N images")
     arguments.add_argument("--ids", metavar="FILE", help="evaluation.ids: a file with one id or image name per line")
     arguments.add_argument("--eps", metavar="K/255,...", help="threat.eps; further ones are evaluation.eps")
-    arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf or l2")
+    arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf, l2 or l1")
+    arguments.add_argument("--norms", metavar="N=EPS,...", help="evaluation.norms: further norms, e.g. l2=2,l1=255")
     arguments.add_argument(
         "--output",
         metavar="FILE",
@@ -84,9 +86,9 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         "--dry-run", action="store_true", help="check the settings and estimate the cost without evaluating"
     )
     args = arguments.parse_intermixed_args(argv)
-    for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "output"):
+    for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "norms", "output"):
         given = getattr(args, name)
-        parts = given.split(",") if given and name in ("attacks", "eps") else [given]
+        parts = given.split(",") if given and name in ("attacks", "eps", "norms") else [given]
         if given is not None and not all(part.strip() for part in parts):
             raise UserError(
                 f"--{name.replace('_', '-')}: must not have empty values, got {given!r}; complete or remove it"
@@ -94,7 +96,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     eps, *more = args.eps.split(",") if args.eps else (None,)
     other_norm = _other_norm(args)
     if other_norm and eps is None and not any(override.startswith("threat.eps=") for override in args.overrides):
-        raise UserError("threat.norm: eps of linf and l2 are not comparable; give --eps too")
+        raise UserError("threat.norm: eps of different norms are not comparable; give --eps too")
     short = {
         "evaluation.attacks": args.attacks and f"[{args.attacks}]",
         "evaluation.num_samples": args.num_samples,
@@ -103,6 +105,7 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
         "threat.eps": eps,
         "evaluation.eps": f"[{','.join(more)}]" if more or other_norm else None,
         "threat.norm": args.norm,
+        "evaluation.norms": args.norms and f"[{args.norms}]",
     }
     overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
     return args, load_config(args.config, [*args.overrides, *overrides])

@@ -10,6 +10,7 @@ from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.distributed.launcher import say
 from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
+from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.evaluation.output import check_replaced, read_replaced
 from fulllora_dist.evaluation.report import Key
 from fulllora_dist.evaluation.resume_log import items_done
@@ -90,9 +91,9 @@ def _evaluate(config: Config, folder: str, where: str | None, output: str | None
     model = comm.run_on_all(lambda: build_evaluated(config, adapter)).to(comm.device)
     stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))
     sha256 = None if adapter is None else adapter_sha256(model)
-    evaluator = build_evaluator(config, model.info, comm, adapter, sha256)
+    evaluator = comm.run_on_all(lambda: build_evaluator(config, model.info, comm, adapter, sha256))
     if output:
-        names, balls = config.evaluation.attacks, threats(config)
+        names, balls = [a.name for a in AttackName.parse_all(config.evaluation.attacks)], threats(config)
         new = [Key(ball.norm, 0.0 if name == "clean" else ball.eps, name) for name in names for ball in balls]
         lock = FolderLock(Path(f"{output}.lock"), "--output", say)
         stack.callback(lock.release)

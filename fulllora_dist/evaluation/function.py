@@ -1,6 +1,6 @@
 """Robust accuracy of a model, in this process: what `fulllora_dist.evaluate` is."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,16 @@ from fulllora_dist.core.units import parse_size
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
+from fulllora_dist.evaluation.attack_names import further_norms
 from fulllora_dist.evaluation.entering import CheckedImages, measured_precision, outputs_of
 from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.own_images import BATCH_SIZE, OwnImages
 from fulllora_dist.evaluation.report import EvaluationReport
 from fulllora_dist.evaluation.trained import eval_transform, record_of, unwrapped
+from fulllora_dist.evaluation.transfer import load_sources
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.models.adapter_file import adapter_sha256
+from fulllora_dist.models.adapter_file import adapter_sha256, load
 
 
 def evaluate(
@@ -32,10 +34,12 @@ def evaluate(
     attacks: Sequence[str] = ("clean", "pgd20"),
     eps: float | str | None = None,
     norm: Norm | None = None,
+    norms: Mapping[Norm, float | str] | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
     gradient_masking_samples: int = 0,
+    transfer_from: Mapping[str, nn.Module] | None = None,
     classes: Sequence[str] | None = None,
     workers: int = 0,
 ) -> EvaluationReport:
@@ -49,14 +53,17 @@ def evaluate(
             or one such pair. x [B, C, H, W] in [0, 1], not normalised, or uint8; y int [B]. An image without an id has
             its position as id. A loader is read once, and its images are kept in host memory. Labels are mapped to the
             adapter's classes by name, where names are known.
-        attacks: `clean`, `fgsm`, `pgdK`, `cwK`, `dlrK`, `pgdKxR`, `autoattack`: see `EvalAttack`.
+        attacks: `clean`, `fgsm`, `pgdK`, `cwK`, `dlrK`, `pgdKxR`, `autoattack`, `transfer:NAME`: see `EvalAttack`.
         eps: radius in pixels of [0, 1]; None is what the adapter was trained for, or else 4/255 for "linf"; for "l2"
-            there is no other default.
-        norm: "linf" or "l2"; None is what the adapter was trained for, or else "linf".
+            and "l1" there is no other default.
+        norm: "linf", "l2" or "l1"; None is what the adapter was trained for, or else "linf".
+        norms: further norms, each with its eps: {"l2": 2, "l1": 255}; report["more_norms"] has them.
         num_samples: how many images, drawn evenly over the classes; None takes all.
         gradient_masking_samples: on how many images symptoms of masked gradients are looked for; 0 looks for none.
         batch_size: images a batch; None is a loader's own, or else 64.
         seed: of the attacks' random starts; None is that of the adapter's run, or else 0.
+        transfer_from: {NAME: the model of `transfer:NAME`}, any module from pixels to logits; others are folders of
+            adapters.
         classes: names of the labels of a loader or pair, in order; None takes those of the loader's data set, as
             torchvision's `ImageFolder` has them.
         workers: decoding threads, where `data` is a folder.
@@ -76,18 +83,23 @@ def evaluate(
         raise UserError(f"attacks must be a list of names, e.g. ['clean', 'pgd20'], got {attacks!r}")
     predict, model = Victim(model), unwrapped(model)
     info = model.info if isinstance(model, AdaptedModel) else None
-    parameter = next(model.parameters(), torch.empty(0))
-    images = CheckedImages(_images(data, predict, parameter.device, classes, num_samples, batch_size, workers))
     record = record_of(model)
     threat = _threat(norm, eps, record.threat)
+    more = further_norms([f"{other}={size}" for other, size in (norms or {}).items()], threat.norm)
+    given = transfer_from or {}
+    sources = load_sources(attacks, lambda name: given[name] if name in given else load(name))
+    parameter = next(model.parameters(), torch.empty(0))
+    images = CheckedImages(_images(data, predict, parameter.device, classes, num_samples, batch_size, workers))
     comm = Comm(0, 1, parameter.device, control=None)
     name = info.name if info else type(model).__name__
     evaluator = Evaluator(
         attacks,
         threat,
         comm,
+        more_threats=[threat_model(*ball) for ball in more],
         seed=seed if seed is not None else record.seed or 0,
         gradient_masking_samples=gradient_masking_samples,
+        sources=sources,
         backbone=name,
         adapter_sha256=adapter_sha256(model) if isinstance(model, AdaptedModel) else None,
         precision=measured_precision(predict, images, comm.device),
