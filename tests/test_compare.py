@@ -10,7 +10,8 @@ import pytest
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import paired_score
 from fulllora_dist.evaluation.compare import compare, comparison_table, paired_difference
-from fulllora_dist.evaluation.report import check_replaced, read_evaluation
+from fulllora_dist.evaluation.output import check_replaced
+from fulllora_dist.evaluation.report import Key, read_evaluation
 from tests.ranks import RankServer
 
 ROOT = Path(__file__).parents[1]
@@ -104,11 +105,41 @@ def test_each_eps_and_warnings() -> None:
     assert [(row["attack"], round(row["eps"] * 255)) for row in found["rows"]] == [
         ("clean", 0),
         ("pgd20", 4),
+        ("worst_case", 4),
         ("pgd20", 8),
+        ("worst_case", 8),
     ]
-    assert found["rows"][2]["difference"] == 0
+    assert found["rows"][3]["difference"] == 0
     assert found["warnings"] == ["B: square: masked"]
     assert "4/255" in comparison_table(found)
+
+
+def test_the_worst_case_is_that_of_the_attacks_that_both_have() -> None:
+    """An attack that one alone has would count against it."""
+    rng = np.random.default_rng(0)
+    clean, robust, other, third = (rng.random((2, 200)) < share for share in (0.9, 0.7, 0.7, 0.2))
+    reports = [evaluation(robust[k] & clean[k], clean[k]) for k in (0, 1)]
+    for k, report in enumerate(reports):
+        report["attacks"]["cw20"] = {"correct": (other[k] & clean[k]).astype(int).tolist()}
+    reports[1]["attacks"]["square"] = {"correct": (third[1] & clean[1]).astype(int).tolist()}
+    (row,) = (row for row in compare(*reports)["rows"] if row["attack"] == "worst_case")
+    expected = [
+        np.mean([c and r and o for c, r, o in zip(*side, strict=True)])
+        for side in zip(clean, robust, other, strict=True)
+    ]
+    assert [row["a"], row["b"]] == pytest.approx(expected)
+    (alone,) = compare(*reports, attacks=["worst_case"])["rows"]
+    assert (alone["a"], alone["b"]) == (row["a"], row["b"])
+    assert row["a"] < min(other[0].mean(), robust[0].mean())
+
+
+def test_further_norms_are_compared_in_their_balls() -> None:
+    a, b = pair(100)
+    more = [{"norm": "l2", "eps": 4 / 255, "attacks": {"pgd20": {"correct": [0] * 100}}}]
+    found = compare(evaluation(a, more_norms=more), evaluation(b, more_norms=more))
+    in_l2 = [row for row in found["rows"] if row["norm"] == "l2"]
+    assert [(row["attack"], row["a"]) for row in in_l2] == [("pgd20", 0), ("worst_case", 0)]
+    assert "l2 eps = 0.01569" in comparison_table(found)
 
 
 def test_clean_is_compared_at_any_eps() -> None:
@@ -150,13 +181,14 @@ def test_an_attack_that_one_has_not_is_refused() -> None:
 
 def test_what_another_evaluation_found_is_not_written_over(tmp_path: Path) -> None:
     path = tmp_path / "evaluation.json"
-    both = [(0.0, "clean"), (4 / 255, "pgd20")]
+    both = [Key("linf", 0.0, "clean"), Key("linf", 4 / 255, "pgd20")]
+    at_8 = Key("linf", 8 / 255, "pgd20")
     check_replaced(path, both, "linf", 1, None)
     path.write_text(json.dumps(evaluation(pair(33)[0], adapter_sha256="a")))
-    check_replaced(path, [*both, (8 / 255, "pgd20")], "linf", 40, "a")
+    check_replaced(path, [*both, at_8], "linf", 40, "a")
     for new, lost in (
         ((both[:1], "linf", 33, "a"), "pgd20 at 4/255"),
-        (([*both[:1], (8 / 255, "pgd20")], "linf", 33, "a"), "pgd20 at 4/255"),
+        (([*both[:1], at_8], "linf", 33, "a"), "pgd20 at 4/255"),
         ((both, "linf", 32, "a"), "33 images"),
         ((both, "l2", 33, "a"), "linf"),
         ((both, "linf", 33, "b"), "another adapter"),

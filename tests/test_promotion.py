@@ -41,6 +41,14 @@ def without(key: str) -> dict[str, Any]:
     return found
 
 
+def with_cw20(lost: slice, gained: slice) -> dict[str, Any]:
+    """The champion's figures, and those of cw20, which fools `lost` and leaves `gained` beside those of pgd20."""
+    found = flipped(0, 0)
+    robust = right(600, N)
+    robust[lost], robust[gained] = 0, 1
+    return {**found, "attacks": {**found["attacks"], "cw20": evaluation(robust)["attacks"]["pgd20"]}}
+
+
 FEW, FAIR = (evaluation(right(int(0.6 * n), n)) for n in (20, 300))
 NAN = float("nan")
 PAIRS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
@@ -53,6 +61,11 @@ PAIRS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
     "better, and paired": (flipped(60, 30), CHAMPION, ()),
     "a little worse, surely within the margin": (flipped(0, 2), CHAMPION, ()),
     "clearly worse": (flipped(0, 50), CHAMPION, ("less robust by more than 1 point",)),
+    "better under each attack, but not in the worst case": (
+        with_cw20(slice(540, 600), slice(600, 760)),
+        with_cw20(slice(0), slice(0)),
+        (r"worst_case: -6.00 points .* less robust by more than 1 point",),
+    ),
     "no worse, but unsure": (flipped(40, 40), CHAMPION, (r"-1.80 to \+1.80\): a loss of more than 1 point is not",)),
     "better, but unsure": (flipped(75, 70), CHAMPION, ("a loss of more than 1 point is not excluded",)),
     "another attack": (with_attack("autoattack"), CHAMPION, ("attacks clean, autoattack, the champion's clean, pgd",)),

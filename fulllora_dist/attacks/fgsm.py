@@ -47,4 +47,4 @@ def single_step(
     with attack_mode(model):
         gradient = input_gradient(model, start, y, cross_entropy)
     moved = start + step_size * threat.steepest(gradient)
-    return in_box(x + threat.project(moved - x) if project else moved)
+    return threat.within(x, moved) if project else in_box(moved)

@@ -145,7 +145,7 @@ def ascend(
             x_adv = x + hook.perturbation(x_adv - x, k)
             with hook.passing(model, k):
                 gradient = input_gradient(model, x_adv, target, loss)
-        x_adv = in_box(x + threat.project(x_adv + step_size * threat.steepest(gradient) - x))
+        x_adv = threat.ascend(x, x_adv, gradient, step_size)
     return x_adv
 
 
@@ -177,7 +177,7 @@ def pgd(
         x: [B, C, H, W] in [0, 1], fp32 or fp64, on the device of the model; rounding may take a pixel 1e-6 out.
         y: integers [B], or with loss "ce" probabilities [B, classes], of which the largest is the label.
         eps, step_size: in pixel units of [0, 1], e.g. 4 / 255 or "4/255"; lengths in the norm of the ball.
-        norm: "linf" or "l2" (over all pixels and channels of an image).
+        norm: "linf", "l2" or "l1" (the latter two over all pixels and channels of an image).
         steps: forward and backward passes a restart; 0 returns the start.
         restarts: random starts; a sample keeps the first example that fools the model, else the last.
             More than one costs one more forward pass each.

@@ -19,6 +19,7 @@ from fulllora_dist.evaluation.compare import Comparison, compare, comparison_tab
 from fulllora_dist.evaluation.report import read_evaluation
 from fulllora_dist.models.adapter_diff import differing_settings, layer_differences, summed
 from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
+from fulllora_dist.models.robustbench import export_robustbench
 from fulllora_dist.registry.address import load, local_folder
 from fulllora_dist.registry.champion import LostRace, Outcome, check, promote, rollback
 from fulllora_dist.registry.flavor import CARD
@@ -168,13 +169,25 @@ def pull_command(args: Namespace) -> Answer:
     return f"{version.address}: {args.folder}", {"version": version.address, "folder": args.folder}, 0
 
 
+def export_command(args: Namespace) -> Answer:
+    """An entry of RobustBench's model zoo."""
+    model = load(_address(args), checkpoint_path=args.checkpoint, uri=args.uri)
+    weights, loader = map(str, export_robustbench(model, args.folder, args.name))
+    return f"{weights}, and its entry {loader}", {"weights": weights, "loader": loader}, 0
+
+
+def _address(args: Namespace) -> str:
+    """Of a folder, a URL, or a version by its short name."""
+    local = os.path.exists(args.version) or "://" in args.version
+    return args.version if local else Registry(args.uri).find(args.version).address
+
+
 def predict_command(args: Namespace) -> Answer:
     """Classes of images."""
     for option, value in (("--batch-size", args.batch_size), ("--workers", args.workers)):
         if value < 1:
             raise UserError(f"{option} must be >= 1, got {value}")
-    local = os.path.exists(args.version) or "://" in args.version
-    address = args.version if local else Registry(args.uri).find(args.version).address
+    address = _address(args)
     with local_folder(address, args.uri) as folder:
         description = read_adapter(folder)[0]
         model = load(folder, checkpoint_path=args.checkpoint)

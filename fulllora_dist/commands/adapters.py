@@ -7,6 +7,7 @@
     python tools/adapters.py promote NAME/4 [--force REASON] make it @champion, if it passes the gate
     python tools/adapters.py rollback NAME                   @previous becomes @champion again
     python tools/adapters.py pull NAME@champion FOLDER       download an adapter, as evaluate.py --adapter takes it
+    python tools/adapters.py export NAME@champion FOLDER --name Mine2026FullLoRA      for RobustBench's model zoo
     python tools/adapters.py predict NAME@champion IMAGES --output predictions.jsonl
 
 The store is MLFLOW_TRACKING_URI, or --uri. --json prints one JSON object. Exit codes: 0; 1 if the gate refuses or
@@ -57,6 +58,11 @@ def _parser() -> Parser:
     one = command("pull", "download an adapter")
     one.add_argument("version", **version)
     one.add_argument("folder", metavar="FOLDER", help="empty or not yet there")
+    one = command("export", "write the whole network and its entry for RobustBench's model zoo")
+    one.add_argument("version", metavar="ADAPTER", help="NAME@ALIAS, NAME/NUMBER, or an adapter's folder")
+    one.add_argument("folder", metavar="FOLDER", help="for NAME.pt and NAME.py, such as models/imagenet/Linf")
+    one.add_argument("--name", required=True, help="in the model zoo, such as Mine2026FullLoRA")
+    one.add_argument("--checkpoint", metavar="FILE", help="the backbone's weights, if they have moved since training")
     one = command("predict", "classify a folder of images, or shards; re-run the same command to resume")
     one.add_argument("version", metavar="ADAPTER", help="NAME@ALIAS, NAME/NUMBER, or an adapter's folder")
     one.add_argument("source", metavar="SOURCE", help="folder of images, or shards with an index (folder or URL)")

@@ -7,6 +7,7 @@ counts with --output.
 """
 
 import argparse
+import importlib.util
 import os
 from collections.abc import Sequence
 
@@ -52,6 +53,26 @@ def _other_norm(args: argparse.Namespace) -> bool:
     return bool(given) and load_config(args.config, others).threat.norm != given[-1].partition("=")[2]
 
 
+def _apply_preset(args: argparse.Namespace) -> None:
+    """Set what RobustBench asks of an entry of its ImageNet leaderboard.
+
+    Raises:
+        UserError: an argument that says otherwise, or no list of images.
+    """
+    for name in ("attacks", "eps", "norm", "norms", "num_samples", "first"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: --preset {args.preset} has its own; leave one of them out")
+    args.attacks, args.norm, args.eps = "clean,autoattack", "linf", "4/255"
+    if args.ids is None:
+        package = importlib.util.find_spec("robustbench")
+        if package is None or package.origin is None:
+            raise UserError(
+                f"--preset {args.preset}: its list of 5,000 images is in the package robustbench, which is not "
+                "installed; give --ids imagenet_test_image_ids.txt"
+            )
+        args.ids = os.path.join(os.path.dirname(package.origin), "helper_files", "imagenet_test_image_ids.txt")
+
+
 def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Parse the command line, and load the config with its overrides.
 
@@ -67,13 +88,21 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     arguments.add_argument(
         "--attacks",
         metavar="A,B",
-        help="evaluation.attacks: clean, fgsm, pgdK, cwK, dlrK, pgdKxR with R restarts, autoattack, apgd-ce+square",
+        help="evaluation.attacks: clean, fgsm, pgdK, cwK, dlrK, pgdKxR with R restarts, autoattack, apgd-ce+square, "
+        "transfer:ADAPTER",
     )
     add_num_samples(arguments)
     arguments.add_argument("--first", metavar="N", help="evaluation.first: the first N images")
     arguments.add_argument("--ids", metavar="FILE", help="evaluation.ids: a file with one id or image name per line")
     arguments.add_argument("--eps", metavar="K/255,...", help="threat.eps; further ones are evaluation.eps")
-    arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf or l2")
+    arguments.add_argument("--norm", metavar="NORM", help="threat.norm: linf, l2 or l1")
+    arguments.add_argument("--norms", metavar="N=EPS,...", help="evaluation.norms: further norms, e.g. l2=2,l1=255")
+    arguments.add_argument(
+        "--preset",
+        choices=["robustbench"],
+        help="RobustBench's 5,000 images of ImageNet, linf, 4/255, the standard AutoAttack; --ids names the list where "
+        "its package is not installed",
+    )
     arguments.add_argument(
         "--output",
         metavar="FILE",
@@ -83,25 +112,28 @@ def read_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespac
     add_dry_run(arguments, "evaluating")
     args = arguments.parse_intermixed_args(argv)
     check_dry_run(arguments, args)
-    for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "output"):
+    for name in ("attacks", "num_samples", "first", "ids", "eps", "norm", "norms", "output"):
         given = getattr(args, name)
-        parts = given.split(",") if given and name in ("attacks", "eps") else [given]
+        parts = given.split(",") if given and name in ("attacks", "eps", "norms") else [given]
         if given is not None and not all(part.strip() for part in parts):
             raise UserError(
                 f"--{name.replace('_', '-')}: must not have empty values, got {given!r}; complete or remove it"
             )
+    if args.preset:
+        _apply_preset(args)
     eps, *more = args.eps.split(",") if args.eps else (None,)
     other_norm = _other_norm(args)
     if other_norm and eps is None and not any(override.startswith("threat.eps=") for override in args.overrides):
-        raise UserError("threat.norm: eps of linf and l2 are not comparable; give --eps too")
+        raise UserError("threat.norm: eps of different norms are not comparable; give --eps too")
     short = {
         "evaluation.attacks": args.attacks and f"[{args.attacks}]",
-        "evaluation.num_samples": args.num_samples,
-        "evaluation.first": args.first,
+        "evaluation.num_samples": "null" if args.preset else args.num_samples,
+        "evaluation.first": "null" if args.preset else args.first,
         "evaluation.ids": args.ids,
         "threat.eps": eps,
-        "evaluation.eps": f"[{','.join(more)}]" if more or other_norm else None,
+        "evaluation.eps": f"[{','.join(more)}]" if more or other_norm or args.preset else None,
         "threat.norm": args.norm,
+        "evaluation.norms": "[]" if args.preset else args.norms and f"[{args.norms}]",
     }
     overrides = [f"{key}={value}" for key, value in short.items() if value is not None]
     return args, load_config(args.config, [*args.overrides, *overrides])

@@ -11,7 +11,9 @@ from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.distributed.launcher import say
 from fulllora_dist.distributed.watchdog import Watchdog
 from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
-from fulllora_dist.evaluation.report import check_replaced, read_replaced
+from fulllora_dist.evaluation.attack_names import AttackName
+from fulllora_dist.evaluation.output import check_replaced, read_replaced
+from fulllora_dist.evaluation.report import Key
 from fulllora_dist.evaluation.resume_log import items_done
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import adapter_sha256
@@ -20,7 +22,7 @@ from fulllora_dist.models.settings import AdapterSettings, ModelSettings
 from fulllora_dist.registry.address import load, resolved
 from fulllora_dist.storage.folder_lock import FolderLock
 from fulllora_dist.storage.urls import redacted
-from fulllora_dist.training.build import build_eval_stream, build_evaluator, build_model
+from fulllora_dist.training.build import build_eval_stream, build_evaluator, build_model, threats
 from fulllora_dist.training.inputs import check_evaluation
 
 
@@ -91,10 +93,10 @@ def _evaluate(config: Config, folder: str, where: str | None, output: str | None
     model = comm.run_on_all(lambda: build_evaluated(config, adapter)).to(comm.device)
     stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))
     sha256 = None if adapter is None else adapter_sha256(model)
-    evaluator = build_evaluator(config, model.info, comm, adapter, sha256)
+    evaluator = comm.run_on_all(lambda: build_evaluator(config, model.info, comm, adapter, sha256))
     if output:
-        names, sizes = config.evaluation.attacks, (config.threat.eps, *config.evaluation.eps)
-        new = [(0.0 if name == "clean" else eps, name) for name in names for eps in sizes]
+        names, balls = [a.name for a in AttackName.parse_all(config.evaluation.attacks)], threats(config)
+        new = [Key(ball.norm, 0.0 if name == "clean" else ball.eps, name) for name in names for ball in balls]
         lock = FolderLock(Path(f"{output}.lock"), "--output", say)
         stack.callback(lock.release)
 

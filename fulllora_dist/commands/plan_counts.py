@@ -154,7 +154,7 @@ def count_evaluation(config: Config) -> EvaluationCounts | None:
     most, least, named = 0, 0, []
     for attack in EvalAttack.parse_all(settings.attacks):
         first = EvalAttack.parse(attack.parts[0]) if attack.parts else attack
-        balls = 1 if attack.kind == "clean" else 1 + len(settings.eps)
+        balls = 1 if attack.kind == "clean" else 1 + len(settings.eps) + len(settings.norms)
         for passes, is_most in ((attack.forward_and_backward, True), (first.forward_and_backward, False)):
             flops = balls * images * (passes[0] * cost.forward_flops + passes[1] * backward)
             most, least = (most + flops, least) if is_most else (most, least + flops)

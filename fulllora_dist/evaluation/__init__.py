@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from fulllora_dist.evaluation.evaluator import Evaluator
     from fulllora_dist.evaluation.function import evaluate
     from fulllora_dist.evaluation.images import EvalImages
-    from fulllora_dist.evaluation.report import EvaluationReport, check_output, write_evaluation
+    from fulllora_dist.evaluation.output import check_output
+    from fulllora_dist.evaluation.report import EvaluationReport, write_evaluation
     from fulllora_dist.evaluation.summary import table, write_figures
     from fulllora_dist.evaluation.trained import eval_transform
 
@@ -34,7 +35,7 @@ _HOMES = {
     "EvalImages": "evaluation.images",
     "EvaluationReport": "evaluation.report",
     "Evaluator": "evaluation.evaluator",
-    "check_output": "evaluation.report",
+    "check_output": "evaluation.output",
     "eval_transform": "evaluation.trained",
     "evaluate": "evaluation.function",
     "is_correct": "evaluation.attacks",

@@ -3,11 +3,43 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
+from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.units import check_pixel_range, parse_size
+from fulllora_dist.storage.urls import redacted
 
 Loss = Literal["ce", "margin", "dlr"]
+
+
+def further_norms(norms: Sequence[str], own: str) -> list[tuple[Norm, float]]:
+    """("l2=2", "l1=255") -> [("l2", 2.0), ("l1", 255.0)].
+
+    Args:
+        own: the norm of the evaluation, which is none of them.
+
+    Raises:
+        UserError: something else, a norm twice.
+    """
+    found: list[tuple[Norm, float]] = []
+    for text in norms:
+        name, equals, size = text.partition("=")
+        norm = next((known for known in get_args(Norm) if known == name.strip()), None)
+        if norm is None or not equals:
+            raise UserError(f"evaluation.norms: must be a norm and its eps such as l2=2 or l1=255, got {text!r}")
+        if norm == own:
+            raise UserError(f"evaluation.norms: {norm} is threat.norm already; further sizes go to evaluation.eps")
+        if norm in dict(found):
+            raise UserError(f"evaluation.norms: {norm} stands there twice")
+        try:
+            eps = parse_size(size.strip())
+            assert isinstance(eps, float)
+            found.append((norm, check_pixel_range(eps) if norm == "linf" else eps))
+        except ValueError as error:
+            raise UserError(f"evaluation.norms: {norm}: {error}") from None
+    return found
+
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The four parts of the standard AutoAttack, in order."""
@@ -16,9 +48,10 @@ _PARTS = {"apgd-ce": (100, 100), "apgd-t": (900, 900), "fab-t": (1800, 900), "sq
 _PARTS |= {"apgd-dlr": (100, 100), "fab": (200, 100)}
 _ITERATED = re.compile(r"(pgd|cw|dlr)([1-9]\d*)(?:x([1-9]\d*))?")
 _LOSSES: dict[str, Loss] = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
+TRANSFER_STEPS = 20
 _KNOWN = (
     "clean, fgsm, autoattack, parts of it (apgd-ce, apgd-t, fab-t, square, or several: apgd-ce+square), and pgdK, cwK "
-    "and dlrK for K steps, with R restarts pgdKxR, e.g. clean,pgd20,cw20,pgd50x5,autoattack"
+    "and dlrK for K steps, with R restarts pgdKxR, and transfer:ADAPTER, e.g. clean,pgd20,cw20,pgd50x5,autoattack"
 )
 
 
@@ -30,18 +63,21 @@ class AttackName:
         name: `clean`; `fgsm` (Goodfellow et al.: one step of eps from the image); `pgdK` (cross-entropy), `cwK` (the
             margin loss of Carlini and Wagner) or `dlrK` (the difference of logits ratio) under PGD, K steps, with `xR`
             behind it the best of R random starts; `autoattack`, the standard version (Croce and Hein, arXiv
-            2003.01690); or parts of AutoAttack joined by +, with the standard version's parameters.
+            2003.01690); parts of AutoAttack joined by +, with the standard version's parameters; or `transfer:ADAPTER`,
+            the examples that pgd20 finds for another model.
         kind: how it is made.
         steps, loss, restarts: of PGD.
         parts: of AutoAttack, in the order in which they run.
+        source: of `transfer`, the ADAPTER: a folder, or an address of MLflow. `name` is without what signs a URL.
     """
 
     name: str
-    kind: Literal["clean", "fgsm", "pgd", "autoattack"]
+    kind: Literal["clean", "fgsm", "pgd", "autoattack", "transfer"]
     steps: int = 0
     loss: Loss = "ce"
     restarts: int = 1
     parts: tuple[str, ...] = ()
+    source: str = ""
 
     @classmethod
     def parse(cls, name: str) -> Self:
@@ -51,6 +87,9 @@ class AttackName:
         parts = STANDARD if name == "autoattack" else tuple(name.split("+"))
         if all(part in _PARTS for part in parts) and len(set(parts)) == len(parts):
             return cls(name, "autoattack", parts=parts)
+        kind, _, source = name.partition(":")
+        if kind == "transfer" and source:
+            return cls(f"transfer:{redacted(source)}", "transfer", TRANSFER_STEPS, source=source)
         match = _ITERATED.fullmatch(name)
         if match is None:
             raise UserError(f"evaluation.attacks: unknown attack {name!r}; known: {_KNOWN}")

@@ -40,9 +40,20 @@ class EvalAttack(AttackName):
         round to the other side. Logits that are not finite are a wrong prediction."""
         return self.outcome(model, x, y, threat=threat, seed=seed, ids=ids).correct
 
-    def outcome(self, model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, ids: Tensor) -> Outcome:
-        """`correct`, and the logits that are not finite."""
-        examples, correct = self._examples(model, x, y, threat, seed, ids)
+    def outcome(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        *,
+        threat: Threat,
+        seed: int,
+        ids: Tensor,
+        source: nn.Module | None = None,
+    ) -> Outcome:
+        """`correct`, and the logits that are not finite. `source` is a model that is attacked instead; its outputs are
+        in the order of the model's."""
+        examples, correct = self._examples(source or model, x, y, threat, seed, ids)
         with torch.no_grad(), attack_mode(model):
             if correct is not None and correct.all():
                 return Outcome(correct, torch.zeros_like(y))
@@ -75,7 +86,7 @@ class EvalAttack(AttackName):
             loss=self.loss,
             seed=seed,
             ids=ids,
-            purpose=f"eval/{self.name}",
+            purpose=f"eval/{'transfer' if self.source else self.name}",
         )
         return examples, None
 

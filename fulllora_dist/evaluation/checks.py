@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
@@ -21,6 +20,9 @@ from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.rng import base_key
 from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.evaluation.official import square
+from fulllora_dist.evaluation.trained import unwrapped
+from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
+from fulllora_dist.models.branches import branches_of, disable_branches
 
 Numbers = dict[str, float]
 
@@ -142,7 +144,7 @@ def _against_many_steps(batch: CheckBatch, other: Tensor) -> Numbers:
     return {"other_alone": int((batch.many & ~other).sum()), "many_alone": int((~batch.many & other).sum())}
 
 
-def _warn_order(weaker: str, stronger: str, n: Numbers) -> str | None:
+def warn_order(weaker: str, stronger: str, n: Numbers) -> str | None:
     """Where the attack meant to be weaker is surely the stronger one, by a one-sided sign test over the images."""
     alone, both = int(n["other_alone"]), int(n["other_alone"] + n["many_alone"])
     if both == 0 or binomtest(alone, both, 0.5, alternative="greater").pvalue >= SURE:
@@ -174,7 +176,8 @@ def _square(batch: CheckBatch) -> Numbers:
 
 def _huge_eps(batch: CheckBatch) -> Numbers:
     # any image can become grey
-    radius = 0.5 if batch.threat.norm == "linf" else 0.5 * math.sqrt(batch.x[0].numel())
+    values = batch.x[0].numel()
+    radius = 0.5 * {"linf": 1, "l2": math.sqrt(values), "l1": values}[batch.threat.norm]
     huge = batch.threat.scaled(radius / batch.threat.eps)
     return {"eps": radius, "n": int(batch.correct.sum()), "standing": int(batch.standing(MANY_STEPS, huge).sum())}
 
@@ -211,18 +214,31 @@ def _warn_restarts(n: Numbers) -> str | None:
     )
 
 
+def _transfer(batch: CheckBatch) -> Numbers:
+    """PGD's examples for the model without its branches, which needs none of their gradients."""
+    model = unwrapped(batch.model)
+    if not isinstance(model, AdaptedModel) or model.spec.finetune not in WITH_BRANCHES:
+        return {"other_alone": 0, "many_alone": 0}
+    with disable_branches(branches_of(model)):
+        examples = EvalAttack.parse(MANY_STEPS)(
+            batch.model, batch.x, batch.y, threat=batch.threat, seed=batch.seed, ids=batch.ids
+        )
+    return _against_many_steps(batch, batch.correct & is_correct(batch.logits(examples), batch.y))
+
+
 CHECKS: tuple[Check, ...] = (
     Check("determinism", _determinism, _warn_determinism),
     Check("probabilities", _probabilities, _warn_probabilities),
     Check("zero_gradients", _zero_gradients, _warn_zero_gradients),
-    Check("single_step", _single_step, partial(_warn_order, "one step (fgsm)", MANY_STEPS)),
+    Check("single_step", _single_step, partial(warn_order, "one step (fgsm)", MANY_STEPS)),
     Check("huge_eps", _huge_eps, _warn_huge_eps),
     Check("restarts", _restarts, _warn_restarts),
     Check(
         "square",
         _square,
-        partial(_warn_order, f"square, which sees no gradient, in {SQUARE_QUERIES} queries", MANY_STEPS),
+        partial(warn_order, f"square, which sees no gradient, in {SQUARE_QUERIES} queries", MANY_STEPS),
     ),
+    Check("transfer", _transfer, partial(warn_order, f"{MANY_STEPS} on the model without its branches", MANY_STEPS)),
 )
 
 
@@ -248,40 +264,3 @@ def warnings(measured: Mapping[str, Numbers]) -> list[str]:
     """
     lines = ((check.name, check.warn(measured[check.name])) for check in CHECKS if check.name in measured)
     return [f"{name}: {line}" for name, line in lines if line is not None]
-
-
-def order_warnings(columns: Mapping[EvalAttack, np.ndarray], prefix: str) -> list[str]:
-    """Of the reported figures themselves: attacks that are to be the weaker ones, and are surely stronger.
-
-    Args:
-        columns: bool [n], what each attack leaves correct; the same images in the same order.
-        prefix: of each line, behind the name of its check.
-    """
-    lines = []
-    for check, name in (("single_step", "fgsm"), ("square", "square")):
-        by_weaker = columns.get(EvalAttack.parse(name))
-        for attack, standing in columns.items():
-            iterated = attack.steps >= FEWEST_STEPS or any(part.startswith("apgd") for part in attack.parts)
-            if by_weaker is None or not iterated:
-                continue
-            alone: Numbers = {
-                "other_alone": (standing & ~by_weaker).sum(),
-                "many_alone": (~standing & by_weaker).sum(),
-            }
-            if line := _warn_order(name, attack.name, alone):
-                lines.append(f"{check}: {prefix}{line}")
-    return lines
-
-
-def finite_warnings(columns: Mapping[EvalAttack, np.ndarray], eps: float) -> list[str]:
-    """Of the reported figures: logits that are NaN or infinite, on all images. `columns` has int [n] of each attack, -k
-    where k logits are not finite; `eps` is that of all but `clean`."""
-    counts = {
-        attack: (-values[values < 0].sum(), (values < 0).sum(), len(values)) for attack, values in columns.items()
-    }
-    return [
-        f"finite: {logits} logits of {images} of {n} images are not finite under {attack.name}"
-        f"{'' if attack.kind == 'clean' else f' at eps = {eps:.4g}'}: these images count as wrong"
-        for attack, (logits, images, n) in counts.items()
-        if images
-    ]

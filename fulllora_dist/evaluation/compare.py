@@ -1,6 +1,6 @@
 """Two evaluations of the same images: the difference in accuracy with its uncertainty."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -8,9 +8,9 @@ from scipy.stats import binomtest
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.text_table import text_table
-from fulllora_dist.core.units import number_in
+from fulllora_dist.core.units import number_in, size_in
 from fulllora_dist.evaluation.bootstrap import difference_over_seeds
-from fulllora_dist.evaluation.report import EvaluationReport, attack_names, check_unique_ids, scores
+from fulllora_dist.evaluation.report import EvaluationReport, Key, attack_names, check_unique_ids, scores, worst_cases
 
 SAME = ("norm", "precision", "data")
 """What two evaluations must have in common to be compared."""
@@ -37,9 +37,10 @@ class PairedDifference(TypedDict):
 
 
 class Row(PairedDifference):
-    """The difference under one attack; `clean` has eps 0."""
+    """The difference under one attack; `clean` has eps 0, and `worst_case` is that of the attacks that both have."""
 
     attack: str
+    norm: str
     eps: float
 
 
@@ -49,7 +50,7 @@ class Comparison(TypedDict):
     Attributes:
         n: images compared.
         norm: of both.
-        rows: one for each attack and eps that both have.
+        rows: one for each attack and ball that both have, and the worst case in each ball.
         warnings: of both, what is in one alone, and what was not made alike.
     """
 
@@ -68,7 +69,8 @@ def compare(
     samples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """B minus A on each attack and eps that both have; `paired_difference` says what the interval is.
+    """B minus A on each attack and ball that both have, and in the worst case of these; `paired_difference` says what
+    the interval is.
 
     Args:
         attacks: of these alone.
@@ -97,16 +99,21 @@ def compare(
         raise UserError(f"A and B have the same ids{why}: they are not of the same images")
     of_a, of_b = scores(a), scores(b)
     common = [key for key in of_a if key in of_b]
-    chosen = [(eps, name) for eps, name in common if attacks is None or name in attacks]
-    if not chosen or (attacks is not None and set(attacks) - {name for _, name in chosen}):
-        shown = ", ".join(attack_names(a["norm"], common)) or "nothing"
+    columns_a, columns_b = (
+        {key: np.array(found[key]["correct"])[rows].astype(bool) for key in common}
+        for found, rows in ((of_a, in_a), (of_b, in_b))
+    )
+    columns_a, columns_b = (columns | worst_cases(columns) for columns in (columns_a, columns_b))
+    chosen = [key for key in _by_ball(columns_a) if attacks is None or key.attack in attacks]
+    if not chosen or (attacks is not None and set(attacks) - {key.attack for key in chosen}):
+        shown = ", ".join(attack_names(a["norm"], _by_ball(columns_a))) or "nothing"
         raise UserError(f"--attack: {', '.join(attacks or ()) or 'none'} is not in both; in common they have {shown}")
     rng = np.random.default_rng(seed)
-    rows: list[Row] = []
-    for eps, name in chosen:
-        correct_a = np.array(of_a[eps, name]["correct"])[in_a].astype(bool)
-        correct_b = np.array(of_b[eps, name]["correct"])[in_b].astype(bool)
-        rows.append({"attack": name, "eps": eps, **paired_difference(correct_a, correct_b, samples, rng)})
+    rows: list[Row] = [
+        {"attack": key.attack, "norm": key.norm, "eps": key.eps}
+        | paired_difference(columns_a[key], columns_b[key], samples, rng)  # type: ignore[misc]
+        for key in chosen
+    ]
     warnings = [f"{label}: {line}" for label, report in reports.items() for line in report["warnings"]]
     if attacks is None:
         for label, report in reports.items():
@@ -119,6 +126,13 @@ def compare(
         if key != "batch_size" and images_b.get(key, value) != value
     ]
     return {"n": len(ids), "norm": a["norm"], "rows": rows, "warnings": warnings}
+
+
+def _by_ball(keys: Iterable[Key]) -> list[Key]:
+    """Each ball's attacks together, its worst case last; the balls in the order of `keys`."""
+    keys = list(keys)
+    balls = list(dict.fromkeys(key[:2] for key in keys))
+    return sorted(keys, key=lambda key: balls.index(key[:2]))
 
 
 def class_difference(a: EvaluationReport, b: EvaluationReport) -> str:
@@ -166,10 +180,11 @@ def comparison_table(comparison: Comparison) -> str:
     """The result of `compare` as text."""
     rows = [("attack", "eps", "A %", "B %", "B - A (95 %)", "A alone", "B alone", "p")]
     for row in comparison["rows"]:
-        size = "" if row["eps"] == 0 else number_in(comparison["norm"], row["eps"])
+        size = number_in if row["norm"] == comparison["norm"] else size_in
+        eps = "" if row["eps"] == 0 else size(row["norm"], row["eps"])
         accuracies = f"{100 * row['a']:.2f}", f"{100 * row['b']:.2f}"
         points = f"{100 * row['difference']:+.2f} ({100 * row['low']:+.2f} to {100 * row['high']:+.2f})"
         counts = str(row["only_a"]), str(row["only_b"])
-        rows.append((row["attack"], size, *accuracies, points, *counts, f"{row['p']:.2g}"))
+        rows.append((row["attack"], eps, *accuracies, points, *counts, f"{row['p']:.2g}"))
     head = f"n = {comparison['n']}, {comparison['norm']}"
     return "\n".join([head, "", text_table(rows, "llr"), *(f"warning: {line}" for line in comparison["warnings"])])

@@ -11,21 +11,14 @@ from torch.utils._pytree import tree_leaves
 
 from fulllora_dist.attacks.arguments import check_images, check_range, dtype_name, pixel_range
 from fulllora_dist.attacks.pgd import attack_mode
-from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.evaluation.images import EvalImages
 
 
 class CheckedImages:
-    """Images that are looked at as they are read, on the host, as a transform of one's own may normalise them.
+    """Images that are looked at as they are read, on the host, as a transform of one's own may normalise them."""
 
-    Raises:
-        UserError: no `EvalImages`, such as a DataLoader or a pair of tensors.
-    """
-
-    def __init__(self, images: Any):
-        if not isinstance(images, EvalImages):
-            raise UserError(f"data must be a folder of shards or an EvalStream, got {type(images).__name__}")
+    def __init__(self, images: EvalImages):
         self._images = images
         self.batches, self.index = images.batches, images.index
         self.digest, self.settings = images.digest, images.settings
@@ -50,6 +43,12 @@ class _Dtypes(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         self.seen |= {t.dtype for t in tree_leaves(results) if isinstance(t, Tensor) and t.is_floating_point()}
         return results
+
+
+def outputs_of(model: nn.Module, pixels: Tensor) -> int:
+    """How many logits the model has for images [B, C, H, W]."""
+    with torch.no_grad(), attack_mode(model):
+        return model(pixels).shape[1]
 
 
 def measured_precision(model: nn.Module, images: EvalImages, device: torch.device) -> str:

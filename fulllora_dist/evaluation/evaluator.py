@@ -23,13 +23,15 @@ from fulllora_dist.core.units import number_in
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.class_names import ClassMatch, match_classes
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import checks
+from fulllora_dist.evaluation import checks, reported
 from fulllora_dist.evaluation.attacks import parse_attacks, survivors_outcome
+from fulllora_dist.evaluation.entering import outputs_of
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.progress import Progress, heartbeat, wait_for_all
-from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKeys, score
+from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKeys, WorstCase, score
 from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
 from fulllora_dist.evaluation.trained import classes_of, own_pictures
+from fulllora_dist.evaluation.transfer import Sources, match_source
 from fulllora_dist.evaluation.verdicts import Verdicts
 from fulllora_dist.evaluation.work_items import WorkItem, first_items, part_items, take_turns
 from fulllora_dist.models.compiled import uncompiled
@@ -50,16 +52,17 @@ class Evaluator:
         attacks: names, see `EvalAttack`.
         threat: the ball of perturbations.
         comm: the ranks that share the work.
-        more_threats: further balls, for robust accuracy against eps.
+        more_threats: further balls: of this norm, for robust accuracy against eps, or of others.
         seed: of the random starts.
         gradient_masking_samples: on how many images, drawn evenly over the classes, symptoms of masked gradients are
             looked for; 0 looks for none.
+        sources: the models of `transfer` attacks.
         backbone, adapter, adapter_sha256: names for the report.
         precision: what the model computes in, for the report.
         progress: whether rank 0 prints how far all ranks are.
 
     Raises:
-        UserError: unknown or repeated attacks.
+        UserError: unknown or repeated attacks, a transfer without its model.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Evaluator:
         more_threats: Sequence[Threat] = (),
         seed: int = 0,
         gradient_masking_samples: int = 0,
+        sources: Sources | None = None,
         backbone: str | None = None,
         adapter: str | None = None,
         adapter_sha256: str | None = None,
@@ -82,6 +86,11 @@ class Evaluator:
         self._comm = comm
         self._seed = seed
         self._checked = gradient_masking_samples
+        self._given: Sources = sources or {}
+        self._sources: Sources = {}  # of a run, with outputs in the model's order
+        for attack in self._attacks:
+            if attack.kind == "transfer" and attack.source not in self._given:
+                raise UserError(f"evaluation.attacks: {attack.name} needs its model in sources")
         self._shows = progress and comm.is_main
         self._precision = precision
         self._evaluated = {"backbone": backbone, "adapter": adapter, "adapter_sha256": adapter_sha256}
@@ -128,9 +137,9 @@ class Evaluator:
         ids = np.sort(np.concatenate(images.batches))
         if len(np.unique(ids)) < len(ids):
             raise UserError("evaluation: a sample is in two batches")
-        match = self._match_classes(predict, images)
+        match, self._sources = self._match_classes(predict, images)
         comm = self._comm
-        digest = "" if resume_dir is None else fingerprint(predict, images, self._seed)
+        digest = "" if resume_dir is None else fingerprint(predict, images, self._seed, self._sources)
         log = ResumeLog(resume_dir, digest, comm.rank)
         results: Results = dict(comm.all_gather_list(list(log.results().items())))
         verdicts, measured = self._finish(predict, variants, images, ids, results, log, match)
@@ -149,16 +158,20 @@ class Evaluator:
         log.forget()
         return reports
 
-    def _match_classes(self, predict: nn.Module, images: EvalImages) -> ClassMatch:
-        """Which output each label is, after checking that the attacks and the data fit the model."""
+    def _match_classes(self, predict: nn.Module, images: EvalImages) -> tuple[ClassMatch, Sources]:
+        """Which output each label is, and the sources with outputs in that order, after checking that attacks, sources
+        and data fit the model."""
+        data, pixels = images.index.classes, images.read(images.batches[0][:1]).to(self._comm.device).pixels()
         try:
-            match = match_classes(classes_of(predict, images.index.classes), images.index.classes)
+            match = match_classes(classes_of(predict, data), data)
+            sources = {
+                attack.source: match_source(self._given[attack.source], predict, pixels, data, attack.name)
+                for attack in self._attacks
+                if attack.kind == "transfer"
+            }
         except UserError as error:
             raise SharedUserError(str(error)) from None
-        batch = images.read(images.batches[0][:1]).to(self._comm.device)
-        with torch.no_grad(), attack_mode(predict):
-            outputs = predict(batch.pixels()).shape[1]
-        classes = len(images.index.classes)
+        outputs, classes = outputs_of(predict, pixels), len(data)
         if outputs != classes:
             raise SharedUserError(
                 f"the data has {classes} classes, the model {outputs} outputs; set model.num_classes={classes} "
@@ -166,7 +179,7 @@ class Evaluator:
             )
         for attack in self._attacks:
             attack.check_classes(outputs)
-        return match
+        return match, sources
 
     def _finish(
         self,
@@ -219,7 +232,8 @@ class Evaluator:
         if item.attack.parts:
             outcome = survivors_outcome(predict, x, y, part=item.attack.parts[-1], threat=threat, seed=self._seed)
         else:
-            outcome = item.attack.outcome(predict, x, y, threat=threat, seed=self._seed, ids=batch.ids)
+            source = self._sources.get(item.attack.source)
+            outcome = item.attack.outcome(predict, x, y, threat=threat, seed=self._seed, ids=batch.ids, source=source)
         return torch.where(outcome.correct, 1, -outcome.not_finite).tolist()
 
     def _report(
@@ -229,21 +243,31 @@ class Evaluator:
         labels, classes = images.index.labels[ids], images.index.classes
         points: list[EpsPoint] = []
         warnings = checks.warnings(measured)
+        norm = self._threats[0].norm
         for radius, threat in enumerate(self._threats):
             asked = self._attacks if radius == 0 else [attack for attack in self._attacks if attack.kind != "clean"]
             found = {attack: verdicts.of(variant, radius, attack) for attack in asked}
             correct = {attack: (values == 1).astype(int) for attack, values in found.items()}
-            scored = {attack.name: score(hits, labels, classes) for attack, hits in correct.items()}
-            points.append({"eps": threat.eps, "attacks": scored})
+            point: EpsPoint = {
+                "eps": threat.eps,
+                "attacks": {attack.name: score(hits, labels, classes) for attack, hits in correct.items()},
+            }
+            if any(attack.kind != "clean" for attack in asked):
+                point["worst_case"] = score(np.minimum.reduce(list(correct.values())), labels, classes)
+            if threat.norm != norm:
+                point["norm"] = threat.norm
+            points.append(point)
             standing = {attack: hits == 1 for attack, hits in correct.items()}
-            warnings += checks.order_warnings(standing, f"eps = {threat.eps:.4g}: ")
-            warnings += checks.finite_warnings(found, threat.eps)
+            ball = f"{'' if threat.norm == norm else f'{threat.norm} '}eps = {threat.eps:.4g}"
+            warnings += reported.order_warnings(standing, f"{ball}: ")
+            warnings += reported.finite_warnings(found, ball)
         if self._precision not in ("fp32", "fp64"):
             warnings.append(f"precision: computed in {self._precision}; a figure to report is computed in fp32")
+        worst: WorstCase = {"worst_case": points[0]["worst_case"]} if "worst_case" in points[0] else {}
         return {
             "n": len(ids),
             "eps": points[0]["eps"],
-            "norm": self._threats[0].norm,
+            "norm": norm,
             "precision": self._precision,
             "backbone": self._evaluated["backbone"],
             "adapter": self._evaluated["adapter"],
@@ -254,7 +278,9 @@ class Evaluator:
             **model,
             "ids": ids.tolist(),
             "attacks": points[0]["attacks"],
-            "more_eps": points[1:],
+            **worst,
+            "more_eps": [point for point in points[1:] if "norm" not in point],
+            "more_norms": [point for point in points if "norm" in point],
             "checks": measured,
             "warnings": warnings,
         }

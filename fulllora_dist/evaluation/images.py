@@ -1,12 +1,35 @@
 """What an evaluation asks of its images."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.data.index import Index
+
+
+class LabelsById(Protocol):
+    """The labels of samples by their ids; an array is one."""
+
+    def __getitem__(self, ids: np.ndarray, /) -> np.ndarray:
+        """int64 [N], the labels of the ids, int64 [N]."""
+
+
+class Labelled(Protocol):
+    """Names and labels: `data.index.Index`, or anything alike.
+
+    Attributes:
+        classes: names of the labels, in order.
+        labels: by id.
+        hash: differs where classes, labels or images do.
+    """
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def labels(self) -> LabelsById: ...
+    @property
+    def hash(self) -> str: ...
 
 
 @runtime_checkable
@@ -21,9 +44,11 @@ class EvalImages(Protocol):
     """
 
     batches: list[np.ndarray]
-    index: Index
     digest: str
     settings: Mapping[str, Any]
+
+    @property
+    def index(self) -> Labelled: ...
 
     def read(self, ids: np.ndarray) -> Batch:
         """The images of these ids."""

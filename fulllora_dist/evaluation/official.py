@@ -73,8 +73,9 @@ def run_part(model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: in
     def run(finite: nn.Module) -> tuple[Tensor, Tensor]:
         adversary = _official(finite, x, threat, seed)
         with torch.no_grad():
-            targets = min(9, model(x[:1]).shape[1] - 1)  # where there are fewer than ten classes, all wrong ones
-            adversary.apgd_targeted.n_target_classes = adversary.fab.n_target_classes = targets
+            wrong = model(x[:1]).shape[1] - 1
+            for targeted in (adversary.apgd_targeted, adversary.fab):  # of few classes all wrong ones
+                targeted.n_target_classes = min(targeted.n_target_classes, wrong)
             adversary.apgd.loss = part.removeprefix("apgd-")
             adversary.fab.targeted = part == "fab-t"
             attack = {"apgd-t": adversary.apgd_targeted, "square": adversary.square}.get(
@@ -100,10 +101,11 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int,
 
 
 def _official(model: nn.Module, x: Tensor, threat: Threat, seed: int) -> Any:
-    """pyautoattack's `AutoAttack`, standard version."""
+    """pyautoattack's `AutoAttack`, standard version. In L1 APGD begins with larger balls, apgd-ce has five restarts
+    and apgd-t five targets (Croce and Hein, arXiv 2103.01208)."""
     from pyautoattack import AutoAttack
 
-    norm = {"linf": "Linf", "l2": "L2"}[threat.norm]
+    norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
     return AutoAttack(model, norm=norm, eps=threat.eps, version="standard", device=x.device, seed=seed)
 
 

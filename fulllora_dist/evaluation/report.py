@@ -1,12 +1,10 @@
-"""evaluation.json: what it holds, and how it is written, read and checked."""
+"""evaluation.json: what it holds, and how it is written, read and checked (`output` checks where it goes)."""
 
-import contextlib
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, get_args
+from typing import Any, NamedTuple, NotRequired, TypedDict, get_args
 
 import numpy as np
 
@@ -14,7 +12,17 @@ from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import wilson
-from fulllora_dist.core.units import number_in
+from fulllora_dist.core.units import number_in, size_in
+
+WORST_CASE = "worst_case"
+
+
+class Key(NamedTuple):
+    """An attack in a ball."""
+
+    norm: str
+    eps: float
+    attack: str
 
 
 class Score(TypedDict):
@@ -24,21 +32,33 @@ class Score(TypedDict):
         accuracy: share of the images that the model classifies correctly.
         low, high: bounds of its 95 % Wilson interval.
         correct: 0 or 1 for each image, in the order of the report's ids.
-        per_class: {class name: [correct, n]}.
+        per_class: {class name: [correct, n]}; missing from what others wrote, and from a worst case that is not in a
+            file.
     """
 
     accuracy: float
     low: float
     high: float
     correct: list[int]
-    per_class: dict[str, list[int]]
+    per_class: NotRequired[dict[str, list[int]]]
 
 
-class EpsPoint(TypedDict):
-    """Every attack but `clean` at one eps, in pixels of [0, 1]."""
+class WorstCase(TypedDict, total=False):
+    """An image counts where it is correct under every attack at this eps; empty where there is none but `clean`."""
+
+    worst_case: Score
+
+
+class EpsPoint(WorstCase):
+    """Every attack but `clean` at one eps, in pixels of [0, 1].
+
+    Attributes:
+        norm: of the ball, where it is not the report's.
+    """
 
     eps: float
     attacks: dict[str, Score]
+    norm: NotRequired[Norm]
 
 
 class ModelKeys(TypedDict):
@@ -49,18 +69,20 @@ class ModelKeys(TypedDict):
     own_pictures: dict[str, Any] | None
 
 
-class EvaluationReport(TypedDict):
+class EvaluationReport(WorstCase):
     """The content of evaluation.json. What is not required may be missing from a report that others wrote.
 
     Attributes:
         n: number of images.
         eps: radius of the ball of `attacks`, in pixels of [0, 1].
-        norm: of all balls, "linf" or "l2".
+        norm: of the ball, "linf", "l2" or "l1"; that of `more_eps`, too.
         precision: what the model computes in: "fp32", "fp64", "bf16" or "fp16".
         ids: of the images, ascending.
         attacks: {name: its score at `eps`}.
         warnings: what makes the figures doubtful, one line each.
+        worst_case: at `eps`.
         more_eps: the attacks at further eps.
+        more_norms: the attacks in balls of further norms, one each.
         checks: {check for masked gradients: the numbers that it measured}; empty where none was made.
         backbone, adapter, adapter_sha256: what was evaluated.
         seed: of the attacks' random starts.
@@ -79,6 +101,7 @@ class EvaluationReport(TypedDict):
     attacks: dict[str, Score]
     warnings: list[str]
     more_eps: NotRequired[list[EpsPoint]]
+    more_norms: NotRequired[list[EpsPoint]]
     checks: NotRequired[dict[str, dict[str, float]]]
     backbone: NotRequired[str | None]
     adapter: NotRequired[str | None]
@@ -99,31 +122,77 @@ def score(correct: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Sc
         labels: int64 [n].
         classes: their names.
     """
-    hits, n = int(correct.sum()), len(correct)
-    low, high = wilson(hits, n)
     per_class = {
         name: [int(correct[labels == label].sum()), int((labels == label).sum())] for label, name in enumerate(classes)
     }
-    return {"accuracy": hits / n, "low": low, "high": high, "correct": correct.tolist(), "per_class": per_class}
+    return {**score_of(correct), "per_class": per_class}
+
+
+def score_of(correct: np.ndarray) -> Score:
+    """`score` without the classes."""
+    hits, n = int(correct.sum()), len(correct)
+    low, high = wilson(hits, n)
+    return {"accuracy": hits / n, "low": low, "high": high, "correct": correct.astype(int).tolist()}
 
 
 def eps_points(report: EvaluationReport) -> list[EpsPoint]:
     """The report's own eps, then the further ones; `clean` stands at the first."""
-    return [{"eps": report["eps"], "attacks": report["attacks"]}, *report.get("more_eps", ())]
+    own: EpsPoint = {"eps": report["eps"], "attacks": report["attacks"]}
+    if "worst_case" in report:
+        own["worst_case"] = report["worst_case"]
+    return [own, *report.get("more_eps", ())]
 
 
-def scores(report: EvaluationReport) -> dict[tuple[float, str], Score]:
-    """{(eps, attack): score}; `clean` has eps 0."""
+def points(report: EvaluationReport) -> list[EpsPoint]:
+    """`eps_points`, each with its norm, then those of further norms."""
+    of_norm: list[EpsPoint] = [{**point, "norm": report["norm"]} for point in eps_points(report)]
+    return [*of_norm, *report.get("more_norms", ())]
+
+
+def scores(report: EvaluationReport) -> dict[Key, Score]:
+    """The score of each attack; `clean` has eps 0."""
+    return {key: point["attacks"][key.attack] for point in points(report) for key in _keys(point)}
+
+
+def _keys(point: EpsPoint) -> list[Key]:
+    return [Key(point["norm"], 0.0 if name == "clean" else float(point["eps"]), name) for name in point["attacks"]]
+
+
+def worst_cases(correct: Mapping[Key, np.ndarray]) -> dict[Key, np.ndarray]:
+    """What every attack in a ball, `clean` included, leaves correct, bool [n]; for each ball that has an attack.
+
+    Args:
+        correct: bool [n] of each attack.
+    """
+    clean = [values for key, values in correct.items() if key.attack == "clean"]
+    balls = dict.fromkeys(key._replace(attack=WORST_CASE) for key in correct if key.attack != "clean")
     return {
-        (0.0 if name == "clean" else float(point["eps"]), name): score
-        for point in eps_points(report)
-        for name, score in point["attacks"].items()
+        ball: np.logical_and.reduce(
+            [*clean, *(values for key, values in correct.items() if key[:2] == ball[:2] and key.attack != "clean")]
+        )
+        for ball in balls
     }
 
 
-def attack_names(norm: str, attacks: Sequence[tuple[float, str]]) -> list[str]:
-    """(eps, attack) for messages: "pgd20 at 4/255"."""
-    return [name if eps == 0 else f"{name} at {number_in(norm, eps)}" for eps, name in attacks]
+def worst_scores(report: EvaluationReport) -> dict[Key, Score]:
+    """The worst case in each ball, of files without it too, which have no `per_class` then."""
+    known = {
+        Key(point["norm"], float(point["eps"]), WORST_CASE): point["worst_case"]
+        for point in points(report)
+        if "worst_case" in point
+    }
+    correct = {key: np.array(score["correct"], dtype=bool) for key, score in scores(report).items()}
+    return {key: known.get(key) or score_of(values) for key, values in worst_cases(correct).items()}
+
+
+def attack_names(norm: str, attacks: Iterable[Key]) -> list[str]:
+    """For messages: "pgd20 at 4/255"; "pgd20 at l2 eps = 0.5" where that is not the norm."""
+    return [
+        key.attack
+        if key.attack == "clean"
+        else f"{key.attack} at {number_in(norm, key.eps) if key.norm == norm else size_in(key.norm, key.eps)}"
+        for key in attacks
+    ]
 
 
 def read_evaluation(path: str | Path) -> EvaluationReport:
@@ -153,7 +222,7 @@ def parse_evaluation(content: bytes, name: str) -> EvaluationReport:
         n = len(report["ids"])
         whole = all(len(s["correct"]) == n and {*s["correct"]} <= {0, 1} for s in scores(report).values())
         listed = isinstance(report["warnings"], list) and isinstance(report.get("pictures", {}), dict)
-        named = report["norm"] in get_args(Norm) and all(math.isfinite(point["eps"]) for point in eps_points(report))
+        named = all(p["norm"] in get_args(Norm) and math.isfinite(p["eps"]) for p in points(report))
         ours = n and whole and listed and named and "precision" in report
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         ours = False
@@ -164,18 +233,24 @@ def parse_evaluation(content: bytes, name: str) -> EvaluationReport:
 
 
 def _check_scores(report: EvaluationReport, name: str) -> None:
-    """Refuse an attack that stands there twice, of which one would be lost, and images that are right under an attack
-    and wrong without."""
-    keys = [(float(point["eps"]), attack) for point in eps_points(report) for attack in point["attacks"]]
+    """Refuse an attack that stands there twice, of which one would be lost, images that are right under an attack and
+    wrong without, and a worst case that is not that of the attacks."""
+    keys = [key for point in points(report) for key in _keys(point)]
     if twice := [key for key in keys if keys.count(key) > 1]:
         raise UserError(f"{name}: {attack_names(report['norm'], twice)[0]} stands there twice; evaluate again")
-    found = scores(report)
-    clean = found.get((0.0, "clean"))
-    for key, score in found.items():
-        if clean is not None and (wrong := sum(a > b for a, b in zip(score["correct"], clean["correct"], strict=True))):
+    found = {key: np.array(score["correct"]) for key, score in scores(report).items()}
+    clean = found.get(Key(report["norm"], 0.0, "clean"))
+    for key, correct in found.items():
+        if clean is not None and (wrong := (correct > clean).sum()):
             raise UserError(
                 f"{name}: {wrong} images are right under {attack_names(report['norm'], [key])[0]} but wrong without an "
                 "attack; evaluate again"
+            )
+    worst = worst_cases(found)
+    for key, score in worst_scores(report).items():
+        if score["correct"] != worst[key].astype(int).tolist():
+            raise UserError(
+                f"{name}: {attack_names(report['norm'], [key])[0]} is not what all attacks leave; evaluate again"
             )
 
 
@@ -205,7 +280,7 @@ def check_accuracies(report: EvaluationReport, name: str) -> None:
     """
     check_unique_ids(report, name)
     n = len(report["ids"])
-    for (eps, attack), score in scores(report).items():
+    for (_, eps, attack), score in (scores(report) | worst_scores(report)).items():
         hits = sum(score["correct"])
         accuracy, low, high = score.get("accuracy", math.nan), score.get("low", math.nan), score.get("high", math.nan)
         try:
@@ -217,64 +292,3 @@ def check_accuracies(report: EvaluationReport, name: str) -> None:
                 f"{name}: {attack} at eps {eps:.4g} has accuracy {accuracy} ({low} to {high}), but {hits} of {n} "
                 "images are correct; evaluate again"
             )
-
-
-def check_output(path: str | Path) -> None:
-    """Refuse what `write_evaluation` could not write in the end; changes nothing.
-
-    Raises:
-        UserError: naming --output.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"--output: {path} is a folder; name a file, e.g. {path / 'evaluation.json'}")
-    missing = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # nothing else tells whether it can be made
-        writable = os.access(path.parent, os.W_OK)
-    except OSError as error:
-        raise UserError(f"--output: cannot create {path.parent} ({error.strerror or error})") from None
-    finally:
-        for parent in missing:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-    if not writable:
-        raise UserError(f"--output: {path.parent} is not writable; name a file in another folder")
-
-
-def read_replaced(path: str | Path) -> EvaluationReport | None:
-    """The evaluation that a new one would overwrite; None where there is none.
-
-    Raises:
-        UserError: the file there is not an evaluation, naming --output.
-    """
-    if not Path(path).exists():
-        return None
-    try:
-        return read_evaluation(path)
-    except UserError as error:
-        raise UserError(f"--output: {error}; name another file") from None
-
-
-def check_replaced(
-    path: str | Path, attacks: Sequence[tuple[float, str]], norm: str, n: int, sha256: str | None
-) -> None:
-    """Refuse to overwrite an evaluation that has what the new one would not have, or a file that is not an evaluation.
-
-    Args:
-        path: where the new one is to be written.
-        attacks: (eps, name) of the new one; `clean` at eps 0.
-        norm, n, sha256: its norm, number of images, and adapter.
-
-    Raises:
-        UserError: naming --output.
-    """
-    old = read_replaced(path)
-    if old is None:
-        return
-    lost = attack_names(old["norm"], [key for key in scores(old) if key not in attacks])
-    lost += [] if len(old["ids"]) <= n else [f"{len(old['ids'])} images"]
-    lost += [] if old["norm"] == norm else [old["norm"]]
-    lost += [] if old.get("adapter_sha256") == sha256 else ["another adapter"]
-    if lost:
-        raise UserError(f"--output: {path} holds an evaluation of {', '.join(lost)}; name another file, or delete it")

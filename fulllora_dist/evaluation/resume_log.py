@@ -15,6 +15,7 @@ from torch import nn
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.trained import record_of
+from fulllora_dist.evaluation.transfer import Sources
 from fulllora_dist.models.adapted_model import AdaptedModel
 
 
@@ -24,14 +25,15 @@ def items_done(output: str | Path, name: str = "evaluation*.json") -> int:
     return sum(file.read_bytes().count(b"\n") for file in files)
 
 
-def fingerprint(predict: nn.Module, images: EvalImages, seed: int) -> str:
+def fingerprint(predict: nn.Module, images: EvalImages, seed: int, sources: Sources | None = None) -> str:
     """Hash of all that the result of a work item depends on besides its name."""
     digest = hashlib.sha256(f"{images.digest} {seed} {record_of(predict).classes}".encode())
     if isinstance(predict, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
         digest.update(f"{predict.info} {predict.spec}".encode())
-    for name, tensor in chain(predict.named_parameters(), predict.named_buffers()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for model in (predict, *(sources or {}).values()):
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

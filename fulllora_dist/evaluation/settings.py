@@ -11,6 +11,8 @@ class EvaluationSettings(Settings):
     """clean, fgsm, autoattack, parts of it (apgd-ce+square), pgdK, cwK, dlrK for K steps; 5 restarts: pgd20x5."""
     eps: tuple[Size, ...] = ()
     """Further eps beside threat.eps, for robust accuracy against eps."""
+    norms: tuple[str, ...] = ()
+    """Further norms beside threat.norm, each with its eps: [l2=2, l1=255]."""
     num_samples: int | None = Field(None, ge=1)
     """How many images, drawn evenly over the classes; null takes all."""
     first: int | None = Field(None, ge=1)

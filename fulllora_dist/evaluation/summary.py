@@ -9,20 +9,24 @@ from timm.data import ImageNetInfo
 from fulllora_dist.core.stats import wilson
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.core.units import size_in
-from fulllora_dist.evaluation.report import EvaluationReport, Score, eps_points
+from fulllora_dist.evaluation.report import WORST_CASE, EvaluationReport, Score, eps_points, points, worst_scores
 from fulllora_dist.evaluation.trained import pictures_line
 from fulllora_dist.plots.figures import Curves, least_and_most, per_class_bars, robustness_curve
 
 
 def table(report: EvaluationReport) -> str:
-    """Each attack with its interval at each eps, the classes, and the warnings."""
+    """Each attack and the worst case with its interval in each ball, the classes, and the warnings."""
     attacks = report["attacks"]
-    width = max(map(len, ("attack", *attacks)))
+    width = max(map(len, (WORST_CASE, *attacks)))
+    worst = worst_scores(report)
     blocks = [caption(report), *_about_model(report), ""]
-    for k, point in enumerate(eps_points(report)):
-        blocks += ["", size_in(report["norm"], point["eps"])] if k else []
-        rows = [(name.ljust(width), *accuracy_cells(score)) for name, score in point["attacks"].items()]
-        blocks.append(text_table([("attack", "accuracy %", "95 % interval"), *rows], "lrl"))
+    for k, point in enumerate(points(report)):
+        norm, eps = point["norm"], float(point["eps"])
+        blocks += ["", size_in(norm, eps)] if k else []
+        rows = [(name, *accuracy_cells(score)) for name, score in point["attacks"].items()]
+        rows += [(WORST_CASE, *accuracy_cells(score)) for key, score in worst.items() if key[:2] == (norm, eps)]
+        cells = [("attack", "accuracy %", "95 % interval"), *((name.ljust(width), *rest) for name, *rest in rows)]
+        blocks.append(text_table(cells, "lrl"))
     blocks += ["", _class_table(attacks)]
     if report.get("checks") and not report["warnings"]:
         blocks += ["", f"{len(report['checks'])} checks for masked gradients, no warning"]

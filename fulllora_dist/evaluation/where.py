@@ -133,6 +133,7 @@ def _losses(without: EvaluationReport, intact: EvaluationReport) -> dict[str, An
             "p": row["p"],
         }
         for row in compare(without, intact)["rows"]
+        if row["attack"] in without["attacks"]
     }
 
 

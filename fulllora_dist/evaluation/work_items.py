@@ -16,7 +16,7 @@ from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.evaluation.images import EvalImages
 
 _CHECK_BATCH = 16  # images; Square's many passes of an image make a small batch worth while
-_CHECK_PASSES = 500  # of an image under all checks
+_CHECK_PASSES = 550  # of an image under all checks
 _KEPT = 4096  # decoded images of each rank: attacks come to the same batches one after the other
 
 

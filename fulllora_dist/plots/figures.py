@@ -116,7 +116,8 @@ def draw_curves(axes: Axes, curves: Curves, attack: str, norm: str = "linf") -> 
     axes.set_ylim(-3, 107)
     axes.set_xlim(left=0)
     axes.set_xticks(sorted({round(unit * e, 2) for scores in curves.values() for e in scores}))
-    change = "largest change of a pixel, in 1/255 of its range" if norm == "linf" else "L2 length of the change"
+    length = f"{norm.upper()} length of the change"
+    change = "largest change of a pixel, in 1/255 of its range" if norm == "linf" else length
     axes.set_xlabel(f"eps: {change}", fontsize=11)
     axes.set_ylabel(f"accuracy under {attack}, % (band: 95 % interval)", fontsize=11)
     axes.grid(alpha=0.25)
@@ -153,7 +154,7 @@ def robustness_curve(curves: Curves, *, attack: str = "PGD-20", norm: str = "lin
 
     Args:
         attack: its name for the axis.
-        norm: of eps, "linf" or "l2".
+        norm: of eps, "linf", "l2" or "l1".
     """
     figure = Figure(figsize=(6.5, 4.5), dpi=120, layout="constrained")
     draw_curves(figure.subplots(), curves, attack, norm)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fulllora_dist.core.units import size_in
+from fulllora_dist.evaluation.report import scores, worst_scores
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.training_record import TrainingData
@@ -48,11 +49,11 @@ def model_card(
 def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:
     if evaluation is None:
         return ["Not evaluated."]
+    figures = scores(evaluation) | worst_scores(evaluation)  # type: ignore[arg-type]
     rows = [
-        f"| {attack} | {'' if attack == 'clean' else size_in(evaluation['norm'], at_eps['eps'])} | "
+        f"| {key.attack} | {'' if key.attack == 'clean' else size_in(key.norm, key.eps)} | "
         f"{100 * score['accuracy']:.2f} % | {100 * score['low']:.1f} to {100 * score['high']:.1f} % |"
-        for at_eps in (evaluation, *evaluation.get("more_eps", ()))
-        for attack, score in at_eps["attacks"].items()
+        for key, score in figures.items()
     ]
     n, precision = len(evaluation["ids"]), evaluation["precision"]
     return ["| attack | eps | accuracy | 95 % interval |", "|---|---|---|---|", *rows, "", f"n = {n}, {precision}."]

@@ -11,7 +11,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.units import size_in
 from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.evaluation.compare import compare
-from fulllora_dist.evaluation.report import EvaluationReport, Score, check_accuracies
+from fulllora_dist.evaluation.report import WORST_CASE, EvaluationReport, Score, check_accuracies, worst_scores
 
 Evaluation = EvaluationReport
 _SHOWN = {"precision": "precision", "norm": "norm", "data": "data (digest of the index)"}
@@ -85,7 +85,8 @@ def _broken(evaluation: Evaluation) -> str | None:
 def _alone(candidate: Evaluation, rules: Rules, threat: str | None) -> tuple[list[str], list[str]]:
     """(reasons, findings) of the candidate by itself."""
     reasons = []
-    attacks, size = candidate["attacks"], size_in(candidate["norm"], candidate["eps"])
+    attacks, norm, eps = candidate["attacks"], candidate["norm"], candidate["eps"]
+    size = size_in(norm, eps)
     if "clean" not in attacks:
         reasons.append("its clean accuracy was not measured; evaluate with --attacks clean,...")
     elif attacks["clean"]["accuracy"] < rules.clean_floor:
@@ -97,7 +98,8 @@ def _alone(candidate: Evaluation, rules: Rules, threat: str | None) -> tuple[lis
     if not candidate.get("checks"):
         reasons.append("gradient masking was not checked; evaluate with evaluation.gradient_masking_samples=50")
     reasons += [f"a check warned: {line}" for line in candidate["warnings"]]
-    return reasons, [f"{attack}: {_percent(score)}" for attack, score in attacks.items()]
+    worst = {key.attack: score for key, score in worst_scores(candidate).items() if key[:2] == (norm, float(eps))}
+    return reasons, [f"{attack}: {_percent(score)}" for attack, score in (attacks | worst).items()]
 
 
 def _percent(score: Score) -> str:
@@ -126,9 +128,10 @@ def _against(candidate: Evaluation, champion: Evaluation | None, rules: Rules) -
         return [
             "its outputs are the champion's classes in another order; whoever reads the scores takes them wrongly"
         ], []
+    judged = [*candidate["attacks"], *([WORST_CASE] if len(candidate["attacks"]) > 2 else [])]
     for row in compare(champion, candidate)["rows"]:
-        if row["eps"] not in (0.0, champion["eps"]):
-            continue
+        if row["eps"] not in (0.0, champion["eps"]) or row["norm"] != champion["norm"] or row["attack"] not in judged:
+            continue  # of one attack alone the worst case is that attack
         interval = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
         shown = f"{row['attack']}: {100 * row['difference']:+.2f} points to the champion (paired 95 %: {interval})"
         findings.append(shown)

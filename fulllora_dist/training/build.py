@@ -12,11 +12,14 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import Evaluator, eval_transform
+from fulllora_dist.evaluation.attack_names import further_norms
 from fulllora_dist.evaluation.trained import classes_of
+from fulllora_dist.evaluation.transfer import load_sources
 from fulllora_dist.models.adapt import build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.compiled import compile_blocks, why_not_compiled
+from fulllora_dist.registry.address import load
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.tracking.run import Tracker
@@ -26,8 +29,9 @@ from fulllora_dist.training.inputs import check_classes, load_index
 
 
 def threats(config: Config) -> list[Threat]:
-    """The threat model of the run, followed by those of evaluation.eps."""
-    return [threat_model(config.threat.norm, eps) for eps in (config.threat.eps, *config.evaluation.eps)]
+    """The threat model of the run, followed by those of evaluation.eps and evaluation.norms."""
+    own = [threat_model(config.threat.norm, eps) for eps in (config.threat.eps, *config.evaluation.eps)]
+    return own + [threat_model(norm, eps) for norm, eps in further_norms(config.evaluation.norms, config.threat.norm)]
 
 
 def track_data(config: Config, tracker: Tracker) -> None:
@@ -159,6 +163,7 @@ def build_evaluator(
         adapter, sha256: the adapter's address and `adapter_sha256`, for the report.
     """
     first, *more = threats(config)
+    sources = load_sources(config.evaluation.attacks, lambda address: load(address, uri=config.tracking_uri()))
     return Evaluator(
         config.evaluation.attacks,
         first,
@@ -166,6 +171,7 @@ def build_evaluator(
         more_threats=more,
         seed=config.run.seed,
         gradient_masking_samples=config.evaluation.gradient_masking_samples,
+        sources=sources,
         backbone=model.name,
         adapter=adapter and urls.redacted(adapter),
         adapter_sha256=sha256,

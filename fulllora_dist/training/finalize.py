@@ -85,7 +85,8 @@ def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None
     def write(report: EvaluationReport) -> None:
         print(table(report), file=sys.stdout, flush=True)
         write_evaluation(report, path)
-        run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in report["attacks"].items()}, step)
+        shown = report["attacks"] | ({"worst_case": report["worst_case"]} if "worst_case" in report else {})
+        run.tracker.log({f"eval/{name}": score["accuracy"] for name, score in shown.items()}, step)
         run.tracker.commit(step)
         for file in (path, *write_figures(report, path)):
             run.tracker.artifact(str(file))

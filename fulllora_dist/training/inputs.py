@@ -10,7 +10,7 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.position import StreamPosition
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.schedule import check_batch
-from fulllora_dist.evaluation.attack_names import AttackName
+from fulllora_dist.evaluation.attack_names import AttackName, further_norms
 from fulllora_dist.models.checkpoint_header import read_header
 from fulllora_dist.tracking.settings import check_uri
 
@@ -45,7 +45,14 @@ def check_evaluation(config: Config) -> Subset:
         UserError: unknown attacks, an invalid eps, more than one kind of subset.
     """
     settings = config.evaluation
-    AttackName.parse_all(settings.attacks)
+    for attack in AttackName.parse_all(settings.attacks):
+        local = attack.kind == "transfer" and not attack.source.startswith(("models:", "runs:"))
+        if local and "://" not in attack.source and not os.path.exists(os.path.join(attack.source, "adapter.json")):
+            raise UserError(
+                f"evaluation.attacks: {attack.name}: {attack.source} has no adapter.json; give the folder adapter/ of "
+                "a run"
+            )
+    further_norms(settings.norms, config.threat.norm)
     if config.threat.norm == "linf":
         for eps in settings.eps:
             try:

@@ -1,4 +1,4 @@
-"""Both norms everywhere: projection, steepest step and start are what geometry says, sample by sample."""
+"""All norms everywhere: projection, steepest step and start are what geometry says, sample by sample."""
 
 import math
 from collections.abc import Callable
@@ -19,8 +19,10 @@ from fulllora_dist.core.rng import sample_rng
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "linf": lambda d: d.abs().flatten(1).max(dim=1).values,
     "l2": lambda d: torch.tensor([math.sqrt(sum(v * v for v in one.flatten().tolist())) for one in d]),
+    "l1": lambda d: torch.tensor([math.fsum(map(abs, one.flatten().tolist())) for one in d], dtype=torch.float64),
 }
 DUAL: dict[str, Callable[[Tensor], Tensor]] = {"linf": lambda g: g.abs().flatten(1).sum(dim=1), "l2": NORMS["l2"]}
+DUAL["l1"] = NORMS["linf"]  # of so few values 1 % is one
 SHAPE = (3, 4, 5)
 
 often = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -163,7 +165,7 @@ def test_single_steps_take_the_norm(norm: str) -> None:
 
 def test_impossible_threats_are_refused() -> None:
     for norm, eps, words in (
-        ("l3", 0.1, "linf, l2"),
+        ("l3", 0.1, "linf, l2, l1"),
         ("linf", 4, "k/255"),
         ("l2", -1, "eps must be >= 0"),
         ("l2", math.inf, ""),

@@ -256,22 +256,6 @@ def test_an_evaluation_takes_floats_in_0_1(shards: Path) -> None:
     assert found["attacks"]["clean"]["correct"] == right.int().tolist()
 
 
-@pytest.mark.parametrize(
-    ("data", "name"),
-    [
-        ((images(), torch.arange(4)), "tuple"),
-        (torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images())), "DataLoader"),
-        (images(), "Tensor"),
-        (None, "NoneType"),
-    ],
-    ids=["a pair", "a DataLoader", "a tensor", "nothing"],
-)
-def test_an_evaluation_names_what_it_takes(data: Any, name: str) -> None:
-    with pytest.raises(UserError) as refusal:
-        fd.evaluate(tiny(), data)
-    assert str(refusal.value) == f"data must be a folder of shards or an EvalStream, got {name}"
-
-
 # -- training ------------------------------------------------------------------------------------------------------
 
 

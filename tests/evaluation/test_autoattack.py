@@ -16,7 +16,7 @@ from fulllora_dist.evaluation import EvalAttack, evaluate
 from tests.tiny import CLASSES
 
 SMALL = 12
-OFFICIAL = {"linf": "Linf", "l2": "L2"}
+OFFICIAL = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 def _alone(
@@ -36,6 +36,8 @@ def _alone(
         ("apgd-ce", "linf", EPS),
         ("apgd-ce+apgd-t", "linf", EPS),
         ("fab-t", "l2", 0.3),
+        ("apgd-t", "l1", 1.0),
+        pytest.param("apgd-ce+apgd-t+fab-t+square", "l1", 1.0, marks=pytest.mark.long),
         pytest.param("square+apgd-ce", "l2", 0.3, marks=pytest.mark.long),
     ],
 )

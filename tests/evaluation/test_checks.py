@@ -1,5 +1,6 @@
 """Each check warns of a model that was built to have its symptom, and is quiet on three healthy ones."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from eval_cases import EPS, HEALTHY, stream
 from torch import Tensor, nn
 
 import fulllora_dist as fd
+from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.evaluation import EvalAttack, evaluate
-from fulllora_dist.evaluation.checks import CHECKS, order_warnings
+from fulllora_dist.evaluation.checks import CHECKS, CheckBatch
+from fulllora_dist.evaluation.reported import order_warnings
+from fulllora_dist.models.branches import branches_of
 from fulllora_dist.models.precision import in_full_fp32
 from tests.tiny import tiny
 from tools.experiments.symptoms import Around, Detached, Noisy, Probabilities, Saturated
@@ -95,7 +99,51 @@ def _broken(kind: type[Around] | None, model: nn.Module, training: tuple[Tensor,
     return kind(model, training) if issubclass(kind, AroundMeans) else kind(model)
 
 
-@pytest.mark.parametrize("check", [check.name for check in CHECKS])
+(TRANSFER,) = (check for check in CHECKS if check.name == "transfer")
+
+
+def _batch(model: nn.Module, images: Path, eps: float) -> CheckBatch:
+    (batch,) = stream(images, 50)
+    return CheckBatch(model, batch.pixels(), batch.labels, batch.ids, Linf(eps), 0)
+
+
+class SaturatedByBranches(fd.AdaptedModel):
+    """Where a branch acts, softmax is one or zero, and no gradient of cross-entropy is left."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        on = any(branch.module.on for branch in branches_of(self))
+        return super().forward(pixels) * (1e5 if on else 1)
+
+
+def test_branches_that_mask_gradients_are_seen_without_them(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
+    model = copy.deepcopy(healthy["fulllora"])
+    model.__class__ = SaturatedByBranches
+    batch = _batch(model, images, 3 * EPS)
+    line = TRANSFER.warn(TRANSFER.measure(batch))
+    assert line is not None
+    assert line.startswith("pgd20 on the model without its branches fools ")
+    assert batch.correct.float().mean() > 0.5
+
+
+def test_the_examples_for_the_bare_model_by_hand(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
+    model, eps = healthy["fulllora"], 2 * EPS
+    batch = _batch(model, images, eps)
+    found, x, y = TRANSFER.measure(batch), batch.x, batch.y
+    bare = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in bare.named_parameters():
+            if name.endswith(".B"):
+                parameter.zero_()
+    correct = model(x).argmax(1) == y
+    by_bare, direct = (
+        correct & (model(EvalAttack.parse("pgd20")(m, x, y, threat=Linf(eps), seed=0, ids=batch.ids)).argmax(1) == y)
+        for m in (bare, model)
+    )
+    assert found == {"other_alone": (direct & ~by_bare).sum(), "many_alone": (~direct & by_bare).sum()}
+    assert found["many_alone"] > 0
+
+
+@pytest.mark.parametrize("check", [check.name for check in CHECKS if check.name != "transfer"])
 def test_a_symptom_is_seen(
     check: str, healthy: dict[str, fd.AdaptedModel], training: tuple[Tensor, Tensor], images: Path
 ) -> None:
@@ -126,6 +174,7 @@ def test_reported_figures_in_the_wrong_order_are_said() -> None:
     """fgsm or square alone stronger than an iterated attack on the gradient; a chance win is none."""
     all_right, none_right, but_few = torch.ones(50).bool().numpy(), torch.zeros(50).bool().numpy(), torch.arange(50) > 3
     names = {name: EvalAttack.parse(name) for name in ("fgsm", "square", "pgd3", "pgd20", "apgd-ce", "clean")}
+    names["transfer"] = EvalAttack.parse("transfer:runs/a/adapter")
 
     def said(**left: np.ndarray) -> list[str]:
         columns = {names[name.replace("_", "-")]: rows for name, rows in left.items()}
@@ -134,6 +183,9 @@ def test_reported_figures_in_the_wrong_order_are_said() -> None:
     assert said(clean=all_right, fgsm=none_right, pgd3=all_right) == []
     assert said(fgsm=none_right, pgd20=all_right) == ["single_step: eps = 4: fgsm"]
     assert said(square=none_right, pgd20=all_right, apgd_ce=none_right) == ["square: eps = 4: square"]
+    assert said(transfer=none_right, pgd20=all_right) == ["transfer: eps = 4: transfer:runs/a/adapter"]
+    assert said(transfer=all_right, pgd20=none_right, fgsm=all_right) == []
+    assert said(fgsm=none_right, transfer=all_right) == [], "no attack on this model"
     assert said(fgsm=all_right, square=all_right, pgd20=none_right, apgd_ce=none_right) == []
     assert said(fgsm=but_few.numpy(), pgd20=all_right) == []
 

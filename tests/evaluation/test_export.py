@@ -1,12 +1,15 @@
 """Programs of others take a model as it is, and find our numbers."""
 
+import ast
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +19,14 @@ from PIL import Image
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.commands.evaluate import read_arguments
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.models.robustbench import export_robustbench, network
 from tests.tiny import SIDE, stir, tiny
 
 
@@ -74,12 +80,24 @@ class AutoAttack(pyautoattack.AutoAttack):
 
 pyautoattack.AutoAttack = AutoAttack
 sys.modules |= {"autoattack": pyautoattack, "autoattack.state": pyautoattack.state}
+import torch
 from robustbench.eval import benchmark
+from robustbench.model_zoo import model_dicts
+from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+from robustbench.utils import load_model
 from torchvision.transforms import ToTensor
 import fulllora_dist as fd
 adapter, data, n, eps = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+zoo = sys.path[0] + "/models/imagenet/Linf"
+sys.path.append(zoo)
+import Mine2026FullLoRA
+model_dicts[BenchmarkDataset.imagenet][ThreatModel.Linf]["Mine2026FullLoRA"] = Mine2026FullLoRA.ENTRY
+model = load_model("Mine2026FullLoRA", model_dir=sys.path[0] + "/models", dataset="imagenet", threat_model="Linf")
+x = torch.rand(4, 3, 16, 16)
+with torch.no_grad():
+    torch.testing.assert_close(model(x), fd.load(adapter)(x))
 settings = {"dataset": "imagenet", "threat_model": "Linf", "preprocessing": ToTensor(), "data_dir": data}
-print(json.dumps(benchmark(fd.load(adapter), n_examples=n, eps=eps, batch_size=n, **settings)))
+print(json.dumps(benchmark(model, n_examples=n, eps=eps, batch_size=n, **settings)))
 """
 
 
@@ -118,6 +136,7 @@ def test_robustbench(tmp_path: Path) -> None:
     model = tiny(num_classes=classes, mean=(0.5,) * 3, std=(0.25,) * 3, finetune="full", seed=0)
     train(model, (batch.pixels(), batch.labels), 300, 3, 3e-3)
     fd.save_adapter(model, str(tmp_path / "adapter"))
+    export_robustbench(fd.load(str(tmp_path / "adapter")), tmp_path / "models/imagenet/Linf", "Mine2026FullLoRA")
     ours = evaluate(model.eval(), images, attacks=("clean", "autoattack"), eps=STRONG)["attacks"]
 
     (tmp_path / "benchmark.py").write_text(BENCHMARK)
@@ -135,6 +154,52 @@ def test_robustbench(tmp_path: Path) -> None:
     assert clean == pytest.approx(ours["clean"]["accuracy"], abs=1e-6)
     assert robust == pytest.approx(ours["autoattack"]["accuracy"], abs=2 / LISTED + 1e-6)
     assert 0.1 < robust < clean - 0.1
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"finetune": "lora", "head": "trained"}, {"finetune": "full"}, {"family": "swin"}], ids=str
+)
+def test_the_exported_network_is_the_model(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Built from what the file for RobustBench says alone, with the weights beside it."""
+    model = stir(tiny(**{"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), **settings}, seed=3)).eval()
+    weights, loader = export_robustbench(model, tmp_path / "Linf", "Mine2026FullLoRA")
+    assert len(loader.read_text().split("ENTRY")[1].splitlines()) < 10
+    said: dict[str, Any] = {}
+    for node in ast.parse(loader.read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and node.targets[0].id != "ENTRY":  # type: ignore[attr-defined]
+            said[node.targets[0].id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+    built = network(said["BACKBONE"], said["ADAPTER"])
+    built.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
+    mean, std = (torch.tensor(said["BACKBONE"][key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(built((x - mean) / std), model(x))
+    with pytest.raises(UserError, match=r"Mine2026FullLoRA.pt exists; give another name or folder"):
+        export_robustbench(model, tmp_path / "Linf", "Mine2026FullLoRA")
+    for name in ("Standard_ViT", "a/b", ""):
+        with pytest.raises(UserError, match="name must be letters, digits"):
+            export_robustbench(model, tmp_path / "other", name)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_preset_is_what_robustbench_asks_for(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "model: {backbone: none}\ndata: {train: none}\nrun: {output_dir: none}\noptim: {epochs: 1}\n"
+        "threat: {norm: l2, eps: 3}\nmethod: {name: pgd}\nevaluation: {num_samples: 3, eps: [1], norms: [l1=9]}\n"
+    )
+    given = ["--config", str(file), "--preset", "robustbench"]
+    _, config = read_arguments([*given, "--ids", "list.txt"])
+    assert (config.threat.norm, config.threat.eps) == ("linf", 4 / 255)
+    found = config.evaluation
+    assert (found.attacks, found.ids) == (("clean", "autoattack"), "list.txt")
+    assert (found.eps, found.norms, found.num_samples, found.first) == ((), (), None, None)
+    for argument, value in (("--eps", "8/255"), ("--attacks", "pgd20"), ("--num-samples", "50")):
+        with pytest.raises(UserError, match=f"{argument}: --preset robustbench has its own"):
+            read_arguments([*given, argument, value])
+    if importlib.util.find_spec("robustbench") is None:
+        with pytest.raises(UserError, match=r"not installed; give --ids imagenet_test_image_ids.txt"):
+            read_arguments(given)
 
 
 def test_a_loaded_model_is_a_plain_module_in_evaluation_mode(tmp_path: Path) -> None:
