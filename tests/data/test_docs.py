@@ -56,4 +56,4 @@ def test_the_settings_are_settings(block: str) -> None:
 
     settings = DataSettings.model_validate(yaml.safe_load(block)["data"])
     assert settings.randaugment.magnitude == 9
-    assert settings.num_workers == 8
+    assert settings.num_workers == 4
