@@ -31,9 +31,21 @@ ROOT = Path(__file__).parents[1]
 M_MMAP_THRESHOLD = -3
 
 
+WHOLE = {"model_kwargs": {}}
+"""Of the model's settings: all twelve blocks."""
+
+
 def config(micro: int, **sections: Any) -> Config:
+    """ViT-S of two blocks at 96 pixels; `sections` replace or complete those of the config."""
     values: dict[str, Any] = {
-        "model": {"backbone": "vit_small_patch16_224", "pretrained": False, "num_classes": 10, "image_size": 96},
+        "model": {
+            "backbone": "vit_small_patch16_224",
+            "pretrained": False,
+            "num_classes": 10,
+            "image_size": 96,
+            "model_kwargs": {"depth": 2},
+        },
+        "adapter": {"rank": 9},
         "threat": {"eps": 0.01},
         "method": "n_fgsm",
         "data": {"train": "none"},
@@ -41,7 +53,8 @@ def config(micro: int, **sections: Any) -> Config:
         "run": {"output_dir": "none"},
     }
     for name, section in sections.items():
-        values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
+        both = isinstance(section, dict) and isinstance(values.get(name), dict)
+        values[name] = values[name] | section if both else section
     return Config.model_validate(values)
 
 
@@ -55,7 +68,7 @@ def _bytes(name: str) -> int:
 
 
 def _rise(comm: Comm, settings: Config, large_blocks_are_mapped: bool) -> int:
-    """How much the peak of the resident memory rises after the model is built: the engine, and three steps."""
+    """How much the peak of the resident memory rises after the model is built: the engine, and two steps."""
     if large_blocks_are_mapped:  # and so given back; by default glibc keeps most of what was freed
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 18)
     model, phases = build_model(settings), build_phases(settings, 100)
@@ -67,29 +80,34 @@ def _rise(comm: Comm, settings: Config, large_blocks_are_mapped: bool) -> int:
     before = _bytes("VmRSS")
     engine = Engine(model, settings.optim, settings.distributed, {}, comm, 100)
     phases.prepare(model.backbone, size)
-    for step in range(3):
+    for step in range(2):
         images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
         phases.step(engine, Batch(images, torch.arange(n) % 10, torch.arange(n), torch.ones(n, dtype=torch.bool)), step)
     return _bytes("VmHWM") - before
 
 
 @pytest.mark.parametrize(
-    ("micro", "sections", "large_blocks_are_mapped", "tolerance"),
+    ("micro", "sections", "large_blocks_are_mapped"),
     [
-        (32, {}, False, 0.2),
-        (32, {"distributed": {"activation_checkpointing": "all", "zero_stage": 0}}, True, 0.15),
+        (32, {"model": WHOLE}, False),
+        pytest.param(
+            48,
+            {"model": WHOLE, "distributed": {"activation_checkpointing": "all", "zero_stage": 0}},
+            True,
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["as it is", "checkpointing, without glibc's waste"],
 )
 def test_the_memory_is_a_real_ranks(
-    rank_server: RankServer, micro: int, sections: dict, large_blocks_are_mapped: bool, tolerance: float
+    rank_server: RankServer, micro: int, sections: dict, large_blocks_are_mapped: bool
 ) -> None:
     """No number of the model of memory was taken from a measurement."""
     settings = config(micro, **sections)
     memory = rank_memory(counted(settings))
     expected = together(memory) - memory["frozen weights"] - memory["adapter"]
     (rise,) = rank_server.run(1, _rise, settings, large_blocks_are_mapped)
-    assert expected == pytest.approx(rise, rel=tolerance)
+    assert expected == pytest.approx(rise, rel=0.2)
 
 
 def test_what_is_kept_is_what_autograd_saves_on_a_real_device() -> None:
@@ -157,8 +175,8 @@ def rates(folder: Path, **row: Any) -> Path:
 
 def test_hours_and_cost_follow_from_the_measured_step(tmp_path: Path) -> None:
     """Of a run whose step is the one that was measured: as many seconds as images / 5 x 2."""
-    model = {"backbone": "vit_small_patch16_224", "image_size": 96, "num_classes": 1000}
-    settings = config(5, model=model, method={"name": "pgd", "steps": 3}, adapter={"head": "frozen"})
+    model = WHOLE | {"num_classes": 1000}
+    settings = config(5, model=model, method={"name": "pgd", "steps": 3}, adapter={"head": "frozen", "rank": None})
     text = estimate(settings, 1, Prices((str(rates(tmp_path)),), price=10.0))
     batches = int(re.findall(r"([\d,]+) batches, [\d,]+ optimizer", text)[0].replace(",", ""))
     hours, cost = re.findall(r"EFLOP, ([\d.]+) hours of a rank at .* on 1 ranks, cost ([\d,]+)", text)[0]
@@ -168,8 +186,6 @@ def test_hours_and_cost_follow_from_the_measured_step(tmp_path: Path) -> None:
 
 
 def test_without_a_row_of_its_precision_a_rate_is_assumed(tmp_path: Path) -> None:
-    text = estimate(config(8), 1, Prices((str(rates(tmp_path)),)))
-    assert "measured on a CPU" in text
     text = estimate(config(8, model={"precision": "bf16"}), 1, Prices((str(rates(tmp_path)),)))
     assert "GPU-hours at an assumed 300 TFLOP/s" in text
 
