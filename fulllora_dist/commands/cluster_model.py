@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fulllora_dist.commands.plan_counts import RunCounts
-from fulllora_dist.data.plan import CHUNK
+from fulllora_dist.data.plan import CHUNK, WINDOW
 from fulllora_dist.models.flops import PassCost
 from fulllora_dist.training.guard import batches_of_check
 from fulllora_dist.training.phases import Phase
@@ -190,9 +190,8 @@ def simulate(counts: RunCounts, nodes: int, gpus_per_node: int, machines: Machin
 
 
 def requests_an_epoch(counts: RunCounts) -> int:
-    """GETs of an epoch from a bucket: one for each chunk of a lane, and one where a lane begins within a chunk."""
-    batch = counts.config.optim.batch_size
-    return math.ceil(counts.images / CHUNK) + batch
+    """GETs of an epoch from a bucket: one for each chunk, and one more where a lane or a window begins within one."""
+    return counts.config.optim.batch_size + math.ceil(counts.images / CHUNK * (1 + 1 / WINDOW))
 
 
 def _drawn(counts: RunCounts) -> float:

@@ -6,9 +6,9 @@ Passes, bytes and collectives are counted, without a GPU; what the machines do a
 """
 
 import argparse
-import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fulllora_dist.commands.parser import Parser
@@ -16,7 +16,7 @@ from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 
 if TYPE_CHECKING:
-    from fulllora_dist.commands.cluster_model import Machines, Simulated
+    from fulllora_dist.commands.cluster_model import Machines
     from fulllora_dist.commands.plan_counts import RunCounts
 
 NUMBERS: dict[str, tuple[float, str]] = {
@@ -48,13 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be >= 1, got {getattr(args, name)}")
     if args.page:
-        from fulllora_dist.commands.scaling_page import page  # which imports this
+        from fulllora_dist.commands.scaling import page
 
-        with atomic_write(args.page) as file:
+        with atomic_write(Path(args.page)) as file:
             file.write(page(_machines(args)).encode())
         return
     if args.config is None:
         raise UserError("--config is not set; give the YAML file of a run, or --page FILE")
+    from fulllora_dist.commands.scaling import count, report  # torch
+
     counts = count(args.config, args.overrides)
     machines = _machines(args)
     if args.rates:
@@ -101,94 +103,3 @@ def _with_rates(counts: "RunCounts", machines: "Machines", files: Sequence[str])
 
     rate = run_rate(counts, files)
     return replace(machines, flops=rate.flops), rate.source
-
-
-def count(config: str, overrides: Sequence[str]) -> "RunCounts":
-    """Count the run of a config on one node.
-
-    Raises:
-        UserError: an invalid setting, or ZeRO-3.
-    """
-    from fulllora_dist.commands.plan_counts import count_run  # torch
-    from fulllora_dist.config.load import load_config
-
-    settings = load_config(config, overrides)
-    if settings.distributed.zero_stage == 3:
-        raise UserError(
-            "distributed.zero_stage: 3 is not simulated, as its gathers overlap with the passes; use 0 to 2"
-        )
-    return count_run(settings, ranks=1)
-
-
-def report(counts: "RunCounts", nodes: int, gpus_per_node: int, machines: "Machines") -> str:
-    """The run on each power of two of nodes, as text.
-
-    Raises:
-        UserError: not even one node divides the batch.
-    """
-    from fulllora_dist.commands.cluster_model import requests_an_epoch
-
-    runs = simulated(counts, nodes, gpus_per_node, machines)
-    epochs = counts.config.optim.epochs * counts.phases.total_steps / counts.phases.total_updates
-    gb = counts.images * machines.image_bytes / 1e9
-    return "\n".join(
-        [
-            f"{counts.model.info.name}, {counts.config.method.name}, global batch {counts.config.optim.batch_size}, "
-            f"ZeRO-{counts.config.distributed.zero_stage}",
-            *_table(runs, machines),
-            f"an epoch takes {requests_an_epoch(counts):,} requests and {gb:,.0f} GB from a bucket; the run draws "
-            f"{epochs:g} epochs",
-            where_it_stops(runs),
-        ]
-    )
-
-
-def simulated(counts: "RunCounts", nodes: int, gpus_per_node: int, machines: "Machines") -> list["Simulated"]:
-    """The run on each power of two of nodes whose ranks divide the batch."""
-    from fulllora_dist.commands.cluster_model import simulate
-
-    parts = counts.config.optim.batch_size // counts.config.distributed.gradient_accumulation_steps
-    numbers = [2**i for i in range(nodes.bit_length()) if 2**i <= nodes]
-    fits = [n for n in dict.fromkeys([*numbers, nodes]) if parts % (n * gpus_per_node) == 0]
-    if not fits:
-        raise UserError(f"optim.batch_size: must be divisible by {gpus_per_node} ranks, got micro-batches of {parts}")
-    return [simulate(counts, n, gpus_per_node, machines) for n in fits]
-
-
-def _table(runs: Sequence["Simulated"], machines: "Machines") -> list[str]:
-    cost = machines.price or machines.egress_price
-    lines = [
-        "| GPUs | images a GPU | step | passes | of it launching | collectives | waiting for | guard | start | hours | "
-        "GPU-hours | efficiency |" + " cost |" * bool(cost),
-        "|---" * (12 + bool(cost)) + "|",
-    ]
-    for run in runs:
-        waits = f"{_ms(run.waiting)} {run.waits_for}" if run.waiting > 5e-5 else "-"
-        lines.append(
-            f"| {run.gpus} | {run.images} | {_ms(run.step)} | {_ms(run.compute)} | {_ms(run.launching)} | "
-            f"{_ms(run.exposed)} | {waits} | {run.guard:.0%} | {run.start:.0f} s | {run.hours:.2f} | "
-            f"{run.gpu_hours:.1f} | {run.efficiency:.0%} |" + f" {run.cost:,.0f} |" * bool(cost)
-        )
-    return lines
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms"
-
-
-def where_it_stops(runs: Sequence["Simulated"]) -> str:
-    """The last doubling that still makes the run at least a third shorter, and what is in the way of the next."""
-    for before, after in itertools.pairwise(runs):
-        if before.hours / after.hours < 1.5:
-            parts = {
-                "starting operations": after.launching,
-                "the collectives of the updates": after.exposed,
-                f"waiting for the {after.waits_for}": after.waiting,
-                "the start": after.start * after.step / (3600 * after.hours),
-            }
-            most = max(parts, key=lambda name: parts[name])
-            return (
-                f"it stops scaling at {before.gpus} GPUs: {after.gpus} take {after.hours / before.hours:.0%} of the "
-                f"time; most of what is lost is {most}"
-            )
-    return f"it scales to {runs[-1].gpus} GPUs: each doubling makes the run at least a third shorter"
