@@ -20,7 +20,7 @@ def check_given(module: Any) -> None:
     """Check that it is a module that can be adapted.
 
     Raises:
-        UserError: no module, a wrapped one, one with branches, or of another dtype than fp32.
+        UserError: no module, a wrapped or compiled one, one with branches, without weights, or not in fp32.
     """
     if not isinstance(module, nn.Module):
         raise UserError(f"module must be a torch.nn.Module, got {type(module).__name__}; create_model takes a name")
@@ -28,7 +28,11 @@ def check_given(module: Any) -> None:
         raise UserError("module has an adapter already; fd.unload(model) gives the module without")
     if isinstance(module, (DataParallel, DistributedDataParallel)):
         raise UserError(f"module is wrapped in {type(module).__name__}; adapt its .module, and wrap the adapted model")
+    if hasattr(module, "_orig_mod"):
+        raise UserError("module is compiled; adapt it first, and compile the adapted model")
     parameters = dict(module.named_parameters())
+    if any(parameter.is_inference() for parameter in parameters.values()):
+        raise UserError("module: its tensors were made under torch.inference_mode; create or load it outside")
     if not parameters:
         raise UserError(f"module must have weights, got a {type(module).__name__} without parameters")
     for name, parameter in parameters.items():

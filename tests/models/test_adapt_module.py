@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fulllora_dist as fd
+from fulllora_dist.models.adapter_file import read_adapter
+from fulllora_dist.registry.card import model_card
+from fulllora_dist.registry.registry import model_name
 from tests.models.own_modules import HALF, TARGETS, Encoder, hugging_face_vit, torchvision_vit
 from tests.tiny import CLASSES, FAMILIES, SIDE, architecture, images, patches, stir, tiny
 
@@ -236,11 +239,19 @@ def test_what_would_have_no_effect_is_refused_and_leaves_no_trace(case: str) -> 
     assert same(trace(module), before)
 
 
-def test_what_has_an_adapter_is_not_adapted_again() -> None:
+def test_what_is_no_plain_module_is_refused() -> None:
     adapted = tiny()
     for module in (adapted, adapted.backbone):
         with pytest.raises(fd.UserError, match=r"has an adapter already; fd.unload\(model\)"):
             fd.adapt(module)
+    with pytest.raises(fd.UserError, match="is compiled; adapt it first"):
+        fd.adapt(torch.compile(timm_model(), backend="eager"))  # type: ignore[arg-type]
+    with torch.inference_mode():
+        made_inside = timm_model()
+    with pytest.raises(fd.UserError, match=r"made under torch.inference_mode; create or load it outside"):
+        fd.adapt(made_inside)
+    with pytest.raises(fd.UserError, match="wrapped in DataParallel; adapt its"):
+        fd.adapt(nn.DataParallel(timm_model()))
     with pytest.raises(fd.UserError, match=r"must be a torch.nn.Module, got str; create_model takes a name"):
         fd.adapt("vit_tiny_patch16_224")  # type: ignore[arg-type]
 
@@ -252,16 +263,19 @@ def test_an_adapter_comes_back_on_its_own_module_alone(name: str, tmp_path: Path
     with torch.no_grad():
         next(another.parameters()).add_(1e-3)
     bare = copy.deepcopy(module)
-    model = stir(fd.adapt(module, target_modules=targets, rank=2, name="ours", head="trained", **HALF))
+    model = stir(fd.adapt(module, target_modules=targets, rank=2, name="our.s", head="trained", **HALF))
     fd.save_adapter(model, str(tmp_path / "adapter"))
-    with pytest.raises(fd.UserError, match=r"belongs to ours, a module that adapt was given; .*backbone=module"):
+    with pytest.raises(fd.UserError, match=r"belongs to our.s, a module that adapt was given; .*backbone=module"):
         fd.load(str(tmp_path / "adapter"))
     before = trace(another)
-    with pytest.raises(fd.UserError, match=r"belongs to ours with fingerprint .* give the backbone it was trained on"):
+    with pytest.raises(fd.UserError, match=r"belongs to our.s with fingerprint .* give the backbone it was trained on"):
         fd.load(str(tmp_path / "adapter"), backbone=another)
     with pytest.raises(fd.UserError, match=r"backbone: must be a .* for the adapter .*, got a .*Encoder"):
         fd.load(str(tmp_path / "adapter"), backbone=Encoder())
     assert same(trace(another), before)
+    description, _ = read_adapter(str(tmp_path / "adapter"))
+    assert 'fd.load("models:/mine@champion", backbone=module)' in model_card(description, name="mine")
+    assert model_name(description, "set", ("linf", 4 / 255)) == f"our.s_{model.info.sha256[:8]}-set-linf-4_255"
     loaded = fd.load(str(tmp_path / "adapter"), backbone=bare)
     assert (loaded.spec, loaded.info, loaded.backbone) == (model.spec, model.info, bare)
     assert torch.equal(loaded(images()), model(images()))
