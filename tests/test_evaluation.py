@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -350,11 +351,17 @@ def test_without_adapter_it_is_the_backbone(
     assert json.loads(output.read_text()) == {**here, **bare, "pictures": made}
 
 
-def test_listed_images_at_several_eps(start: Callable[..., Launched], experiment: Path, shards: Path) -> None:
+def test_listed_images_at_several_eps_and_in_another_norm(
+    start: Callable[..., Launched], experiment: Path, shards: Path
+) -> None:
     (experiment / "ids.txt").write_text("31\n2\n17\n5\n")
     adapter, output = str(experiment / "adapter"), experiment / "listed.json"
-    arguments = ["--adapter", adapter, "--ids", str(experiment / "ids.txt"), "--eps", "4/255,8/255", "--output"]
-    done = start("--config", str(experiment / "config.yaml"), *arguments, str(output)).wait()
+    arguments = ["--adapter", adapter, "--ids", str(experiment / "ids.txt"), "--eps", "4/255,8/255", "--norms", "l1=9"]
+    other = experiment / "other"
+    fd.save_adapter(stir(fd.load(adapter), 1), str(other))
+    names = f"clean,pgd4,transfer:{other}"
+    arguments += ["--attacks", names, "--output", str(output)]
+    done = start("--config", str(experiment / "config.yaml"), *arguments).wait()
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())
     assert found["ids"] == [2, 5, 17, 31]
@@ -365,10 +372,18 @@ def test_listed_images_at_several_eps(start: Callable[..., Launched], experiment
         subset=Subset(ids=str(experiment / "ids.txt")),
     )
     loaded = fd.load(adapter)
-    for eps, attacks in [(EPS, found["attacks"]), *((point["eps"], point["attacks"]) for point in found["more_eps"])]:
-        alone = evaluate(loaded, listed, attacks=("pgd4",), eps=eps, seed=7)
-        assert attacks["pgd4"] == alone["attacks"]["pgd4"]
-    assert [point["eps"] for point in found["more_eps"]] == [8 / 255]
+    points = [{"eps": EPS, **found}, *found["more_eps"], *found["more_norms"]]
+    for point in points:
+        norm, eps = point.get("norm", "linf"), point["eps"]
+        alone: Any = evaluate(loaded, listed, attacks=names.split(","), norm=norm, eps=eps, seed=7)
+        assert point["worst_case"] == alone["worst_case"]
+        for name in names.split(",")[1:]:
+            assert point["attacks"][name] == alone["attacks"][name]
+    assert [(point.get("norm", "linf"), point["eps"]) for point in points] == [
+        ("linf", EPS),
+        ("linf", 8 / 255),
+        ("l1", 9),
+    ]
     assert (experiment / "listed_eps.png").is_file()
     assert not (experiment / "listed.json.partial").exists()
 

@@ -159,17 +159,16 @@ def _keys(point: EpsPoint) -> list[Key]:
 
 
 def worst_cases(correct: Mapping[Key, np.ndarray]) -> dict[Key, np.ndarray]:
-    """What every attack in a ball, `clean` included, leaves correct, bool [n]; for each ball that has an attack.
+    """What every attack in a ball leaves correct, bool [n]; for each ball that has an attack. As the image itself is in
+    the ball, what is wrong without an attack is wrong under each.
 
     Args:
         correct: bool [n] of each attack.
     """
-    clean = [values for key, values in correct.items() if key.attack == "clean"]
-    balls = dict.fromkeys(key._replace(attack=WORST_CASE) for key in correct if key.attack != "clean")
+    attacked = {key: values for key, values in correct.items() if key.attack != "clean"}
+    balls = dict.fromkeys(key._replace(attack=WORST_CASE) for key in attacked)
     return {
-        ball: np.logical_and.reduce(
-            [*clean, *(values for key, values in correct.items() if key[:2] == ball[:2] and key.attack != "clean")]
-        )
+        ball: np.logical_and.reduce([values for key, values in attacked.items() if key[:2] == ball[:2]])
         for ball in balls
     }
 

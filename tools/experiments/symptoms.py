@@ -93,7 +93,8 @@ LEGEND = """
 - determinism: change of the logits between two passes, in % of their spread.
 - probabilities, zero_gradients, huge_eps: images whose outputs are probabilities, where the gradient is zero, that
   stay correct at eps = 0.5.
-- single_step, square: images that only FGSM, or only Square in 300 queries, fools : images that only PGD-20 fools.
+- single_step, square, transfer: images that only FGSM, only Square in 300 queries, or only PGD-20 on the model without
+  its branches fools : images that only PGD-20 fools.
 - restarts: images that each of five restarts of PGD-10 is the first to fool.
 """
 
@@ -134,7 +135,7 @@ def cell(check: str, numbers: Numbers) -> str:
     match check:
         case "determinism":
             return f"{100 * numbers['change']:.1f}"
-        case "single_step" | "square":
+        case "single_step" | "square" | "transfer":
             return f"{numbers['other_alone']} : {numbers['many_alone']}"
         case "restarts":
             return ", ".join(str(number) for key, number in numbers.items() if key != "n")
