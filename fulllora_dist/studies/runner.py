@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fulllora_dist.core.errors import UserError
@@ -161,6 +161,8 @@ class Runner:
             command = evaluate_command(self._study.config, run, evaluation, str(Path(run.output_dir, "adapter")))
         environment = {"OMP_NUM_THREADS": str(self._options.threads), **self._study.settings.environment}
         self._jobs.append(self._launch(run, step, command, self._options.ranks, environment))
+        what = "training" if step == TRAIN else f"evaluating under {', '.join(evaluation.attacks)}"
+        self._say(f"{run}: {what}; it prints to {self._jobs[-1].log}")
 
     def _wait_for_an_earlier_one(self, run: Run) -> None:
         """After `kill -9` of a study its run saves and ends by itself."""
@@ -198,12 +200,12 @@ class Runner:
         return f"{len(runs)} runs left, about {hours:.1f} h"
 
     def _planned(self) -> Iterator[Run]:
-        """Every run that is left, those too whose values are not chosen yet."""
+        """Every run that is left; those whose values are not chosen yet have none."""
         results = Results(self._study.settings.results_dir)
         yield from pending(self._study, results, self._inputs_of)
         for arm, tries in self._study.tries.items():
             if choice(self._study, arm, results, self._inputs_of) is None:
-                yield from self._study.seeds(arm, tries[0].values)
+                yield from (replace(run, values={}) for run in self._study.seeds(arm, tries[0].values))
 
 
 class _Times:
