@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -348,3 +349,16 @@ def test_the_work_of_a_training_is_what_torch_counts(copy: Tiny) -> None:
         branched(torch.zeros(8, 3, 16, 16)).sum().backward()
     assert lora["flops"] == 6 * counter.get_total_flops()
     assert 1.5 < attacks["flops"] / lora["flops"] < 2.5
+
+
+def test_the_arms_of_the_page_can_be_added_to_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    _, arms = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "studies.md").read_text(), re.DOTALL)
+    text = (
+        (root / "configs" / "studies" / "imagenette.yaml").read_text().replace("config: ..", f"config: {root}/configs")
+    )
+    (tmp_path / "study.yaml").write_text(text.replace("\ncomparisons:", f"\n{arms}\ncomparisons:"))
+    study = Study(str(tmp_path / "study.yaml"))
+    first, second = study.waves()
+    assert (first, len(second)) == (["full", "fulllora", "lora"], 8)
