@@ -9,6 +9,7 @@ What is done is found by its content and not run again; the same command resumes
 file such as configs/studies/imagenette.yaml; see docs/studies.md.
 """
 
+import os
 import shlex
 import subprocess
 import sys
@@ -79,6 +80,9 @@ def _say(line: str) -> None:
 def _make_shards(study: "Study") -> None:
     """The data, where it is not there: what is finished is not made again."""
     for line in study.settings.shards:
+        source, destination, *_ = [*shlex.split(line), "", ""]
+        if not os.path.exists(source) and os.path.exists(os.path.join(destination, "index.safetensors")):
+            continue  # made from what has gone since
         command = [sys.executable, "-m", "fulllora_dist.commands.cli", "shards", *shlex.split(line)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:

@@ -34,6 +34,9 @@ def bootstrap_means(values: np.ndarray, samples: int, rng: np.random.Generator) 
     """
     seeds, n = values.shape
     patterns, counts = np.unique(values, axis=1, return_counts=True)  # [S, P], [P]
+    # 0 last, as intervals that are published were drawn: most images do not differ, and take what is left
+    order = np.argsort(~patterns.any(axis=0), kind="stable")
+    patterns, counts = patterns[:, order], counts[order]
     of_images = rng.multinomial(n, counts / n, size=samples) @ patterns.mean(axis=0) / n
     drawn = max(1, seeds - 1)
     shares = rng.multinomial(drawn, np.full(seeds, 1 / seeds), size=samples) / drawn

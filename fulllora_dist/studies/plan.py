@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,10 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.config.yaml_text import read_yaml
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import explain
+from fulllora_dist.core.suggest import suggestion
 from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.studies.content import content, key_of
-from fulllora_dist.studies.settings import StudySettings
+from fulllora_dist.studies.settings import SECTIONS, StudySettings
 from fulllora_dist.training.inputs import load_index
 
 VALIDATION, HELD_OUT = "validation", "held_out"
@@ -101,7 +102,7 @@ class Study:
         try:
             self.settings = StudySettings.model_validate(values)
         except ValidationError as error:
-            raise UserError(f"{path}: {explain(error)}") from None
+            raise UserError(f"{path}: {explain(error, _suggest)}") from None
         self.config = os.path.normpath(os.path.join(os.path.dirname(path), self.settings.config))
         self._check_attacks()
         self.tries = {arm: tuple(self._runs(arm, is_try=True)) for arm in self.settings.arms}
@@ -168,3 +169,9 @@ class Study:
         """The arms, wave by wave."""
         arms = self.settings.arms
         return [[name for name in arms if arms[name].wave == wave] for wave in sorted({a.wave for a in arms.values()})]
+
+
+def _suggest(section: Sequence[Any], key: str) -> str:
+    """What to say about an unknown setting."""
+    settings = SECTIONS["power" if "power" in section else section[0] if section else ""]
+    return suggestion(key, settings.model_fields)

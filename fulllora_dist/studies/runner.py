@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fulllora_dist.core.errors import UserError
@@ -15,10 +15,10 @@ from fulllora_dist.storage.folder_lock import FolderLock
 from fulllora_dist.studies.choice import choice, pending
 from fulllora_dist.studies.content import inputs_of
 from fulllora_dist.studies.finished import save_result
-from fulllora_dist.studies.plan import Run, Study
+from fulllora_dist.studies.plan import Evaluation, Run, Study
 from fulllora_dist.studies.processes import Job, evaluate_command, start, stop, train_command
 from fulllora_dist.studies.results import Results
-from fulllora_dist.training.inputs import check_inputs
+from fulllora_dist.training.inputs import check_evaluated, check_inputs, load_index
 from fulllora_dist.training.resume import LOCK
 
 _POLL = 0.5  # seconds
@@ -78,12 +78,23 @@ class Runner:
         results = Results(self._study.settings.results_dir)
         for arm, tries in self._study.tries.items():
             for run in tries:
+                data = run.config.data.model_copy(update={"held_out": self._study.settings.choose.data})
+                check_inputs(run.config.model_copy(update={"data": data}), self._options.ranks)
+            for run in (tries[0], self._study.seeds(arm, tries[0].values)[0]):
                 for evaluation in run.evaluations:
-                    data = run.config.data.model_copy(update={"held_out": evaluation.data})
-                    check_inputs(run.config.model_copy(update={"data": data}), self._options.ranks)
+                    self._check_evaluation(run, evaluation)
             values = choice(self._study, arm, results, self._inputs_of)
             for run in [*tries, *([] if values is None else self._study.seeds(arm, values))]:
                 results.find(run, self._inputs_of(run))
+
+    def _check_evaluation(self, run: Run, evaluation: Evaluation) -> None:
+        chosen = {"attacks": evaluation.attacks, "num_samples": evaluation.num_samples}
+        settings = run.config.evaluation.model_copy(update=chosen)
+        config = run.config.model_copy(update={"evaluation": settings})
+        try:
+            check_evaluated(config, load_index(evaluation.data, evaluation.images))
+        except UserError as error:
+            raise UserError(f"{self._study.path}: {evaluation.data}: {error}") from None
 
     def plan(self) -> list[str]:
         """What is left, a line each, and the time that it takes as far as that is known."""
@@ -150,6 +161,8 @@ class Runner:
             command = evaluate_command(self._study.config, run, evaluation, str(Path(run.output_dir, "adapter")))
         environment = {"OMP_NUM_THREADS": str(self._options.threads), **self._study.settings.environment}
         self._jobs.append(self._launch(run, step, command, self._options.ranks, environment))
+        what = "training" if step == TRAIN else f"evaluating under {', '.join(evaluation.attacks)}"
+        self._say(f"{run}: {what}; it prints to {self._jobs[-1].log}")
 
     def _wait_for_an_earlier_one(self, run: Run) -> None:
         """After `kill -9` of a study its run saves and ends by itself."""
@@ -187,12 +200,12 @@ class Runner:
         return f"{len(runs)} runs left, about {hours:.1f} h"
 
     def _planned(self) -> Iterator[Run]:
-        """Every run that is left, those too whose values are not chosen yet."""
+        """Every run that is left; those whose values are not chosen yet have none."""
         results = Results(self._study.settings.results_dir)
         yield from pending(self._study, results, self._inputs_of)
         for arm, tries in self._study.tries.items():
             if choice(self._study, arm, results, self._inputs_of) is None:
-                yield from self._study.seeds(arm, tries[0].values)
+                yield from (replace(run, values={}) for run in self._study.seeds(arm, tries[0].values))
 
 
 class _Times:

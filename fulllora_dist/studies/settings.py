@@ -176,3 +176,14 @@ class StudySettings(Settings):
         for values in self.tries_of(arm).values():
             total *= len(values)
         return total
+
+
+SECTIONS: dict[str, type[Settings]] = {
+    "": StudySettings,
+    "arms": ArmSettings,
+    "choose": ChoiceSettings,
+    "evaluations": ReportSettings,
+    "comparisons": ComparisonSettings,
+    "power": PowerSettings,
+}
+"""By the names under which they stand in a file."""

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from fulllora_dist.commands import study
+from fulllora_dist.data.shards.make import make_shards
+from fulllora_dist.studies.plan import Study
 from fulllora_dist.studies.results import read_result
 from fulllora_dist.studies.verify import verify
 from tests.ranks import RankServer
-from tests.studies.conftest import call_on
+from tests.studies.conftest import Launcher, Tiny, call_on
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -49,32 +51,38 @@ def test_rows_get_their_verdicts_again(rank_server: RankServer, monkeypatch: pyt
 
 
 @pytest.mark.long
-def test_a_study_of_real_images_from_its_command(tmp_path: Path) -> None:
-    """Everything by `fulllora study` itself: shards, a try, a run, the page, and a row evaluated again."""
+def test_a_study_of_real_images(tmp_path: Path, rank_server: RankServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A try and a run in forked processes; then by the command itself nothing is left, and a row is evaluated again."""
     if not DATA.is_dir():
         pytest.skip(f"no {DATA}")
-    text = f"""
+    monkeypatch.chdir(tmp_path)
+    archive, held_out = DATA / "imagenette224-train.tar", tmp_path / "held_out"
+    make_shards(
+        archive, tmp_path / "train", limit=100, holdout=2, holdout_destination=held_out, workers=1, progress=False
+    )
+    make_shards(DATA / "imagenette224-val1000.tar", tmp_path / "val", limit=50, workers=1, progress=False)
+    overrides = f"model.checkpoint_path={DATA}/vit_tiny_patch16_224.safetensors, method=n_fgsm, optim.epochs=2"
+    (tmp_path / "study.yaml").write_text(
+        f"""
 name: real
 config: {ROOT}/configs/imagenette_vit_tiny.yaml
-overrides: [model.checkpoint_path={DATA}/vit_tiny_patch16_224.safetensors, method=n_fgsm, optim.epochs=2,
-  data.train=train, data.validation=val, run.log_every=1, evaluation.gradient_masking_samples=0, tracking=none]
-shards:
-  - {DATA}/imagenette224-train.tar train --limit 100 --holdout 2 --holdout-dst held_out --workers 1
-  - {DATA}/imagenette224-val1000.tar val --limit 50 --workers 1
+overrides: [{overrides}, optim.batch_size=40, run.log_every=1, evaluation.gradient_masking_samples=0,
+  data.train=train, data.validation=val, tracking=none]
 choose: {{data: held_out, attack: pgd1}}
 seeds: [0]
 evaluations: [{{attacks: [clean, pgd3]}}]
-arms: {{fulllora: {{label: FullLoRA, overrides: [optim.batch_size=40]}}}}
+arms: {{fulllora: {{label: FullLoRA}}}}
 output_dir: runs
 page: page.md
 """
-    (tmp_path / "study.yaml").write_text(text)
+    )
+    tiny = Tiny(tmp_path, Launcher(rank_server))
+    assert tiny.run(Study("study.yaml")) == 0, tiny.said
     command = [sys.executable, "-m", "fulllora_dist.commands.cli", "study"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
-    done = subprocess.run([*command, "study.yaml", "--parallel", "2"], **run)  # type: ignore[call-overload]
-    assert done.returncode == 0, done.stderr
-    assert "| FullLoRA | 4.68%, rank 5 |" in (tmp_path / "page.md").read_text()
-    done = subprocess.run([*command, "verify", "real-fulllora-seed0"], **run)  # type: ignore[call-overload]
+    done = subprocess.run([*command, "study.yaml"], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "study.yaml: nothing left\n")
+    assert "| FullLoRA | 4.68%, rank 5 |" in Path("page.md").read_text()
+    done = subprocess.run([*command, "verify", "real-fulllora-seed0"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("real-fulllora-seed0: pgd3: 50 images, as committed\n")

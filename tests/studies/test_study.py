@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -236,7 +237,8 @@ def test_verify_gets_the_committed_verdicts(copy: Tiny, monkeypatch: pytest.Monk
         ("margin: 0.2,\n", "", "comparisons.0: margin and power belong together"),
         ("attacks: [clean, pgd3]", "attacks: [clean, pgd3, pgb20]", "unknown attack 'pgb20'"),
         ("label: FullLoRA,", "label: FullLoRA, overrides: [run.seed=3],", "run.seed is set by the study; remove it"),
-        ("name: tiny", "nome: tiny", "unknown setting nome"),
+        ("name: tiny", "nome: tiny", "unknown setting nome; did you mean name"),
+        ("label: FullLoRA,", "label: FullLoRA, lable: x,", "unknown setting arms.fulllora.lable; did you mean label"),
         ("{folder}/config.yaml", "{folder}/none.yaml", "none.yaml does not exist"),
     ],
 )
@@ -246,6 +248,12 @@ def test_a_mistake_in_the_file_is_one_line(copy: Tiny, old: str, new: str, messa
         copy.study(STUDY.replace(old, new).format(folder=copy.folder))
     assert str(refused.value).startswith(copy.path)
     assert "\n" not in str(refused.value)
+
+
+def test_more_images_than_there_are_is_refused_before_any_run(copy: Tiny) -> None:
+    text = STUDY.format(folder=copy.folder).replace("[clean, pgd3]}", "[clean, pgd3], num_samples: 31}")
+    with pytest.raises(UserError, match=r"study.yaml: .*val: evaluation.num_samples must be between 1 and the 30"):
+        copy.run(copy.study(text))
 
 
 def test_a_file_that_is_no_result_is_refused(copy: Tiny) -> None:
@@ -341,3 +349,16 @@ def test_the_work_of_a_training_is_what_torch_counts(copy: Tiny) -> None:
         branched(torch.zeros(8, 3, 16, 16)).sum().backward()
     assert lora["flops"] == 6 * counter.get_total_flops()
     assert 1.5 < attacks["flops"] / lora["flops"] < 2.5
+
+
+def test_the_arms_of_the_page_can_be_added_to_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    _, arms = re.findall(r"```yaml\n(.*?)```", (root / "docs" / "studies.md").read_text(), re.DOTALL)
+    text = (
+        (root / "configs" / "studies" / "imagenette.yaml").read_text().replace("config: ..", f"config: {root}/configs")
+    )
+    (tmp_path / "study.yaml").write_text(text.replace("\ncomparisons:", f"\n{arms}\ncomparisons:"))
+    study = Study(str(tmp_path / "study.yaml"))
+    first, second = study.waves()
+    assert (first, len(second)) == (["full", "fulllora", "lora"], 8)
