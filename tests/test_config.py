@@ -57,7 +57,7 @@ def test_values_come_from_file_base_and_command_line(path: Path) -> None:
     assert Config.model_validate(config.model_dump(mode="json")) == config
     assert config.model_dump()["method"] == {
         **{"name": "pgd", "steps": 2, "step_size": None, "random_start": True},
-        **{"attention_drop": 0, "perturbation_mask": 0, "mask_patch": None},
+        **{"attention_drop": 0, "perturbation_mask": 0, "mask_patch": None, "clean_fraction": 0},
     }
 
 
