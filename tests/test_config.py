@@ -103,7 +103,7 @@ REFUSED = {
     "threat.eps=0..5": "threat.eps: '0..5' is not a size in pixels",
     "threat.eps=-0.1": "threat.eps: -0.1 is outside",
     "threat.eps=nan": "threat.eps: nan is outside",
-    "threat.norm=l3": "threat.norm: .*'linf' or 'l2'.*'l3'",
+    "threat.norm=l3": "threat.norm: .*'linf', 'l2' or 'l1'.*'l3'",
     "threat.norm=l2 threat.eps=-3": "threat.eps: -3 is outside",
     "targets.mix_probability=0.5": "targets: mix_probability has no effect",
     "targets.mixup=0.2 method=mart": "method: mart needs one label per image; remove targets.mixup",
