@@ -29,7 +29,7 @@ python tools/simulate.py --config configs/imagenet_vit_huge_pgd3.yaml --nodes 64
 
 - **Counted** on the meta device: FLOPs and operations of each pass, bytes of gradients, checks of the guard.
 - **Measured** (`tests/distributed/test_cluster_model.py`): the collectives of an update and their sizes; their time, on
-  1, 2 and 4 gloo ranks of a network with delays, within a quarter of the model's; the requests of an epoch;
+  1, 2 and 4 gloo ranks of a network with delays, within 15 % of the model's; the requests of an epoch;
   {decode} images a second of a data worker, on a CPU ([performance.md](performance.md#data)).
 - **Assumed**: {tflops} TFLOP/s a GPU, whatever the micro-batch; {launch} us to start an operation (`model.compile` has
   fewer); between nodes {network} Gbit/s and {latency} us a message, within a node {local} GB/s and {local_latency} us,

@@ -67,5 +67,6 @@ def test_an_update_takes_as_long_as_modelled(server: RankServer, tmp_path: Path)
             assert list(kinds) == [one.kind for one in expected]
             reduced = len([one for one in expected if one.kind == "all_reduce"])
             assert list(numbers[:reduced]) == [one.numbers for one in expected[:reduced]]
-            assert sum(numbers[reduced:]) * world == sum(one.numbers for one in expected[reduced:])
-            assert seconds - alone == pytest.approx(modelled, rel=0.25)
+            padding = sum(numbers[reduced:]) * world - sum(one.numbers for one in expected[reduced:])
+            assert 0 <= padding <= 2 * world  # of each group, up to a multiple of the ranks
+            assert seconds - alone == pytest.approx(modelled, rel=0.15)
