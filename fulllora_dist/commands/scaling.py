@@ -1,6 +1,7 @@
 """The tables of a simulated run, and the page docs/scaling.md: three backbones on 8 to 512 GPUs."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 from fulllora_dist.commands.cluster_model import Machines, Simulated, requests_an_epoch, simulate
@@ -113,9 +114,9 @@ def _ms(seconds: float) -> str:
 
 
 def where_it_stops(runs: Sequence[Simulated]) -> str:
-    """The last doubling that still makes the run at least a third shorter, and what is in the way of the next."""
+    """The last step where a doubling still makes the run at least a third shorter, and what is in the way after it."""
     for before, after in itertools.pairwise(runs):
-        if before.hours / after.hours < 1.5:
+        if math.log2(before.hours / after.hours) < math.log2(1.5) * math.log2(after.gpus / before.gpus):
             parts = {
                 "starting operations": after.launching,
                 "the collectives of the updates": after.exposed,

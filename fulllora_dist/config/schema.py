@@ -161,9 +161,10 @@ class Config(Settings):
 
     def timeout_minutes(self) -> float:
         """distributed.timeout_minutes, else what a rank may wait for its data: the last try of a range begins within
-        data.retry_timeout_s, and the ranges of a batch may have to take turns."""
+        data.retry_timeout_s, and the ranges of a batch may have to take turns. At least 15: ranks also wait for a
+        checkpoint, for compilation, and for a bucket."""
         data = self.data
-        return self.distributed.timeout_minutes or (data.retry_timeout_s + 5 * data.request_timeout_s) / 60
+        return self.distributed.timeout_minutes or max(15, (data.retry_timeout_s + 5 * data.request_timeout_s) / 60)
 
     def tracking_uri(self) -> str:
         """The MLflow tracking URI: tracking.uri, else MLFLOW_TRACKING_URI, else sqlite next to the output folder."""

@@ -47,6 +47,7 @@ class Beat:
         stack: of the main thread, innermost frame first; empty where the phase has just begun.
         waits: whether the main thread waits for other ranks.
         held: child processes that are stopped, or wait for a disk.
+        same: seconds since the stack was another one.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Beat:
     stack: str = ""
     waits: bool = False
     held: str = ""
+    same: float = 0.0
 
     @property
     def place(self) -> str:
@@ -80,6 +82,7 @@ class Watchdog:
         self.named: str | None = None
         self._comm, self._print = comm, say or _to_stderr
         self._begun = (0, "start", time.monotonic())
+        self._stack = ("", 0.0)  # the last one, and when it was first seen
         self._number = 0
         self._end = threading.Event()
         self._heard = 0.0  # when rank 0's last beat came, on the ranks that look after it
@@ -102,6 +105,10 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """No rank waits for another one from here on."""
         self._end.set()
 
     # -- the threads ---------------------------------------------------------------------------------------------------
@@ -135,8 +142,14 @@ class Watchdog:
 
     def _tell(self, store: dist.Store) -> None:
         phases, phase, since = self._begun
-        seconds, self._number = time.monotonic() - since, self._number + 1
-        told: tuple = (*_main_stack(), _held()) if seconds > WARN_S / 4 else ()
+        now, self._number = time.monotonic(), self._number + 1
+        seconds = now - since
+        told: tuple = ()
+        if seconds > WARN_S / 4:
+            stack, waits = _main_stack()
+            if stack != self._stack[0]:
+                self._stack = stack, now
+            told = stack, waits, _held(), now - self._stack[1]
         store.set(f"watchdog/{self._comm.rank}", json.dumps([self._number, phases, self.step(), phase, seconds, *told]))
 
     def _look(self, store: dist.Store) -> None:
@@ -186,7 +199,7 @@ def missing(beats: Mapping[int, Beat], silent: Mapping[int, float]) -> tuple[lis
         held = f"; its processes {beat.held}" if beat.held else ""
         where, details = f"is still {beat.place}, for {beat.seconds:.0f} s", f"at {beat.stack or 'its beginning'}{held}"
         return (behind, f"{_who(behind)} {where}", details) if waited > WARN_S / 2 else None
-    if not all(beat.waits and beat.seconds > WARN_S / 2 for beat in beats.values()):
+    if not all(beat.waits and beat.same > WARN_S / 2 for beat in beats.values()):
         return None
     groups: dict[tuple[int, str], list[int]] = {}
     for rank, beat in beats.items():

@@ -59,7 +59,8 @@ def one_at_a_time(path: Path) -> Iterator[None]:
             if error.errno not in _NO_LOCKS:
                 raise
             name = hashlib.sha256(str(path).encode()).hexdigest()
-            with one_at_a_time(Path(tempfile.gettempdir(), f"fulllora_dist-{os.getuid()}-{name}.lock")):
+            with open(Path(tempfile.gettempdir(), f"fulllora_dist-{os.getuid()}-{name}.lock"), "w") as own:
+                fcntl.flock(own, fcntl.LOCK_EX)
                 yield
             return
         yield

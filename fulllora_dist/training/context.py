@@ -50,7 +50,7 @@ class RunContext:
         self.stop = stop
         self.progress: Progress | None = None
         self.watchdog = watchdog or Watchdog(comm)
-        self.watchdog.step = lambda: self.progress()[0] if self.progress else -1
+        self.watchdog.step = lambda: progress()[0] if (progress := self.progress) else -1  # of another thread
         self.checkpoints = CheckpointManager(config.run, self.say)
         self.saved = self.on_every_rank(self._find_checkpoint, "run.output_dir: cannot read its checkpoints")
         # the checkpoint's own run, not that of run.resume_from
@@ -80,7 +80,8 @@ class RunContext:
         self._sampler = self._sample_node()
 
     def close(self, status: str) -> None:
-        """Set the tracked run's status, stop sampling, and give the output folder back."""
+        """Set the tracked run's status, stop sampling and watching, and give the output folder back."""
+        self.watchdog.end()
         if self._sampler is not None:
             self._sampler.stop()
         self.tracker.finish(status)

@@ -17,6 +17,7 @@ def finalize(run: RunContext, summary: TrainingSummary) -> None:
     """Save the final and the best adapter, evaluate the final one from its saved file, and log everything.
 
     Safe to repeat. A collective."""
+    run.progress = None
     output = run.config.run.output_dir
     adapter = os.path.join(output, "adapter")
     run.comm.limit_waiting(max(run.comm.patience, APART))

@@ -128,7 +128,7 @@ def test_a_rank_that_hangs_in_an_evaluation(server: RankServer, shards: str, tmp
 
 
 def _beats(**others: Beat) -> dict[int, Beat]:
-    usual = Beat(9, 30, 4, "communication", 70.0, "comm.py:1 result", True)
+    usual = Beat(9, 30, 4, "communication", 70.0, "comm.py:1 result", True, same=70.0)
     return {rank: others.get(f"rank{rank}", usual) for rank in range(4)}
 
 
@@ -145,10 +145,10 @@ def test_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks(_beats(rank2=Beat(9, 29, 4, "attack", 71.0, "a.py:1 f", False))) == [2]
     ahead = Beat(9, 31, 4, "other", 5.0, "a.py:1 f", False)
     assert ranks(dict.fromkeys(range(4), computes) | {3: ahead}) == [], "it has not waited yet"
-    assert ranks(_beats(rank1=Beat(9, 31, 4, "checkpoint", 69.0, "comm.py:9 gather", True))) == [1], (
+    assert ranks(_beats(rank1=Beat(9, 31, 4, "checkpoint", 69.0, "comm.py:9 gather", True, same=69.0))) == [1], (
         "another collective"
     )
-    assert ranks(_beats(rank0=Beat(9, 30, 4, "communication", 69.0, "comm.py:9 gather", True))) == [0]
+    assert ranks(_beats(rank0=Beat(9, 30, 4, "communication", 69.0, "comm.py:9 gather", True, same=69.0))) == [0]
     assert ranks(_beats(rank2=computes), {3: 40.0}) == [3]
     named = missing(_beats(rank2=Beat(9, 29, 4, "data", 71.2, "a.py:1 f", False, "77 (stopped)")), {})
     assert named is not None
