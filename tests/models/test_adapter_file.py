@@ -36,6 +36,7 @@ MODES = [
     {"finetune": "head"},
     {"finetune": "layernorm"},
     {"family": "deit_distilled"},
+    {"family": "swin", "blocks": [2, 0], "train_norms": True},
     {"mean": (0.1, 0.2, 0.3), "std": (0.9, 0.8, 0.7)},
 ]
 
