@@ -151,10 +151,9 @@ def load_peft(folder: str | os.PathLike[str], module: nn.Module, **settings: Any
     check_given(module)
     parts = dict(module.named_modules())
     norms = {name for name in own if isinstance(parts.get(name.rpartition(".")[0]), LAYER_NORMS)}
-    choices = {"head": "trained" if own.keys() - norms else "frozen", "train_norms": bool(norms)}
-    model = adapt(
-        module, target_modules=list(pairs), finetune="lora", rank=rank, alpha=scale * rank, **choices, **settings
-    )
+    settings |= {"rank": rank, "alpha": scale * rank, "train_norms": bool(norms)}
+    settings["head"] = "trained" if own.keys() - norms else "frozen"
+    model = adapt(module, target_modules=list(pairs), finetune="lora", **settings)
     try:
         model.load_trainable(_filled(model, pairs, {path: s / scale for path, s in scales.items()}) | own)
     except UserError as error:

@@ -70,15 +70,9 @@ class Case:
     checkpointing: Literal["off", "weight_step", "all"] = "off"
     accumulation: int = 1
     finetune: Finetune = "fulllora"
-    train_norms: bool = False
-
-    @property
-    def arm(self) -> tuple[Finetune, bool]:
-        """What `build_model` needs besides: finetune and train_norms."""
-        return self.finetune, self.train_norms
 
     def __str__(self) -> str:
-        return f"{self.finetune}{'-norms' * self.train_norms}-{self.method}-zero{self.stage}-{self.checkpointing}-accumulate{self.accumulation}"
+        return f"{self.finetune}-{self.method}-zero{self.stage}-{self.checkpointing}-accumulate{self.accumulation}"
 
 
 def build_model(depth: int = 2, random_b: bool = True, **settings: Any) -> AdaptedModel:

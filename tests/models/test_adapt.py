@@ -96,13 +96,15 @@ def test_the_rank_is_the_largest_within_the_budget(name: str, least: int, most: 
 
 @pytest.mark.parametrize(("settings", "layers"), [({}, 12), ({"blocks": range(6, 12)}, 6), ({"train_norms": True}, 12)])
 def test_the_rank_fills_the_budget_whatever_has_branches(settings: dict, layers: int) -> None:
+    """At 4.99 % the norms are what makes the rank 19 instead of 20."""
+    settings = {"pretrained": False, **settings}
     with torch.device("meta"):
-        model = create_model("vit_base_patch16_224", pretrained=False, **settings)
-        above = create_model("vit_base_patch16_224", pretrained=False, rank=model.spec.rank + 1, **settings)
+        model = create_model("vit_base_patch16_224", trainable_fraction=0.0499, **settings)
+        above = create_model("vit_base_patch16_224", rank=model.spec.rank + 1, **settings)
     assert len(branches(model)) == 1 + 6 * layers
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     backbone = sum(p.numel() for n, p in model.backbone.named_parameters() if ".lnlora." not in n)
-    assert model.report.share == trained / backbone <= 0.05 < above.report.share
+    assert model.report.share == trained / backbone <= 0.0499 < above.report.share
 
 
 def test_the_head_counts_towards_the_budget() -> None:
