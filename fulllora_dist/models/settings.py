@@ -154,7 +154,7 @@ class AdapterSettings(Settings):
     """Branches are scaled by alpha / rank; null takes alpha = rank."""
     components: tuple[Component, ...] = COMPONENTS
     """Components that get a branch."""
-    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Blocks that get branches, numbered from 0, as peft's layers_to_transform, e.g. [0, 1, 2]; null for all. Layers
     outside of the blocks are left to components and head; Swin's patch merging goes with the block behind it."""
     qkv: Literal["separate", "shared"] = "separate"
@@ -173,6 +173,8 @@ class AdapterSettings(Settings):
     def _each_once(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
         if blocks is None:
             return None
+        if not blocks:
+            raise ValueError("must have at least one block, got none; null is for all")
         if (twice := _repeated(blocks)) is not None:
             raise ValueError(f"must not repeat a block, got {twice} twice")
         return tuple(sorted(blocks))

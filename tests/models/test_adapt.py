@@ -132,7 +132,7 @@ def test_the_head_counts_towards_the_budget() -> None:
         ({"finetune": "full", "head": "frozen"}, "adapter.head: frozen contradicts finetune: full"),
         ({"finetune": "head", "head": "adapted"}, "adapter.head: adapted contradicts finetune: head"),
         ({"finetune": "layernorm", "head": "adapted"}, "adapter.head: adapted needs branches"),
-        ({"blocks": []}, r"adapter.blocks: .*at least 1 item"),
+        ({"blocks": []}, "adapter.blocks: must have at least one block, got none; null is for all"),
         ({"blocks": [-1]}, r"adapter.blocks.0: .*greater than or equal to 0 \(got -1\)"),
         ({"blocks": [1, 0, 1]}, "adapter.blocks: must not repeat a block, got 1 twice"),
         ({"blocks": [0, 2]}, "adapter.blocks: must be from 0 to 1, the blocks of vit_tiny_patch16_224, got 2"),
