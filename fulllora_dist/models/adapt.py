@@ -138,8 +138,11 @@ def adapt(
     if built := sorted(settings.keys() & set(_OF_BUILDING)):
         raise UserError(f"{built[0]}: adapt takes the module as it is; set it where the module is made")
     by_family = target_modules is None and has_family(module)
-    if not by_family and (wrong := sorted(settings.keys() & {"components", "qkv"})):
-        raise UserError(f"{wrong[0]}: is for timm's models of a known family without target_modules; leave it out")
+    if not by_family and (wrong := sorted(settings.keys() & {"blocks", "components", "qkv"})):
+        raise UserError(
+            f"{wrong[0]}: is for timm's models of a known family without target_modules, a list or regular expression "
+            "that says by itself which layers get a branch; leave it out"
+        )
     checked = _checked(name, settings, _OF_BUILDING)
     return adapt_given(module, checked.model, checked.adapter, finetune, target_modules, seed=seed)
 

@@ -40,6 +40,8 @@ class AdapterSpec:
         seed: seed of the branches' A.
         target_modules: which layers have a branch, in place of `placement`, as `adapt` was given them; None for a timm
             model of a family.
+        blocks: numbers of the blocks with branches, see `Family.depths`; None for all.
+        train_norms: whether the backbone's own LayerNorms train beside the branches.
     """
 
     finetune: Finetune
@@ -51,6 +53,8 @@ class AdapterSpec:
     head: Literal["frozen", "trained", "adapted"]
     seed: int
     target_modules: str | tuple[str, ...] | None = None
+    blocks: tuple[int, ...] | None = None
+    train_norms: bool = False
 
 
 class AdaptedModel(nn.Module):

@@ -17,7 +17,8 @@ def backbone_content(info: BackboneInfo) -> dict[str, Any]:
 
 def spec_content(spec: AdapterSpec) -> dict[str, Any]:
     """The section `adapter`, in the same way."""
-    return {key: value for key, value in asdict(spec).items() if value is not None or key != "target_modules"}
+    rare = ("target_modules", "blocks", "train_norms")
+    return {key: value for key, value in asdict(spec).items() if value or key not in rare}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from fulllora_dist.models.settings import COMPONENTS, AdapterSettings, Finetune,
 
 TOKEN_NORM_EPS = 1e-6
 LAYER_NORMS = (nn.LayerNorm, nn.RMSNorm, timm.layers.RmsNorm)
-"""What `finetune: layernorm` trains: timm's RmsNorm stands in for LayerNorm in AIMv2, Sapiens2 and others."""
+"""What `finetune: layernorm` and `adapter.train_norms` train: timm's RmsNorm stands in for LayerNorm in AIMv2, Sapiens2
+and others."""
 
 
 def _branch_sizes(family: Family, site: Site, layer: nn.Module, adapter: AdapterSettings) -> dict[str, tuple[int, int]]:
@@ -48,13 +49,35 @@ def _resolve_head(head: Head, finetune: Finetune, own_classes: bool) -> Literal[
     return head
 
 
-def _own_trained(backbone: nn.Module, finetune: Finetune, head: str, sites: Iterable[Site]) -> set[str]:
+def _check_branches(finetune: Finetune, adapter: AdapterSettings) -> None:
+    """Check that nothing is asked of branches where there are none."""
+    if finetune in WITH_BRANCHES:
+        return
+    if adapter.blocks is not None:
+        raise UserError(f"adapter.blocks: says which blocks get branches; finetune: {finetune} has none; leave it out")
+    if adapter.train_norms:
+        instead = "leave it out" if finetune != "head" else "set finetune=layernorm to train the norms alone"
+        raise UserError(f"adapter.train_norms: trains norms beside branches; finetune: {finetune} has none; {instead}")
+
+
+def _in_blocks(family: Family, sites: list[Site], blocks: tuple[int, ...] | None, name: str) -> list[Site]:
+    """The sites in these blocks, and those outside of all blocks."""
+    if blocks is None:
+        return sites
+    depths = family.depths(sites)
+    last = max(depths.values(), default=-1)
+    if blocks[-1] > last:
+        raise UserError(f"adapter.blocks: must be from 0 to {last}, the blocks of {name}, got {blocks[-1]}")
+    return [site for site in sites if depths.get(site.path, blocks[0]) in blocks]
+
+
+def _own_trained(backbone: nn.Module, finetune: Finetune, head: str, norms: bool, sites: Iterable[Site]) -> set[str]:
     """Names of the backbone's own trainable tensors."""
     heads = {site.path for site in sites if site.component == "head"}
     trained: set[str] = set()
     for name, module in backbone.named_modules():
         own = {f"{name}.{n}".removeprefix(".") for n, _ in module.named_parameters(recurse=False)}
-        is_norm = finetune == "layernorm" and isinstance(module, LAYER_NORMS)
+        is_norm = norms and isinstance(module, LAYER_NORMS)
         if finetune == "full" or is_norm or (head == "trained" and name in heads):
             trained |= own
     return trained
@@ -99,7 +122,8 @@ def adapt_backbone(
             "adapter.qkv: a shared branch adapts q, k and v together; put all three in adapter.components, or set "
             "adapter.qkv=separate"
         )
-    sites = family.sites(backbone, name)
+    _check_branches(finetune, adapter)
+    sites = _in_blocks(family, family.sites(backbone, name), adapter.blocks, name)
     resolved_head = _resolve_head(adapter.head, finetune, info.own_classes)
     if resolved_head != "frozen" and finetune != "full" and all(site.component != "head" for site in sites):
         raise UserError(
@@ -107,9 +131,12 @@ def adapt_backbone(
             "leave it out"
         )
     total = sum(p.numel() for p in backbone.parameters())
-    trained = _own_trained(backbone, finetune, resolved_head, sites)
+    norms = finetune == "layernorm" or adapter.train_norms
+    trained = _own_trained(backbone, finetune, resolved_head, norms, sites)
     own = {n: p.numel() for n, p in backbone.named_parameters() if n in trained}
-    normless = finetune == "layernorm" and not any(isinstance(module, LAYER_NORMS) for module in backbone.modules())
+    normless = norms and not any(isinstance(module, LAYER_NORMS) for module in backbone.modules())
+    if normless and adapter.train_norms:
+        raise UserError(f"adapter.train_norms: {name} has no LayerNorm; leave it out")
     if normless or (finetune not in WITH_BRANCHES and not own):
         raise UserError(f"finetune: {finetune} has nothing to train in {name}; use fulllora, lora or full")
 
@@ -135,7 +162,10 @@ def adapt_backbone(
         rank = alpha = None
 
     targets = family.targets if isinstance(family, TargetModules) else None
-    spec = AdapterSpec(finetune, rank, alpha, components, qkv, adapter.patch_norm_eps, resolved_head, seed, targets)
+    spec = AdapterSpec(
+        finetune, rank, alpha, components, qkv, adapter.patch_norm_eps, resolved_head, seed, targets,
+        adapter.blocks, adapter.train_norms,
+    )  # fmt: skip
     original = Original.of(backbone, () if finetune == "full" else trained)
     try:
         for parameter_name, parameter in backbone.named_parameters():

@@ -9,7 +9,6 @@ changed.
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,7 +81,9 @@ class MultiAdapter(nn.Module):
             info, spec = described(folder, description)
             _check_shares(where, spec)
             self._seed = spec.seed
-            bare = replace(spec, finetune="full", head="trained", rank=None, alpha=None, target_modules=None)
+            bare = AdapterSpec(
+                "full", None, None, spec.placement, spec.qkv, spec.patch_norm_eps, head="trained", seed=spec.seed
+            )
             if backbone is not None:
                 self._shape = on_meta(backbone)
                 base = build_onto(backbone, folder, description, bare, precision=precision)

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapt import adapt
 from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.attaching import LAYER_NORMS
 from fulllora_dist.models.branches import Branch, branches_of
+from fulllora_dist.models.given_module import check_given
 from fulllora_dist.models.lnlora import LNLoRAOuterBiasLinear
 from fulllora_dist.storage.urls import classify_error, open_anywhere, redacted, write_anywhere
 
@@ -146,10 +148,12 @@ def load_peft(folder: str | os.PathLike[str], module: nn.Module, **settings: Any
     scales = {path: _scale(config, path, len(pair["A"])) for path, pair in pairs.items()}
     rank = max(len(pair["A"]) for pair in pairs.values())
     scale = next(iter(scales.values()))
-    head = "trained" if own else "frozen"
-    model = adapt(
-        module, target_modules=list(pairs), finetune="lora", rank=rank, alpha=scale * rank, head=head, **settings
-    )
+    check_given(module)
+    parts = dict(module.named_modules())
+    norms = {name for name in own if isinstance(parts.get(name.rpartition(".")[0]), LAYER_NORMS)}
+    settings |= {"rank": rank, "alpha": scale * rank, "train_norms": bool(norms)}
+    settings["head"] = "trained" if own.keys() - norms else "frozen"
+    model = adapt(module, target_modules=list(pairs), finetune="lora", **settings)
     try:
         model.load_trainable(_filled(model, pairs, {path: s / scale for path, s in scales.items()}) | own)
     except UserError as error:

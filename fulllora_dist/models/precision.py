@@ -6,8 +6,8 @@ embedding.
 
 - Frozen blocks are stored in bf16, except for BatchNorm and its statistics. Branches keep fp32 parameters, which are
   the optimizer's masters, and cast their folded matrices to the activations' dtype (`lnlora.py`).
-- If parameters of the blocks themselves are trained (`full`, `layernorm`), they stay in fp32 and the blocks run under
-  autocast.
+- If parameters of the blocks themselves are trained (`full`, `layernorm`, `adapter.train_norms`), they stay in fp32 and
+  the blocks run under autocast.
 
 DeepSpeed's `bf16.enabled` is not used: it casts every parameter, the patch embedding and the adapters included.
 """

@@ -122,6 +122,8 @@ def settings_of(
             qkv=spec.qkv,
             patch_norm_eps=spec.patch_norm_eps,
             head=spec.head,
+            blocks=spec.blocks,
+            train_norms=spec.train_norms,
         )
     except ValidationError as error:  # a file of another version, or made by hand
         raise UserError(f"adapter: {explain(error)}") from None

@@ -1,6 +1,6 @@
 """Settings of the model and its adapter."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
@@ -59,6 +59,11 @@ _SETTINGS_OF_THEIR_OWN = {
 _RANDOM_POSITIONS = ("rope_shift_coords", "rope_jitter_coords", "rope_rescale_coords")
 
 
+def _repeated(numbers: Sequence[int]) -> int | None:
+    """The first number that was there before."""
+    return next((number for i, number in enumerate(numbers) if number in numbers[:i]), None)
+
+
 def _check_kwargs(arguments: Mapping[str, Any]) -> None:
     for argument, setting in _SETTINGS_OF_THEIR_OWN.items():
         if argument in arguments:
@@ -108,8 +113,7 @@ class ModelSettings(Settings):
     @field_validator("class_indices")
     @classmethod
     def _distinct(cls, classes: list[int] | None) -> list[int] | None:
-        twice = next((c for i, c in enumerate(classes or ()) if c in (classes or ())[:i]), None)
-        if twice is not None:
+        if (twice := _repeated(classes or ())) is not None:
             raise ValueError(f"must not repeat a class, got {twice} twice")
         return classes
 
@@ -150,11 +154,27 @@ class AdapterSettings(Settings):
     """Branches are scaled by alpha / rank; null takes alpha = rank."""
     components: tuple[Component, ...] = COMPONENTS
     """Components that get a branch."""
+    blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Blocks that get branches, numbered from 0, as peft's layers_to_transform, e.g. [0, 1, 2]; null for all. Layers
+    outside of the blocks are left to components and head; Swin's patch merging goes with the block behind it."""
     qkv: Literal["separate", "shared"] = "separate"
     """One branch each for q, k and v, or one shared by the fused projection."""
     patch_norm_eps: float = Field(1e-2, gt=0)
     """eps of the LayerNorm over flattened patches, in squared units of normalised pixels."""
     head: Head = "auto"
     """frozen, trained or adapted (a branch); auto freezes the checkpoint's own head and trains a new one."""
+    train_norms: bool = False
+    """Train all of the backbone's own LayerNorms beside the branches; they count towards trainable_fraction."""
     init_from: Location | None = None
     """Adapter folder to initialise from; must have the same backbone and shapes."""
+
+    @field_validator("blocks")
+    @classmethod
+    def _each_once(cls, blocks: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if blocks is None:
+            return None
+        if not blocks:
+            raise ValueError("must have at least one block, got none; null is for all")
+        if (twice := _repeated(blocks)) is not None:
+            raise ValueError(f"must not repeat a block, got {twice} twice")
+        return tuple(sorted(blocks))

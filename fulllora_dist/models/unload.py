@@ -66,7 +66,7 @@ def merge(model: AdaptedModel) -> nn.Module:
 
     Returns:
         The module without branches, whose logits are equal up to rounding. It takes normalised images, as before;
-        `model` continues to take pixels in [0, 1]. A trained head stays trained.
+        `model` continues to take pixels in [0, 1]. A trained head and trained norms stay trained.
 
     Raises:
         UserError: branches with LN, which no matrix can replace; no branches; blocks that precision: bf16 has rounded.

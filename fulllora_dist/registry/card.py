@@ -10,7 +10,7 @@ from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.training_record import TrainingData
 from fulllora_dist.storage.urls import redacted
 
-_SHOWN_SETTINGS = ("finetune", "rank", "alpha", "placement", "qkv", "head")
+_SHOWN_SETTINGS = ("finetune", "rank", "alpha", "placement", "blocks", "qkv", "head", "train_norms")
 
 
 def model_card(
@@ -80,7 +80,7 @@ def _data(data: TrainingData | None) -> list[str]:
 
 def _recipe(description: AdapterDescription) -> list[str]:
     settings, training = vars(description.spec), description.training
-    lines = [f"- {key}: {settings[key]}" for key in _SHOWN_SETTINGS if settings[key] is not None]
+    lines = [f"- {key}: {settings[key]}" for key in _SHOWN_SETTINGS if settings[key] not in (None, False)]
     lines.append(f"- trainable: {description.trainable:,} parameters, {description.trainable_share:.2%}")
     if "made" not in training and training.get("method"):  # not trained by our Trainer: as planned
         lines.append(f"- method: {_listed(training['method'])}")

@@ -6,7 +6,8 @@
 import itertools
 import os
 from collections.abc import Iterable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import deepspeed
 import pytest
@@ -82,22 +83,25 @@ def splits(recipe: str) -> tuple[int, ...]:
     return IN_PAIRS if "targets" in RECIPES[recipe] else SPLITS
 
 
-def _references(_: Comm) -> dict[tuple[str, str], dict[int, Result]]:
+def _references(comm: Comm) -> dict[tuple[str, str], dict[int, Result]]:
     """{(finetune, method): {micro-batches: result}}"""
+    wanted = sorted({(case.finetune, case.method) for _, case in SHORT})
+    return {(finetune, method): _reference(comm, method, finetune=finetune) for finetune, method in wanted}
+
+
+def _reference(_: Comm, method: str, **settings: Any) -> dict[int, Result]:
+    """{micro-batches: result}"""
     return {
-        (finetune, method): {
-            parts: plain_training(build_model(finetune=finetune), method, build_data(method), parts)
-            for parts in (1, *splits(method))
-        }
-        for finetune, method in sorted({(case.finetune, case.method) for _, case in SHORT})
+        parts: plain_training(build_model(**settings), method, build_data(method), parts)
+        for parts in (1, *splits(method))
     }
 
 
-def _engine_runs(comm: Comm, cases: Iterable[Case]) -> dict[Case, tuple[Result, float | None]]:
+def _engine_runs(comm: Comm, cases: Iterable[Case], **settings: Any) -> dict[Case, tuple[Result, float | None]]:
     """What the engine makes of each case, and the norm of the last gradient."""
     found = {}
     for case in cases:
-        engine = build_engine(comm, case, build_model(finetune=case.finetune))
+        engine = build_engine(comm, case, build_model(finetune=case.finetune, **settings))
         losses = train(comm, engine, build_phases(case.method), build_data(case.method))
         state = state_everywhere(comm, engine)
         own = {n: t.cpu() for n, t in engine._zero.masters().items()}  # of every rank, as its adapter is
@@ -192,6 +196,17 @@ def test_reference_can_tell(references: dict[tuple[str, str], dict[int, Result]]
 @pytest.mark.parametrize(("world", "case"), SHORT, ids=lambda v: str(v) if isinstance(v, Case) else f"ranks{v}")
 def test_parity(references: dict, short_runs: dict, world: int, case: Case) -> None:
     _check(references, case, short_runs[world, case])
+
+
+def test_parity_of_norms_beside_the_branches_of_a_block(server: RankServer) -> None:
+    settings, case = {"train_norms": True, "blocks": [1]}, Case("pgd", 3, accumulation=2)
+    (reference,) = server.run(1, partial(_reference, **settings), "pgd")
+    for run in server.run(2, partial(_engine_runs, **settings), [case]):
+        _check({("fulllora", "pgd"): reference}, case, run[case])
+    moved = _differences(reference[1].parameters, build_model(**settings).trainable())
+    norms = [f"blocks.{block}.norm{i}.{tensor}" for block in (0, 1) for i in (1, 2) for tensor in ("weight", "bias")]
+    assert min(moved[name] for name in norms) > 1e-3
+    assert not any("blocks.0" in name and "lnlora" in name for name in moved)
 
 
 @pytest.mark.long

@@ -21,6 +21,11 @@ LORA = {name for name in LNLORA if ".norm." not in name}
 HEAD_LNLORA = {f"head.lnlora.{tensor}" for tensor in ("norm.weight", "norm.bias", "A", "B")}
 
 
+def of_block(number: int, branches: set[str]) -> set[str]:
+    """Those of one block, and of the patch embedding."""
+    return {name for name in branches if name.startswith((f"blocks.{number}.", "patch_embed."))}
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -30,12 +35,15 @@ HEAD_LNLORA = {f"head.lnlora.{tensor}" for tensor in ("norm.weight", "norm.bias"
         ({"finetune": "lora", "head": "frozen"}, LORA),
         ({"finetune": "lora", "head": "adapted"}, LORA | {"head.lnlora.A", "head.lnlora.B"}),
         ({"finetune": "lora", "head": "trained"}, LORA | HEAD),
+        ({"train_norms": True}, LNLORA | NORMS | HEAD),
+        ({"finetune": "lora", "head": "frozen", "train_norms": True, "blocks": [1]}, of_block(1, LORA) | NORMS),
+        ({"blocks": [0], "head": "adapted"}, of_block(0, LNLORA) | HEAD_LNLORA),
         ({"finetune": "full"}, BACKBONE),
         ({"finetune": "head"}, HEAD),
         ({"finetune": "layernorm"}, NORMS | HEAD),
         ({"finetune": "layernorm", "head": "frozen"}, NORMS),
     ],
-    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_exactly_these_train(settings: dict, expected: set[str]) -> None:
     model = stir(tiny(**settings))
@@ -86,6 +94,19 @@ def test_the_rank_is_the_largest_within_the_budget(name: str, least: int, most: 
     assert len(branches(model)) == 1 + 6 * len(model.backbone.blocks)
 
 
+@pytest.mark.parametrize(("settings", "layers"), [({}, 12), ({"blocks": range(6, 12)}, 6), ({"train_norms": True}, 12)])
+def test_the_rank_fills_the_budget_whatever_has_branches(settings: dict, layers: int) -> None:
+    """At 4.99 % the norms are what makes the rank 19 instead of 20."""
+    settings = {"pretrained": False, **settings}
+    with torch.device("meta"):
+        model = create_model("vit_base_patch16_224", trainable_fraction=0.0499, **settings)
+        above = create_model("vit_base_patch16_224", rank=model.spec.rank + 1, **settings)
+    assert len(branches(model)) == 1 + 6 * layers
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    backbone = sum(p.numel() for n, p in model.backbone.named_parameters() if ".lnlora." not in n)
+    assert model.report.share == trained / backbone <= 0.0499 < above.report.share
+
+
 def test_the_head_counts_towards_the_budget() -> None:
     with torch.device("meta"):
         frozen, trained, adapted = (
@@ -111,6 +132,20 @@ def test_the_head_counts_towards_the_budget() -> None:
         ({"finetune": "full", "head": "frozen"}, "adapter.head: frozen contradicts finetune: full"),
         ({"finetune": "head", "head": "adapted"}, "adapter.head: adapted contradicts finetune: head"),
         ({"finetune": "layernorm", "head": "adapted"}, "adapter.head: adapted needs branches"),
+        ({"blocks": []}, "adapter.blocks: must have at least one block, got none; null is for all"),
+        ({"blocks": [-1]}, r"adapter.blocks.0: .*greater than or equal to 0 \(got -1\)"),
+        ({"blocks": [1, 0, 1]}, "adapter.blocks: must not repeat a block, got 1 twice"),
+        ({"blocks": [0, 2]}, "adapter.blocks: must be from 0 to 1, the blocks of vit_tiny_patch16_224, got 2"),
+        (
+            {"blocks": [0], "components": ["reduction"]},
+            "adapter.components: must include a component of .*got reduction",
+        ),
+        *(
+            ({"finetune": finetune, key: value}, f"adapter.{key}: .*; finetune: {finetune} has none")
+            for finetune in ("full", "head", "layernorm")
+            for key, value in {"blocks": [0], "train_norms": True}.items()
+        ),
+        ({"train_norms": True, "model_kwargs": NORMLESS}, "adapter.train_norms: vit_tiny.* has no LayerNorm"),
         ({"finetune": "layernorm", "model_kwargs": NORMLESS}, "finetune: layernorm has nothing to train in vit_tiny"),
     ],
 )

@@ -46,7 +46,8 @@ def same(a: tuple[dict[str, Any], ...], b: tuple[dict[str, Any], ...]) -> bool:
 
 @pytest.mark.parametrize(("family", "settings"), [
     ("vit", {}), ("vit", {"finetune": "lora", "qkv": "shared", "head": "adapted"}), ("vit", {"finetune": "layernorm"}),
-    ("swinv2", {"components": ("q", "v", "fc2")}), ("eva02_fused", {"precision": "bf16"}), ("xcit", {"head": "frozen"}),
+    ("swinv2", {"components": ("q", "v", "fc2"), "blocks": [0, 2], "train_norms": True}),
+    ("eva02_fused", {"precision": "bf16"}), ("xcit", {"head": "frozen"}),
 ])  # fmt: skip
 def test_timm_s_models_are_as_create_model_builds_them(family: str, settings: dict[str, Any]) -> None:
     """Bit for bit: names, start, and logits after the same training."""
@@ -204,6 +205,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         "head: trained contradicts",
     ),
     "components": (torchvision_vit, {"target_modules": ["mlp.0"], "components": ("q",)}, "^components: is for timm's"),
+    "blocks": (torchvision_vit, {"target_modules": ["mlp.0"], "blocks": [0]}, "^blocks: is for timm's .* regular"),
     "bf16": (torchvision_vit, {"target_modules": ["mlp.0"], "precision": "bf16"}, "^precision: bf16 is for timm's"),
     "a setting of building": (timm_model, {"num_classes": 10}, "^num_classes: adapt takes the module as it is"),
     "an unknown setting": (timm_model, {"lora_rank": 3}, "^unknown setting lora_rank; did you mean rank"),

@@ -36,6 +36,7 @@ MODES = [
     {"finetune": "head"},
     {"finetune": "layernorm"},
     {"family": "deit_distilled"},
+    {"family": "swin", "blocks": [2, 0], "train_norms": True},
     {"mean": (0.1, 0.2, 0.3), "std": (0.9, 0.8, 0.7)},
 ]
 
@@ -80,6 +81,9 @@ def test_round_trip_is_bit_equal(settings: dict[str, Any], tmp_path: Path) -> No
     assert back.info.sha256 == model.info.sha256
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == list(FILES)
     assert set(load_file(tmp_path / "a" / "adapter.safetensors")) == set(model.trainable())
+    # as before these settings, where they are not used
+    keys = json.loads((tmp_path / "a" / "adapter.json").read_text())["adapter"].keys()
+    assert keys & {"blocks", "train_norms"} == settings.keys() & {"blocks", "train_norms"}
     # what was loaded is saved as the same adapter
     fd.save_adapter(back, str(tmp_path / "b"), training={"eps": 4 / 255})
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in FILES)

@@ -19,6 +19,7 @@ OTHERS: list[dict[str, Any]] = [
     {"finetune": "lora", "rank": 5, "qkv": "shared", "head": "adapted"},
     {"finetune": "layernorm"},
     {"finetune": "head"},
+    {"rank": 3, "blocks": [1], "train_norms": True},
 ]
 
 
@@ -52,7 +53,7 @@ def test_each_sample_has_its_own(saved: Callable[..., str]) -> None:
     for name, model in alone.items():
         assert torch.equal(scores(several, x, name), scores(model, x)), name
         assert torch.equal(scores(several, x, [name] * 10), scores(model, x)), name
-    choice = ["a3", None, "a0", "a1", "a2", "a0", "a1", None, "a3", "a2"]
+    choice = ["a3", None, "a0", "a1", "a4", "a0", "a1", None, "a3", "a2"]
     mixed = scores(several, x, choice)
     for i, name in enumerate(choice):
         torch.testing.assert_close(mixed[i], scores(alone[name], x[i : i + 1])[0], rtol=1e-5, atol=1e-5)

@@ -28,7 +28,8 @@ def logits(module: nn.Module) -> Tensor:
 @pytest.mark.parametrize(("family", "settings"), [
     ("vit", {}), ("vit", {"qkv": "shared", "head": "adapted"}), ("vit", {"components": ("q", "v"), "head": "frozen"}),
     ("swin", {}), ("siglip_pool", {}), ("xcit", {}), ("cait", {"head": "frozen"}), ("convit", {}),
-    ("torchvision", {}), ("hugging face", {"head": "trained"}),
+    ("torchvision", {}), ("hugging face", {"head": "trained"}), ("vit", {"blocks": [1], "train_norms": True}),
+    ("hugging face", {"train_norms": True}),
 ])  # fmt: skip
 def test_peft_loads_what_is_saved(family: str, settings: dict[str, Any], tmp_path: Path) -> None:
     """Fused projections of two and three parts, convolutions and trained heads included."""

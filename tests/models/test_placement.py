@@ -123,6 +123,38 @@ def test_a_placement_puts_branches_there_and_nowhere_else(component: str) -> Non
     assert all(mark in name for name in branches(model))
 
 
+BLOCKS = {
+    "swin": ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0 layers.1.downsample"],
+    "cait": ["blocks.0", "blocks_token_only.0"],
+    "xcit": ["blocks.0", "cls_attn_blocks.0"],
+    "siglip_pool": ["blocks.0", "blocks.1"],
+}
+"""The blocks in forward order, each with the patch merging before it."""
+
+
+@pytest.mark.parametrize("family", BLOCKS)
+def test_blocks_are_counted_through_and_what_is_around_them_stays(family: str) -> None:
+    everywhere = branches(tiny(family))
+    inside = [{n for n in everywhere if n.startswith(tuple(f"{p}." for p in b.split()))} for b in BLOCKS[family]]
+    for i, own in enumerate(inside):
+        assert set(branches(tiny(family, blocks=[i]))) == set(everywhere) - set().union(*inside) | own
+    assert set(branches(tiny(family, blocks=[*range(len(inside))]))) == set(everywhere)
+    with pytest.raises(UserError, match=f"from 0 to {len(inside) - 1}, the blocks of"):
+        tiny(family, blocks=[len(inside)])
+
+
+@pytest.mark.parametrize("family", ["swin", "eva02_fused"])
+def test_branches_of_some_blocks_and_trained_norms_equal_the_formula(family: str) -> None:
+    model = stir(roughen(tiny(family, blocks=[1], train_norms=True, alpha=2.0).double()))
+    x = images(dtype=torch.float64)
+    torch.testing.assert_close(model(x), reference(model, family, x), rtol=0, atol=1e-12)
+    F.cross_entropy(model(x), torch.arange(4)).backward()
+    for name, parameter in model.trainable().items():
+        if not softmax_ignores(family, name):
+            assert parameter.grad is not None, name
+            assert parameter.grad.norm() > 1e-10, name
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -47,9 +47,11 @@ def test_where_bf16_begins_and_ends(finetune: str, family: str) -> None:
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("finetune", ["fulllora", "layernorm", "full"])
-def test_bf16_is_near_fp32_and_gradients_are_fp32(finetune: str) -> None:
-    exact, rounded = (stir(tiny(finetune=finetune, precision=p)) for p in ("fp32", "bf16"))
+@pytest.mark.parametrize(
+    "settings", [*({"finetune": f} for f in ("fulllora", "layernorm", "full")), {"train_norms": True}], ids=str
+)
+def test_bf16_is_near_fp32_and_gradients_are_fp32(settings: dict) -> None:
+    exact, rounded = (stir(tiny(**settings, precision=p)) for p in ("fp32", "bf16"))
     results = []
     for model in (exact, rounded):
         x = images(16).requires_grad_()

@@ -15,6 +15,7 @@ from tests.tiny import CLASSES, FAMILIES, images, roughen, stir, tiny
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {"rank": 2}) for family in ("vit", "deit_distilled", "swinv2", "beit", "eva02_fused", "xcit")},
     "shared, adapted head": ("vit", {"rank": 2, "qkv": "shared", "head": "adapted"}),
+    "norms beside": ("swinv2", {"rank": 2, "train_norms": True, "blocks": [0, 2]}),
     "layernorm": ("vit", {"finetune": "layernorm"}),
     "head": ("swin", {"finetune": "head"}),
     **{name: (name, {"rank": 2, "head": "trained", **HALF}) for name in TARGETS},
@@ -74,6 +75,7 @@ def plain(model: nn.Module, x: Tensor, normaliser: fd.AdaptedModel) -> Tensor:
 @pytest.mark.parametrize(("family", "settings"), [
     *((family, {}) for family in FAMILIES if not family.startswith("eva_") and "swiglu" not in family),
     ("vit", {"qkv": "shared", "head": "adapted"}), ("siglip_pool", {"head": "trained"}),
+    ("vit", {"blocks": [1], "train_norms": True}),
 ])  # fmt: skip
 def test_merged_lora_has_the_same_logits(family: str, settings: dict[str, Any]) -> None:
     model = roughen(stir(tiny(family, finetune="lora", alpha=2.0, **{"head": "frozen", **settings})))

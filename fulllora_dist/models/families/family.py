@@ -136,6 +136,22 @@ class Family:
         above = (".".join(names[: i + 1]) for i in range(len(names)))
         return next((p for p in above if any(_matches(pattern, p) for pattern in self.blocks)), names[0])
 
+    def depths(self, sites: Sequence[Site]) -> dict[str, int]:
+        """{layer: number of its block, from 0 and through all stages}, without layers outside of the blocks.
+
+        Patch merging, which is no block of a stage, has the number of the block behind it.
+        """
+        depths: dict[str, int] = {}
+        before: list[str] = []
+        for site in sites:
+            block = self.block_of(site.path)
+            if not any(_matches(pattern, block) for pattern in self.blocks):
+                continue
+            if site.component != "reduction" and block not in before:
+                before.append(block)
+            depths[site.path] = len(before) - (site.component != "reduction")
+        return depths
+
     def converted(self, weights: Weights, backbone: nn.Module) -> Weights:
         """Convert a checkpoint of this family for `load_state_dict` of `backbone`."""
         convert = self.convert or getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
