@@ -44,12 +44,12 @@ class MultiStepSettings(MethodSettings):
     """Side of the masked patches in pixels; null takes the backbone's patch size."""
 
 
-class SingleStepSettings(CleanFractionSettings):
+class SingleStepSettings(MethodSettings):
     step: float = Field(1.0, gt=0)
     """Step size in units of eps."""
 
 
-class FGSMRSSettings(SingleStepSettings):
+class FGSMRSSettings(CleanFractionSettings, SingleStepSettings):
     name: Literal["fgsm_rs"] = "fgsm_rs"
     step: float = Field(1.25, gt=0)
     """Step size in units of eps. The paper's 1.25 was tuned on CIFAR-10; larger steps collapse more easily."""
@@ -73,13 +73,13 @@ class MARTSettings(MultiStepSettings):
     """Standard deviation of the attack's Gaussian start, for pixels in [0, 1]."""
 
 
-class NFGSMSettings(SingleStepSettings):
+class NFGSMSettings(CleanFractionSettings, SingleStepSettings):
     name: Literal["n_fgsm"] = "n_fgsm"
     noise: float = Field(2.0, ge=0)
     """Radius of the uniform noise in units of eps."""
 
 
-class PGDSettings(MultiStepSettings, CleanFractionSettings):
+class PGDSettings(CleanFractionSettings, MultiStepSettings):
     name: Literal["pgd"] = "pgd"
     random_start: bool = True
     """Start at a uniform random point in the ball instead of at the image."""

@@ -60,7 +60,7 @@ MEANS = {
     "method.stepz=3": "did you mean steps?",
     "method.eps=0.1": "it is threat.eps or evaluation.eps",
     "method.replays=4": "it is a setting of free; pgd takes steps, step_size, attention_drop, "
-    "perturbation_mask, mask_patch, random_start",
+    "perturbation_mask, mask_patch, clean_fraction, random_start",
     "method=free method.steps=3": "it is a setting of mart, pgd, trades; free takes replays, step_size",
     "method=free method.num_steps=3": "it is a setting of mart, pgd, trades; free takes replays, step_size",
     "method=free method.alpha=0.1": "did you mean step_size?",

@@ -147,7 +147,7 @@ def test_a_path_is_as_good_as_a_string(tmp_path: Path) -> None:
         (INDEX, "a --imagefield x", "unrecognized arguments: --imagefield x; index_shards.py"),
         (COMPARE, "a.json", "the following arguments are required: B; compare_evaluations.py"),
         (ADAPTERS, "lst", "COMMAND: invalid choice: 'lst' (choose from 'list', 'show', 'diff', 'publish', 'promote', "
-                          "'rollback', 'pull', 'predict'); adapters.py"),
+                          "'rollback', 'pull', 'export', 'predict'); adapters.py"),
         (ADAPTERS, "predict m@x pictures", "the following arguments are required: --output; adapters.py predict"),
         (EVALUATE, "--num-samples 3", "the following arguments are required: --config; evaluate.py"),
         (TRAIN, "--config", "--config: expected one argument; train.py"),
