@@ -12,9 +12,9 @@ from pathlib import Path
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapter_file import DESCRIPTION
 from fulllora_dist.storage.folder_lock import FolderLock
-from fulllora_dist.studies.choice import choice, pending
+from fulllora_dist.studies.choice import choice, is_done, pending
 from fulllora_dist.studies.content import inputs_of
-from fulllora_dist.studies.finished import save_result
+from fulllora_dist.studies.finished import check_folder, save_result
 from fulllora_dist.studies.plan import Evaluation, Run, Study
 from fulllora_dist.studies.processes import Job, evaluate_command, start, stop, train_command
 from fulllora_dist.studies.results import Results
@@ -70,7 +70,8 @@ class Runner:
         self._kills: dict[str, int] = {}
 
     def check(self) -> None:
-        """Refuse what a start of any run would refuse, and a result that another run has the name of.
+        """Refuse what a start of any run would refuse, a result that another run has the name of, and what other data
+        left in the folder of a run.
 
         Raises:
             UserError: naming the setting.
@@ -85,7 +86,8 @@ class Runner:
                     self._check_evaluation(run, evaluation)
             values = choice(self._study, arm, results, self._inputs_of)
             for run in [*tries, *([] if values is None else self._study.seeds(arm, values))]:
-                results.find(run, self._inputs_of(run))
+                if not is_done(results, run, self._inputs_of(run)):
+                    check_folder(run, self._inputs_of(run))
 
     def _check_evaluation(self, run: Run, evaluation: Evaluation) -> None:
         chosen = {"attacks": evaluation.attacks, "num_samples": evaluation.num_samples}
@@ -143,6 +145,17 @@ class Runner:
 
     def _advance(self, run: Run) -> None:
         """Start the run's next step; after the last one there is its result."""
+        try:
+            check_folder(run, self._inputs_of(run))
+            self._next_step(run)
+        except UserError as error:
+            self._fail(run, str(error))
+
+    def _fail(self, run: Run, reason: str) -> None:
+        self._failed[run.name] = reason
+        self._say(f"failed: {run}: {reason}")
+
+    def _next_step(self, run: Run) -> None:
         step = next(_steps(run), None)
         if step is None:
             place = {name: getattr(self._options, name) for name in ("ranks", "threads", "parallel")}
@@ -183,8 +196,7 @@ class Runner:
             if (code < 0 or code > 128) and self._kills[run.name] <= _KILLS:
                 self._say(f"{run}: killed by another process (exit code {code}); resuming it")
             else:
-                self._failed[run.name] = f"{job.last_line()} ({job.log})"
-                self._say(f"failed: {run}: {self._failed[run.name]}")
+                self._fail(run, f"{job.last_line()} ({job.log})")
             return
         self._times.add(run.arm, job.step, job.seconds)
         self._advance(run)
