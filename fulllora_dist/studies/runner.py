@@ -16,7 +16,7 @@ from fulllora_dist.studies.choice import choice, is_done, pending
 from fulllora_dist.studies.content import inputs_of
 from fulllora_dist.studies.finished import check_folder, save_result
 from fulllora_dist.studies.plan import Evaluation, Run, Study
-from fulllora_dist.studies.processes import Job, evaluate_command, start, stop, train_command
+from fulllora_dist.studies.processes import Job, environment_of, evaluate_command, start, stop, train_command
 from fulllora_dist.studies.results import Results
 from fulllora_dist.training.inputs import check_evaluated, check_inputs, load_index
 from fulllora_dist.training.resume import LOCK
@@ -41,8 +41,9 @@ class Options:
 
     @property
     def threads(self) -> int:
-        """Of each rank."""
-        return max(1, (os.cpu_count() or 1) // (self.parallel * self.ranks))
+        """Of each rank, unless OMP_NUM_THREADS is set."""
+        ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, ours // (self.parallel * self.ranks))
 
 
 class Runner:
@@ -63,6 +64,7 @@ class Runner:
         launch: Callable[..., Job] = start,
     ):
         self._study, self._options, self._say, self._report, self._launch = study, options, say, report, launch
+        self._environment = environment_of(study.settings.environment, options.threads)
         self._times = _Times(Path(study.settings.output_dir, "times.json"))
         self._inputs: dict[str, Mapping[str, str]] = {}
         self._jobs: list[Job] = []
@@ -76,6 +78,8 @@ class Runner:
         Raises:
             UserError: naming the setting.
         """
+        if not (threads := self._environment["OMP_NUM_THREADS"]).isdecimal():
+            raise UserError(f"OMP_NUM_THREADS must be a number, got {threads!r}")
         results = Results(self._study.settings.results_dir)
         for arm, tries in self._study.tries.items():
             for run in tries:
@@ -158,7 +162,8 @@ class Runner:
     def _next_step(self, run: Run) -> None:
         step = next(_steps(run), None)
         if step is None:
-            place = {name: getattr(self._options, name) for name in ("ranks", "threads", "parallel")}
+            threads = int(self._environment["OMP_NUM_THREADS"])
+            place = {"ranks": self._options.ranks, "threads": threads, "parallel": self._options.parallel}
             save_result(self._study, run, self._inputs_of(run), place)
             try:
                 self._report()
@@ -172,8 +177,7 @@ class Runner:
         else:
             evaluation = next(e for e in run.evaluations if e.file == step)
             command = evaluate_command(self._study.config, run, evaluation, str(Path(run.output_dir, "adapter")))
-        environment = {"OMP_NUM_THREADS": str(self._options.threads), **self._study.settings.environment}
-        self._jobs.append(self._launch(run, step, command, self._options.ranks, environment))
+        self._jobs.append(self._launch(run, step, command, self._options.ranks, self._environment))
         what = "training" if step == TRAIN else f"evaluating under {', '.join(evaluation.attacks)}"
         self._say(f"{run}: {what}; it prints to {self._jobs[-1].log}")
 

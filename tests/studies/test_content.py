@@ -158,8 +158,13 @@ def test_any_value_makes_a_name_for_a_file(folder: Path) -> None:
     first, second = study(folder, ("optim.lr: [1e-5, 3e-2]", "guard.rollback_eps: [1/255, 2/255]")).tries["fulllora"]
     assert (first.name, second.name) == ("tiny-fulllora-rollback_eps1_255-try", "tiny-fulllora-rollback_eps2_255-try")
     assert (Path(first.output_dir).parent, first.values) == (folder / "runs", {"guard.rollback_eps": "1/255"})
-    with pytest.raises(UserError, match="make the same name; remove one"):
-        study(folder, ("optim.lr: [1e-5, 3e-2]", "model.checkpoint_key: [a/b, a_b]"))
+    tries = ("optim.lr: [1e-5, 3e-2]", "model.checkpoint_key: [a/b, a_b]")
+    of_a_file = (
+        "label: FullLoRA,",
+        "label: FullLoRA, overrides: ['model={checkpoint_path: x.pth, pretrained: true}'],",
+    )
+    with pytest.raises(UserError, match="a/b and a_b make the same name; remove one"):
+        study(folder, tries, of_a_file)
 
 
 def test_tries_are_chosen_on_as_many_images_as_are_asked_for(folder: Path) -> None:
