@@ -33,7 +33,7 @@ class RunCounts:
     images: int
     world: int
     notes: list[str]
-    _passes: dict[tuple[int, int, bool, bool], PassCost] = field(default_factory=dict)
+    _passes: dict[tuple[int, int, bool, bool, bool], PassCost] = field(default_factory=dict)
 
     @property
     def micro(self) -> int:
@@ -52,7 +52,8 @@ class RunCounts:
         size = self.size(phase)
         attack = self._pass(size, self.micro, attack=True, recompute=checkpointing == "all")
         in_step = self.micro * phase.method.images_in_weight_step
-        return attack, self._pass(size, in_step, attack=False, recompute=checkpointing != "off")
+        pixels = phase.method.moves_pixels
+        return attack, self._pass(size, in_step, attack=False, recompute=checkpointing != "off", pixels=pixels)
 
     def flops(self, checkpointing: Checkpointing) -> int:
         """FLOPs of the whole run."""
@@ -71,19 +72,22 @@ class RunCounts:
             most = max(most, 1 + (attacks + forward_alone / 2) / phase.method.updates_per_batch)
         return most
 
-    def _pass(self, size: int, images: int, *, attack: bool, recompute: bool) -> PassCost:
-        key = size, images, attack, recompute
+    def _pass(self, size: int, images: int, *, attack: bool, recompute: bool, pixels: bool = True) -> PassCost:
+        key = size, images, attack, recompute, pixels
         if key not in self._passes:
-            self._passes[key] = count_pass(self.model, size, images, attack=attack, recompute=recompute)
+            self._passes[key] = count_pass(self.model, size, images, attack=attack, recompute=recompute, pixels=pixels)
         return self._passes[key]
 
 
-def count_pass(model: AdaptedModel, size: int, images: int, *, attack: bool, recompute: bool = False) -> PassCost:
-    """Cost of a pass for one of so many images, for the pixels' gradient alone (`attack`) or also for the adapter's."""
+def count_pass(
+    model: AdaptedModel, size: int, images: int, *, attack: bool, recompute: bool = False, pixels: bool = True
+) -> PassCost:
+    """Cost of a pass for one of so many images, for the pixels' gradient alone (`attack`) or for the adapter's and,
+    with `pixels`, theirs."""
     model.set_activation_checkpointing(recompute)
     for parameter in model.trainable().values():
         parameter.requires_grad_(not attack)
-    return pass_cost(model, size, images)
+    return pass_cost(model, size, images, pixels=pixels)
 
 
 def count_run(config: Config, ranks: int | None = None) -> RunCounts:

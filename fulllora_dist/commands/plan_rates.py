@@ -106,4 +106,4 @@ def _row_cost(backbone: str, image_size: int, precision: Precision) -> tuple[int
         model = create_model(
             backbone, pretrained=False, num_classes=1000, image_size=image_size, head="frozen", precision=precision
         )
-    return tuple(count_pass(model, image_size, 1, attack=attack).flops for attack in (True, False))  # type: ignore
+    return tuple(count_pass(model, image_size, 1, attack=attack, pixels=attack).flops for attack in (True, False))  # type: ignore

@@ -79,6 +79,8 @@ def _say(line: str) -> None:
 
 def _make_shards(study: "Study") -> None:
     """The data, where it is not there: what is finished is not made again."""
+    from fulllora_dist.studies.processes import last_line
+
     for line in study.settings.shards:
         source, destination, *_ = [*shlex.split(line), "", ""]
         if not os.path.exists(source) and os.path.exists(os.path.join(destination, "index.safetensors")):
@@ -86,8 +88,7 @@ def _make_shards(study: "Study") -> None:
         command = [sys.executable, "-m", "fulllora_dist.commands.cli", "shards", *shlex.split(line)]
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-            raise UserError(f"{study.path}: shards: {reason}")
+            raise UserError(f"{study.path}: shards: {last_line(done.stderr)}")
 
 
 def _write(study: "Study") -> None:

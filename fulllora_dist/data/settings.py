@@ -6,6 +6,18 @@ from pydantic import Field
 
 from fulllora_dist.core.settings import Area, Location, Settings
 
+RUNNING = (
+    "num_workers",
+    "max_bad_samples",
+    "connections",
+    "read_ahead_mb",
+    "request_timeout_s",
+    "retry_timeout_s",
+    "cache_dir",
+    "cache_gb",
+)
+"""Of the settings below those on which no trained adapter depends."""
+
 
 class RandAugmentSettings(Settings):
     num_ops: int = Field(2, ge=1)

@@ -51,10 +51,12 @@ class Method(ABC):
     Attributes:
         Settings: class of the settings.
         images_in_weight_step: number of versions of each image in a weight step, e.g. 2 for clean and perturbed.
+        moves_pixels: whether the weight step's backward pass goes on to the pixels, as Free's does.
     """
 
     Settings: ClassVar[type[MethodSettings]]
     images_in_weight_step: ClassVar[int] = 1
+    moves_pixels: ClassVar[bool] = False
 
     def __init__(
         self,

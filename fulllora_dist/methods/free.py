@@ -21,6 +21,7 @@ from fulllora_dist.methods.settings import FreeSettings
 @register_method
 class Free(Method):
     Settings = FreeSettings
+    moves_pixels = True
     _delta: Tensor | None = None
 
     @property

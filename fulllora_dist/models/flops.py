@@ -88,7 +88,7 @@ class PassCost(NamedTuple):
     operations: int = 0
 
 
-def pass_cost(model: AdaptedModel, size: int, images: int = 1, attack: bool = False) -> PassCost:
+def pass_cost(model: AdaptedModel, size: int, images: int = 1, attack: bool = False, pixels: bool = True) -> PassCost:
     """Count a forward and backward pass of an image of `size` pixels a side: in the backward pass the gradients of the
     pixels and of the parameters that require one. Attention is taken for one kernel that keeps no scores.
 
@@ -96,13 +96,14 @@ def pass_cost(model: AdaptedModel, size: int, images: int = 1, attack: bool = Fa
         model: on any device; its tensors are not touched.
         images: in one pass; what does not grow with them (gradients of the parameters) is divided among them.
         attack: without gradients of parameters.
+        pixels: with the gradient of the pixels, which a weight step makes in few methods (`moves_pixels`).
     """
     tensors = {name: t.detach().to("meta") for name, t in model.named_buffers()}
     for name, parameter in model.named_parameters():
         tensors[name] = parameter.detach().to("meta").requires_grad_(parameter.requires_grad and not attack)
     with _Counter(tensors.values()) as counter, _attention_as_one_kernel():
         whole = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        forward, saved = torch.func.functional_call(_Pass(model), whole, (images, size, counter))
+        forward, saved = torch.func.functional_call(_Pass(model), whole, (images, size, pixels, counter))
     an_image = [n // images for n in (forward, counter.flops, saved, counter.peak)]
     return PassCost(an_image[0], an_image[1], an_image[2], an_image[3], counter.operations)
 
@@ -114,10 +115,10 @@ class _Pass(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: int, size: int, counter: "_Counter") -> tuple[int, int]:
+    def forward(self, images: int, size: int, pixels: bool, counter: "_Counter") -> tuple[int, int]:
         """FLOPs of the forward pass, and bytes that are alive after it."""
-        pixels = torch.empty(images, 3, size, size, device="meta", requires_grad=True)
-        loss = F.cross_entropy(self.model(pixels), torch.zeros(images, dtype=torch.int64, device="meta"))
+        x = torch.empty(images, 3, size, size, device="meta", requires_grad=pixels)
+        loss = F.cross_entropy(self.model(x), torch.zeros(images, dtype=torch.int64, device="meta"))
         between = counter.flops, counter.now
         loss.backward()
         return between

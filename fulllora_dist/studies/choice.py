@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.studies.plan import HELD_OUT, Run, Study
-from fulllora_dist.studies.results import Results, correct, has, of_attack
+from fulllora_dist.studies.results import Results, Verdicts, correct, has, of_attack, seen
 
 InputsOf = Callable[[Run], Mapping[str, str] | None]
 
@@ -12,19 +13,30 @@ def _no_inputs(_: Run) -> None:
     return None
 
 
-def score(study: Study, results: Results, run: Run, inputs_of: InputsOf = _no_inputs) -> float | None:
-    """The accuracy of a try by which it is chosen; None while it is not done."""
-    result, attack = results.find(run, inputs_of(run)), study.settings.choose.attack
-    found = result and of_attack(result, attack, HELD_OUT)
-    return None if not found else float(correct(found, attack).mean())
+def judged(study: Study, results: Results, run: Run, inputs_of: InputsOf = _no_inputs) -> Verdicts | None:
+    """The verdicts by which a try is chosen; None while it is not done."""
+    result, choose = results.find(run, inputs_of(run)), study.settings.choose
+    return None if result is None else of_attack(result, choose.attack, HELD_OUT, choose.num_samples)
 
 
 def choice(study: Study, arm: str, results: Results, inputs_of: InputsOf = _no_inputs) -> Mapping[str, str] | None:
-    """The values of an arm's best try, of equals the first; None while one is not done."""
-    scores = {run: score(study, results, run, inputs_of) for run in study.tries[arm]}
-    if any(found is None for found in scores.values()):
+    """The values of an arm's best try, of equals the first; None while one is not done.
+
+    Raises:
+        UserError: they were not evaluated on the same images.
+    """
+    found = {run: judged(study, results, run, inputs_of) for run in study.tries[arm]}
+    done = {run: verdicts for run, verdicts in found.items() if verdicts is not None}
+    if len({seen(verdicts) for verdicts in done.values()}) > 1:
+        names = ", ".join(run.name for run in done)
+        raise UserError(
+            f"{study.path}: the tries of {arm} were evaluated on different images ({names}); delete the results of "
+            f"those that were not evaluated on {study.settings.choose.data} as it is now"
+        )
+    if len(done) < len(found):
         return None
-    return max(study.tries[arm], key=lambda run: scores[run] or 0.0).values
+    attack = study.settings.choose.attack
+    return max(done, key=lambda run: float(correct(done[run], attack).mean())).values
 
 
 def is_done(results: Results, run: Run, inputs: Mapping[str, str] | None) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.evaluation.report import read_evaluation
 from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
@@ -14,6 +15,33 @@ from fulllora_dist.studies.plan import Run, Study
 from fulllora_dist.studies.results import FORMAT, Result, verdicts, write_result
 from fulllora_dist.studies.work import training_work
 from fulllora_dist.tracking.provenance import git_commit
+
+
+def check_folder(run: Run, inputs: Mapping[str, str]) -> None:
+    """Check that what is in the folder of a run was made from what is there now.
+
+    Args:
+        inputs: hashes of what it reads.
+
+    Raises:
+        UserError: an adapter or an evaluation of other images, or an evaluation of another adapter.
+    """
+    folder, sha256 = Path(run.output_dir), None
+    if (path := folder / "adapter" / DESCRIPTION).exists():
+        description = json.loads(path.read_text())
+        sha256, data = description["sha256"], description["training"].get("data", {})
+        if data.get("index") != inputs["data.train"]:
+            raise UserError(
+                f"{folder} has an adapter of other images than {run.config.data.train} has now; delete the folder"
+            )
+    for evaluation in run.evaluations:
+        if not (path := folder / evaluation.file).exists():
+            continue
+        report = read_evaluation(path)
+        if report.get("data") != Index.load(evaluation.data).hash:
+            raise UserError(f"{path} is of other images than {evaluation.data} has now; delete it")
+        if sha256 is not None and report.get("adapter_sha256") != sha256:
+            raise UserError(f"{path} is of another adapter than {folder / 'adapter'}; delete it")
 
 
 def save_result(study: Study, run: Run, inputs: Mapping[str, str], place: Mapping[str, Any]) -> Result:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,12 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import explain
 from fulllora_dist.core.suggest import suggestion
 from fulllora_dist.evaluation.attack_names import AttackName
-from fulllora_dist.studies.content import content, key_of
+from fulllora_dist.studies.content import content, folder_key, key_of
 from fulllora_dist.studies.settings import SECTIONS, StudySettings
 from fulllora_dist.training.inputs import load_index
 
 VALIDATION, HELD_OUT = "validation", "held_out"
+_IN_NO_NAME = re.compile(r"[^\w.+-]+", re.ASCII)
 _SET_BY_THE_STUDY = ("run.output_dir", "run.seed", "data.validation", "evaluation.attacks", "evaluation.num_samples")
 
 
@@ -106,6 +108,7 @@ class Study:
         self.config = os.path.normpath(os.path.join(os.path.dirname(path), self.settings.config))
         self._check_attacks()
         self.tries = {arm: tuple(self._runs(arm, is_try=True)) for arm in self.settings.arms}
+        self._check_tries()
         validation = {run.config.data.validation for runs in self.tries.values() for run in runs}
         self._validation, *others = (str(shards) for shards in validation)
         if others or None in validation:
@@ -123,6 +126,25 @@ class Study:
             key = override.partition("=")[0].strip()
             if key in _SET_BY_THE_STUDY and key != "data.validation":
                 raise UserError(f"{self.path}: overrides: {key} is set by the study; remove it")
+        for name, arm in settings.arms.items():
+            if taken := [key for key in arm.tries if key in _SET_BY_THE_STUDY]:
+                raise UserError(f"{self.path}: arms.{name}.tries: {taken[0]} is set by the study; remove it")
+
+    def _check_tries(self) -> None:
+        """That the tries of an arm are different runs under different names, which the same attack can choose from."""
+        for arm, tries in self.tries.items():
+            where = f"{self.path}: arms.{arm}.tries"
+            for first, second in itertools.combinations(tries, 2):
+                if first.key == second.key or first.name == second.name:
+                    what = "run" if first.key == second.key else "name"
+                    values = " and ".join(", ".join(run.values.values()) for run in (first, second))
+                    raise UserError(f"{where}: {values} make the same {what}; remove one")
+            balls = {(run.config.threat.norm, run.config.threat.eps) for run in tries}
+            if len(balls) > 1:
+                raise UserError(
+                    f"{where}: threat.norm and threat.eps must be the same for all, as each try is attacked in its own "
+                    "ball; for another eps in training alone try phases: [[{fraction: 1, eps: 2/255}], ...]"
+                )
 
     def _runs(self, arm: str, *, is_try: bool) -> Iterator[Run]:
         tries = self.settings.tries_of(arm)
@@ -146,10 +168,9 @@ class Study:
         else:
             shards = str(config.data.validation)
             evaluations = [Evaluation(VALIDATION, shards, e.attacks, e.num_samples) for e in settings.evaluations]
-        tried = "".join(f"-{key.rpartition('.')[2]}{value}" for key, value in values.items())
+        tried = "".join(f"-{key.rpartition('.')[2]}{_IN_NO_NAME.sub('_', value)}" for key, value in values.items())
         name = f"{settings.name}-{arm}{tried}-" + ("try" if is_try else f"seed{seed}")
-        folder = f"{name}-{key_of(content(config.model_dump(mode='json')))}"
-        output_dir = str(Path(settings.output_dir, folder))
+        output_dir = str(Path(settings.output_dir, f"{name}-{folder_key(config)}"))
         return Run(name, arm, values, seed, is_try, overrides, config, tuple(evaluations), output_dir)
 
     def seeds(self, arm: str, values: Mapping[str, str]) -> list[Run]:

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.studies.plan import Evaluation, Run
+from fulllora_dist.tracking.provenance import PACKAGE
 
-PACKAGE = Path(__file__).resolve().parents[1]
 EVALUATION_SEED = 0
 _SIGNAL_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a fork must not wait for a lock
@@ -29,9 +29,27 @@ def train_command(config: str, run: Run) -> list[str]:
 def evaluate_command(config: str, run: Run, evaluation: Evaluation, adapter: str) -> list[str]:
     """evaluate.py of a run's adapter. The attacks' random starts are the same for all runs."""
     own = [f"run.seed={EVALUATION_SEED}", f"run.output_dir={run.output_dir}", f"data.validation={evaluation.data}"]
-    own += ["--attacks", ",".join(evaluation.attacks), "--output", str(Path(run.output_dir, evaluation.file))]
     own += [] if evaluation.num_samples is None else ["--num-samples", str(evaluation.num_samples)]
-    return [str(PACKAGE / "evaluate.py"), "--config", config, "--adapter", adapter, *run.overrides, *own]
+    output = Path(run.output_dir, evaluation.file)
+    return evaluation_of(config, adapter, evaluation.attacks, output, [*run.overrides, *own])
+
+
+def evaluation_of(config: str, adapter: str, attacks: Sequence[str], output: Path, further: Sequence[str]) -> list[str]:
+    """evaluate.py of an adapter; `further` are its settings and options."""
+    command = [str(PACKAGE / "evaluate.py"), "--config", config, "--adapter", adapter, *further]
+    return [*command, "--attacks", ",".join(attacks), "--output", str(output)]
+
+
+def last_line(printed: str) -> str:
+    """The end of what a program printed: the one line of a mistake."""
+    lines = [line for line in printed.splitlines() if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
+
+
+def environment_of(settings: Mapping[str, str], threads: int) -> dict[str, str]:
+    """The environment of a run: what is set already, then what the study sets, then so many threads a rank."""
+    found = {**settings, **os.environ}
+    return found | {"OMP_NUM_THREADS": found.get("OMP_NUM_THREADS") or str(threads)}
 
 
 def _end_with_parent() -> None:
@@ -75,13 +93,28 @@ class Job:
         return time.monotonic() - self.began
 
     def last_line(self) -> str:
-        """The end of its log: the one line of a mistake."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it printed nothing"
+        return last_line(self.log.read_text(errors="replace"))
+
+
+def _as_nice(pid: int) -> None:
+    """Give a new session this process's nice value: where Linux schedules by session (autogroup), that of a process
+    counts within its session alone."""
+    for _ in range(20):
+        try:
+            Path(f"/proc/{pid}/autogroup").write_text(str(os.nice(0)))
+            return
+        except BlockingIOError:  # without privileges it takes one in 0.1 s
+            time.sleep(0.05)
+        except OSError:  # it does not, or the process has ended
+            return
 
 
 def start(run: Run, step: str, command: Sequence[str], ranks: int, environment: Mapping[str, str]) -> Job:
-    """Start a script with what it prints in `NAME.log` beside the folder of the run."""
+    """Start a script with what it prints in `NAME.log` beside the folder of the run.
+
+    Args:
+        environment: all of it.
+    """
     log = Path(f"{run.output_dir}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
@@ -90,10 +123,12 @@ def start(run: Run, step: str, command: Sequence[str], ranks: int, environment: 
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            env={**environment, **os.environ},
+            env=environment,
             start_new_session=True,  # a Ctrl-C in the terminal is passed on once, by `stop`
             preexec_fn=_end_with_parent,
         )
+    if os.nice(0) > 0:
+        _as_nice(process.pid)
     return Job(run, step, process, log)
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.evaluation.bootstrap import Estimate, difference_over_seeds, mean_over_seeds
 from fulllora_dist.plots.study_figure import Difference, study_figure
-from fulllora_dist.studies.choice import choice
-from fulllora_dist.studies.plan import HELD_OUT, VALIDATION, Study
-from fulllora_dist.studies.results import Result, Results, Verdicts, correct, of_attack
+from fulllora_dist.studies.choice import choice, judged
+from fulllora_dist.studies.plan import VALIDATION, Study
+from fulllora_dist.studies.results import Result, Results, Verdicts, correct, of_attack, seen
 from fulllora_dist.studies.settings import ComparisonSettings
 
 SAMPLES = 10_000
@@ -25,13 +25,19 @@ class Arm:
     name: str
     label: str
     runs: dict[int, Result]
+    sizes: dict[str, int | None]  # {attack: num_samples}
+
+    def found(self, attack: str, seeds: Sequence[int]) -> list[Verdicts]:
+        """The verdicts of those runs that have them."""
+        found = (of_attack(self.runs[seed], attack, VALIDATION, self.sizes[attack]) for seed in seeds)
+        return [part for part in found if part is not None]
 
     def verdicts(self, attack: str, seeds: Sequence[int]) -> np.ndarray | None:
         """bool [S, n]; None where a run lacks them, or has those of other images."""
-        found = [of_attack(self.runs[seed], attack, VALIDATION) for seed in seeds]
-        if not found or any(part is None or part["ids"] != found[0]["ids"] for part in found):  # type: ignore[index]
+        found = self.found(attack, seeds)
+        if not found or len(found) < len(seeds) or len({seen(part) for part in found}) > 1:
             return None
-        return np.stack([correct(part, attack) for part in found if part is not None])
+        return np.stack([correct(part, attack) for part in found])
 
 
 class Report:
@@ -47,14 +53,15 @@ class Report:
     def __init__(self, study: Study):
         self._study, self._settings = study, study.settings
         self._results = Results(study.settings.results_dir)
+        self._sizes = {attack: part.num_samples for part in study.settings.evaluations for attack in part.attacks}
+        self._attacks = list(self._sizes)
         self._arms = [self._arm(name) for name in study.settings.arms]
-        self._attacks = [attack for part in study.settings.evaluations for attack in part.attacks]
 
     def _arm(self, name: str) -> Arm:
         values = choice(self._study, name, self._results)
         runs = [] if values is None else self._study.seeds(name, values)
         found = {run.seed: result for run in runs if (result := self._results.find(run)) is not None}
-        return Arm(name, self._settings.arms[name].label, found)
+        return Arm(name, self._settings.arms[name].label, found, self._sizes)
 
     def text(self) -> str:
         """Everything, as Markdown, without the comments around it."""
@@ -91,7 +98,8 @@ class Report:
         settings = self._settings
         done = sum(len(arm.runs) for arm in self._arms)
         planned = len(self._arms) * len(settings.seeds)
-        sizes = {len(correct(part, a)) for a, part in self._found(self._attacks) if part is not None}
+        found = ((a, part) for arm in self._arms for a in self._attacks for part in arm.found(a, list(arm.runs)))
+        sizes = {len(correct(part, attack)) for attack, part in found}
         images = " and ".join(f"{n:,}" for n in sorted(sizes, reverse=True))
         on = f", evaluated on {images} validation images" if images else ""
         count = f"{done} of {planned} runs are done ({len(self._arms)} arms, {len(settings.seeds)} seeds){on}"
@@ -100,11 +108,6 @@ class Report:
             f"{count}. `fulllora study {path}` makes them, `fulllora study report {path}` these tables, from "
             f"`{settings.results_dir}/`. Intervals are 95 %, over images and seeds (`evaluation/bootstrap.py`)."
         )
-
-    def _found(self, attacks: Sequence[str]) -> Iterator[tuple[str, Verdicts | None]]:
-        for arm in self._arms:
-            for result in arm.runs.values():
-                yield from ((attack, of_attack(result, attack, VALIDATION)) for attack in attacks)
 
     def _table(self) -> str:
         rows = [["arm", "trains", "chosen", "seeds", *(f"{a} %" for a in self._attacks), "PFLOP", "minutes"]]
@@ -139,13 +142,22 @@ class Report:
         found = mean_over_seeds(verdicts, SAMPLES, np.random.default_rng(0))
         return f"{100 * found['value']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f})"
 
-    def _compared(self, comparison: ComparisonSettings) -> tuple[Estimate, float, int, list[int]] | None:
-        """(B minus A, share of the images on which a run of either differs, n, seeds); None where nothing is there."""
+    def _pair(self, comparison: ComparisonSettings) -> tuple[Arm, Arm, list[int]]:
+        """A, B, and the seeds that both have."""
         arms = {arm.name: arm for arm in self._arms}
         a, b = arms[comparison.against], arms[comparison.arm]
-        seeds = [seed for seed in self._settings.seeds if seed in a.runs and seed in b.runs]
+        return a, b, [seed for seed in self._settings.seeds if seed in a.runs and seed in b.runs]
+
+    def _saw_the_same(self, comparison: ComparisonSettings) -> bool:
+        a, b, seeds = self._pair(comparison)
+        return len({seen(part) for arm in (a, b) for part in arm.found(comparison.attack, seeds)}) <= 1
+
+    def _compared(self, comparison: ComparisonSettings) -> tuple[Estimate, float, int, list[int]] | None:
+        """(B minus A, share of the images on which a run of either differs, n, seeds); None where nothing is there, or
+        they did not see the same."""
+        a, b, seeds = self._pair(comparison)
         of_a, of_b = (arm.verdicts(comparison.attack, seeds) for arm in (a, b))
-        if of_a is None or of_b is None or of_a.shape != of_b.shape:
+        if of_a is None or of_b is None or not self._saw_the_same(comparison):
             return None
         found = difference_over_seeds(of_a, of_b, SAMPLES, np.random.default_rng(0))
         return found, float((of_a != of_b).mean()), of_a.shape[1], seeds
@@ -172,9 +184,14 @@ class Report:
                     verdict(found, declared) if whole else f"{len(seeds)} of {len(self._settings.seeds)} seeds",
                 ]
             )
-        if len(rows) == 1:
-            return ""
-        return "\n\n".join([_markdown(rows), *self._late_declarations()])
+        tables = [_markdown(rows), *self._late_declarations()] if len(rows) > 1 else []
+        return "\n\n".join([*tables, *self._not_compared()])
+
+    def _not_compared(self) -> Iterator[str]:
+        for comparison in self._settings.comparisons:
+            if not self._saw_the_same(comparison):
+                what = f"{self._label(comparison)} under {comparison.attack}"
+                yield f"Not compared: {what}, as their runs were evaluated on different images or in different balls."
 
     def _late_declarations(self) -> Iterator[str]:
         """A comparison that is not as it was declared when the first of its runs was made."""
@@ -195,9 +212,8 @@ class Report:
         for arm, tries in self._study.tries.items():
             values = choice(self._study, arm, self._results)
             for run in tries:
-                result = self._results.find(run)
-                found = result and of_attack(result, attack, HELD_OUT)
-                if not found:
+                found = judged(self._study, self._results, run)
+                if found is None:
                     continue
                 n = len(correct(found, attack))
                 accuracies = [f"{100 * correct(found, name).mean():.1f}" for name in dict.fromkeys(("clean", attack))]

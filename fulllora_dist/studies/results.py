@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
+from pydantic import ValidationError
 
+from fulllora_dist.config.schema import Config
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.settings import explain
 from fulllora_dist.evaluation.report import EvaluationReport
 from fulllora_dist.studies.content import content, differences
 from fulllora_dist.studies.plan import Evaluation, Run
@@ -134,10 +137,16 @@ def has(result: Result, evaluation: Evaluation) -> bool:
     )
 
 
-def of_attack(result: Result, attack: str, images: str) -> Verdicts | None:
-    """The verdicts that have an attack."""
-    found = (part for part in result["evaluations"] if part["images"] == images and attack in part["attacks"])
-    return next(found, None)
+def of_attack(result: Result, attack: str, images: str, num_samples: int | None) -> Verdicts | None:
+    """The verdicts that have an attack, on so many of these images."""
+    asked = images, num_samples
+    found = (part for part in result["evaluations"] if (part["images"], part["num_samples"]) == asked)
+    return next((part for part in found if attack in part["attacks"]), None)
+
+
+def seen(found: Verdicts) -> tuple[object, ...]:
+    """What two evaluations must have in common to be compared: the images, and the ball around them."""
+    return found["data"], found["ids"], found["norm"], found["eps"]
 
 
 def read_result(path: Path) -> Result:
@@ -179,7 +188,15 @@ class Results:
     def __init__(self, folder: str):
         self.folder = Path(folder)
         self._all = {path.stem: read_result(path) for path in sorted(self.folder.glob("*.json"))}
-        self._contents = {name: content(result["config"]) for name, result in self._all.items()}
+        self._contents: dict[str, dict[str, Any]] = {}
+        self._unreadable: dict[str, str] = {}  # configs of another version, or with a plugin that is not this study's
+        for name, result in self._all.items():
+            try:  # what a later version added was at its default
+                config = Config.model_validate(result["config"])
+            except ValidationError as error:
+                self._unreadable[name] = explain(error)
+            else:
+                self._contents[name] = content(config.model_dump(mode="json"))
 
     def find(self, run: Run, inputs: Mapping[str, str] | None = None) -> Result | None:
         """The result of a run: found by what the run is, so that names and paths may have changed since.
@@ -188,7 +205,7 @@ class Results:
             inputs: of the run, as `inputs_of`; None does not compare them.
 
         Raises:
-            UserError: its name belongs to the result of another run.
+            UserError: its name belongs to the result of another run, or of settings that are no longer known.
         """
         same = [
             name
@@ -198,9 +215,14 @@ class Results:
         read_same = [name for name in same if inputs is None or self._all[name]["inputs"] == inputs]
         if read_same:
             return self._all[run.name if run.name in read_same else read_same[0]]
+        path = self.folder / f"{run.name}.json"
+        if run.name in self._unreadable:
+            raise UserError(
+                f"{path}: config: {self._unreadable[run.name]}, so that it cannot be compared with the study's run; "
+                "remove the setting from the file, rename the study or the arm, or delete the result"
+            )
         if run.name in self._all:
             changed = ", ".join(differences(self._contents[run.name], run.content))
             changed = changed or "other content of " + " or ".join(self._all[run.name]["inputs"])
-            path = self.folder / f"{run.name}.json"
             raise UserError(f"{path} holds another run ({changed}); rename the study or the arm, or delete the result")
         return None

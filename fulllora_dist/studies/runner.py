@@ -12,11 +12,11 @@ from pathlib import Path
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapter_file import DESCRIPTION
 from fulllora_dist.storage.folder_lock import FolderLock
-from fulllora_dist.studies.choice import choice, pending
+from fulllora_dist.studies.choice import choice, is_done, pending
 from fulllora_dist.studies.content import inputs_of
-from fulllora_dist.studies.finished import save_result
+from fulllora_dist.studies.finished import check_folder, save_result
 from fulllora_dist.studies.plan import Evaluation, Run, Study
-from fulllora_dist.studies.processes import Job, evaluate_command, start, stop, train_command
+from fulllora_dist.studies.processes import Job, environment_of, evaluate_command, start, stop, train_command
 from fulllora_dist.studies.results import Results
 from fulllora_dist.training.inputs import check_evaluated, check_inputs, load_index
 from fulllora_dist.training.resume import LOCK
@@ -41,8 +41,9 @@ class Options:
 
     @property
     def threads(self) -> int:
-        """Of each rank."""
-        return max(1, (os.cpu_count() or 1) // (self.parallel * self.ranks))
+        """Of each rank, unless OMP_NUM_THREADS is set."""
+        ours = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, ours // (self.parallel * self.ranks))
 
 
 class Runner:
@@ -63,6 +64,7 @@ class Runner:
         launch: Callable[..., Job] = start,
     ):
         self._study, self._options, self._say, self._report, self._launch = study, options, say, report, launch
+        self._environment = environment_of(study.settings.environment, options.threads)
         self._times = _Times(Path(study.settings.output_dir, "times.json"))
         self._inputs: dict[str, Mapping[str, str]] = {}
         self._jobs: list[Job] = []
@@ -70,11 +72,14 @@ class Runner:
         self._kills: dict[str, int] = {}
 
     def check(self) -> None:
-        """Refuse what a start of any run would refuse, and a result that another run has the name of.
+        """Refuse what a start of any run would refuse, a result that another run has the name of, and what other data
+        left in the folder of a run.
 
         Raises:
             UserError: naming the setting.
         """
+        if not (threads := self._environment["OMP_NUM_THREADS"]).isdecimal():
+            raise UserError(f"OMP_NUM_THREADS must be a number, got {threads!r}")
         results = Results(self._study.settings.results_dir)
         for arm, tries in self._study.tries.items():
             for run in tries:
@@ -85,7 +90,8 @@ class Runner:
                     self._check_evaluation(run, evaluation)
             values = choice(self._study, arm, results, self._inputs_of)
             for run in [*tries, *([] if values is None else self._study.seeds(arm, values))]:
-                results.find(run, self._inputs_of(run))
+                if not is_done(results, run, self._inputs_of(run)):
+                    check_folder(run, self._inputs_of(run))
 
     def _check_evaluation(self, run: Run, evaluation: Evaluation) -> None:
         chosen = {"attacks": evaluation.attacks, "num_samples": evaluation.num_samples}
@@ -143,9 +149,21 @@ class Runner:
 
     def _advance(self, run: Run) -> None:
         """Start the run's next step; after the last one there is its result."""
+        try:
+            check_folder(run, self._inputs_of(run))
+            self._next_step(run)
+        except UserError as error:
+            self._fail(run, str(error))
+
+    def _fail(self, run: Run, reason: str) -> None:
+        self._failed[run.name] = reason
+        self._say(f"failed: {run}: {reason}")
+
+    def _next_step(self, run: Run) -> None:
         step = next(_steps(run), None)
         if step is None:
-            place = {name: getattr(self._options, name) for name in ("ranks", "threads", "parallel")}
+            threads = int(self._environment["OMP_NUM_THREADS"])
+            place = {"ranks": self._options.ranks, "threads": threads, "parallel": self._options.parallel}
             save_result(self._study, run, self._inputs_of(run), place)
             try:
                 self._report()
@@ -159,8 +177,7 @@ class Runner:
         else:
             evaluation = next(e for e in run.evaluations if e.file == step)
             command = evaluate_command(self._study.config, run, evaluation, str(Path(run.output_dir, "adapter")))
-        environment = {"OMP_NUM_THREADS": str(self._options.threads), **self._study.settings.environment}
-        self._jobs.append(self._launch(run, step, command, self._options.ranks, environment))
+        self._jobs.append(self._launch(run, step, command, self._options.ranks, self._environment))
         what = "training" if step == TRAIN else f"evaluating under {', '.join(evaluation.attacks)}"
         self._say(f"{run}: {what}; it prints to {self._jobs[-1].log}")
 
@@ -183,8 +200,7 @@ class Runner:
             if (code < 0 or code > 128) and self._kills[run.name] <= _KILLS:
                 self._say(f"{run}: killed by another process (exit code {code}); resuming it")
             else:
-                self._failed[run.name] = f"{job.last_line()} ({job.log})"
-                self._say(f"failed: {run}: {self._failed[run.name]}")
+                self._fail(run, f"{job.last_line()} ({job.log})")
             return
         self._times.add(run.arm, job.step, job.seconds)
         self._advance(run)

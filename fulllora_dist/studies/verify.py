@@ -1,7 +1,6 @@
 """A row of a report, evaluated again from its committed adapter."""
 
 import hashlib
-import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +16,11 @@ from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.evaluation.report import EvaluationReport, read_evaluation
 from fulllora_dist.studies.plan import VALIDATION
-from fulllora_dist.studies.processes import PACKAGE
+from fulllora_dist.studies.processes import environment_of, evaluation_of, last_line
 from fulllora_dist.studies.results import Result, Verdicts, correct, from_ranges, read_result
 
 IMAGES = 50
-Call = Callable[[str, Sequence[str], Mapping[str, str]], subprocess.CompletedProcess[str]]
+Call = Callable[[Sequence[str], Mapping[str, str]], subprocess.CompletedProcess[str]]
 
 
 @dataclass(frozen=True)
@@ -43,16 +42,14 @@ class Verification:
         return not any(self.differing.values())
 
 
-def _call(script: str, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*local_launcher(1), script, *arguments], env=environment, capture_output=True, text=True)
+def _call(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*local_launcher(1), *command], env=environment, capture_output=True, text=True)
 
 
 def check_kept(result: Result, folder: Path) -> None:
     """Raises UserError: its adapter is not there, or is another one."""
     if not result["adapter_kept"]:
-        raise UserError(
-            f"{result['name']}: its adapter was not kept, as it is too large; run its study again to get it"
-        )
+        raise UserError(f"{result['name']}: its adapter was not kept (a try, or over max_adapter_mb)")
     try:
         tensors = (folder / result["name"] / "adapter.safetensors").read_bytes()
     except OSError as error:
@@ -68,7 +65,7 @@ def verify(name: str, results_dir: str, call: Call = _call) -> Verification:
 
     Args:
         name: of the result.
-        call: runs evaluate.py with arguments and variables of the environment.
+        call: runs a script with its arguments, in an environment.
 
     Raises:
         UserError: no such result, no adapter or no data; the evaluation is refused.
@@ -125,11 +122,8 @@ def _evaluate(
     listed.write_text("\n".join(map(str, ids)) + "\n")
     own = [f"run.seed={found['seed']}", f"threat.eps={found['eps']}", "evaluation.num_samples=null"]
     own += [f"evaluation.batch_size={found['batch_size']}", "evaluation.gradient_masking_samples=0"]
-    arguments = ["--config", str(config), "--adapter", str(adapter), *own]
-    arguments += ["--attacks", ",".join(attacks), "--ids", str(listed), "--output", str(output)]
-    threads = {"OMP_NUM_THREADS": str(result["cost"]["threads"])}
-    done = call(str(PACKAGE / "evaluate.py"), arguments, {**threads, **result["environment"], **os.environ})
+    command = evaluation_of(str(config), str(adapter), attacks, output, [*own, "--ids", str(listed)])
+    done = call(command, environment_of(result["environment"], result["cost"]["threads"]))
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise UserError(f"{result['name']}: its evaluation failed: {reason}")
+        raise UserError(f"{result['name']}: its evaluation failed: {last_line(done.stderr)}")
     return read_evaluation(output)

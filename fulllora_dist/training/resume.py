@@ -10,6 +10,7 @@ from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.position import StreamPosition
+from fulllora_dist.data.settings import RUNNING
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.folder_lock import FolderLock
 from fulllora_dist.training import rollback
@@ -28,17 +29,10 @@ _MAY_CHANGE = {
     "evaluation",
     "tracking",
     "plugins",
-    "data.num_workers",
     "data.train",
     "data.validation",
     "data.held_out",
-    "data.max_bad_samples",
-    "data.connections",
-    "data.read_ahead_mb",
-    "data.request_timeout_s",
-    "data.retry_timeout_s",
-    "data.cache_dir",
-    "data.cache_gb",
+    *(f"data.{name}" for name in RUNNING),
     "model.checkpoint_path",
     "model.checkpoint_key",
 }

@@ -31,8 +31,11 @@ class Speed:
         self._batch_size = run.config.optim.batch_size
         self._own_size = model.info.image_size
         self._peak = peak_flops(device_name(run.comm.device), model.precision) if run.comm.is_main else None
-        sizes = {self._size(phase) for phase in phases.phases} if self._peak else set()
-        self._costs = {size: (pass_cost(model, size, attack=True), pass_cost(model, size)) for size in sizes}
+        kinds = {self._kind(phase) for phase in phases.phases} if self._peak else set()
+        self._costs = {
+            (size, pixels): (pass_cost(model, size, attack=True), pass_cost(model, size, pixels=pixels))
+            for size, pixels in kinds
+        }
         self._flops, self._batches, self._logs = 0, 0, 0
 
     def end_batch(self, phase: Phase) -> None:
@@ -41,7 +44,7 @@ class Speed:
         self._batches += 1
         if self._costs:
             images = self._batch_size // self._run.comm.world
-            self._flops += images * phase.method.flops(*self._costs[self._size(phase)])
+            self._flops += images * phase.method.flops(*self._costs[self._kind(phase)])
 
     def take(self) -> dict[str, float]:
         """Metrics of the batches since the last call on this rank: those of `StepTimer.take`; `mfu`, the share of the
@@ -61,8 +64,9 @@ class Speed:
                     self._run.say(line)
         return metrics
 
-    def _size(self, phase: Phase) -> int:
-        return phase.image_size or self._own_size
+    def _kind(self, phase: Phase) -> tuple[int, bool]:
+        """What its passes cost depends on."""
+        return phase.image_size or self._own_size, phase.method.moves_pixels
 
 
 def device_name(device: torch.device) -> str:

@@ -126,8 +126,8 @@ class Tiny:
 def call_on(server: RankServer) -> Call:
     """evaluate.py for `verify`, in a forked process."""
 
-    def call(script: str, arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-        return server.launch(script, *arguments, env=environment).wait()
+    def call(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        return server.launch(*command, env=environment).wait()
 
     return call
 

@@ -8,17 +8,13 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import fulllora_dist as fd
-from fulllora_dist.commands.plan import IN_PLACE
-from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.transforms import EvalTransform
@@ -29,7 +25,6 @@ from fulllora_dist.studies.report import Report, verdict
 from fulllora_dist.studies.results import Results, as_ranges, from_ranges
 from fulllora_dist.studies.runner import TRAIN
 from fulllora_dist.studies.verify import verify
-from fulllora_dist.studies.work import training_work
 from tests.studies.conftest import CONFIG, STUDY, Launcher, Tiny, call_on
 
 SEEDS = ["tiny-fulllora-lr3e-2-seed0", "tiny-fulllora-lr3e-2-seed1"]
@@ -218,7 +213,7 @@ def test_verify_gets_the_committed_verdicts(copy: Tiny, monkeypatch: pytest.Monk
     evaluations[0]["attacks"]["pgd3"] = marks[:7] + "10"[int(marks[7])] + marks[8:]
     change(copy, SEEDS[0], evaluations=evaluations)
     assert verify(SEEDS[0], results, call_on(copy.launcher.server)).differing == {"clean": [], "pgd3": [7]}
-    with pytest.raises(UserError, match="its adapter was not kept"):
+    with pytest.raises(UserError, match=r"its adapter was not kept \(a try, or over max_adapter_mb\)"):
         verify("tiny-fulllora-lr3e-2-try", results)
     shutil.copy(copy.folder / "results" / SEEDS[1] / "adapter.safetensors", copy.folder / "results" / SEEDS[0])
     with pytest.raises(UserError, match="not the one that was evaluated"):
@@ -301,6 +296,62 @@ def test_a_folder_that_is_complete_is_only_read(copy: Tiny) -> None:
     assert copy.said[-1].endswith("nothing left")
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "adapter/adapter.json",
+            ("training", {"data": {"index": "other"}}),
+            "has an adapter of other images than .*/train",
+        ),
+        ("evaluation-*.json", ("data", "other"), "json is of other images than .*/val has now; delete it"),
+        ("evaluation-*.json", ("adapter_sha256", "other"), "json is of another adapter than "),
+    ],
+)
+def test_a_folder_of_other_data_is_refused(copy: Tiny, file: str, change: tuple[str, Any], message: str) -> None:
+    """As after the shards were made anew and the result was deleted."""
+    (copy.folder / "results" / f"{SEEDS[0]}.json").unlink()
+    (path,) = next((copy.folder / "runs").glob(f"{SEEDS[0]}-*/")).glob(file)
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict([change])))
+    with pytest.raises(UserError, match=message):
+        copy.run(copy.study())
+    assert copy.launcher.steps == []
+
+
+def test_the_threads_that_a_run_had_are_recorded(copy: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy.folder / "results" / f"{SEEDS[0]}.json"
+    for given, expected in (("3", 3), ("", len(os.sched_getaffinity(0)))):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        path.unlink()
+        assert copy.run(copy.study()) == 0
+        assert result(copy, SEEDS[0])["cost"]["threads"] == expected
+    monkeypatch.setenv("OMP_NUM_THREADS", "many")
+    with pytest.raises(UserError, match="OMP_NUM_THREADS must be a number, got 'many'"):
+        copy.run(copy.study())
+
+
+def test_a_run_is_as_nice_as_its_study(made: tuple[Tiny, int], tmp_path: Path) -> None:
+    """In a session of its own, where its own nice value alone would change nothing."""
+    group = Path("/proc/self/autogroup")
+    if not group.exists():
+        pytest.skip("no autogroup in this kernel")
+    (tmp_path / "script.py").write_text(
+        "import pathlib, sys, time\n"
+        "place = pathlib.Path(sys.argv[1])\n"
+        "while not (place / 'started').exists(): time.sleep(0.01)\n"
+        f"(place / 'found').write_text(pathlib.Path('{group}').read_text())\n"
+    )
+    run = dataclasses.replace(made[0].study().tries["fulllora"][0], output_dir=str(tmp_path / "out"))
+    pid = os.fork()
+    if pid == 0:
+        os.nice(5)
+        job = start(run, TRAIN, [str(tmp_path / "script.py"), str(tmp_path)], 1, dict(os.environ))
+        (tmp_path / "started").touch()
+        os._exit(job.process.wait())
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (tmp_path / "found").read_text().split()[-1] == "5"
+
+
 def test_a_run_whose_study_is_killed_is_asked_to_save(copy: Tiny) -> None:
     script, saved = copy.folder / "script.py", copy.folder / "saved"
     script.write_text(
@@ -313,7 +364,7 @@ def test_a_run_whose_study_is_killed_is_asked_to_save(copy: Tiny) -> None:
     run = dataclasses.replace(copy.study().tries["fulllora"][0], output_dir=str(copy.folder / "out"))
     pid = os.fork()
     if pid == 0:
-        start(run, TRAIN, [str(script), str(copy.folder)], 1, {})
+        start(run, TRAIN, [str(script), str(copy.folder)], 1, dict(os.environ))
         while not (copy.folder / "started").exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -322,33 +373,6 @@ def test_a_run_whose_study_is_killed_is_asked_to_save(copy: Tiny) -> None:
     while not saved.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_the_work_of_a_training_is_what_torch_counts(copy: Tiny) -> None:
-    """On clean images, in a loop of its own: full finetuning of a plain timm model, and the branches."""
-    overrides = ["run.output_dir=unset", "method=standard", "optim.epochs=1"]
-    config = load_config(str(copy.folder / "config.yaml"), [*overrides, "finetune=full", "adapter.rank=null"])
-    model = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=3, img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2
-    )
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(8, 3, 16, 16)).sum().backward()
-    found = training_work(config, 48)
-    assert found == {"batches": 6, "updates": 6, "flops": 6 * counter.get_total_flops()}
-    attacks = training_work(load_config(str(copy.folder / "config.yaml"), [*overrides, "method=n_fgsm"]), 48)
-    lora = training_work(load_config(str(copy.folder / "config.yaml"), overrides), 48)
-    branched = fd.create_model(
-        "vit_tiny_patch16_224",
-        pretrained=False,
-        num_classes=3,
-        image_size=16,
-        model_kwargs={"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2},
-        rank=2,
-    )
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        branched(torch.zeros(8, 3, 16, 16)).sum().backward()
-    assert lora["flops"] == 6 * counter.get_total_flops()
-    assert 1.5 < attacks["flops"] / lora["flops"] < 2.5
 
 
 def test_the_arms_of_the_page_can_be_added_to_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
