@@ -10,10 +10,14 @@ PARALLEL := -n 2 --dist loadfile
 OLDEST := $(addprefix tests/,test_config.py attacks methods/test_methods.py models/test_families.py models/test_adapter_file.py \
 	distributed/test_parity.py data/test_decode.py data/test_shard_stream.py registry/test_champion.py tracking/test_run_plots.py)
 
-.PHONY: demo test test-long test-oldest lint lock
+.PHONY: demo docs test test-long test-oldest lint lock
 
 demo: .venv/installed-demo
 	@$(BIN)/python tools/demo.py
+
+# the API pages, from the docstrings
+docs: .venv/installed-docs
+	@$(BIN)/python tools/api_pages.py
 
 test: lint
 	$(PYTEST) $(PARALLEL)
@@ -46,9 +50,12 @@ endef
 .venv/installed-demo: pyproject.toml requirements.lock | $(BIN)/python
 	$(call install,demo)
 
+.venv/installed-docs: pyproject.toml requirements.lock | $(BIN)/python
+	$(call install,docs)
+
 .venv/installed-test: pyproject.toml requirements.lock | $(BIN)/python
 	$(call install,test)
-	@touch .venv/installed-demo
+	@touch .venv/installed-demo .venv/installed-docs
 
 .venv-oldest/installed: pyproject.toml | $(BIN)/python
 	@test -n "$(UV)" || { echo "make test-oldest needs uv: https://docs.astral.sh/uv" >&2; exit 1; }

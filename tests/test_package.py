@@ -122,7 +122,7 @@ def test_the_lock_names_what_the_project_needs() -> None:
     }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for line in [*project["dependencies"], *extras["demo"], *extras["s3"], *extras["test"]]:
+    for line in [*project["dependencies"], *extras["demo"], *extras["docs"], *extras["s3"], *extras["test"]]:
         requirement = Requirement(line)
         if (name := canonicalize_name(requirement.name)) != project["name"]:
             assert requirement.specifier.contains(locked[name], prereleases=True), line

@@ -192,6 +192,10 @@ def pgd(
         UserError: an argument that is none of these, e.g. images of 0..255 or normalised ones, eps=4, labels that the
             model has no logits for, a model that returns something else; or a gradient that is not finite. Where it is
             zero at all images, there is a warning.
+
+    Example:
+        x_adv = fd.pgd(model, x, y, eps="4/255", steps=10, step_size="1/255")
+        robust = (model(x_adv).argmax(dim=1) == y).float().mean()
     """
     if not isinstance(loss, str) or loss not in LOSSES:
         raise UserError(f"loss: {loss!r} is unknown; known: {', '.join(LOSSES)}")

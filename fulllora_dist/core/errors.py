@@ -2,7 +2,14 @@
 
 
 class UserError(ValueError):
-    """Invalid input. The message is one line that names the setting or file and says how to fix it."""
+    """Invalid input. The message is one line that names the setting or file and says how to fix it.
+
+    Example:
+        try:
+            model = fd.load(address)
+        except fd.UserError as error:
+            print(f"error: {error}")
+    """
 
 
 class SharedUserError(UserError):

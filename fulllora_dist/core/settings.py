@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -107,13 +107,18 @@ def _converted(value: Any, convert: Callable[[PlainText], Any]) -> Any:
     return [_converted(part, convert) for part in value] if isinstance(value, list) else value
 
 
+def as_text(path: Any) -> Any:
+    """A `Path` as a string; anything else, such as a URL, is unchanged."""
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
+
+
 def _location(text: str) -> str:
     if not text.strip() or not text.isprintable():
         raise ValueError(f"must be a path or URL, got {text!r}")
     return os.path.expanduser(text)
 
 
-Location = Annotated[str, AfterValidator(_location)]
+Location = Annotated[str, BeforeValidator(as_text), AfterValidator(_location)]
 """A path, relative to the working directory, or a URL; `~` is the home folder."""
 
 

@@ -12,7 +12,7 @@ from fulllora_dist.attacks.arguments import check_batch, check_images, checked_i
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one step on one rank.
+    """Samples of one step on one rank. `Batch.of` makes one of images and labels.
 
     Attributes:
         images: uint8 (0..255) or floating point ([0, 1]) [B, 3, H, W].
@@ -40,6 +40,9 @@ class Batch:
 
         Raises:
             UserError: images or labels that are something else.
+
+        Example:
+            metrics = method.step(engine, fd.Batch.of(x, y), step)
         """
         if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8):
             check_images(x)

@@ -57,6 +57,11 @@ def method(
 
     Raises:
         UserError: an unknown method or setting, or a value that it cannot have.
+
+    Example:
+        method, engine = fd.method("trades", eps="4/255", steps=3, beta=6.0), fd.LocalEngine(model, optimizer)
+        for step, (x, y) in enumerate(loader):
+            metrics = method.step(engine, fd.Batch.of(x, y), step)
     """
     if name not in METHODS:
         raise UserError(f"method: {name!r} is unknown; {suggestion(str(name), METHODS)}")
@@ -102,7 +107,7 @@ class LocalEngine:
         skipped: number of updates that were skipped.
 
     Raises:
-        UserError: no trainable parameter of the model is in the optimizer.
+        UserError: no trainable parameter of the model is in the optimizer; accelerate's optimizer of fp16.
 
     Example:
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
@@ -131,6 +136,11 @@ class LocalEngine:
             raise UserError(
                 "optimizer: none of the model's trainable parameters is in it; create it after the model is adapted, "
                 "with (p for p in model.parameters() if p.requires_grad)"
+            )
+        if getattr(optimizer, "scaler", None) is not None:
+            raise UserError(
+                "optimizer: accelerate's fp16 scales the gradients, which would be clipped as they are; set "
+                "mixed_precision='bf16', or give a torch.amp.GradScaler as scaler in place of accelerate"
             )
 
     @property

@@ -75,6 +75,10 @@ def create_model(
 
     Raises:
         UserError: an unsupported model, weights that do not fit, a trainable_fraction that is too small.
+
+    Example:
+        model = fd.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k", num_classes=10, trainable_fraction=0.05)
+        logits = model(x)  # x [B, 3, 224, 224] in [0, 1] -> [B, 10]
     """
     checked = _checked(backbone, settings)
     return build_adapted(checked.model, checked.adapter, finetune, seed=seed, input_sizes=input_sizes)

@@ -74,6 +74,11 @@ class AdaptedModel(nn.Module):
         record: what is known of its training: class names, crop, threat model; set by `load`.
         as_built: what the backbone was built as.
         original: what adapting changed of it.
+
+    Example:
+        model = fd.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k")
+        logits = model(x)  # x [B, 3, 224, 224] in [0, 1]
+        optimizer = torch.optim.AdamW(model.trainable().values(), lr=2e-3)
     """
 
     mean: Tensor

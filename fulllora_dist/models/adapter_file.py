@@ -37,6 +37,10 @@ def adapter_state_dict(model: AdaptedModel, trained: Mapping[str, Tensor] | None
 
     Args:
         trained: trained tensors to use instead of the model's own, such as an average, or gathered ones (ZeRO-3).
+
+    Example:
+        state = fd.adapter_state_dict(model)
+        model.load_trainable(state)
     """
     tensors = {**(model.trainable() if trained is None else trained), **model.statistics()}
     # cloned, as safetensors refuses tensors that share memory, such as views of one flat buffer
@@ -58,7 +62,7 @@ def _checksum(description: Mapping[str, Any]) -> str:
 
 def save_adapter(
     model: AdaptedModel,
-    folder: str,
+    folder: str | os.PathLike[str],
     *,
     state: Mapping[str, Tensor] | None = None,
     training: Mapping[str, Any] | None = None,
@@ -73,6 +77,10 @@ def save_adapter(
 
     Raises:
         UserError: `load` would not bring this model back, as it was changed after it was created; nothing is written.
+
+    Example:
+        fd.save_adapter(model, "adapter/")
+        model = fd.load("adapter/")
     """
     if not isinstance(model, AdaptedModel):
         raise UserError(

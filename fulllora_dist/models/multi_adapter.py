@@ -7,6 +7,7 @@ changed.
 """
 
 import copy
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.settings import as_text
 from fulllora_dist.models.adapt import adapt_given
 from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec, check_tensors
 from fulllora_dist.models.adapter_file import read_adapter
@@ -53,7 +55,7 @@ class MultiAdapter(nn.Module):
 
     def __init__(
         self,
-        adapters: Mapping[str, str],
+        adapters: Mapping[str, str | os.PathLike[str]],
         *,
         checkpoint_path: str | None = None,
         backbone: nn.Module | None = None,
@@ -71,7 +73,7 @@ class MultiAdapter(nn.Module):
         self.own = nn.ModuleList()
         for name, where in adapters.items():
             if not self._specs:
-                self._begin(where, checkpoint_path, backbone, precision)
+                self._begin(as_text(where), checkpoint_path, backbone, precision)
             self.add(name, where)
 
     def _begin(self, where: str, checkpoint_path: str | None, backbone: nn.Module | None, precision: Precision) -> None:
@@ -107,7 +109,7 @@ class MultiAdapter(nn.Module):
         """Names of the adapters, in the order they were added."""
         return tuple(self._specs)
 
-    def add(self, name: str, where: str) -> None:
+    def add(self, name: str, address: str | os.PathLike[str]) -> None:
         """Add an adapter.
 
         Raises:
@@ -115,6 +117,7 @@ class MultiAdapter(nn.Module):
         """
         if name in self._specs or not name or "." in name:
             raise UserError(f"adapters: the name {name!r} is taken, empty or has a dot; choose another one")
+        where = as_text(address)
         with self._local_folder(where) as folder:
             description, state = read_adapter(folder)
             info, spec = described(folder, description)

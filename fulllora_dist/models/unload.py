@@ -50,6 +50,10 @@ def unload(model: AdaptedModel) -> nn.Module:
 
     Raises:
         UserError: as for `disable_adapter`; blocks that precision: bf16 has rounded.
+
+    Example:
+        vit = fd.unload(model)
+        logits = vit((x - mean) / std)
     """
     _check("unload", model)
     _check_precise("unload", model)
@@ -70,6 +74,10 @@ def merge(model: AdaptedModel) -> nn.Module:
 
     Raises:
         UserError: branches with LN, which no matrix can replace; no branches; blocks that precision: bf16 has rounded.
+
+    Example:
+        model = fd.adapt(vit, finetune="lora", rank=8)
+        vit = fd.merge(model)
     """
     if isinstance(model, AdaptedModel) and model.spec.finetune == "fulllora":
         raise UserError(

@@ -1,14 +1,19 @@
 """The methods in a loop of one's own: `LocalEngine` against the loop in plain PyTorch of test_parity."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
 from cases import BATCH, CLASSES, OPTIM, RECIPES, SIDE, UPDATES, batches, build_data, build_method, build_model
 from plain_loop import Result, plain_training
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, TensorDataset
 
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
@@ -17,6 +22,7 @@ from fulllora_dist.distributed.schedule import learning_rate
 from tests.ranks import RankServer
 
 NO_GRADIENT = "qkv.lnlora.k.norm.bias"  # softmax does not see it: Adam makes rounding large
+KEYS = ("images", "labels", "ids")
 METHODS = [name for name in RECIPES if name != "phases"]
 
 
@@ -84,6 +90,64 @@ def test_an_update_that_is_not_finite_is_skipped() -> None:
         engine.backward(engine(batches(1)[0].pixels()).sum() * float("nan"))
     assert engine.skipped == 1
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.trainable().items())
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Callable[..., Accelerator]]:
+    """Accelerators, whose state is of the whole process."""
+    yield lambda **settings: Accelerator(cpu=True, **settings)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate_changes_nothing(accelerator: Callable[..., Accelerator]) -> None:
+    """Bit for bit, loader, optimizer, scheduler and accumulation included."""
+    found = []
+    for accelerated in (False, True):
+        model = build_model().train()
+        optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2)
+        scheduler = LambdaLR(optimizer, lambda update: 1 / (1 + update))
+        loader: Any = DataLoader(
+            TensorDataset(*(torch.cat([getattr(b, key) for b in batches(3)]) for key in KEYS)), BATCH
+        )
+        settings: dict[str, Any] = {"grad_clip": 0.1, "accumulation_steps": 2}
+        wrapped: Any = model
+        if accelerated:
+            one = accelerator()
+            wrapped, optimizer, scheduler, loader = one.prepare(model, optimizer, scheduler, loader)
+            settings["backward"] = one.backward
+        engine = fd.LocalEngine(wrapped, optimizer, scheduler=scheduler, **settings)
+        for step, (x, y, ids) in enumerate(loader):
+            build_method("pgd").step(engine, fd.Batch.of(x, y, ids), step)
+        found.append({name: tensor.detach().clone() for name, tensor in model.trainable().items()})
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+    start = build_model().trainable()
+    assert not all(torch.equal(tensor, start[name]) for name, tensor in found[0].items())
+
+
+def test_accelerate_s_bf16_holds_for_attacks_too(accelerator: Callable[..., Accelerator]) -> None:
+    model = build_model().float().train()
+    optimizer = torch.optim.SGD(model.trainable().values(), lr=0.1)
+    one = accelerator(mixed_precision="bf16")
+    wrapped, optimizer = one.prepare(model, optimizer)
+    seen = []
+    model.backbone.blocks[0].mlp.fc1.register_forward_hook(lambda *call: seen.append(call[2].dtype))
+    x, y = torch.rand(4, 3, SIDE, SIDE), torch.arange(4) % CLASSES
+    fd.method("pgd", eps="8/255", steps=2).step(
+        fd.LocalEngine(wrapped, optimizer, backward=one.backward), fd.Batch.of(x, y), 0
+    )
+    assert len(seen) >= 3
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_accelerate_s_fp16_is_refused(accelerator: Callable[..., Accelerator]) -> None:
+    model = build_model()
+    optimizer = torch.optim.SGD(model.trainable().values(), lr=0.1)
+    accelerator()
+    scaled = AcceleratedOptimizer(optimizer, scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(
+        UserError, match=r"^optimizer: accelerate's fp16 scales the gradients, .*mixed_precision='bf16'"
+    ):
+        fd.LocalEngine(model, scaled)
 
 
 def test_mixing_without_a_number_of_classes_is_refused() -> None:
