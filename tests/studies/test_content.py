@@ -101,6 +101,14 @@ def test_the_folder_of_a_run_depends_on_what_is_not_at_its_default(folder: Path)
     keys = [folder_key(config(override)) for override in (*kinds, *phases)]
     assert len({plain, *keys}) == 1 + len(keys)
 
+    class Later(Config):
+        """Of a version with one more setting."""
+
+        later: int = 3
+
+    values = config().model_dump()
+    assert folder_key(Later.model_validate(values)) == plain != folder_key(Later.model_validate(values | {"later": 4}))
+
 
 def test_what_may_change_on_resume_does_not_count(folder: Path) -> None:
     values = {"num_workers": 7, "max_bad_samples": 7, "connections": 7, "read_ahead_mb": 7, "request_timeout_s": 7}

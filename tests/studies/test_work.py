@@ -72,6 +72,6 @@ def test_attacks_are_passes_to_the_pixels_without_the_adapters_gradient(work: An
 
 
 def test_an_attack_that_is_weakened_is_counted(work: Any) -> None:
-    """Its mask needs the patch size that `prepare` reads."""
+    """As its passes are, without its mask, which needs the patches of a model that is prepared."""
     weakened = work("method=pgd", "method.perturbation_mask=0.25", "method.attention_drop=0.25")
     assert weakened == work("method=pgd")
