@@ -136,7 +136,14 @@ class MultiAdapter(nn.Module):
             if _plain(expected) != _plain(actual):
                 shown = (str(value)[:40] for value in (expected, actual))
                 raise UserError("adapter: {} must have the backbone's {} {}, got {}".format(where, key, *shown))
-        another_head = spec.seed != self._seed or info.head_sha256 not in (None, self.info.head_sha256)
+        another_head = info.head_sha256 not in (None, self.info.head_sha256)
+        if info.module is not None:
+            if spec.head != "trained" and another_head:
+                raise UserError(
+                    f"adapter: {where} has not trained its head, and must have been made with the backbone's"
+                )
+            return
+        another_head |= spec.seed != self._seed
         if not info.own_classes and spec.head != "trained" and another_head:
             raise UserError(
                 f"adapter: {where} must have an untrained head from seed {self._seed}, as the first adapter, got seed "

@@ -346,3 +346,64 @@ def test_transformers_activation_checkpointing_is_taken(tmp_path: Path) -> None:
     module.gradient_checkpointing_enable()  # type: ignore[operator]
     assert all(map(torch.equal, gradients(), kept))
     fd.save_adapter(model, str(tmp_path))
+
+
+class TopHead(nn.Module):
+    """A layer called `head` that is not the one whose output the logits are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.f(x).mean(dim=(2, 3))) * 2
+
+
+@pytest.mark.parametrize(("make", "targets"), [
+    (TopHead, ["f", "head"]), (lambda: timm_model("deit_distilled"), ["fc1", "head", "head_dist"]),
+])  # fmt: skip
+def test_a_layer_called_head_gets_its_branch(make: Any, targets: list[str]) -> None:
+    model = fd.adapt(make(), target_modules=targets, rank=2, head="frozen", image_size=SIDE, **HALF)
+    paths = [a.site.path for a in model.report.adapted]
+    assert {path.rpartition(".")[2] for path in paths} == set(targets)
+    for path in paths:
+        before = model(images())
+        with torch.no_grad():
+            model.trainable()[f"{path}.lnlora.B"].add_(1)
+        assert not torch.equal(model(images()), before)
+
+
+@pytest.mark.parametrize("name", ["timm", "hugging face"])
+def test_where_the_head_is_trained_its_start_does_not_matter(name: str, tmp_path: Path) -> None:
+    """As in another process, which makes the head at random; where it is not trained it must be the same one."""
+    module, targets = own(name) if name in TARGETS else (timm_model(), None)
+    head = "head" if name == "timm" else "classifier"
+    others = [copy.deepcopy(module) for _ in range(4)]
+    for other in others:
+        nn.init.normal_(other.get_submodule(head).weight)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"target_modules": targets, "rank": 2, **HALF}
+    frozen = copy.deepcopy(module)
+    for folder, backbone, kind in (("frozen", frozen, "frozen"), ("trained", module, "trained")):
+        model = stir(fd.adapt(backbone, head=kind, **settings))
+        fd.save_adapter(model, str(tmp_path / folder))
+    loaded = fd.load(str(tmp_path / "trained"), backbone=others[0])
+    assert torch.equal(loaded(images()), model(images()))
+    fd.save_adapter(loaded, str(tmp_path / "again"))
+    assert torch.equal(fd.load(str(tmp_path / "again"), backbone=others[1])(images()), model(images()))
+    before = trace(others[2])
+    with pytest.raises(fd.UserError, match=r"with another head, which it has not trained; give the backbone"):
+        fd.load(str(tmp_path / "frozen"), backbone=others[2])
+    with torch.no_grad():
+        next(others[2].parameters()).add_(1)
+    with pytest.raises(fd.UserError, match="give the backbone it was trained on"):
+        fd.load(str(tmp_path / "trained"), backbone=others[2])
+    assert before[1:] == trace(others[2])[1:]
+    both = {"a": str(tmp_path / "trained"), "b": str(tmp_path / "frozen")}
+    with pytest.raises(
+        fd.UserError, match=r"frozen has not trained its head, and must have been made with the backbon"
+    ):
+        fd.MultiAdapter(both, backbone=others[3])
+    same_again = own(name)[0] if name in TARGETS else timm_model()
+    several = fd.MultiAdapter(both, backbone=same_again)
+    assert several.adapters == ("a", "b")
+    assert torch.equal(several(images(), "a"), model(images()))

@@ -112,8 +112,14 @@ class TargetModules(Family):
         )
 
     def sites(self, backbone: nn.Module, name: str) -> list[Site]:
-        layers = [Site(path, "head" if path == self.head else _label(path)) for path in self.paths]
+        layers = [Site(path, self._component(path)) for path in self.paths]
         return layers if self.head is None or self.head in self.paths else [*layers, Site(self.head, "head")]
+
+    def _component(self, path: str) -> str:
+        """Its name in reports: "head" is the layer whose output the logits are, whatever others are called."""
+        if path == self.head:
+            return "head"
+        return "inner_head" if path == "head" else _label(path)
 
     def branches(self, component: str, placement: Sequence[str], qkv: str) -> tuple[str, ...]:
         return ("",)
