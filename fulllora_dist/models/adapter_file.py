@@ -205,7 +205,7 @@ def _load_onto(
     own = {**model.trainable(), **model.statistics()}
     try:
         check_tensors({name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}, state)
-    except UserError:
+    except BaseException:
         model.original.restore(module)
         raise
     set_tensors(own, state)

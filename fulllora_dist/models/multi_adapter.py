@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapt import adapt_given
@@ -70,10 +71,17 @@ class MultiAdapter(nn.Module):
         self.records: dict[str, TrainingRecord] = {}
         self._own: dict[str, OwnTensors] = {}
         self.own = nn.ModuleList()
-        for name, where in adapters.items():
-            if not self._specs:
-                self._begin(where, checkpoint_path, backbone, precision)
-            self.add(name, where)
+        self._hooks: list[RemovableHandle] = []
+        first, *_ = adapters.values()
+        self._begin(first, checkpoint_path, backbone, precision)
+        try:
+            for name, where in adapters.items():
+                self.add(name, where)
+        except BaseException:  # a backbone that was given is left as it was
+            for hook in self._hooks:
+                hook.remove()
+            self._base.original.restore(self._base.backbone)
+            raise
 
     def _begin(self, where: str, checkpoint_path: str | None, backbone: nn.Module | None, precision: Precision) -> None:
         """Build the backbone of the first adapter, with its original head and without branches."""
@@ -179,7 +187,7 @@ class MultiAdapter(nn.Module):
         if path not in self._own:
             self._own[path] = own = OwnTensors()
             self.own.append(own)
-            self._base.backbone.get_submodule(path).register_forward_hook(own.hook)
+            self._hooks.append(self._base.backbone.get_submodule(path).register_forward_hook(own.hook))
         return self._own[path]
 
     def remove(self, name: str) -> None:

@@ -407,3 +407,35 @@ def test_where_the_head_is_trained_its_start_does_not_matter(name: str, tmp_path
     several = fd.MultiAdapter(both, backbone=same_again)
     assert several.adapters == ("a", "b")
     assert torch.equal(several(images(), "a"), model(images()))
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_a_forward_that_breaks_off_leaves_no_trace(error: type[BaseException]) -> None:
+    """Whatever it raises once branches are there."""
+
+    class Breaking(TopHead):
+        def forward(self, x: Tensor) -> Tensor:
+            if "lnlora" in self.f._modules:
+                raise error("no such key")
+            return super().forward(x)
+
+    module = Breaking()
+    before = trace(module)
+    with pytest.raises(error):
+        fd.adapt(module, target_modules=["f"], rank=2, image_size=SIDE, **HALF)
+    assert same(trace(module), before)
+
+
+def test_several_adapters_of_which_one_is_refused_leave_no_trace(tmp_path: Path) -> None:
+    """Switches, hooks, classes and flags are taken back."""
+    module, targets = own("hugging face")
+    bare, x = copy.deepcopy(module).train(), images()
+    model = stir(fd.adapt(module, target_modules=targets, rank=2, head="trained", **HALF))
+    fd.save_adapter(model, str(tmp_path / "good"))
+    before = trace(bare)
+    with pytest.raises(fd.UserError, match=r"has no adapter.json"):
+        fd.MultiAdapter({"good": str(tmp_path / "good"), "wrong": str(tmp_path / "none")}, backbone=bare)
+    assert same(trace(bare), before)
+    assert not any(part._forward_hooks for part in bare.modules())
+    again = fd.MultiAdapter({"good": str(tmp_path / "good")}, backbone=bare)
+    assert torch.equal(again(x, "good"), model(x))
