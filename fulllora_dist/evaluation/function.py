@@ -101,7 +101,7 @@ def evaluate(
         gradient_masking_samples=gradient_masking_samples,
         sources=sources,
         backbone=name,
-        adapter_sha256=adapter_sha256(model) if isinstance(model, AdaptedModel) else None,
+        adapter_sha256=adapter_sha256(model) if isinstance(model, AdaptedModel) and model.taken_off is None else None,
         precision=measured_precision(predict, images, comm.device),
     )
     with torch.inference_mode(False):
