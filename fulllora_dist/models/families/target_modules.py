@@ -98,8 +98,15 @@ class TargetModules(Family):
                 have no effect.
         """
         paths = () if targets is None else _matching(module, targets, name, shown.head)
-        for path in paths:
-            _check(module, path, shown)
+        try:
+            for path in paths:
+                _check(module, path, shown)
+        except UserError as error:
+            if targets != ALL_LINEAR:
+                raise
+            raise UserError(_instead(module, shown, str(error).removesuffix("; leave it out"))) from None
+        if targets == ALL_LINEAR and not paths:
+            raise UserError(_instead(module, shown, f"target_modules: {name} has no linear layers but its head"))
         return cls(
             name=BY_TARGET,
             models=(type(module),),
@@ -173,6 +180,19 @@ def _matching(module: nn.Module, targets: str | Sequence[str], name: str, head: 
                 f"target_modules: {target!r} matches no module of {name}; {suggestion(target, known.split(', '))}"
             )
     return tuple(path for path in paths if any(_ends(path, target) for target in targets))
+
+
+def _instead(module: nn.Module, shown: Pass, reason: str) -> str:
+    """What to give in place of "all-linear": ends of names that are of layers with an effect alone."""
+    good, bad = [], []
+    for path in _layers(module):
+        try:
+            _check(module, path, shown)
+            (good if path != shown.head else bad).append(path)
+        except UserError:
+            bad.append(path)
+    names = [name for name in dict.fromkeys(map(_label, good)) if not any(_ends(path, name) for path in bad)]
+    return f"{reason}; in place of {ALL_LINEAR!r} give a list of layers: {names}" if names else reason
 
 
 def _ends(path: str, target: str) -> bool:
