@@ -224,13 +224,14 @@ class AdaptedModel(nn.Module):
             UserError: it would not; the message says what changed since the model was created.
         """
         self.check_adapted("save_adapter")
-        self.as_built.check(self.backbone)
+        given = self.info.module is not None
+        self.as_built.check(self.backbone, given)
         for name in ("mean", "std"):
             now, then = getattr(self, name).flatten().tolist(), torch.tensor(getattr(self.info, name)).tolist()
             if now != then:
                 raise UserError(
                     f"save_adapter: the model's {name} is {now}, and was {then} when it was created; give {name} to "
-                    "create_model"
+                    f"{'adapt' if given else 'create_model'}"
                 )
         check_tensors(self.held(), self.trainable() if state is None else state)
 

@@ -86,7 +86,8 @@ def build_onto(
     """
     check_given(module)
     info = description.backbone
-    if info.module not in (None, class_name(module)):
+    # by its own name: a class of a notebook or script, __main__.Net, may lie in a file by now
+    if info.module is not None and info.module.rpartition(".")[2] != type(module).__name__:
         raise UserError(f"backbone: must be a {info.module} for the adapter {folder}, got a {class_name(module)}")
 
     whole = description.spec.finetune == "full"  # its own tensors replace the module's

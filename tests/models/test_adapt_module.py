@@ -1,7 +1,9 @@
 """Modules that are there already: timm's as `create_model` builds them, others by their layers' names against the
 formula in plain PyTorch, and what is refused without a trace."""
 
+import ast
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import fulllora_dist as fd
@@ -439,3 +442,52 @@ def test_several_adapters_of_which_one_is_refused_leave_no_trace(tmp_path: Path)
     assert not any(part._forward_hooks for part in bare.modules())
     again = fd.MultiAdapter({"good": str(tmp_path / "good")}, backbone=bare)
     assert torch.equal(again(x, "good"), model(x))
+
+
+@pytest.mark.parametrize(("make", "names"), [
+    (torchvision_vit, ["conv_proj", "mlp.0", "mlp.3"]),
+    (lambda: timm_model("beit"), ["proj", "fc1", "fc2"]),
+    (lambda: torchvision.models.resnet18(num_classes=CLASSES), ["conv1", "conv2", "downsample.0"]),
+    (lambda: nn.Sequential(nn.Conv2d(3, CLASSES, SIDE), nn.Flatten()), ["0"]),
+])  # fmt: skip
+def test_in_place_of_all_linear_a_list_is_offered(make: Any, names: list[str]) -> None:
+    """Where that would take layers without effect, or none; and it is taken as it stands."""
+    module = make()
+    before = trace(module)
+    settings: dict[str, Any] = {"rank": 2, "head": "frozen", "image_size": SIDE, **HALF}
+    with pytest.raises(
+        fd.UserError, match=r"^target_modules: .*in place of 'all-linear' give a list of layers: \["
+    ) as e:
+        fd.adapt(module, target_modules="all-linear", **settings)
+    assert "leave it out" not in str(e.value)
+    assert same(trace(module), before)
+    offered = ast.literal_eval(str(e.value).rpartition("layers: ")[2])
+    assert offered == names
+    fd.adapt(module, target_modules=offered, **settings)
+
+
+def test_a_class_may_move_to_a_file(tmp_path: Path) -> None:
+    """From a notebook, where it is __main__.TopHead."""
+    notebooks = type("TopHead", (TopHead,), {"__module__": "__main__"})
+    module = notebooks()
+    moved = TopHead()
+    moved.load_state_dict(module.state_dict())
+    model = stir(fd.adapt(module, target_modules=["f"], rank=2, image_size=SIDE, **HALF))
+    assert model.info.module == "__main__.TopHead"
+    fd.save_adapter(model, str(tmp_path))
+    assert torch.equal(fd.load(str(tmp_path), backbone=moved)(images()), model(images()))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda model: model.backbone.add_module("more", nn.Linear(1, 1)), "the module more was added"),
+    (lambda model: nn.init.ones_(model.backbone.head.weight), "the values of head.weight, which is frozen, changed"),
+    (lambda model: model.backbone.head.double(), "head.weight was float32"),
+    (lambda model: model.mean.add_(1), "the model's mean is"),
+])  # fmt: skip
+def test_advice_of_saving_is_what_adapt_takes(change: Any, words: str, tmp_path: Path) -> None:
+    model = fd.adapt(TopHead(), target_modules=["f"], rank=2, image_size=SIDE, **HALF)
+    with torch.no_grad():
+        change(model)
+    with pytest.raises(fd.UserError, match=f"^save_adapter: {words}.* adapt") as caught:
+        fd.save_adapter(model, str(tmp_path / "adapter"))
+    assert not re.search("create_model|checkpoint_path|model_kwargs", str(caught.value))
