@@ -184,15 +184,19 @@ def _matching(module: nn.Module, targets: str | Sequence[str], name: str, head: 
 
 def _instead(module: nn.Module, shown: Pass, reason: str) -> str:
     """What to give in place of "all-linear": ends of names that are of layers with an effect alone."""
-    good, bad = [], []
-    for path in _layers(module):
-        try:
-            _check(module, path, shown)
-            (good if path != shown.head else bad).append(path)
-        except UserError:
-            bad.append(path)
+    layers = _layers(module)
+    good = [path for path in layers if path != shown.head and _can(module, path, shown)]
+    bad = [path for path in layers if path not in good]
     names = [name for name in dict.fromkeys(map(_label, good)) if not any(_ends(path, name) for path in bad)]
     return f"{reason}; in place of {ALL_LINEAR!r} give a list of layers: {names}" if names else reason
+
+
+def _can(module: nn.Module, path: str, shown: Pass) -> bool:
+    try:
+        _check(module, path, shown)
+    except UserError:
+        return False
+    return True
 
 
 def _ends(path: str, target: str) -> bool:
