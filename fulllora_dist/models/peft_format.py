@@ -27,7 +27,8 @@ from fulllora_dist.models.adapt import adapt
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.branches import Branch, branches_of
 from fulllora_dist.models.lnlora import LNLoRAOuterBiasLinear
-from fulllora_dist.storage.urls import classify_error, open_anywhere, redacted, write_anywhere
+from fulllora_dist.storage.small_files import read_files, write_files
+from fulllora_dist.storage.urls import redacted
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -106,7 +107,7 @@ def save_peft(model: AdaptedModel, folder: str | os.PathLike[str]) -> None:
         **_PLAIN,
     }
     content = save_safetensors({name: value.cpu().contiguous() for name, value in tensors.items()}, {"format": "pt"})
-    write_anywhere(folder, {TENSORS: content, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}, "save_peft")
+    write_files(folder, {TENSORS: content, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}, "save_peft")
 
 
 def _whole_names(paths: Iterable[str]) -> str:
@@ -218,20 +219,11 @@ def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    filesystem, path = open_anywhere(folder, "load_peft")
+    remedy = "give a folder that peft's save_pretrained wrote"
+    config_file, tensors_file = read_files(folder, (CONFIG, TENSORS), "load_peft", remedy)
     shown = redacted(folder)
-    files = {}
-    for name in (CONFIG, TENSORS):
-        try:
-            files[name] = filesystem.cat_file(f"{path}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"load_peft: {shown} has no {name}; give a folder that peft's save_pretrained wrote"
-            ) from None
-        except Exception as error:  # each store has its own exceptions
-            raise UserError(f"load_peft: {classify_error(error, f'{shown}/{name}')}") from None
     try:
-        config, tensors = json.loads(files[CONFIG]), load_safetensors(files[TENSORS])
+        config, tensors = json.loads(config_file), load_safetensors(tensors_file)
         kind, _ = config["peft_type"], float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"load_peft: {shown} is damaged, or no LoRA adapter of peft ({error})") from None
