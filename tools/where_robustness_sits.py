@@ -80,9 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     comm = start_comm(config.distributed.timeout_minutes)
     adapter = comm.broadcast(comm.run_on_rank0(lambda: resolved(args.adapter, config.tracking_uri())))
-    model = build_evaluated(config, adapter).to(comm.device)
+    model = comm.run_on_all(lambda: build_evaluated(config, adapter)).to(comm.device)
     stream = build_eval_stream(config, folder, model, comm, subset=check_evaluation(config))
-    evaluator = build_evaluator(config, model.info, comm, adapter)
+    evaluator = comm.run_on_all(lambda: build_evaluator(config, model.info, comm, adapter))
 
     def write(results: dict[str, Any]) -> None:
         print(where_table(results), flush=True)

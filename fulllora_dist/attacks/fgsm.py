@@ -46,5 +46,5 @@ def single_step(
     start = in_box(x + threat.random_start(sample_rng(seed, f"{purpose}/start/0", step, ids), x, noise))
     with attack_mode(model):
         gradient = input_gradient(model, start, y, cross_entropy)
-    moved = start + step_size * threat.steepest(gradient)
+    moved = threat.step(start, gradient, step_size)
     return threat.within(x, moved) if project else in_box(moved)

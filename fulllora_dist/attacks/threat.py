@@ -42,7 +42,11 @@ class Threat(ABC):
 
     def ascend(self, x: Tensor, x_adv: Tensor, gradient: Tensor, size: float) -> Tensor:
         """`x_adv` after a step of this length, in the ball around `x` and in [0, 1]."""
-        return self.within(x, x_adv + size * self.steepest(gradient))
+        return self.within(x, self.step(x_adv, gradient, size))
+
+    def step(self, x_adv: Tensor, gradient: Tensor, size: float) -> Tensor:
+        """`x_adv` after a step of this length, wherever that leads."""
+        return x_adv + size * self.steepest(gradient)
 
     @abstractmethod
     def steepest(self, gradient: Tensor) -> Tensor:
@@ -145,10 +149,10 @@ class L1(Threat):
         chosen = torch.zeros_like(flat).scatter(1, largest, flat.gather(1, largest).sign())
         return (chosen / chosen.abs().sum(dim=1, keepdim=True).clamp_min(1)).view_as(gradient)
 
-    def ascend(self, x: Tensor, x_adv: Tensor, gradient: Tensor, size: float) -> Tensor:
+    def step(self, x_adv: Tensor, gradient: Tensor, size: float) -> Tensor:
         """Values that cannot go further are passed over."""
         blocked = torch.where(gradient > 0, x_adv >= 1, x_adv <= 0)
-        return super().ascend(x, x_adv, gradient.masked_fill(blocked, 0), size)
+        return super().step(x_adv, gradient.masked_fill(blocked, 0), size)
 
     def random_start(self, rng: SampleRng, like: Tensor, radius: float | None = None) -> Tensor:
         """Exponential variables over their sum and one more, with random signs: uniform in the ball."""

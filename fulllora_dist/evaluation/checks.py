@@ -217,7 +217,7 @@ def _warn_restarts(n: Numbers) -> str | None:
 def _transfer(batch: CheckBatch) -> Numbers:
     """PGD's examples for the model without its branches, which needs none of their gradients."""
     model = unwrapped(batch.model)
-    if not isinstance(model, AdaptedModel) or model.spec.finetune not in WITH_BRANCHES:
+    if not isinstance(model, AdaptedModel) or model.spec.finetune not in WITH_BRANCHES or model.taken_off:
         return {"other_alone": 0, "many_alone": 0}
     with disable_branches(branches_of(model)):
         examples = EvalAttack.parse(MANY_STEPS)(

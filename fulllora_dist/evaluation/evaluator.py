@@ -28,7 +28,7 @@ from fulllora_dist.evaluation.attacks import parse_attacks, survivors_outcome
 from fulllora_dist.evaluation.entering import outputs_of
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.progress import Progress, heartbeat, wait_for_all
-from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, ModelKeys, WorstCase, score
+from fulllora_dist.evaluation.report import EpsPoint, EvaluationReport, Key, ModelKeys, WorstCase, score, worst_cases
 from fulllora_dist.evaluation.resume_log import ResumeLog, fingerprint
 from fulllora_dist.evaluation.trained import classes_of, own_pictures
 from fulllora_dist.evaluation.transfer import Sources, match_source
@@ -252,8 +252,9 @@ class Evaluator:
                 "eps": threat.eps,
                 "attacks": {attack.name: score(hits, labels, classes) for attack, hits in correct.items()},
             }
-            if any(attack.kind != "clean" for attack in asked):
-                point["worst_case"] = score(np.minimum.reduce(list(correct.values())), labels, classes)
+            in_ball = {Key(norm, threat.eps, attack.name): hits == 1 for attack, hits in correct.items()}
+            for left in worst_cases(in_ball).values():  # none where there is no attack
+                point["worst_case"] = score(left.astype(int), labels, classes)
             if threat.norm != norm:
                 point["norm"] = threat.norm
             points.append(point)

@@ -1,12 +1,13 @@
 """Robust accuracy of a model, in this process: what `fulllora_dist.evaluate` is."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fulllora_dist.attacks.arguments import checked_count
 from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.attacks.victim import Victim
@@ -62,8 +63,8 @@ def evaluate(
         gradient_masking_samples: on how many images symptoms of masked gradients are looked for; 0 looks for none.
         batch_size: images a batch; None is a loader's own, or else 64.
         seed: of the attacks' random starts; None is that of the adapter's run, or else 0.
-        transfer_from: {NAME: the model of `transfer:NAME`}, any module from pixels to logits; others are folders of
-            adapters.
+        transfer_from: {NAME: the model of `transfer:NAME`}, any module from pixels to logits, which is moved to the
+            device of `model`; other names are folders or URLs of adapters.
         classes: names of the labels of a loader or pair, in order; None takes those of the loader's data set, as
             torchvision's `ImageFolder` has them.
         workers: decoding threads, where `data` is a folder.
@@ -81,13 +82,15 @@ def evaluate(
     """
     if isinstance(attacks, str) or not isinstance(attacks, Sequence):
         raise UserError(f"attacks must be a list of names, e.g. ['clean', 'pgd20'], got {attacks!r}")
+    if batch_size is not None:
+        batch_size = checked_count("batch_size", batch_size, at_least=1)
     predict, model = Victim(model), unwrapped(model)
     info = model.info if isinstance(model, AdaptedModel) else None
     record = record_of(model)
     threat = _threat(norm, eps, record.threat)
     more = further_norms([f"{other}={size}" for other, size in (norms or {}).items()], threat.norm)
     given = transfer_from or {}
-    sources = load_sources(attacks, lambda name: given[name] if name in given else load(name))
+    sources = load_sources(attacks, lambda name: given[name] if name in given else _loaded(name, given))
     parameter = next(model.parameters(), torch.empty(0))
     images = CheckedImages(_images(data, predict, parameter.device, classes, num_samples, batch_size, workers))
     comm = Comm(0, 1, parameter.device, control=None)
@@ -101,11 +104,20 @@ def evaluate(
         gradient_masking_samples=gradient_masking_samples,
         sources=sources,
         backbone=name,
-        adapter_sha256=adapter_sha256(model) if isinstance(model, AdaptedModel) else None,
+        adapter_sha256=adapter_sha256(model) if isinstance(model, AdaptedModel) and model.taken_off is None else None,
         precision=measured_precision(predict, images, comm.device),
     )
     with torch.inference_mode(False):
         return evaluator.run(predict, images)
+
+
+def _loaded(name: str, given: Collection[str]) -> nn.Module:
+    try:
+        return load(name)
+    except UserError as error:
+        if not given:
+            raise
+        raise UserError(f"{error}; or one of transfer_from: {', '.join(given)}") from None
 
 
 def _images(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import Dataset, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from fulllora_dist.attacks.arguments import check_precision, dtype_name
 from fulllora_dist.core.errors import UserError
@@ -161,6 +161,8 @@ def _check_alike(parts: Sequence[Batch]) -> None:
 
 def _shuffles(loader: Any) -> bool:
     sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if isinstance(sampler, DistributedSampler):
+        return sampler.shuffle
     return isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler))
 
 

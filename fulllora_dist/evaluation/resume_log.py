@@ -28,9 +28,10 @@ def items_done(output: str | Path, name: str = "evaluation*.json") -> int:
 def fingerprint(predict: nn.Module, images: EvalImages, seed: int, sources: Sources | None = None) -> str:
     """Hash of all that the result of a work item depends on besides its name."""
     digest = hashlib.sha256(f"{images.digest} {seed} {record_of(predict).classes}".encode())
-    if isinstance(predict, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
-        digest.update(f"{predict.info} {predict.spec}".encode())
     for model in (predict, *(sources or {}).values()):
+        for module in model.modules():  # a source is wrapped
+            if isinstance(module, AdaptedModel):  # alpha, heads and normalisation are in no tensor of its state_dict
+                digest.update(f"{module.info} {module.spec}".encode())
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

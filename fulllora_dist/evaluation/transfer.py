@@ -39,7 +39,7 @@ def load_sources(attacks: Sequence[str], load: Callable[[str], nn.Module]) -> di
 
 
 def match_source(source: nn.Module, predict: nn.Module, pixels: Tensor, data: Sequence[str], name: str) -> nn.Module:
-    """A source on the device of the images, in evaluation mode, with its outputs in the evaluated model's order.
+    """A source, moved to the device of the images, with its outputs in the evaluated model's order.
 
     Args:
         pixels: [1, 3, H, W], an image of the evaluation.
@@ -50,7 +50,7 @@ def match_source(source: nn.Module, predict: nn.Module, pixels: Tensor, data: Se
         UserError: it does not take such images, or has other classes.
     """
     try:
-        model = Victim(source).to(pixels.device).eval()
+        model = Victim(source).to(pixels.device)
         ours, theirs = outputs_of(predict, pixels), outputs_of(model, pixels)
         if ours != theirs:
             raise UserError(f"it has {theirs} outputs, the evaluated model {ours}")

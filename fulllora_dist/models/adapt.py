@@ -175,9 +175,10 @@ def adapt_given(
     if target_modules is not None and not branches:
         raise UserError(f"target_modules: finetune: {finetune} has no branches; remove one of them")
     if target_modules is None and has_family(module):
-        info = describe(module, name, model, module.num_classes)  # type: ignore[arg-type]
-        check(info)
         family = family_of(module, name)
+        heads = [site.path for site in family.sites(module, name) if site.component == "head"]
+        info = describe(module, name, model, module.num_classes, heads)  # type: ignore[arg-type]
+        check(info)
         if family.prepare is not None:
             family.prepare(module)
         return adapt_backbone(module, info, family, adapter, finetune, seed=seed, precision=model.precision)
@@ -189,7 +190,7 @@ def adapt_given(
             f"family; its layers: {', '.join(labels(module))}"
         )
     shown = Pass.through(module, name, image_size_of(module, name, model.image_size))
-    info = describe(module, name, model, shown.num_classes)
+    info = describe(module, name, model, shown.num_classes, () if shown.head is None else (shown.head,))
     check(info)
     by_target = TargetModules.of(module, target_modules, name, shown)
     unplaced = adapter.model_copy(update={"components": (), "qkv": "separate"})

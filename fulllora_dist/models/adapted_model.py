@@ -74,6 +74,7 @@ class AdaptedModel(nn.Module):
         record: what is known of its training: class names, crop, threat model; set by `load`.
         as_built: what the backbone was built as.
         original: what adapting changed of it.
+        taken_off: "unload" or "merge", once that has taken the adapter off; None before.
 
     Example:
         model = fd.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k")
@@ -103,6 +104,7 @@ class AdaptedModel(nn.Module):
         self.report = report
         self.precision = precision
         self.original = original
+        self.taken_off: Literal["unload", "merge"] | None = None
         self.record = TrainingRecord()
         self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
         self.as_built = AsBuilt.of(backbone, {*self._trainable, *self.statistics()})
@@ -182,7 +184,12 @@ class AdaptedModel(nn.Module):
             )
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The trainable tensors by their names in the backbone, also while an attack has frozen them."""
+        """The trainable tensors by their names in the backbone, also while an attack has frozen them.
+
+        Raises:
+            UserError: the adapter was taken off.
+        """
+        self.check_adapted("trainable")
         parameters = dict(self.backbone.named_parameters())
         return {name: parameters[name] for name in self._trainable}
 
@@ -211,6 +218,11 @@ class AdaptedModel(nn.Module):
             )
         return result
 
+    def check_adapted(self, what: str) -> None:
+        """Raises UserError, naming the function `what`: `unload` or `merge` has taken the adapter off."""
+        if self.taken_off is not None:
+            raise UserError(f"{what}: {self.taken_off} has taken the adapter off this model; adapt or load it again")
+
     def check_savable(self, state: Mapping[str, Tensor] | None = None) -> None:
         """Check that an adapter file would bring back this very model.
 
@@ -220,13 +232,15 @@ class AdaptedModel(nn.Module):
         Raises:
             UserError: it would not; the message says what changed since the model was created.
         """
-        self.as_built.check(self.backbone)
+        self.check_adapted("save_adapter")
+        given = self.info.module is not None
+        self.as_built.check(self.backbone, given)
         for name in ("mean", "std"):
             now, then = getattr(self, name).flatten().tolist(), torch.tensor(getattr(self.info, name)).tolist()
             if now != then:
                 raise UserError(
                     f"save_adapter: the model's {name} is {now}, and was {then} when it was created; give {name} to "
-                    "create_model"
+                    f"{'adapt' if given else 'create_model'}"
                 )
         check_tensors(self.held(), self.trainable() if state is None else state)
 

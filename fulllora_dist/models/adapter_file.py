@@ -25,7 +25,8 @@ from fulllora_dist.models.adapter_description import AdapterDescription, backbon
 from fulllora_dist.models.rebuild import build, build_onto, check_backbone, described
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
-from fulllora_dist.storage.urls import classify_error, open_anywhere, redacted, write_anywhere
+from fulllora_dist.storage.small_files import read_files, write_files
+from fulllora_dist.storage.urls import redacted
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
@@ -110,7 +111,7 @@ def save_adapter(
             "timm takes layers by name too, such as act_layer='relu'"
         ) from None
     files = {TENSORS: tensors, DESCRIPTION: (json.dumps(description, indent=1) + "\n").encode()}
-    write_anywhere(folder, files, "save_adapter")
+    write_files(folder, files, "save_adapter")
 
 
 def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
@@ -119,18 +120,11 @@ def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
     Raises:
         UserError: a file is missing or damaged, or has an unsupported format version.
     """
-    filesystem, path = open_anywhere(folder, "adapter")
+    remedy = "give a folder that save_adapter wrote"
+    text, tensors = read_files(folder, (DESCRIPTION, TENSORS), "adapter", remedy)
     folder = redacted(folder)
-    files = {}
-    for name in (DESCRIPTION, TENSORS):
-        try:
-            files[name] = filesystem.cat_file(f"{path}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(f"adapter: {folder} has no {name}; give a folder that save_adapter wrote") from None
-        except Exception as error:  # each store has its own exceptions
-            raise UserError(f"adapter: {classify_error(error, f'{folder}/{name}')}") from None
     try:
-        description = json.loads(files[DESCRIPTION])
+        description = json.loads(text)
         version = description["format_version"]
     except (ValueError, KeyError, TypeError):
         raise UserError(
@@ -140,10 +134,10 @@ def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
         raise UserError(f"adapter: {folder} has format version {version}; this program reads {FORMAT_VERSION}")
     if description.get("checksum") != _checksum(description):
         raise UserError(f"adapter: {folder}/{DESCRIPTION} is damaged: its checksum does not match")
-    if hashlib.sha256(files[TENSORS]).hexdigest() != description["sha256"]:
+    if hashlib.sha256(tensors).hexdigest() != description["sha256"]:
         raise UserError(f"adapter: {folder}/{TENSORS} is damaged: its sha256 does not match {DESCRIPTION}")
     try:
-        return AdapterDescription.of(description), load_safetensors(files[TENSORS])
+        return AdapterDescription.of(description), load_safetensors(tensors)
     except (KeyError, TypeError) as error:
         raise UserError(f"adapter: {folder}/{DESCRIPTION} has a missing or unknown field ({error})") from None
     except SafetensorError as error:
@@ -213,7 +207,7 @@ def _load_onto(
     own = {**model.trainable(), **model.statistics()}
     try:
         check_tensors({name: (tensor.dtype, tensor.shape) for name, tensor in own.items()}, state)
-    except UserError:
+    except BaseException:
         model.original.restore(module)
         raise
     set_tensors(own, state)

@@ -76,10 +76,13 @@ class AsBuilt:
             {path: (type(module), _attributes(module)) for path, module in backbone.named_modules()},
         )
 
-    def check(self, backbone: nn.Module) -> None:
+    def check(self, backbone: nn.Module, given: bool = False) -> None:
         """Check that everything but the values of the tensors that an adapter holds is as it was built.
 
         Tensors that ZeRO-3 has partitioned are passed over: the engine owns them.
+
+        Args:
+            given: whether `adapt` was given the backbone, which create_model would not build.
 
         Raises:
             UserError: something changed; the message names the first change, and what to do instead.
@@ -102,6 +105,8 @@ class AsBuilt:
         ):
             changes = list(what)
             if changes:
+                if given:
+                    remedy = "change the module before adapt, and train what finetune trains; finetune='full' saves all"
                 more = f" (and {len(changes) - 1} more such changes)" if len(changes) > 1 else ""
                 raise UserError(f"save_adapter: {changes[0]}{more}, which an adapter does not hold; {remedy}")
 

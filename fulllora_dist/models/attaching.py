@@ -172,7 +172,7 @@ def adapt_backbone(
             parameter.requires_grad_(parameter_name in trained)
         adapted = [_adapt(backbone, family, site, sizes, spec) for site, sizes in plan]
         check_forward(backbone, [site for site, _ in plan], name, info.image_size, info.num_classes)
-    except UserError:
+    except BaseException:  # a forward of the user's may raise anything
         original.restore(backbone)
         raise
     report = _report(backbone, adapted, own, total)

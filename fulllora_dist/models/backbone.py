@@ -27,8 +27,8 @@ class BackboneInfo:
         checkpoint: path or URL of the weights, with its signature redacted; None for timm's hub or random weights.
         pretrained: False for random weights.
         seed: seed of the random weights (and of a new head).
-        sha256: `fingerprint` of the original weights, before the head is cut or the position embedding resized; None on
-            the meta device.
+        sha256: `fingerprint` of the original weights, before the head is cut or the position embedding resized; of a
+            module that `adapt` was given, without its head; None on the meta device.
         num_classes: number of outputs of the head.
         classes: rows of the checkpoint's head that are kept; None for all.
         own_classes: whether the head is the checkpoint's own.
@@ -37,7 +37,8 @@ class BackboneInfo:
         crop_pct, interpolation, crop_mode: timm's evaluation crop of this tag.
         architecture: arguments that change the tag's architecture (depth, embed_dim, ...).
         checkpoint_key: which set of weights in the checkpoint; None if it has a single one.
-        head_sha256: `fingerprint` of a new, random head above pretrained weights; None without one.
+        head_sha256: `fingerprint` of a new, random head above pretrained weights, and of any head of a module that
+            `adapt` was given; None without one.
         module: class of a module that `adapt` was given, which `load` must be given again; None for one of timm's that
             is built by its name.
     """

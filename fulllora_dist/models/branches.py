@@ -77,7 +77,9 @@ def branches_of(model: AdaptedModel) -> list[Branch]:
 
     Raises:
         SharedUserError: the model was finetuned in a way that has no branches.
+        UserError: they were taken off.
     """
+    model.check_adapted("adapter")
     if model.spec.finetune not in WITH_BRANCHES:
         raise SharedUserError(
             f"adapter: finetune: {model.spec.finetune} has no branches; give an adapter of finetune: "

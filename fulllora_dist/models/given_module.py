@@ -1,6 +1,6 @@
 """What a module that `adapt` is given is: its name, its images and their normalisation, its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import timm
@@ -79,11 +79,15 @@ def image_size_of(module: nn.Module, name: str, given: int | None) -> int:
     raise UserError(f"image_size: {name} does not say for which square images it is made; give their side in pixels")
 
 
-def describe(module: nn.Module, name: str, settings: ModelSettings, num_classes: int) -> BackboneInfo:
+def describe(
+    module: nn.Module, name: str, settings: ModelSettings, num_classes: int, heads: Collection[str]
+) -> BackboneInfo:
     """The description of a module, whose weights are taken as they are.
 
     Args:
         settings: mean, std and image_size, where they are given.
+        heads: paths of the heads, which have a fingerprint of their own: where they are trained, their start is random
+            and does not matter.
 
     Raises:
         UserError: a normalisation or an image size that is not known; no classes.
@@ -98,13 +102,13 @@ def describe(module: nn.Module, name: str, settings: ModelSettings, num_classes:
         )
     if num_classes < 1:
         raise UserError(f"module: {name} has no classes; make it with num_classes")
-    state = module.state_dict()
+    body, head = _fingerprints(module, heads)
     return BackboneInfo(
         name=name,
         checkpoint=None,
         pretrained=True,
         seed=0,
-        sha256=None if any(tensor.is_meta for tensor in state.values()) else fingerprint(state),
+        sha256=body,
         num_classes=num_classes,
         classes=None,
         own_classes=num_classes == config.get("num_classes", num_classes),
@@ -115,5 +119,16 @@ def describe(module: nn.Module, name: str, settings: ModelSettings, num_classes:
         interpolation=data.get("interpolation", "bicubic"),
         architecture={},
         crop_mode=data.get("crop_mode", "center"),
+        head_sha256=head,
         module=class_name(module),
     )
+
+
+def _fingerprints(module: nn.Module, heads: Collection[str]) -> tuple[str | None, str | None]:
+    """Of all weights but the heads', and of the heads'; None without any, and on the meta device."""
+    state = module.state_dict()
+    if any(tensor.is_meta for tensor in state.values()):
+        return None, None
+    own = {name: tensor for name, tensor in state.items() if name.rpartition(".")[0] in heads}
+    body = {name: tensor for name, tensor in state.items() if name not in own}
+    return fingerprint(body), fingerprint(own) if own else None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import as_text
@@ -71,10 +72,17 @@ class MultiAdapter(nn.Module):
         self.records: dict[str, TrainingRecord] = {}
         self._own: dict[str, OwnTensors] = {}
         self.own = nn.ModuleList()
-        for name, where in adapters.items():
-            if not self._specs:
-                self._begin(as_text(where), checkpoint_path, backbone, precision)
-            self.add(name, where)
+        self._hooks: list[RemovableHandle] = []
+        first, *_ = adapters.values()
+        self._begin(as_text(first), checkpoint_path, backbone, precision)
+        try:
+            for name, where in adapters.items():
+                self.add(name, where)
+        except BaseException:  # a backbone that was given is left as it was
+            for hook in self._hooks:
+                hook.remove()
+            self._base.original.restore(self._base.backbone)
+            raise
 
     def _begin(self, where: str, checkpoint_path: str | None, backbone: nn.Module | None, precision: Precision) -> None:
         """Build the backbone of the first adapter, with its original head and without branches."""
@@ -140,7 +148,14 @@ class MultiAdapter(nn.Module):
             if _plain(expected) != _plain(actual):
                 shown = (str(value)[:40] for value in (expected, actual))
                 raise UserError("adapter: {} must have the backbone's {} {}, got {}".format(where, key, *shown))
-        another_head = spec.seed != self._seed or info.head_sha256 not in (None, self.info.head_sha256)
+        another_head = info.head_sha256 not in (None, self.info.head_sha256)
+        if info.module is not None:
+            if spec.head != "trained" and another_head:
+                raise UserError(
+                    f"adapter: {where} has not trained its head, and must have been made with the backbone's"
+                )
+            return
+        another_head |= spec.seed != self._seed
         if not info.own_classes and spec.head != "trained" and another_head:
             raise UserError(
                 f"adapter: {where} must have an untrained head from seed {self._seed}, as the first adapter, got seed "
@@ -176,7 +191,7 @@ class MultiAdapter(nn.Module):
         if path not in self._own:
             self._own[path] = own = OwnTensors()
             self.own.append(own)
-            self._base.backbone.get_submodule(path).register_forward_hook(own.hook)
+            self._hooks.append(self._base.backbone.get_submodule(path).register_forward_hook(own.hook))
         return self._own[path]
 
     def remove(self, name: str) -> None:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,13 +29,21 @@ from fulllora_dist.models.attaching import LAYER_NORMS
 from fulllora_dist.models.branches import Branch, branches_of
 from fulllora_dist.models.given_module import check_given
 from fulllora_dist.models.lnlora import LNLoRAOuterBiasLinear
-from fulllora_dist.storage.urls import classify_error, open_anywhere, redacted, write_anywhere
+from fulllora_dist.storage.small_files import read_files, write_files
+from fulllora_dist.storage.urls import redacted
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
-_UNREADABLE = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "lora_bias": False}
-"""Options of LoraConfig with which LoRA is something else than B A beside a layer, and what they must be."""
+_PLAIN = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "lora_bias": False}
+_OFF = (
+    *("use_qalora", "use_bdlora", "alora_invocation_tokens", "layer_replication", "arrow_config", "kasa_config"),
+    *("monteclora_config", "target_parameters", "trainable_token_indices"),
+)
+"""Options of LoraConfig with which LoRA is something else than B A beside a layer: what the common ones must be, and
+those that must be off."""
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights that leave W as it is; with others peft subtracts the start of B A from it."""
 
 
 def save_peft(model: AdaptedModel, folder: str | os.PathLike[str]) -> None:
@@ -78,7 +86,14 @@ def save_peft(model: AdaptedModel, folder: str | os.PathLike[str]) -> None:
         ranks[path] = len(down)
     own = {name: value for name, value in model.trainable().items() if ".lnlora." not in name}
     tensors |= {f"{_PREFIX}{name}": value.detach() for name, value in own.items()}
-    others = {re.escape(path): r for path, r in ranks.items() if r != rank}
+    # peft looks for these behind any names, so that "fc" would also mean "sub.fc"
+    others = {f"^{re.escape(path)}": r for path, r in ranks.items() if r != rank}
+    saved = sorted({name.rpartition(".")[0] for name in own})
+    if hidden := [path for path in by_layer for name in saved if re.search(rf"(^|\.){re.escape(name)}($|\.)", path)]:
+        raise UserError(
+            f"save_peft: peft takes {hidden[0]}, which has a branch, for the trained {', '.join(saved)} by its name; "
+            "use save_adapter, or leave that branch out"
+        )
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -87,14 +102,19 @@ def save_peft(model: AdaptedModel, folder: str | os.PathLike[str]) -> None:
         "lora_alpha": alpha,
         "rank_pattern": others,
         "alpha_pattern": {path: alpha * r / rank for path, r in others.items()},
-        "target_modules": list(by_layer),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in own}) or None,
+        "target_modules": _whole_names(by_layer),
+        "modules_to_save": saved or None,
         "lora_dropout": 0.0,
         "inference_mode": True,
-        **_UNREADABLE,
+        **_PLAIN,
     }
     content = save_safetensors({name: value.cpu().contiguous() for name, value in tensors.items()}, {"format": "pt"})
-    write_anywhere(folder, {TENSORS: content, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}, "save_peft")
+    write_files(folder, {TENSORS: content, CONFIG: (json.dumps(config, indent=2) + "\n").encode()}, "save_peft")
+
+
+def _whole_names(paths: Iterable[str]) -> str:
+    """A pattern for these layers alone: a list would be of ends of names."""
+    return "|".join(map(re.escape, paths))
 
 
 def _joined(branches: Sequence[Branch], outputs: int) -> tuple[Tensor, Tensor]:
@@ -145,6 +165,8 @@ def load_peft(folder: str | os.PathLike[str], module: nn.Module, **settings: Any
             own[name.replace(".modules_to_save.", ".")] = tensor.float()
     if not pairs or any(pair.keys() != {"A", "B"} for pair in pairs.values()):
         raise UserError(f"load_peft: {redacted(folder)}/{TENSORS} must have lora_A and lora_B of each layer")
+    if unknown := sorted(pairs.keys() - dict(module.named_modules()).keys()):
+        raise UserError(f"load_peft: {redacted(folder)} does not fit the module, which has no {unknown[0]}")
     scales = {path: _scale(config, path, len(pair["A"])) for path, pair in pairs.items()}
     rank = max(len(pair["A"]) for pair in pairs.values())
     scale = next(iter(scales.values()))
@@ -153,12 +175,14 @@ def load_peft(folder: str | os.PathLike[str], module: nn.Module, **settings: Any
     norms = {name for name in own if isinstance(parts.get(name.rpartition(".")[0]), LAYER_NORMS)}
     settings |= {"rank": rank, "alpha": scale * rank, "train_norms": bool(norms)}
     settings["head"] = "trained" if own.keys() - norms else "frozen"
-    model = adapt(module, target_modules=list(pairs), finetune="lora", **settings)
+    model = adapt(module, target_modules=_whole_names(pairs), finetune="lora", **settings)
     try:
         model.load_trainable(_filled(model, pairs, {path: s / scale for path, s in scales.items()}) | own)
-    except UserError as error:
+    except BaseException as error:
         model.original.restore(module)
-        raise UserError(f"load_peft: {redacted(folder)} does not fit the module: {error}") from None
+        if isinstance(error, UserError):
+            raise UserError(f"load_peft: {redacted(folder)} does not fit the module: {error}") from None
+        raise
     return model
 
 
@@ -193,26 +217,36 @@ def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 def _read(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    filesystem, path = open_anywhere(folder, "load_peft")
+    remedy = "give a folder that peft's save_pretrained wrote"
+    config_file, tensors_file = read_files(folder, (CONFIG, TENSORS), "load_peft", remedy)
     shown = redacted(folder)
-    files = {}
-    for name in (CONFIG, TENSORS):
-        try:
-            files[name] = filesystem.cat_file(f"{path}/{name}")
-        except (FileNotFoundError, NotADirectoryError):
-            raise UserError(
-                f"load_peft: {shown} has no {name}; give a folder that peft's save_pretrained wrote"
-            ) from None
-        except Exception as error:  # each store has its own exceptions
-            raise UserError(f"load_peft: {classify_error(error, f'{shown}/{name}')}") from None
     try:
-        config, tensors = json.loads(files[CONFIG]), load_safetensors(files[TENSORS])
+        config, tensors = json.loads(config_file), load_safetensors(tensors_file)
         kind, _ = config["peft_type"], float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"load_peft: {shown} is damaged, or no LoRA adapter of peft ({error})") from None
     if kind != "LORA":
         raise UserError(f"load_peft: {shown} must be LoRA, got {kind}")
-    for key, value in _UNREADABLE.items():
+    for key, value in _PLAIN.items():
         if config.get(key, value) != value:
             raise UserError(f"load_peft: {shown} has {key}={config[key]!r}, which is no plain LoRA; must be {value!r}")
+    if on := [key for key in _OFF if config.get(key)]:
+        raise UserError(f"load_peft: {shown} has {on[0]}={config[on[0]]!r}, which is no plain LoRA; must be off")
+    if (start := config.get("init_lora_weights", True)) not in _STARTS:
+        raise UserError(
+            f"load_peft: {shown} has init_lora_weights={start!r}, with which peft changes the layers' own weights; "
+            "save it as plain LoRA with path_initial_model_for_weight_conversion of peft's save_pretrained"
+        )
+    _check_alphas(shown, config.get("alpha_pattern") or {})
     return config, tensors
+
+
+def _check_alphas(shown: str, patterns: Any) -> None:
+    try:
+        for pattern, alpha in patterns.items():
+            re.compile(pattern)
+            float(alpha)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise UserError(
+            f"load_peft: {shown} must have regular expressions and numbers as alpha_pattern, got {patterns} ({error})"
+        ) from None

@@ -1,6 +1,7 @@
 """Build the backbone and the empty adapter of a description, and check that the backbone is the one it belongs to."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import timm
@@ -19,6 +20,7 @@ from fulllora_dist.models.families import FAMILIES
 from fulllora_dist.models.families.target_modules import BY_TARGET
 from fulllora_dist.models.given_module import check_given, class_name
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings, Precision
+from fulllora_dist.models.weights import fingerprint
 
 
 def _check_family(folder: str, family: Mapping[str, Any] | None) -> None:
@@ -84,16 +86,23 @@ def build_onto(
     """
     check_given(module)
     info = description.backbone
-    if info.module not in (None, class_name(module)):
+    # by its own name: a class of a notebook or script, __main__.Net, may lie in a file by now
+    if info.module is not None and info.module.rpartition(".")[2] != type(module).__name__:
         raise UserError(f"backbone: must be a {info.module} for the adapter {folder}, got a {class_name(module)}")
 
+    whole = description.spec.finetune == "full"  # its own tensors replace the module's
+    head_apart = info.module is not None and info.head_sha256 is not None
+
     def check(actual: BackboneInfo) -> None:
-        if description.spec.finetune != "full":  # its own tensors replace the module's
+        if not head_apart:  # the fingerprint is of all weights
+            actual = replace(actual, sha256=fingerprint(module.state_dict()))
+        if not whole:
             check_backbone(folder, description, actual)
 
     settings, adapter = settings_of(info, spec, precision=precision)
     model = adapt_given(module, settings, adapter, spec.finetune, spec.target_modules, seed=spec.seed, check=check)
-    model.info = info
+    head_sha256 = model.info.head_sha256 if head_apart and not whole else info.head_sha256
+    model.info = replace(info, head_sha256=head_sha256)
     return model
 
 
@@ -152,7 +161,13 @@ def check_backbone(folder: str, description: AdapterDescription, actual: Backbon
             f"adapter: {folder} belongs to {info.name} with fingerprint {str(info.sha256)[:12]}, "
             f"but these weights have {str(actual.sha256)[:12]}; give the backbone it was trained on"
         )
-    if description.spec.head != "trained" and info.head_sha256 not in (None, actual.head_sha256):
+    another_head = description.spec.head != "trained" and info.head_sha256 not in (None, actual.head_sha256)
+    if another_head and info.module is not None:
+        raise UserError(
+            f"adapter: {folder} belongs to {info.name} with another head, which it has not trained; give the backbone "
+            "with the head that it had"
+        )
+    if another_head:
         raise UserError(
             f"adapter: {folder} belongs to an untrained head that seed {info.seed} does not give with {now}; use the "
             f"versions it was saved with ({then}), or train the head (adapter.head=trained)"

@@ -15,8 +15,8 @@ from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec
 from fulllora_dist.models.adapter_description import backbone_content
-from fulllora_dist.models.adapter_file import build
 from fulllora_dist.models.backbone import BackboneInfo
+from fulllora_dist.models.rebuild import build
 
 _LOADER = '''"""{name}, an entry of robustbench/model_zoo/imagenet.py; its weights are {name}.pt. {about}."""
 
@@ -43,7 +43,8 @@ def export_robustbench(model: AdaptedModel, folder: str | Path, name: str) -> tu
         The two files.
 
     Raises:
-        UserError: a name that RobustBench would not load, or files that exist.
+        UserError: a name that RobustBench would not load, or files that exist; a model that the file would not build:
+            one of `adapt`, in bf16, or changed after it was created.
 
     Example:
         export_robustbench(fd.load("runs/large/adapter"), "models/imagenet/Linf", "Mine2026FullLoRA")
@@ -53,6 +54,17 @@ def export_robustbench(model: AdaptedModel, folder: str | Path, name: str) -> tu
             "name must be letters, digits, _ and -, without 'Standard', of which RobustBench loads no file; got "
             f"{name!r}"
         )
+    if model.info.module is not None:
+        raise UserError(
+            f"export_robustbench: {model.info.name} is a module that adapt was given, which the file could not build; "
+            "make the model with create_model"
+        )
+    if model.precision != "fp32":
+        raise UserError(
+            f"export_robustbench: precision: {model.precision} has rounded the blocks; save the adapter, and load it "
+            "with precision='fp32'"
+        )
+    model.check_savable()
     weights, loader = (Path(folder) / f"{name}{ending}" for ending in (".pt", ".py"))
     for path in (weights, loader):
         if path.exists():

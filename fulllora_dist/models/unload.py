@@ -1,6 +1,6 @@
 """Take an adapter off a model: for a while, for good, or merged into the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
-from fulllora_dist.models.branches import branches_of, disable_branches
+from fulllora_dist.models.branches import Branch, branches_of, disable_branches
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def disable_adapter(model: AdaptedModel) -> Iterator[None]:
     training continues afterwards as if nothing had been.
 
     Raises:
-        UserError: no adapted model, or one that is trained as a whole (finetune: full).
+        UserError: no adapted model, one that is trained as a whole (finetune: full), or without its adapter.
 
     Example:
         with fd.disable_adapter(model):
@@ -62,6 +62,7 @@ def unload(model: AdaptedModel) -> nn.Module:
         for name, value in model.original.trained.items():
             backbone.get_parameter(name).copy_(value)
     model.original.restore(backbone)
+    model.taken_off = "unload"
     return backbone
 
 
@@ -87,12 +88,9 @@ def merge(model: AdaptedModel) -> nn.Module:
     _check("merge", model, whole=True)
     _check_precise("merge", model)
     branches = branches_of(model)
-    weights: dict[int, Any] = {id(branch.layer.weight): branch.layer for branch in branches}
-    if len(weights) < len({id(branch.layer) for branch in branches}):
-        raise UserError(
-            "merge: layers with branches share a weight, which can take only one of them; keep the branches"
-        )
+    _check_own_weights(model.backbone, branches)
     model.original.restore(model.backbone)
+    model.taken_off = "merge"
     with torch.no_grad():
         for branch in branches:
             weight: Tensor = branch.layer.weight  # type: ignore[assignment]
@@ -101,12 +99,28 @@ def merge(model: AdaptedModel) -> nn.Module:
     return model.backbone
 
 
+def _check_own_weights(backbone: nn.Module, branches: Iterable[Branch]) -> None:
+    """Raises UserError: another module has the weight of a layer with a branch, and would get its update too."""
+    holders: dict[int, list[str]] = {}  # by the address of the tensor
+    for path, module in backbone.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter.data_ptr(), []).append(path)
+    for branch in branches:
+        weight: Tensor = branch.layer.weight  # type: ignore[assignment]
+        if len(shared := holders[weight.data_ptr()]) > 1:
+            raise UserError(
+                f"merge: {' and '.join(shared)} share a weight, which cannot take a branch of one of them; keep the "
+                "branches"
+            )
+
+
 def _check(what: str, model: Any, whole: bool = False) -> None:
     if not isinstance(model, AdaptedModel):
         raise UserError(
             f"{what}: must be a model of create_model, adapt or load, got {type(model).__name__}; give the one that it "
             "wraps"
         )
+    model.check_adapted(what)
     if model.spec.finetune == "full" and not whole:
         raise UserError(
             f"{what}: finetune: full has trained the backbone itself, and there is no copy of what it was; load it anew"

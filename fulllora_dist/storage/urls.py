@@ -8,7 +8,6 @@ import asyncio
 import importlib
 import os
 import re
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -143,40 +142,6 @@ def filesystem(url: str) -> Any:
         return client
     except ImportError as error:
         raise UserError(f"{redacted(url)}: needs {_TO_INSTALL.get(scheme, error)}") from error
-
-
-def open_anywhere(folder: str | os.PathLike[str], whose: str) -> tuple[Any, str]:
-    """The filesystem of any path or URL that fsspec knows, hf:// among them, and the path there.
-
-    Args:
-        whose: what the folder is given to, for messages.
-
-    Raises:
-        UserError: it is no path or URL, or holds user:password@.
-    """
-    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
-        raise UserError(f"{whose}: must be a folder or URL, got {folder!r}")
-    refuse_credentials(os.fspath(folder))
-    try:
-        return fsspec.core.url_to_fs(os.fspath(folder))
-    except (ValueError, ImportError) as error:
-        raise UserError(f"{whose}: {redacted(folder)}: {one_line(error)}") from None
-
-
-def write_anywhere(folder: str | os.PathLike[str], files: Mapping[str, bytes], whose: str) -> None:
-    """Write small files in this order into a folder, which is made where there is none.
-
-    Raises:
-        UserError: as for `open_anywhere`; they cannot be written.
-    """
-    fs, path = open_anywhere(folder, whose)
-    try:
-        fs.makedirs(path, exist_ok=True)
-        for name, content in files.items():
-            fs.pipe_file(f"{path}/{name}", content)
-    except Exception as error:  # each store has its own exceptions
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(f"{whose}: {redacted(folder)}: cannot be written ({reason})") from error
 
 
 @cache

@@ -78,9 +78,11 @@ def _publish(run: RunContext) -> str:
 def _evaluate(run: RunContext, adapter: str, validation: str, step: int) -> None:
     """Evaluate the saved file on all ranks, each with a full fp32 replica, so that the report is of what is shipped."""
     config = run.config
-    model = load(adapter, checkpoint_path=config.model.checkpoint_path).to(run.comm.device)
+    checkpoint = config.model.checkpoint_path
+    model = run.comm.run_on_all(lambda: load(adapter, checkpoint_path=checkpoint)).to(run.comm.device)
     path = os.path.join(config.run.output_dir, "evaluation.json")
-    evaluator = build_evaluator(config, model.info, run.comm, adapter, adapter_sha256(model))
+    sha256 = adapter_sha256(model)
+    evaluator = run.comm.run_on_all(lambda: build_evaluator(config, model.info, run.comm, adapter, sha256))
     stream = build_eval_stream(config, validation, model, run.comm, subset=check_evaluation(config))
 
     def write(report: EvaluationReport) -> None:

@@ -10,6 +10,7 @@ from scipy.stats import kstest
 from torch import Tensor, nn
 
 import fulllora_dist as fd
+from fulllora_dist.attacks.fgsm import single_step
 from fulllora_dist.attacks.threat import L1
 from fulllora_dist.core.rng import sample_rng
 
@@ -109,3 +110,21 @@ def test_pgd_comes_near_the_best_of_a_linear_model() -> None:
     for image, adversarial in zip(x.flatten(1), found.flatten(1), strict=True):
         best = furthest_along(model.w.numpy(), image.numpy(), eps)
         assert 0.97 * best <= float((adversarial - image) @ model.w) <= best * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("project", [True, False])
+def test_a_single_step_passes_over_what_cannot_go_further(project: bool) -> None:
+    """As each step of PGD does: half of the values are at the edge that the largest gradients point to."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 2, dtype=torch.float64))
+    x, y = torch.full((2, 3, 8, 8), 0.5, dtype=torch.float64), torch.tensor([0, 1])
+    weight = model[1].weight.detach().view(2, 3, 8, 8)
+    towards = torch.stack([weight[1] - weight[0], weight[0] - weight[1]])  # in which the loss rises
+    x = torch.where(towards.abs() > towards.abs().median(), (towards > 0).double(), x)
+    found = single_step(model, x, y, eps=1.0, noise=0, step_size=1.0, project=project, norm="l1")
+    moved = (found - x).abs()
+    torch.testing.assert_close(moved.sum(dim=(1, 2, 3)), torch.ones(2, dtype=torch.float64))
+    assert moved[towards.abs() > towards.abs().median()].max() == 0
+    if project:
+        same = fd.pgd(model, x, y, eps=1.0, steps=1, step_size=1.0, norm="l1", random_start=False)
+        torch.testing.assert_close(found, same)

@@ -211,3 +211,24 @@ def test_a_loaded_model_is_a_plain_module_in_evaluation_mode(tmp_path: Path) -> 
     logits = model(torch.rand(2, 3, 16, 16))
     assert logits.shape == (2, 4)
     assert not torch.allclose(logits.sum(dim=1), torch.ones(2))
+
+
+def _changed() -> fd.AdaptedModel:
+    model = tiny()
+    with torch.no_grad():
+        model.backbone.norm.weight.add_(1)  # type: ignore[operator, union-attr]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: fd.adapt(tiny(finetune="head").backbone, rank=2), "is a module that adapt was given, which the file"),
+        (lambda: tiny(precision="bf16"), "export_robustbench: precision: bf16 has rounded the blocks"),
+        (_changed, "the values of norm.weight, which is frozen, changed after the model was created"),
+    ],
+)
+def test_a_model_that_the_file_would_not_build_is_refused(make: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        export_robustbench(make(), tmp_path / "Linf", "Mine2026FullLoRA")
+    assert not (tmp_path / "Linf").exists()

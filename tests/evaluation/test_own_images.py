@@ -9,7 +9,7 @@ import pytest
 import torch
 from eval_cases import EPS, stream, write_images
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import ToTensor
 
@@ -196,6 +196,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         "data: the DataLoader shuffles, so that an image's position does not tell which one it is; set shuffle=False, "
         "or yield (x, y, ids)",
     ),
+    "one that shuffles for each rank": (
+        lambda: DataLoader(TensorDataset(X, Y), sampler=DistributedSampler(TensorDataset(X, Y), 2, 0)),
+        {},
+        "data: the DataLoader shuffles, so that an image's position does not tell which one it is; set shuffle=False, "
+        "or yield (x, y, ids)",
+    ),
+    "no batches": (lambda: (X, Y), {"batch_size": -1}, "batch_size must be an integer >= 1, got -1"),
     "two sizes": (
         lambda: [(X, Y), (X[..., :12], Y)],
         {},

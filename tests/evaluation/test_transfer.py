@@ -1,6 +1,7 @@
 """Examples made for another model, against fd.pgd on that model."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,11 +10,14 @@ from eval_cases import EPS, stream
 from torch import Tensor, nn
 
 import fulllora_dist as fd
+from fulllora_dist.attacks.victim import Victim
 from fulllora_dist.config.schema import Config
-from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.evaluation.resume_log import fingerprint
 from fulllora_dist.models.training_record import TrainingRecord
+from fulllora_dist.training import finalize
 from fulllora_dist.training.inputs import check_evaluation
 from tests.tiny import SIDE, tiny
 
@@ -97,6 +101,17 @@ def test_one_that_is_not_there_is_refused_at_the_start(images: Path, tmp_path: P
         fd.evaluate(tiny(), stream(images, 4), attacks=(f"transfer:{tmp_path}/none",), eps=EPS)
 
 
+def test_one_that_is_gone_at_the_end_is_said_once(images: Path, tmp_path: Path) -> None:
+    """By all ranks together: the others would wait for the one that failed."""
+    fd.save_adapter(tiny(), str(tmp_path / "adapter"))
+    sections: dict[str, Any] = {"model": {"backbone": "none"}, "data": {"train": "none"}, "run": {"output_dir": "none"}}
+    sections |= {"optim": {"epochs": 1}, "threat": {"eps": EPS}, "method": {"name": "pgd"}}
+    config = Config.model_validate({**sections, "evaluation": {"attacks": [f"transfer:{tmp_path}/gone"]}})
+    run: Any = SimpleNamespace(config=config, comm=Comm(0, 1, torch.device("cpu"), control=None))
+    with pytest.raises(SharedUserError, match=r"gone has no adapter\.json"):
+        finalize._evaluate(run, str(tmp_path / "adapter"), str(images), 0)
+
+
 def test_names() -> None:
     signed = EvalAttack.parse("transfer:https://host/a/adapter?sig=secret")
     assert "secret" not in signed.name
@@ -113,3 +128,19 @@ def test_another_source_resumes_nothing(healthy: dict[str, fd.AdaptedModel], ima
         for sources in ({}, {"b": healthy["standard"]}, {"b": healthy["fulllora"]})
     }
     assert len(prints) == 3
+    alphas = [tiny(alpha=alpha) for alpha in (2.0, 4.0)]  # in no tensor
+    assert all(map(torch.equal, alphas[0].state_dict().values(), alphas[1].state_dict().values()))
+    assert len({fingerprint(model, whole, 0, {"b": Victim(source)}) for source in alphas}) == 2
+
+
+def test_a_model_of_one_s_own_stays_as_it_is(images: Path) -> None:
+    """Its training mode above all: it may be under training."""
+    other = tiny().train()
+    before = [part.training for part in other.modules()]
+    evaluate(tiny(seed=1), images, transfer_from={"b": other})
+    assert [part.training for part in other.modules()] == before
+
+
+def test_a_mistyped_name_lists_those_that_are_given(images: Path) -> None:
+    with pytest.raises(UserError, match=r"^adapter: B has no adapter.json; .*; or one of transfer_from: b, c$"):
+        fd.evaluate(tiny(), stream(images, 4), attacks=["transfer:B"], transfer_from={"b": tiny(), "c": tiny()})

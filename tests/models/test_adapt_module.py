@@ -1,7 +1,9 @@
 """Modules that are there already: timm's as `create_model` builds them, others by their layers' names against the
 formula in plain PyTorch, and what is refused without a trace."""
 
+import ast
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import fulllora_dist as fd
@@ -348,3 +351,145 @@ def test_transformers_activation_checkpointing_is_taken(tmp_path: Path) -> None:
     module.gradient_checkpointing_enable()  # type: ignore[operator]
     assert all(map(torch.equal, gradients(), kept))
     fd.save_adapter(model, str(tmp_path))
+
+
+class TopHead(nn.Module):
+    """A layer called `head` that is not the one whose output the logits are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.f(x).mean(dim=(2, 3))) * 2
+
+
+@pytest.mark.parametrize(("make", "targets"), [
+    (TopHead, ["f", "head"]), (lambda: timm_model("deit_distilled"), ["fc1", "head", "head_dist"]),
+])  # fmt: skip
+def test_a_layer_called_head_gets_its_branch(make: Any, targets: list[str]) -> None:
+    model = fd.adapt(make(), target_modules=targets, rank=2, head="frozen", image_size=SIDE, **HALF)
+    paths = [a.site.path for a in model.report.adapted]
+    assert {path.rpartition(".")[2] for path in paths} == set(targets)
+    for path in paths:
+        before = model(images())
+        with torch.no_grad():
+            model.trainable()[f"{path}.lnlora.B"].add_(1)
+        assert not torch.equal(model(images()), before)
+
+
+@pytest.mark.parametrize("name", ["timm", "hugging face"])
+def test_where_the_head_is_trained_its_start_does_not_matter(name: str, tmp_path: Path) -> None:
+    """As in another process, which makes the head at random; where it is not trained it must be the same one."""
+    module, targets = own(name) if name in TARGETS else (timm_model(), None)
+    head = "head" if name == "timm" else "classifier"
+    others = [copy.deepcopy(module) for _ in range(4)]
+    for other in others:
+        nn.init.normal_(other.get_submodule(head).weight)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"target_modules": targets, "rank": 2, **HALF}
+    frozen = copy.deepcopy(module)
+    for folder, backbone, kind in (("frozen", frozen, "frozen"), ("trained", module, "trained")):
+        model = stir(fd.adapt(backbone, head=kind, **settings))
+        fd.save_adapter(model, str(tmp_path / folder))
+    loaded = fd.load(str(tmp_path / "trained"), backbone=others[0])
+    assert torch.equal(loaded(images()), model(images()))
+    fd.save_adapter(loaded, str(tmp_path / "again"))
+    assert torch.equal(fd.load(str(tmp_path / "again"), backbone=others[1])(images()), model(images()))
+    before = trace(others[2])
+    with pytest.raises(fd.UserError, match=r"with another head, which it has not trained; give the backbone"):
+        fd.load(str(tmp_path / "frozen"), backbone=others[2])
+    with torch.no_grad():
+        next(others[2].parameters()).add_(1)
+    with pytest.raises(fd.UserError, match="give the backbone it was trained on"):
+        fd.load(str(tmp_path / "trained"), backbone=others[2])
+    assert before[1:] == trace(others[2])[1:]
+    both = {"a": str(tmp_path / "trained"), "b": str(tmp_path / "frozen")}
+    with pytest.raises(
+        fd.UserError, match=r"frozen has not trained its head, and must have been made with the backbon"
+    ):
+        fd.MultiAdapter(both, backbone=others[3])
+    same_again = own(name)[0] if name in TARGETS else timm_model()
+    several = fd.MultiAdapter(both, backbone=same_again)
+    assert several.adapters == ("a", "b")
+    assert torch.equal(several(images(), "a"), model(images()))
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_a_forward_that_breaks_off_leaves_no_trace(error: type[BaseException]) -> None:
+    """Whatever it raises once branches are there."""
+
+    class Breaking(TopHead):
+        def forward(self, x: Tensor) -> Tensor:
+            if "lnlora" in self.f._modules:
+                raise error("no such key")
+            return super().forward(x)
+
+    module = Breaking()
+    before = trace(module)
+    with pytest.raises(error):
+        fd.adapt(module, target_modules=["f"], rank=2, image_size=SIDE, **HALF)
+    assert same(trace(module), before)
+
+
+def test_several_adapters_of_which_one_is_refused_leave_no_trace(tmp_path: Path) -> None:
+    """Switches, hooks, classes and flags are taken back."""
+    module, targets = own("hugging face")
+    bare, x = copy.deepcopy(module).train(), images()
+    model = stir(fd.adapt(module, target_modules=targets, rank=2, head="trained", **HALF))
+    fd.save_adapter(model, str(tmp_path / "good"))
+    before = trace(bare)
+    with pytest.raises(fd.UserError, match=r"has no adapter.json"):
+        fd.MultiAdapter({"good": str(tmp_path / "good"), "wrong": str(tmp_path / "none")}, backbone=bare)
+    assert same(trace(bare), before)
+    assert not any(part._forward_hooks for part in bare.modules())
+    again = fd.MultiAdapter({"good": str(tmp_path / "good")}, backbone=bare)
+    assert torch.equal(again(x, "good"), model(x))
+
+
+@pytest.mark.parametrize(("make", "names"), [
+    (torchvision_vit, ["conv_proj", "mlp.0", "mlp.3"]),
+    (lambda: timm_model("beit"), ["proj", "fc1", "fc2"]),
+    (lambda: torchvision.models.resnet18(num_classes=CLASSES), ["conv1", "conv2", "downsample.0"]),
+    (lambda: nn.Sequential(nn.Conv2d(3, CLASSES, SIDE), nn.Flatten()), ["0"]),
+])  # fmt: skip
+def test_in_place_of_all_linear_a_list_is_offered(make: Any, names: list[str]) -> None:
+    """Where that would take layers without effect, or none; and it is taken as it stands."""
+    module = make()
+    before = trace(module)
+    settings: dict[str, Any] = {"rank": 2, "head": "frozen", "image_size": SIDE, **HALF}
+    with pytest.raises(
+        fd.UserError, match=r"^target_modules: .*in place of 'all-linear' give a list of layers: \["
+    ) as e:
+        fd.adapt(module, target_modules="all-linear", **settings)
+    assert "leave it out" not in str(e.value)
+    assert same(trace(module), before)
+    offered = ast.literal_eval(str(e.value).rpartition("layers: ")[2])
+    assert offered == names
+    fd.adapt(module, target_modules=offered, **settings)
+
+
+def test_a_class_may_move_to_a_file(tmp_path: Path) -> None:
+    """From a notebook, where it is __main__.TopHead."""
+    notebooks = type("TopHead", (TopHead,), {"__module__": "__main__"})
+    module = notebooks()
+    moved = TopHead()
+    moved.load_state_dict(module.state_dict())
+    model = stir(fd.adapt(module, target_modules=["f"], rank=2, image_size=SIDE, **HALF))
+    assert model.info.module == "__main__.TopHead"
+    fd.save_adapter(model, str(tmp_path))
+    assert torch.equal(fd.load(str(tmp_path), backbone=moved)(images()), model(images()))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda model: model.backbone.add_module("more", nn.Linear(1, 1)), "the module more was added"),
+    (lambda model: nn.init.ones_(model.backbone.head.weight), "the values of head.weight, which is frozen, changed"),
+    (lambda model: model.backbone.head.double(), "head.weight was float32"),
+    (lambda model: model.mean.add_(1), "the model's mean is"),
+])  # fmt: skip
+def test_advice_of_saving_is_what_adapt_takes(change: Any, words: str, tmp_path: Path) -> None:
+    model = fd.adapt(TopHead(), target_modules=["f"], rank=2, image_size=SIDE, **HALF)
+    with torch.no_grad():
+        change(model)
+    with pytest.raises(fd.UserError, match=f"^save_adapter: {words}.* adapt") as caught:
+        fd.save_adapter(model, str(tmp_path / "adapter"))
+    assert not re.search("create_model|checkpoint_path|model_kwargs", str(caught.value))

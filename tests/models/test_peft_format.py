@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fulllora_dist as fd
 from tests.models.own_modules import HALF, TARGETS, hugging_face_vit, torchvision_vit
 from tests.models.test_adapt_module import own, same, timm_model, trace
-from tests.tiny import images, stir, tiny
+from tests.tiny import CLASSES, SIDE, images, stir, tiny
 
 
 def logits(module: nn.Module) -> Tensor:
@@ -101,7 +101,12 @@ def renamed(folder: Path, old: str, new: str) -> None:
     (lambda folder: damaged(folder, use_dora=True), "has use_dora=True, which is no plain LoRA; must be False"),
     (lambda folder: damaged(folder, bias="all"), "has bias='all', which is no plain LoRA"),
     (lambda folder: renamed(folder, "fc1.lora_B", "fc1.lora_C"), "must have lora_A and lora_B of each layer"),
-    (lambda folder: renamed(folder, "fc1", "fc3"), "'vit.layers.0.mlp.fc3' matches no module"),
+    (lambda folder: damaged(folder, init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4', with"),
+    (lambda folder: damaged(folder, layer_replication=[[0, 1], [0, 2]]), r"layer_replication=.* must be off"),
+    (lambda folder: damaged(folder, use_qalora=True), "has use_qalora=True, which is no plain LoRA; must be off"),
+    (lambda folder: damaged(folder, alpha_pattern={"fc1(": 3}), "must have regular expressions and numbers"),
+    (lambda folder: damaged(folder, alpha_pattern={"fc1": "x"}), "must have regular expressions and numbers"),
+    (lambda folder: renamed(folder, "fc1", "fc3"), "does not fit the module, which has no vit.layers.0.mlp.fc3"),
     (lambda folder: renamed(folder, "fc1", "fc2"), r"does not fit the module: vit.layers.0.mlp.fc2 takes A \[r, 64\]"),
     (lambda folder: renamed(folder, "classifier", "vit.layernorm"), "does not fit the module: adapter: "),
 ])  # fmt: skip
@@ -126,3 +131,40 @@ def test_what_peft_cannot_hold_is_refused(make: Any, words: str, tmp_path: Path)
     with pytest.raises(fd.UserError, match=words):
         fd.save_peft(make(), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
+
+
+class SameEnds(nn.Module):
+    """Layers whose names are the ends of others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.sub = nn.ModuleDict({"fc": nn.Linear(8, 8), "out": nn.Linear(8, CLASSES)})
+        self.embed, self.out = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.sub["fc"](self.fc(self.embed(x).mean(dim=(2, 3))).relu())
+        return self.out(tokens + 0 * self.sub["out"](tokens).sum())
+
+
+def test_layers_whose_names_are_ends_of_others(tmp_path: Path) -> None:
+    """The branch of `fc` is that of `fc` alone, on both sides."""
+    torch.manual_seed(0)
+    module = SameEnds()
+    bare = copy.deepcopy(module)
+    settings: dict[str, Any] = {"image_size": SIDE, **HALF}
+    model = stir(fd.adapt(module, target_modules="fc", finetune="lora", rank=2, alpha=8, **settings))
+    fd.save_peft(model, tmp_path)
+    with torch.no_grad():
+        expected = model(images())
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(bare), str(tmp_path))
+    assert theirs.targeted_module_names == ["fc"]
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=1e-5)
+    again = fd.load_peft(tmp_path, bare, **settings)
+    torch.testing.assert_close(again(images()), expected, rtol=1e-5, atol=1e-5)
+    hidden = fd.adapt(SameEnds(), target_modules="sub.out|fc", finetune="lora", head="trained", rank=2, **settings)
+    with pytest.raises(
+        fd.UserError, match=r"save_peft: peft takes sub.out, which has a branch, for the trained out by its"
+    ):
+        fd.save_peft(hidden, tmp_path / "hidden")
+    assert not (tmp_path / "hidden").exists()

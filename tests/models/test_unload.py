@@ -110,11 +110,20 @@ def shared_weight() -> fd.AdaptedModel:
     return fd.adapt(module, target_modules=["fc1"], finetune="lora", rank=2, **HALF)
 
 
+def tied_weight() -> fd.AdaptedModel:
+    """One of two layers with the same weight has a branch."""
+    module = hugging_face_vit()
+    one, other = (layer.mlp for layer in module.vit.layers)  # type: ignore[union-attr]
+    one.fc1.weight = other.fc1.weight
+    return fd.adapt(module, target_modules=["layers.1.mlp.fc1"], finetune="lora", rank=2, **HALF)
+
+
 @pytest.mark.parametrize(("call", "make", "words"), [
+    (fd.merge, tied_weight, r"merge: vit.layers.0.mlp.fc1 and vit.layers.1.mlp.fc1 share a weight, which cannot take"),
     (fd.merge, tiny, r"cannot be merged into W: .*not linear in x"),
     (fd.merge, lambda: tiny(finetune="head"), "finetune: head has no branches"),
     (fd.merge, lambda: tiny(finetune="lora", precision="bf16"), "merge: precision: bf16 has rounded the blocks"),
-    (fd.merge, shared_weight, "merge: layers with branches share a weight"),
+    (fd.merge, shared_weight, r"merge: vit.layers.0.mlp.fc1 and .* share a weight, which cannot"),
     (fd.unload, lambda: tiny(precision="bf16"), "unload: precision: bf16 has rounded the blocks"),
     (fd.unload, lambda: tiny(finetune="full"), "unload: finetune: full has trained the backbone itself"),
     (fd.unload, timm_model, "unload: must be a model of create_model, adapt or load, got VisionTransformer"),
@@ -151,3 +160,32 @@ def test_features_are_timm_s() -> None:
         fd.UserError, match=r"forward_features: transformers.* has none; it is a method of timm's models"
     ):
         fd.adapt(hugging_face_vit(), target_modules=["fc1"], **HALF).forward_features(images())
+
+
+TAKING: dict[str, Any] = {
+    "disable_adapter": lambda model: fd.disable_adapter(model).__enter__(),
+    "unload": fd.unload,
+    "merge": fd.merge,
+    "save_adapter": lambda model: fd.save_adapter(model, "none"),
+    "trainable": fd.adapter_state_dict,
+}
+
+
+@pytest.mark.parametrize("how", ["merge", "unload"])
+def test_an_adapter_is_taken_off_once(how: str) -> None:
+    """What needs it then says so; the model still evaluates, as what it has become."""
+    settings: dict[str, Any] = {"finetune": "lora", "rank": 2, "head": "trained", **HALF}
+    model = stir(fd.adapt(hugging_face_vit(), target_modules=["fc1", "fc2"], **settings))
+    module = TAKING[how](model)
+    before = trace(module)
+    for what, call in TAKING.items():
+        with pytest.raises(
+            fd.UserError, match=f"^{what}: {how} has taken the adapter off this model; adapt or load it"
+        ):
+            call(model)
+    assert same(trace(module), before)
+    x, y = images(8), torch.arange(8) % CLASSES
+    report = fd.evaluate(model, (x, y), attacks=["clean", "fgsm"], gradient_masking_samples=4)
+    assert report["adapter_sha256"] is None
+    correct = (plain(module.eval(), x, model).argmax(1) == y).int().tolist()
+    assert report["attacks"]["clean"]["correct"] == correct

@@ -98,8 +98,15 @@ class TargetModules(Family):
                 have no effect.
         """
         paths = () if targets is None else _matching(module, targets, name, shown.head)
-        for path in paths:
-            _check(module, path, shown)
+        try:
+            for path in paths:
+                _check(module, path, shown)
+        except UserError as error:
+            if targets != ALL_LINEAR:
+                raise
+            raise UserError(_instead(module, shown, str(error).removesuffix("; leave it out"))) from None
+        if targets == ALL_LINEAR and not paths:
+            raise UserError(_instead(module, shown, f"target_modules: {name} has no linear layers but its head"))
         return cls(
             name=BY_TARGET,
             models=(type(module),),
@@ -112,8 +119,14 @@ class TargetModules(Family):
         )
 
     def sites(self, backbone: nn.Module, name: str) -> list[Site]:
-        layers = [Site(path, "head" if path == self.head else _label(path)) for path in self.paths]
+        layers = [Site(path, self._component(path)) for path in self.paths]
         return layers if self.head is None or self.head in self.paths else [*layers, Site(self.head, "head")]
+
+    def _component(self, path: str) -> str:
+        """Its name in reports: "head" is the layer whose output the logits are, whatever others are called."""
+        if path == self.head:
+            return "head"
+        return "inner_head" if path == "head" else _label(path)
 
     def branches(self, component: str, placement: Sequence[str], qkv: str) -> tuple[str, ...]:
         return ("",)
@@ -167,6 +180,23 @@ def _matching(module: nn.Module, targets: str | Sequence[str], name: str, head: 
                 f"target_modules: {target!r} matches no module of {name}; {suggestion(target, known.split(', '))}"
             )
     return tuple(path for path in paths if any(_ends(path, target) for target in targets))
+
+
+def _instead(module: nn.Module, shown: Pass, reason: str) -> str:
+    """What to give in place of "all-linear": ends of names that are of layers with an effect alone."""
+    layers = _layers(module)
+    good = [path for path in layers if path != shown.head and _can(module, path, shown)]
+    bad = [path for path in layers if path not in good]
+    names = [name for name in dict.fromkeys(map(_label, good)) if not any(_ends(path, name) for path in bad)]
+    return f"{reason}; in place of {ALL_LINEAR!r} give a list of layers: {names}" if names else reason
+
+
+def _can(module: nn.Module, path: str, shown: Pass) -> bool:
+    try:
+        _check(module, path, shown)
+    except UserError:
+        return False
+    return True
 
 
 def _ends(path: str, target: str) -> bool:

@@ -1,0 +1,67 @@
+"""Folders of a few small files, such as adapters, on any path or URL that fsspec knows."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import fsspec
+
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.storage.urls import classify_error, one_line, redacted, refuse_credentials
+
+
+def read_files(folder: str | os.PathLike[str], names: Sequence[str], whose: str, remedy: str) -> list[bytes]:
+    """Read files of a folder.
+
+    Args:
+        whose: what the folder is given to, for messages.
+        remedy: what to give instead where a file is missing.
+
+    Raises:
+        UserError: no path or URL, one with user:password@; a file that is missing or cannot be read.
+    """
+    fs, path = _opened(folder, whose)
+    shown = redacted(folder)
+    contents = []
+    for name in names:
+        try:
+            contents.append(fs.cat_file(f"{path}/{name}"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"{whose}: {shown} has no {name}; {remedy}") from None
+        except Exception as error:  # each store has its own exceptions
+            raise UserError(f"{whose}: {classify_error(error, f'{shown}/{name}')}") from None
+    return contents
+
+
+def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes], whose: str) -> None:
+    """Write small files in this order into a folder, which is made where there is none.
+
+    Raises:
+        UserError: no path or URL, one with user:password@; they cannot be written.
+    """
+    fs, path = _opened(folder, whose)
+    try:
+        fs.makedirs(path, exist_ok=True)
+        for name, content in files.items():
+            fs.pipe_file(f"{path}/{name}", content)
+    except Exception as error:  # each store has its own exceptions
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{whose}: {redacted(folder)}: cannot be written ({reason})") from error
+
+
+def _opened(folder: str | os.PathLike[str], whose: str) -> tuple[Any, str]:
+    """The filesystem of any path or URL that fsspec knows, hf:// among them, and the path there.
+
+    Args:
+        whose: what the folder is given to, for messages.
+
+    Raises:
+        UserError: it is no path or URL, or holds user:password@.
+    """
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise UserError(f"{whose}: must be a folder or URL, got {folder!r}")
+    refuse_credentials(os.fspath(folder))
+    try:
+        return fsspec.core.url_to_fs(os.fspath(folder))
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{whose}: {redacted(folder)}: {one_line(error)}") from None
