@@ -19,8 +19,7 @@ from fulllora_dist.distributed.interface import meet
 
 T = TypeVar("T")
 
-FLIGHT_RECORDS = "TORCH_FR_DUMP_TEMP_FILE"
-"""The environment variable with the path of torch's flight records, less the rank."""
+FLIGHT_RECORDS = "TORCH_FR_DUMP_TEMP_FILE"  # environment variable: path of torch's flight records, less the rank
 
 # (host, process id) of every rank, to name the one that died; empty before the process group is set up
 _processes: list[tuple[str, int]] = []

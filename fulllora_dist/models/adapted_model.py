@@ -65,15 +65,13 @@ class AdaptedModel(nn.Module):
 
     Attributes:
         backbone: the timm model, or what `adapt` was given, branches in place, under its own keys.
-        family: the backbone's family.
-        info: description of the backbone.
+        family, info: the backbone's family and description.
         spec: how it is adapted.
         report: placement of the branches and number of trainable parameters.
         precision: precision of the blocks.
         pixels_checked: whether the first batch has been looked at; set it where pixels outside [0, 1] are meant.
         record: what is known of its training: class names, crop, threat model; set by `load`.
-        as_built: what the backbone was built as.
-        original: what adapting changed of it.
+        as_built, original: what the backbone was built as, and what adapting changed of it.
         taken_off: "unload" or "merge", once that has taken the adapter off; None before.
 
     Example:
