@@ -246,7 +246,9 @@ def test_a_killed_run_ends_like_the_uninterrupted_one(
         mlflow.start()
         with pytest.raises(RankError):
             server.run(2, _train, configs[mlflow.uri], [], 10)
-        assert _run(mlflow.uri, tmp_path / "cut" / "run").info.status == "RUNNING"
+        client = MlflowClient(mlflow.uri)  # it may not have got the tags yet
+        (begun,) = client.search_runs([client.get_experiment_by_name("fulllora").experiment_id])
+        assert begun.info.status == "RUNNING"
         server.run(2, _train, configs[mlflow.uri], [])
         run = _run(mlflow.uri, tmp_path / "cut" / "run")
         assert run.info.status == "FINISHED"

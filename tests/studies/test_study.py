@@ -385,4 +385,4 @@ def test_the_arms_of_the_page_can_be_added_to_the_study(tmp_path: Path, monkeypa
     (tmp_path / "study.yaml").write_text(text.replace("\ncomparisons:", f"\n{arms}\ncomparisons:"))
     study = Study(str(tmp_path / "study.yaml"))
     first, second = study.waves()
-    assert (first, len(second)) == (["full", "fulllora", "lora"], 8)
+    assert (first, len(second)) == (["full", "fulllora", "lora"], 12)
