@@ -19,19 +19,15 @@ from safetensors.torch import load_file
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.distributed.comm import local_launcher
 from tests.ranks import RankServer
+from tests.smallest import TINY_MODEL
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "fulllora_dist" / "train.py")
 LIMIT = 240
 
-CONFIG = """
-model:
-  backbone: vit_tiny_patch16_224
-  pretrained: false
-  num_classes: 3
-  image_size: 16
-  model_kwargs: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
-adapter: {{rank: 2}}
+CONFIG = (
+    TINY_MODEL
+    + """\
 threat: {{eps: 8/255, eps_warmup_ratio: 0.1}}
 method: {{name: free, replays: 2}}
 data: {{train: {data}, validation: {data}, augment: flip, num_workers: 1}}
@@ -40,6 +36,7 @@ run: {{output_dir: unset, checkpoint_every: 20, log_every: 5}}
 evaluation: {{attacks: [clean, pgd3], num_samples: 12}}
 tracking: {{uri: "sqlite:///{folder}/mlflow.db"}}
 """
+)
 STEPS = 60 * 6 // 2  # 48 images in batches of 8, two updates a batch
 
 

@@ -8,19 +8,15 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from fulllora_dist.data.shards.make import make_shards
+from tests.smallest import TINY_MODEL
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "fulllora_dist" / "train.py")
 EVALUATE = str(ROOT / "fulllora_dist" / "evaluate.py")
 
-CONFIG = """
-model:
-  backbone: vit_tiny_patch16_224
-  pretrained: false
-  num_classes: 3
-  image_size: 16
-  model_kwargs: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
-adapter: {{rank: 2}}
+CONFIG = (
+    TINY_MODEL
+    + """\
 threat: {{eps: 8/255}}
 method: standard
 data: {{train: {data}, validation: {data}, augment: flip, num_workers: 0}}
@@ -29,6 +25,7 @@ run: {{output_dir: unset, log_every: 5}}
 evaluation: {{attacks: [clean], num_samples: 12, gradient_masking_samples: 0}}
 tracking: {{enabled: false}}
 """
+)
 
 
 def make_shards_of(folder: Path, classes: int = 3, seed: int = 0) -> Path:

@@ -18,19 +18,15 @@ from torch import Tensor
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.launching.jobs import run_jobs
 from tests.ranks import RankServer
+from tests.smallest import TINY_MODEL
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = str(ROOT / "jobs" / "launch.py")
 STEPS = 24
 
-CONFIG = """
-model:
-  backbone: vit_tiny_patch16_224
-  pretrained: false
-  num_classes: 3
-  image_size: 16
-  model_kwargs: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
-adapter: {{rank: 2}}
+CONFIG = (
+    TINY_MODEL
+    + """\
 threat: {{eps: 8/255}}
 method: {{name: paced, steps: 2}}
 plugins: [paced.py]
@@ -40,6 +36,7 @@ run: {{output_dir: unset, checkpoint_every: 100, log_every: 1}}
 evaluation: {{attacks: [clean], num_samples: 12}}
 tracking: {{enabled: false}}
 """
+)
 
 
 class Site:

@@ -18,15 +18,11 @@ from fulllora_dist.studies.runner import Options, Runner
 from fulllora_dist.studies.verify import Call
 from tests.ranks import RankServer
 from tests.scripts import Launched
+from tests.smallest import TINY_MODEL
 
-CONFIG = """
-model:
-  backbone: vit_tiny_patch16_224
-  pretrained: false
-  num_classes: 3
-  image_size: 16
-  model_kwargs: {{patch_size: 4, embed_dim: 32, depth: 2, num_heads: 2}}
-adapter: {{rank: 2}}
+CONFIG = (
+    TINY_MODEL
+    + """\
 threat: {{eps: 8/255}}
 method: n_fgsm
 data: {{train: {data}/train, validation: {data}/val, augment: flip, num_workers: 0}}
@@ -35,6 +31,7 @@ run: {{output_dir: unset, log_every: 1, checkpoint_every: 4}}
 evaluation: {{gradient_masking_samples: 0, batch_size: 10}}
 tracking: {{enabled: false}}
 """
+)
 STUDY = """
 name: tiny
 config: {folder}/config.yaml
