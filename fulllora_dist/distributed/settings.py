@@ -39,4 +39,4 @@ class DistributedSettings(Settings):
     """Recompute blocks in the backward pass: off, in the weight step only, or in attack passes too."""
     timeout_minutes: float | None = Field(None, gt=0)
     """Minutes that ranks wait for another in training until the run ends; null: data.retry_timeout_s and five times
-    data.request_timeout_s."""
+    data.request_timeout_s, at least 15 minutes."""

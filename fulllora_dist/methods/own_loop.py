@@ -47,13 +47,13 @@ def method(
 
     Args:
         name: pgd, trades, mart, free, fgsm_rs, n_fgsm, standard, or one registered by `register_method`.
-        eps: radius of the perturbations in pixels of [0, 1], e.g. "4/255" or 4 / 255; a length for "l2".
-        norm: "linf" or "l2".
+        eps: radius of the perturbations in pixels of [0, 1], e.g. "4/255" or 4 / 255; a length for "l2" and "l1".
+        norm: "linf", "l2" or "l1".
         seed: with the step and the ids of a batch it keys all random numbers.
         total_steps: batches of the whole run; needed by attention_drop and perturbation_mask alone.
         eps_warmup_steps, step_size_warmup_steps: batches over which eps and the attack's step size grow from zero.
         targets: mixing and smoothing, e.g. {"mixup": 0.8, "label_smoothing": 0.1}; see `TargetSettings`.
-        settings: of the method, e.g. steps, step_size, beta; docs/settings.md has them all.
+        settings: of the method, e.g. steps, step_size, beta; `train.py --help-settings` has them all.
 
     Raises:
         UserError: an unknown method or setting, or a value that it cannot have.
