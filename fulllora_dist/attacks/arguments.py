@@ -19,15 +19,18 @@ SUM_TOLERANCE = 0.01
 _RESIZED = 0.3  # bicubic resizing of tensors overshoots by less
 
 
-def check_images(x: Any, name: str = "x", channels: int | None = None) -> None:
+def check_images(x: Any, name: str = "x", channels: int | None = None, grey_levels: bool = False) -> None:
     """Check what is known without looking at the pixels: type, dtype and shape [B, C, H, W].
+
+    Args:
+        grey_levels: whether uint8 in 0..255 is taken, too.
 
     Raises:
         UserError: anything else than a tensor of floats and of this shape.
     """
     if not isinstance(x, Tensor):
         raise UserError(f"{name} must be a tensor [B, C, H, W], got {type(x).__name__}; use torch.as_tensor")
-    if not x.is_floating_point():
+    if not (x.is_floating_point() or (grey_levels and x.dtype == torch.uint8)):
         raise UserError(f"{name} must be floats in [0, 1], got {dtype_name(x)}; for 0..255 write {name}.float() / 255")
     shape = list(x.shape)
     if x.ndim == 3:
@@ -121,7 +124,8 @@ def check_batch(x: Tensor, target: Tensor) -> int:
     else:
         least, most = target.amin(), (target.sum(dim=1) - 1).abs().amax()
     seen = torch.stack([number.double() for number in (low, high, least, most)]).tolist()
-    check_range(*seen[:2])
+    if x.is_floating_point():  # no uint8 is out of range
+        check_range(*seen[:2])
     if target.ndim == 1:
         if seen[2] < 0:
             raise UserError(f"y must be labels >= 0, got {seen[2]:.0f}")

@@ -1,6 +1,7 @@
 """All settings of a run, typed and documented.
 
-`load.py` reads a YAML file and the command line into a `Config`; `--help-settings` prints every setting with its docstring.
+`load.py` reads a YAML file and the command line into a `Config`; `--help-settings` prints every setting
+with its docstring.
 """
 
 import os

@@ -44,11 +44,9 @@ class Batch:
         Example:
             metrics = method.step(engine, fd.Batch.of(x, y), step)
         """
-        if not (isinstance(x, torch.Tensor) and x.dtype == torch.uint8):
-            check_images(x)
+        check_images(x, grey_levels=True)
         labels = checked_target(y, x, needs_labels=True)
-        if x.dtype != torch.uint8:
-            check_batch(x, labels)
+        check_batch(x, labels)
         ranked = dist.is_available() and dist.is_initialized()
         slot = len(x) * dist.get_rank() if ranked else 0
         known = torch.arange(slot, slot + len(x), device=x.device) if ids is None else checked_ids(ids, x)
@@ -58,8 +56,9 @@ class Batch:
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`, copied asynchronously where memory is pinned."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True), self.slot)
+        """The same batch on `device`, copied asynchronously from pinned memory."""
+        to_host = torch.device(device).type == "cpu"  # where nothing waits for an asynchronous copy
+        return self._each(lambda tensor: tensor.to(device, non_blocking=not to_host), self.slot)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory."""

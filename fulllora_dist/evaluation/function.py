@@ -82,8 +82,15 @@ def evaluate(
     """
     if isinstance(attacks, str) or not isinstance(attacks, Sequence):
         raise UserError(f"attacks must be a list of names, e.g. ['clean', 'pgd20'], got {attacks!r}")
+    if wrong := [name for name in attacks if not isinstance(name, str)]:
+        raise UserError(f"attacks must be names, e.g. ['clean', 'pgd20'], got {wrong[0]!r}")
+    if norms is not None and not isinstance(norms, Mapping):
+        raise UserError(f'norms must be a mapping from norm to eps, e.g. {{"l2": 2}}, got {norms!r}')
     if batch_size is not None:
         batch_size = checked_count("batch_size", batch_size, at_least=1)
+    if num_samples is not None:
+        num_samples = checked_count("num_samples", num_samples, at_least=1)
+    gradient_masking_samples = checked_count("gradient_masking_samples", gradient_masking_samples, at_least=0)
     predict, model = Victim(model), unwrapped(model)
     info = model.info if isinstance(model, AdaptedModel) else None
     record = record_of(model)
@@ -167,6 +174,7 @@ def _threat(norm: Norm | None, eps: float | str | None, trained: tuple[str, floa
             f"norm: the adapter was trained for {trained[0]}; give norm, as eps={eps} has no meaning without"
         )
     chosen = norm or (trained[0] if trained else "linf")
+    threat_model(chosen, 0)  # a norm that it knows
     if eps is None:
         eps = trained[1] if trained and trained[0] == chosen else "4/255" if chosen == "linf" else None
     if eps is None:

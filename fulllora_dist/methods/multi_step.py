@@ -128,6 +128,9 @@ class Weakened:
         if self._patches_kept == 1:
             return delta
         assert self._patch is not None, "`prepare` was not called"
+        if delta.shape[-2] % self._patch or delta.shape[-1] % self._patch:
+            size = " x ".join(map(str, delta.shape[-2:]))
+            raise UserError(f"mask_patch: {self._patch} does not divide images of {size} pixels")
         rows, columns = delta.shape[-2] // self._patch, delta.shape[-1] // self._patch
         count = rows * columns
         taken = int(count * (1 - self._patches_kept))
@@ -141,9 +144,9 @@ class Weakened:
         if self._attention_kept == 1:
             yield
             return
-        handles = [
-            block.register_forward_hook(self._without_gradient(i, k)) for i, block in enumerate(attentions(model))
-        ]
+        if not (blocks := attentions(model)):
+            raise UserError("attention_drop: the model has no modules named attn; set it to 0")
+        handles = [block.register_forward_hook(self._without_gradient(i, k)) for i, block in enumerate(blocks)]
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fulllora_dist.attacks.arguments import checked_count, checked_size
 from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import threat_model
-from fulllora_dist.attacks.victim import logits_of
+from fulllora_dist.attacks.victim import Victim, logits_of
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import explain
 from fulllora_dist.core.suggest import suggestion
@@ -78,6 +78,8 @@ def method(
     if "perturbation_mask" in weakened and checked.mask_patch is None:
         raise UserError("mask_patch: must be set with perturbation_mask, to the side of the model's patches in pixels")
     chosen = _checked(TargetSettings, dict(targets or {}), "targets")
+    if chosen.mixes and checked.needs_labels:
+        raise UserError(f"targets: {name} needs one label per image; remove mixup and cutmix")
     return kind(checked, threat_model(norm, checked_size("eps", eps, norm)), seed, schedule, chosen)
 
 
@@ -126,6 +128,7 @@ class LocalEngine:
         backward: Callable[[Tensor], Any] | None = None,
     ):
         self._model, self._optimizer, self._scheduler, self._scaler = model, optimizer, scheduler, scaler
+        self._attacked = Victim(model)
         self._clip = float("inf") if grad_clip is None else grad_clip
         self._accumulation = checked_count("accumulation_steps", accumulation_steps, 1)
         self._backward = backward
@@ -146,7 +149,7 @@ class LocalEngine:
     @property
     def attack_view(self) -> nn.Module:
         """The model for attacks."""
-        return self._model.module if isinstance(self._model, DistributedDataParallel) else self._model
+        return self._attacked
 
     @property
     def classes(self) -> int:

@@ -31,8 +31,15 @@ def _look_up(quantiles: Tensor, u: Tensor) -> Tensor:
 
 
 def partners(count: int, device: torch.device) -> Tensor:
-    """int64 [count]: position of each sample's partner; `count` and the first slot must be even."""
-    assert count % 2 == 0, f"{count} samples have no partners; the configuration should have been refused"
+    """int64 [count]: position of each sample's partner; `count` and the first slot must be even.
+
+    Raises:
+        UserError: an odd number of samples, as in the last batch of a loader of one's own.
+    """
+    if count % 2:
+        raise UserError(
+            f"targets: mixing needs an even number of images, got {count}; set drop_last=True in the loader"
+        )
     return torch.arange(count, device=device) ^ 1
 
 

@@ -73,11 +73,13 @@ def save_adapter(
     Args:
         folder: local path or fsspec URL; created if it does not exist.
         state: trained tensors to save instead of the model's own (such as an average, or gathered ones).
-        training: JSON-able record of how it was trained (threat model, method, data, seed); without it, the data that
-            the model remembers (`AdaptedModel.record`), so that class names and crop are kept.
+        training: JSON-able record of how it was trained, in which "threat" is {"norm": "linf", "eps": 4 / 255}, "data"
+            as in `TrainingData` and "seed" an integer; without it, the data that the model remembers
+            (`AdaptedModel.record`), so that class names and crop are kept.
 
     Raises:
-        UserError: `load` would not bring this model back, as it was changed after it was created; nothing is written.
+        UserError: `load` would not bring this model back, as it was changed after it was created, or `training` is
+            something else; nothing is written.
 
     Example:
         fd.save_adapter(model, "adapter/")
@@ -91,6 +93,7 @@ def save_adapter(
     model.check_savable(state)
     if training is None:
         training = {key: value for key, value in model.record.content.items() if key == "data"}
+    TrainingRecord(training)  # checks it
     tensors = save_safetensors(adapter_state_dict(model, state))
     description = {
         "format_version": FORMAT_VERSION,

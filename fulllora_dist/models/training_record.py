@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fulllora_dist.core.errors import UserError
+
 
 @dataclass(frozen=True)
 class TrainingData:
@@ -30,10 +32,24 @@ class TrainingRecord:
     """The record of a training, as `save_adapter` takes it; empty where nothing is known.
 
     Attributes:
-        content: JSON-able.
+        content: JSON-able, of which `threat` (norm and eps), `data` (see `TrainingData`) and `seed` are read.
+
+    Raises:
+        UserError: one of these of another form.
     """
 
     content: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        threat, data, seed = (self.content.get(key) for key in ("threat", "data", "seed"))
+        if threat is not None and not (isinstance(threat, Mapping) and {"norm", "eps"} <= threat.keys()):
+            raise UserError(
+                f'training: threat must be a mapping such as {{"norm": "linf", "eps": 0.016}}, got {threat!r}'
+            )
+        if data is not None and not isinstance(data, Mapping):
+            raise UserError(f'training: data must be a mapping such as {{"classes": ["cat", "dog"]}}, got {data!r}')
+        if not isinstance(seed, int | None):
+            raise UserError(f"training: seed must be an integer, got {seed!r}")
 
     @property
     def threat(self) -> tuple[str, float] | None:

@@ -176,6 +176,47 @@ def test_a_short_last_batch_of_free() -> None:
         method.step(engine, fd.Batch.of(torch.rand(9, 3, SIDE, SIDE), torch.zeros(9, dtype=torch.int64)), 2)
 
 
+class Output(nn.Module):
+    """A model whose logits are in a dict, as those of `ModelOutput` are."""
+
+    num_classes = CLASSES
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(3 * SIDE * SIDE, CLASSES)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(pixels.flatten(1))}
+
+
+class Logits(Output):
+    def forward(self, pixels: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(pixels)["logits"]
+
+
+@pytest.mark.parametrize("name", ["standard", "pgd", "n_fgsm", "trades", "mart", "free"])
+def test_logits_in_an_output_are_attacked_too(name: str) -> None:
+    found = []
+    for kind in (Output, Logits):
+        model = kind()
+        engine = fd.LocalEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        for step, batch in enumerate(batches(2)):
+            fd.method(name, eps="8/255").step(engine, fd.Batch.of(batch.pixels(), batch.labels), step)
+        found.append(model.head.weight.detach())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], Output().head.weight)
+
+
+def one_step(**settings: Any) -> None:
+    """Of PGD, on three images and a model without attention."""
+    model = Logits()
+    engine = fd.LocalEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    x = torch.rand(3, 3, SIDE, SIDE)
+    fd.method("pgd", eps="8/255", **settings).step(engine, fd.Batch.of(x, [0, 1, 2]), 0)
+
+
+GREY = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)
 REFUSED = [
     (lambda: fd.method("pdg", eps=0.1), "method: 'pdg' is unknown; known: "),
     (lambda: fd.method("pgd", eps=8), "eps: 8 is outside [0, 1], the range of a pixel; for 8 of 255 grey levels write"),
@@ -195,6 +236,24 @@ REFUSED = [
     (lambda: fd.Batch.of(torch.rand(2, 3, 4, 4) * 3 - 1, [0, 1]), "x must be in [0, 1], got "),
     (lambda: fd.Batch.of(torch.rand(2, 3, 4, 4), [0]), "y must have a label for each image, got 1 for 2 images"),
     (lambda: fd.Batch.of([1, 2], [0, 1]), "x must be a tensor [B, C, H, W], got list"),
+    (lambda: fd.Batch.of(GREY, [0, -100]), "y must be labels >= 0, got -100"),
+    (
+        lambda: fd.Batch.of(GREY.permute(0, 2, 3, 1), [0, 1]),
+        "x must be [B, C, H, W], got [2, 16, 16, 3], channels last",
+    ),
+    (
+        lambda: fd.method("mart", eps=0.1, targets={"cutmix": 1}),
+        "targets: mart needs one label per image; remove mixup",
+    ),
+    (lambda: one_step(targets={"mixup": 0.8}), "targets: mixing needs an even number of images, got 3; set drop_last="),
+    (
+        lambda: one_step(attention_drop=1.0, total_steps=9),
+        "attention_drop: the model has no modules named attn; set it",
+    ),
+    (
+        lambda: one_step(perturbation_mask=1.0, total_steps=9, mask_patch=5),
+        "mask_patch: 5 does not divide images of 16 x 16 pixels",
+    ),
 ]
 
 

@@ -214,6 +214,24 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
         {"num_samples": 5},
         "num_samples must be between 1 and the 4 images of data, got 5",
     ),
+    "a fraction of images": (lambda: (X, Y), {"num_samples": 4.0}, "num_samples must be an integer >= 1, got 4.0"),
+    "checks of less than none": (
+        lambda: (X, Y),
+        {"gradient_masking_samples": -1},
+        "gradient_masking_samples must be an integer >= 0, got -1",
+    ),
+    "labels that no image has": (lambda: ((255 * X).byte(), Y - 100), {}, "y must be labels >= 0, got -100"),
+    "norms of the command line": (
+        lambda: (X, Y),
+        {"norms": ["l2=1"]},
+        "norms must be a mapping from norm to eps, e.g. {\"l2\": 2}, got ['l2=1']",
+    ),
+    "an unknown norm": (lambda: (X, Y), {"norm": "l3"}, "norm: 'l3' is unknown; known: linf, l2, l1"),
+    "a number among the attacks": (
+        lambda: (X, Y),
+        {"attacks": ("clean", 5)},
+        "attacks must be names, e.g. ['clean', 'pgd20'], got 5",
+    ),
     "a name instead of names": (
         lambda: (X, Y),
         {"classes": "ants"},
@@ -226,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
 def test_what_is_refused(case: str) -> None:
     data, settings, line = REFUSED[case]
     with pytest.raises(UserError) as refusal:
-        fd.evaluate(tiny(), data(), attacks=("clean",), **settings)
+        fd.evaluate(tiny(), data(), **{"attacks": ("clean",), **settings})
     assert str(refusal.value) == line
 
 

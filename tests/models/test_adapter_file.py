@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import pickle
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -228,6 +229,18 @@ def test_what_is_not_that_adapter_is_refused(damage: str, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=f"adapter: .*{words}|^{words}") as caught:
         fd.load(str(folder))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("training", "line"), [
+    ({"threat": "linf 4/255"}, 'training: threat must be a mapping such as {"norm": "linf", "eps": 0.016}, got'),
+    ({"threat": {"eps": 4 / 255}}, 'training: threat must be a mapping such as {"norm": "linf", "eps": 0.016}, got'),
+    ({"data": ["cat", "dog"]}, 'training: data must be a mapping such as {"classes": ["cat", "dog"]}, got'),
+    ({"seed": "0"}, "training: seed must be an integer, got '0'"),
+])  # fmt: skip
+def test_a_record_that_nothing_could_read_is_not_saved(training: Any, line: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(line)}"):
+        fd.save_adapter(tiny(), tmp_path / "adapter", training=training)
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.fixture

@@ -95,10 +95,10 @@ Full finetuning and FullLoRA (9.3 % of the parameters) start from the same weigh
 Full finetuning by FGSM becomes robust first. From 75/255 on, accuracy under PGD falls, steeply from 98/255 (below
 half of its best at 105/255), while that under FGSM rises in training, at last to 100 %: the model has learned to make
 FGSM harmless, and no curve of the training shows it. PGD-3 at the same eps is no cure: a little later (113/255) it
-collapses in the same way, to 0 %, at 94 to 100 % under itself; its three steps of 107/255 are coarse, too. FullLoRA under
-FGSM collapses where full finetuning does; at the full eps it then does not learn any more at all, which its training
-accuracy does show. So adapters did not collapse less here, where others find that adapters make FGSM more stable at
-smaller eps (arXiv 2506.22602).
+collapses in the same way, to 0 %, at 94 to 100 % under itself; its three steps of 107/255 are coarse, too. FullLoRA
+under FGSM collapses where full finetuning does; at the full eps it then does not learn any more at all, which its
+training accuracy does show. So adapters did not collapse less here, where others find that adapters make FGSM more
+stable at smaller eps (arXiv 2506.22602).
 
 Guarded, each run is bit for bit the unguarded one until its guard notices, within 50 batches of the fall below half
 of the best; from there on it trains by PGD-3 at half the learning rate and, with `guard.rollback_eps`, at {EPS}/255.
