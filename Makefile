@@ -6,6 +6,8 @@ UV = $(shell PATH="$$PATH:$(CURDIR)/$(BIN)" command -v uv 2>/dev/null)
 # two at a time, the tests of a file after one another: most use one core. Real ranks have a thread each
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=12
 PARALLEL := -n 2 --dist loadfile
+# these start jobs of their own, or measure the clock
+ALONE := tests/launching tests/distributed/test_cluster_model.py
 # what meets each of the libraries: timm, torch, DeepSpeed, the readers and decoders, MLflow
 OLDEST := $(addprefix tests/,test_config.py attacks methods/test_methods.py models/test_families.py models/test_adapter_file.py \
 	distributed/test_parity.py data/test_decode.py data/test_shard_stream.py registry/test_champion.py tracking/test_run_plots.py)
@@ -23,8 +25,8 @@ test: lint
 	$(PYTEST) $(PARALLEL)
 
 test-long: .venv/installed-test
-	$(PYTEST) -m long $(PARALLEL) --ignore tests/launching
-	$(PYTEST) -m long tests/launching
+	$(PYTEST) -m long $(PARALLEL) $(addprefix --ignore=,$(ALONE))
+	$(PYTEST) -m long $(ALONE)
 
 # on the oldest versions that pyproject.toml allows of what the package itself names
 test-oldest: .venv-oldest/installed

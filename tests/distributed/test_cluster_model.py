@@ -15,7 +15,7 @@ from fulllora_dist.distributed.comm import Comm, start_comm
 from tests.ranks import RankServer
 
 LATENCY, RATE = 0.05, 20e6
-STEPS = 4
+STEPS = 6
 
 
 def _updates(comm: Comm, switch: str) -> dict[int, tuple[list[tuple[str, int]], list[float], int]]:
