@@ -40,6 +40,7 @@ ROWS = {
     "cuda": ["vit_base_patch16_224:224:64:3", "vit_large_patch16_224:224:64:3", "vit_huge_patch14_224:224:64:3"],
     "cpu": ["vit_tiny_patch16_224:32:2:1"],
 }
+ARMS = ("bound", "fulllora", "peft", "full")
 PARTS = ("machine", "matmul", "step", "nccl", "zero", "bf16", "compile", "compiled")
 FORK = multiprocessing.get_context("fork")  # shares the imports
 _LEAST_SECONDS = 5  # that a part is worth starting for
@@ -119,6 +120,8 @@ def main() -> int:
     chosen = args.parts.split(",")
     if unknown := {*chosen} - {*PARTS}:
         raise UserError(f"--parts: {min(unknown)} is unknown; known: {', '.join(PARTS)}")
+    if unknown := {*args.arms.split(",")} - {*ARMS}:
+        raise UserError(f"--arms: {min(unknown)} is unknown; known: {', '.join(ARMS)}")
     if args.minutes <= 0:
         raise UserError(f"--minutes must be > 0, got {args.minutes:g}")
     end = time.monotonic() + 60 * args.minutes
