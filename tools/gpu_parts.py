@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.models.precision import convolve_in_full_fp32
 
 ROUNDS = 5
 # of zero: AdamW takes the first gradients by their sign, so that the rounding of those near zero counts in full, and on
 # a GPU each backward pass rounds differently; an error in a stage makes about 1
 TOLERANCE = {"zero": 0.05, "bf16": 0.1, "compile": 1e-3}
-torch.backends.cudnn.allow_tf32 = False  # as in a run
+convolve_in_full_fp32()  # as in a run
 
 Put = Callable[..., None]
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.distributed.interface import meet
+from fulllora_dist.models.precision import convolve_in_full_fp32
 
 T = TypeVar("T")
 
@@ -226,7 +227,7 @@ def start_comm(timeout_minutes: float | None = None, recorder: str | None = None
     patience = timedelta(minutes=timeout_minutes or 30)
     device = torch.device("cpu")
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        torch.backends.cudnn.allow_tf32 = False  # else the patch embedding's fp32 convolution keeps 10 bits
+        convolve_in_full_fp32()  # else the patch embedding's fp32 convolution keeps 10 bits
         visible = torch.cuda.device_count()
         local = local if visible > 1 or local == 0 else 0  # a scheduler may show each task only its own GPU
         if local >= visible:
@@ -259,11 +260,8 @@ def start_comm(timeout_minutes: float | None = None, recorder: str | None = None
 def _record_collectives(path: str) -> None:
     """Switch on torch's flight recorder, but for what the user's variables say."""
     older = {"TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORDS: "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"}
-    for name, value in {
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        FLIGHT_RECORDS: path,
-    }.items():
+    wanted = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", FLIGHT_RECORDS: path}
+    for name, value in wanted.items():
         if older.get(name, name) not in os.environ:
             os.environ.setdefault(name, value)
 

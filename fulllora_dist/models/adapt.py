@@ -10,6 +10,7 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import Settings, explain
 from fulllora_dist.core.suggest import suggestion
 from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
+from fulllora_dist.models.as_built import attributes
 from fulllora_dist.models.attaching import adapt_backbone
 from fulllora_dist.models.backbone import BackboneInfo, build_backbone
 from fulllora_dist.models.families import family_of, has_family
@@ -189,6 +190,7 @@ def adapt_given(
             f"target_modules: must name the layers of {name} that get a branch, as it is no timm model of a known "
             f"family; its layers: {', '.join(labels(module))}"
         )
+    before_pass = attributes(module)
     shown = Pass.through(module, name, image_size_of(module, name, model.image_size))
     info = describe(module, name, model, shown.num_classes, () if shown.head is None else (shown.head,))
     check(info)
@@ -201,4 +203,4 @@ def adapt_given(
         )
     if targeted_head:
         unplaced = unplaced.model_copy(update={"head": "adapted"})
-    return adapt_backbone(module, info, by_target, unplaced, finetune, seed=seed)
+    return adapt_backbone(module, info, by_target, unplaced, finetune, seed=seed, before_pass=before_pass)

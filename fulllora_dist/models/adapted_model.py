@@ -105,7 +105,7 @@ class AdaptedModel(nn.Module):
         self.taken_off: Literal["unload", "merge"] | None = None
         self.record = TrainingRecord()
         self._trainable = tuple(n for n, p in backbone.named_parameters() if p.requires_grad)
-        self.as_built = AsBuilt.of(backbone, {*self._trainable, *self.statistics()})
+        self.as_built = AsBuilt.of(backbone, {*self._trainable, *self.statistics()}, original.attributes)
         device = next(backbone.parameters()).device
         self.register_buffer("mean", torch.tensor(info.mean, device=device).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(info.std, device=device).view(1, 3, 1, 1), persistent=False)

@@ -78,7 +78,7 @@ class Mixed:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Tensor | None = None) -> Tensor:
         """As `LowRank.linear`; every sample passes through the frozen layer once."""
-        y = x.new_empty(*x.shape[:-1], len(weight))
+        y: Tensor | None = None
         for (_, samples), low_rank in zip(self.choice.parts, self.branches, strict=True):
             rows = self.choice.rows(samples, len(x))
             own = None if frozen is None else frozen.view(len(x), -1, len(weight))[rows].flatten(0, 1)
@@ -86,7 +86,10 @@ class Mixed:
                 part = low_rank.linear(x[rows], weight, bias, own)
             else:
                 part = F.linear(x[rows], weight, bias) if own is None else own.view(*x[rows].shape[:-1], -1)
+            if y is None:
+                y = part.new_empty(*x.shape[:-1], len(weight))  # of the dtype that autocast gives the parts
             y = y.index_copy(0, rows, part)
+        assert y is not None
         return y
 
 
@@ -106,14 +109,18 @@ class OwnTensors(nn.Module):
             return output
         if not choice.parts:
             alone = choice.whole
-            return output if alone is None or alone not in self.tensors else self._call(alone, module, args)
+            return output if alone is None or alone not in self.tensors else self._call(alone, module, args, output)
         for name, samples in choice.parts:
             if name is not None and name in self.tensors:
                 rows = choice.rows(samples, len(output))
-                part = self._call(name, module, tuple(a[rows] if isinstance(a, Tensor) else a for a in args))
+                part = self._call(name, module, tuple(a[rows] if isinstance(a, Tensor) else a for a in args), output)
                 output = output.index_copy(0, rows, part)
         return output
 
-    def _call(self, name: str, module: nn.Module, args: tuple) -> Tensor:
+    def _call(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """In the dtype of the adapter's tensors, which are fp32 in blocks in bf16, too; the result as `output`."""
+        own: dict[str, Tensor] = dict(self.tensors[name].named_parameters())
+        dtype = next(iter(own.values())).dtype
+        args = tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
         with choosing(Choice(name, inside=True)):
-            return functional_call(module, dict(self.tensors[name].named_parameters()), args)
+            return functional_call(module, own, args).to(output.dtype)

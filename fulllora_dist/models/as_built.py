@@ -30,14 +30,31 @@ _MAY_CHANGE = {
 """Attributes of modules that do not change the logits in evaluation mode."""
 _PLAIN = (bool, int, float, str)
 
+_OF_VALUES = "train what finetune trains; finetune='full' saves all tensors"
+_REMEDIES = (
+    "load builds it as create_model did; change it by model_kwargs there",
+    "load builds the model as create_model did; change it by model_kwargs there",
+    "create the model in the right shape, and keep it in the dtype that create_model gave it",
+    f"give weights by checkpoint_path instead of load_state_dict, and {_OF_VALUES}",
+)
+""": of changed modules, names, kinds and values."""
+_REMEDIES_OF_GIVEN = (
+    *(3 * ("change the module before adapt, or change it back",)),
+    f"change the module before adapt, and {_OF_VALUES}",
+)
+
 
 def _tensors(backbone: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, also those that no state dict holds."""
     return {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
 
 
+def attributes(backbone: nn.Module) -> dict[str, dict[str, Any]]:
+    """{path: plain attributes} of all modules, such as eps, stride or scale."""
+    return {path: _attributes(module) for path, module in backbone.named_modules()}
+
+
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """The plain attributes of a module, such as eps, stride or scale."""
     return {
         name: value
         for name, value in vars(module).items()
@@ -47,6 +64,11 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def _kept(before: Mapping[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Those of a module's attributes that a forward pass has left as they were."""
+    return {name: value for name, value in after.items() if name in before and before[name] == value}
+
+
 @dataclass(frozen=True)
 class AsBuilt:
     """A record of a backbone as it was built.
@@ -54,7 +76,7 @@ class AsBuilt:
     Attributes:
         tensors: {name: (dtype, shape)} of all parameters and buffers.
         fingerprints: {name: fingerprint} of those that an adapter does not hold; empty on the meta device.
-        modules: {path: (class, plain attributes)}.
+        modules: {path: (class, plain attributes)}, less those that a forward pass changes by itself.
     """
 
     tensors: Mapping[str, tuple[torch.dtype, torch.Size]]
@@ -62,18 +84,24 @@ class AsBuilt:
     modules: Mapping[str, tuple[type, Mapping[str, Any]]]
 
     @classmethod
-    def of(cls, backbone: nn.Module, held: Collection[str]) -> "AsBuilt":
+    def of(cls, backbone: nn.Module, held: Collection[str], before_pass: Mapping[str, Mapping[str, Any]]) -> "AsBuilt":
         """Record a backbone.
 
         Args:
             held: names of the tensors that an adapter holds.
+            before_pass: its `attributes` before the passes with which it was adapted; a counter of calls or a cached
+                size differs by now.
         """
         tensors = _tensors(backbone)
         on_meta = any(tensor.is_meta for tensor in tensors.values())
         return cls(
             {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()},
             {} if on_meta else {n: fingerprint({n: t}) for n, t in tensors.items() if n not in held},
-            {path: (type(module), _attributes(module)) for path, module in backbone.named_modules()},
+            {
+                path: (type(module), _kept(before_pass[path], now) if path in before_pass else now)
+                for path, module in backbone.named_modules()
+                for now in [_attributes(module)]
+            },
         )
 
     def check(self, backbone: nn.Module, given: bool = False) -> None:
@@ -87,26 +115,10 @@ class AsBuilt:
         Raises:
             UserError: something changed; the message names the first change, and what to do instead.
         """
-        for what, remedy in (
-            (self._changed_modules(backbone), "load builds it as create_model did; change it by model_kwargs there"),
-            (
-                self._changed_names(backbone),
-                "load builds the model as create_model did; change it by model_kwargs there",
-            ),
-            (
-                self._changed_kinds(backbone),
-                "create the model in the right shape, and keep it in the dtype that create_model gave it",
-            ),
-            (
-                self._changed_values(backbone),
-                "give weights by checkpoint_path instead of load_state_dict, and train what finetune trains; "
-                "finetune='full' saves all tensors",
-            ),
-        ):
-            changes = list(what)
+        changed = (self._changed_modules, self._changed_names, self._changed_kinds, self._changed_values)
+        for what, remedy in zip(changed, _REMEDIES_OF_GIVEN if given else _REMEDIES, strict=True):
+            changes = list(what(backbone))
             if changes:
-                if given:
-                    remedy = "change the module before adapt, and train what finetune trains; finetune='full' saves all"
                 more = f" (and {len(changes) - 1} more such changes)" if len(changes) > 1 else ""
                 raise UserError(f"save_adapter: {changes[0]}{more}, which an adapter does not hold; {remedy}")
 

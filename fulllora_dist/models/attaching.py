@@ -1,7 +1,7 @@
 """Adapt a backbone: decide what trains, derive the rank from the trainable fraction, put branches in place, show that
 they are called. Every adapted model is made here, whether its backbone was built or given."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import timm
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import base_key
 from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel, AdapterSpec
+from fulllora_dist.models.as_built import attributes
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import Family
 from fulllora_dist.models.families.family import check_forward
@@ -106,12 +107,14 @@ def adapt_backbone(
     *,
     seed: int = 0,
     precision: Precision = "fp32",
+    before_pass: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> AdaptedModel:
     """Adapt a backbone in place.
 
     Args:
         info, family: of the backbone.
         seed: of the branches' A.
+        before_pass: the backbone's `attributes`, where a pass through it has been made since.
 
     Raises:
         UserError: see `create_model`; the backbone is as it was.
@@ -166,7 +169,7 @@ def adapt_backbone(
         finetune, rank, alpha, components, qkv, adapter.patch_norm_eps, resolved_head, seed, targets,
         adapter.blocks, adapter.train_norms,
     )  # fmt: skip
-    original = Original.of(backbone, () if finetune == "full" else trained)
+    original = Original.of(backbone, () if finetune == "full" else trained, before_pass or attributes(backbone))
     try:
         for parameter_name, parameter in backbone.named_parameters():
             parameter.requires_grad_(parameter_name in trained)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.precision import multiplies_in_full_fp32
 from fulllora_dist.models.settings import Precision
 
 ATTENTION = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -61,7 +62,7 @@ def peak_flops(device: str, precision: Precision) -> float | None:
         precision: of the blocks. fp32 is known only without TF32.
     """
     words = device.replace("-", " ").split()
-    if "MIG" in words or (precision == "fp32" and torch.get_float32_matmul_precision() != "highest"):
+    if "MIG" in words or (precision == "fp32" and not multiplies_in_full_fp32()):
         return None
     known = [name for name in _PEAKS if {*name.split()} <= {*words}]
     if not known:

@@ -25,6 +25,7 @@ from fulllora_dist.models.adapter_switch import AdapterSwitch, Choice, OwnTensor
 from fulllora_dist.models.attaching import attach_at
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.placement import Site
+from fulllora_dist.models.precision import compute_in_bf16
 from fulllora_dist.models.rebuild import build, build_onto, check_backbone, described, settings_of
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
@@ -36,8 +37,9 @@ class MultiAdapter(nn.Module):
     """pixels [B, 3, H, W] in [0, 1], fp32, and a choice of adapters -> logits [B, classes], fp32.
 
     A batch with a single adapter gives bit for bit the logits of that adapter loaded alone. (So its tensors require
-    gradients, as there: torch's choice of kernels depends on it.) With several adapters they agree up to rounding, as
-    the branches process smaller batches. Calls from several threads are independent.
+    gradients, as there: torch's choice of kernels depends on it.) In bf16 this excepts adapters that train LayerNorms:
+    alone they compute under autocast, and here in blocks that are stored in bf16. With several adapters the logits
+    agree up to rounding, as the branches process smaller batches. Calls from several threads are independent.
 
     Args:
         adapters: {name: folder}, with names of your choice.
@@ -67,6 +69,7 @@ class MultiAdapter(nn.Module):
         if not isinstance(adapters, Mapping) or not adapters:
             raise UserError(f"adapters: must be {{name: folder, ...}} with at least one, got {adapters!r}")
         self._local_folder = local_folder
+        self._precision = precision
         self._shape: nn.Module | None = None  # of a backbone that was given, on the meta device
         self._specs: dict[str, AdapterSpec] = {}
         self.records: dict[str, TrainingRecord] = {}
@@ -74,7 +77,7 @@ class MultiAdapter(nn.Module):
         self.own = nn.ModuleList()
         self._hooks: list[RemovableHandle] = []
         first, *_ = adapters.values()
-        self._begin(as_text(first), checkpoint_path, backbone, precision)
+        self._begin(as_text(first), checkpoint_path, backbone)
         try:
             for name, where in adapters.items():
                 self.add(name, where)
@@ -83,9 +86,12 @@ class MultiAdapter(nn.Module):
                 hook.remove()
             self._base.original.restore(self._base.backbone)
             raise
+        if precision == "bf16":  # now that nothing of the blocks requires gradients, and nothing is taken back
+            compute_in_bf16(self._base.family.modules(self._base.backbone))
+            self._base.precision = precision
 
-    def _begin(self, where: str, checkpoint_path: str | None, backbone: nn.Module | None, precision: Precision) -> None:
-        """Build the backbone of the first adapter, with its original head and without branches."""
+    def _begin(self, where: str, checkpoint_path: str | None, backbone: nn.Module | None) -> None:
+        """Build the backbone of the first adapter in fp32, with its original head and without branches."""
         with self._local_folder(where) as folder:
             description, _ = read_adapter(folder)
             info, spec = described(folder, description)
@@ -96,9 +102,9 @@ class MultiAdapter(nn.Module):
             )
             if backbone is not None:
                 self._shape = on_meta(backbone)
-                base = build_onto(backbone, folder, description, bare, precision=precision)
+                base = build_onto(backbone, folder, description, bare)
             else:
-                base = build(info, bare, checkpoint_path=checkpoint_path, precision=precision)
+                base = build(info, bare, checkpoint_path=checkpoint_path)
                 check_backbone(folder, description, base.info)
         self._base: AdaptedModel = base.requires_grad_(False)
         self.info: BackboneInfo = base.info
@@ -132,12 +138,12 @@ class MultiAdapter(nn.Module):
             _check_shares(where, spec)
             self._check_same(where, info, spec)
             if self._shape is not None:
-                settings, adapter = settings_of(info, spec)
+                settings, adapter = settings_of(info, spec, precision=self._precision)
                 module = copy.deepcopy(self._shape)
                 planned = adapt_given(module, settings, adapter, spec.finetune, spec.target_modules, seed=spec.seed)
             else:
                 with torch.device("meta"):
-                    planned = build(info, spec)
+                    planned = build(info, spec, precision=self._precision)
         self._place(name, planned, state)
         self._specs[name] = spec
         self.records[name] = TrainingRecord(description.training)

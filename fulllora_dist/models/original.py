@@ -1,7 +1,8 @@
 """What adapting changes of a module, as it was before: classes of layers, flags, and values of what is trained."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,19 +17,22 @@ class Original:
         requires_grad: {parameter: flag}.
         trained: {parameter: copy on the CPU} of the module's own tensors that are trained; empty on the meta device,
             and where the whole module is trained, which would need memory for a second one.
+        attributes: see `as_built.attributes`.
     """
 
     classes: dict[str, type[nn.Module]]
     training: dict[str, bool]
     requires_grad: dict[str, bool]
     trained: dict[str, Tensor]
+    attributes: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def of(cls, module: nn.Module, trained: Collection[str] = ()) -> "Original":
+    def of(cls, module: nn.Module, trained: Collection[str], attributes: Mapping[str, Mapping[str, Any]]) -> "Original":
         """Record a module.
 
         Args:
             trained: names of the parameters whose values are copied.
+            attributes: of its modules before any pass.
         """
         parameters = dict(module.named_parameters())
         return cls(
@@ -40,6 +44,7 @@ class Original:
                 for name, parameter in parameters.items()
                 if name in trained and not parameter.is_meta
             },
+            attributes,
         )
 
     def restore(self, module: nn.Module) -> None:

@@ -13,8 +13,9 @@ DeepSpeed's `bf16.enabled` is not used: it casts every parameter, the patch embe
 """
 
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +30,65 @@ def has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def _set_cudnn(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+_OLD: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
+    (lambda: torch.backends.cudnn.allow_tf32, _set_cudnn, False),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+)
+"""torch's old settings of TF32: (read, set, value for full fp32). Reading one raises where a new setting contradicts
+it; so both kinds are set alike, as code in a model may read the old ones, e.g. `torch.backends.cudnn.flags`."""
+
+
+def _new() -> tuple[Any, ...]:
+    """What has torch's new setting, `fp32_precision`, those first from which others inherit; none before torch 2.9."""
+    every: Any = torch.backends
+    if not hasattr(every.cuda.matmul, "fp32_precision"):
+        return ()
+    cudnn, mkldnn = every.cudnn, every.mkldnn
+    return every, cudnn, every.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn
+
+
 @contextmanager
 def in_full_fp32() -> Iterator[None]:
-    """Disable TF32 within the context, which would round the inputs of products to 10 bits."""
-    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-    torch.backends.cudnn.allow_tf32 = False
-    torch.set_float32_matmul_precision("highest")
+    """Disable TF32 within the context, which would round the inputs of products to 10 bits, and bf16 in its place on
+    CPUs."""
+    old = []
+    for read, put, full in _OLD:
+        with suppress(RuntimeError):  # contradicted, and so of no effect
+            old.append((put, read(), full))
+    new: list[tuple[Any, str]] = []
     try:
+        for place in _new():
+            new.append((place, place.fp32_precision))
+            place.fp32_precision = "none"  # so that the following ones show their own values
+        for put, _, full in old:
+            put(full)
+        for place, _ in new:
+            place.fp32_precision = "ieee"
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before[0]
-        torch.set_float32_matmul_precision(before[1])
+        for put, value, _ in old:  # first, as they change new ones
+            put(value)
+        for place, value in new:
+            place.fp32_precision = value
+
+
+def convolve_in_full_fp32() -> None:
+    """Disable TF32 in convolutions from now on."""
+    _set_cudnn(False)
+    if _new():  # where they might inherit TF32 by now
+        cudnn: Any = torch.backends.cudnn
+        cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = "ieee"
+
+
+def multiplies_in_full_fp32() -> bool:
+    """Whether matrix products on GPUs are without TF32."""
+    if _new():
+        return torch.backends.cuda.matmul.fp32_precision in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest"
 
 
 def _cast_input(dtype: torch.dtype):

@@ -493,3 +493,34 @@ def test_advice_of_saving_is_what_adapt_takes(change: Any, words: str, tmp_path:
     with pytest.raises(fd.UserError, match=f"^save_adapter: {words}.* adapt") as caught:
         fd.save_adapter(model, str(tmp_path / "adapter"))
     assert not re.search("create_model|checkpoint_path|model_kwargs", str(caught.value))
+
+
+class Counting(TopHead):
+    """It notes things in its forward pass, and has a factor that it leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.size, self.first, self.factor = 0, 0, True, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls, self.size, self.first, self.mean = self.calls + 1, len(x), False, float(x.mean())
+        return super().forward(x) * self.factor
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["f"], "rank": 2}, {"finetune": "full"}], ids=str)
+def test_what_a_forward_pass_notes_is_no_change(settings: dict[str, Any], tmp_path: Path) -> None:
+    module = Counting()
+    bare = copy.deepcopy(module)
+    model = stir(fd.adapt(module, image_size=SIDE, **settings, **HALF))
+    expected = model(images(8))
+    fd.save_adapter(model, str(tmp_path / "adapter"))
+    assert torch.equal(fd.load(str(tmp_path / "adapter"), backbone=bare)(images(8)), expected)
+    module.factor = 2.0
+    with pytest.raises(fd.UserError) as caught:
+        fd.save_adapter(model, str(tmp_path / "changed"))
+    assert str(caught.value) == (
+        "save_adapter: factor was 1.0 and is 2.0, which an adapter does not hold; change the module before adapt, or "
+        "change it back"
+    )
+    module.factor = 1.0
+    fd.save_adapter(model, str(tmp_path / "changed"))

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
-from tests.tiny import CLASSES, FAMILIES, images, stir, tiny
+from tests.tiny import ARCHITECTURE, CLASSES, FAMILIES, SIDE, images, roughen, stir, tiny
 
 OTHERS: list[dict[str, Any]] = [
     {"rank": 2, "components": ("q", "v", "fc2", "patch_embed")},
@@ -112,6 +113,68 @@ def test_calls_in_threads_do_not_meet(saved: Callable[..., str]) -> None:
     with ThreadPoolExecutor(2) as threads:
         together = dict(zip("ab", threads.map(lambda name: scores(several, x, name), "ab"), strict=True))
     assert all(torch.equal(together[name], alone[name]) for name in "ab")
+
+
+def test_under_autocast_layers_give_the_dtype_that_they_give_one_adapter(saved: Callable[..., str]) -> None:
+    several = fd.MultiAdapter({name: saved(i) for i, name in enumerate("ab")}).eval()
+    seen: dict[str, torch.dtype] = {}
+    for path, module in several.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.register_forward_hook(lambda _, __, y, path=path: seen.__setitem__(path, y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores(several, images(), "a")
+        alone = dict(seen)
+        scores(several, images(), ["b", "a", None, "a"])
+    assert seen == alone
+    assert set(alone.values()) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["built", "given"])
+def test_bf16_is_that_of_each_adapter_alone(given: bool, tmp_path: Path) -> None:
+    """LayerNorms are not at 1 and 0, which bf16 would hold exactly."""
+    save_file(roughen(bare()).backbone.state_dict(), str(tmp_path / "weights.safetensors"))
+
+    def model(**settings: Any) -> fd.AdaptedModel:
+        return fd.create_model(
+            "vit_tiny_patch16_224.augreg_in21k",
+            checkpoint_path=str(tmp_path / "weights.safetensors"),
+            num_classes=CLASSES,
+            image_size=SIDE,
+            model_kwargs=ARCHITECTURE,
+            **settings,
+        )
+
+    folders = {name: str(tmp_path / name) for name in "abndt"}
+    for i, folder in enumerate(folders.values()):
+        fd.save_adapter(stir(model(**OTHERS[i]), i), folder)
+    bare_one = model(finetune="head", precision="bf16")
+    backbone = fd.unload(model(finetune="head")) if given else None
+    several = fd.MultiAdapter(folders, precision="bf16", backbone=backbone).eval()
+    blocks = several.get_submodule("_base.backbone.blocks")
+    assert {p.dtype for n, p in blocks.named_parameters() if ".lnlora." not in n} == {torch.bfloat16}
+    x = images(10)
+    apart = {name: scores(fd.load(folder, precision="bf16"), x) for name, folder in folders.items()}
+    apart[None] = scores(bare_one, x)
+    for name, expected in apart.items():
+        found = scores(several, x, name)
+        if name in ("n", "t"):  # train LayerNorms, and compute under autocast when alone
+            assert (found - expected).norm() < 0.02 * expected.norm()
+        else:
+            assert torch.equal(found, expected), name
+    choice = ["d", None, "a", "b", "t", "a", "b", None, "d", "n"]
+    mixed = scores(several, x, choice)
+    for i, name in enumerate(choice):
+        assert (mixed[i] - apart[name][i]).norm() < 0.03 * apart[name].norm() / 10**0.5
+
+
+def test_a_backbone_that_is_given_stays_in_fp32_where_an_adapter_is_refused(saved: Callable[..., str]) -> None:
+    module = bare().backbone
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(UserError, match=r"has no adapter\.json"):
+        fd.MultiAdapter({"a": saved(0), "b": "nowhere"}, backbone=module, precision="bf16")
+    after = module.state_dict()
+    assert all(after[n].dtype == t.dtype and torch.equal(after[n], t) for n, t in before.items())
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

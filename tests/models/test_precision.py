@@ -1,6 +1,8 @@
 """Pixels, patch embedding, head and masters in fp32; the blocks in bf16; the normaliser inside."""
 
 import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.models.adapted_model import AdaptedModel
+from fulllora_dist.models.flops import peak_flops
+from fulllora_dist.models.precision import convolve_in_full_fp32, in_full_fp32
 from tests.tiny import CLASSES, FAMILIES, images, stir, tiny
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -135,3 +139,96 @@ def test_the_backbone_sees_normalised_pixels(family: str, given: tuple | None) -
     for channel in range(3):
         torch.testing.assert_close(seen[0][:, channel], (x[:, channel] - mean[channel]) / std[channel])
     assert not any(name in model.state_dict() for name in ("mean", "std"))
+
+
+BACKENDS: Any = torch.backends
+PLACES = [(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")]
+HAS_NEW = pytest.mark.skipif(not hasattr(BACKENDS.cuda.matmul, "fp32_precision"), reason="torch 2.8 has the old ones")
+
+
+def reset() -> None:
+    BACKENDS.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest")
+    for place in (("generic", "all"), *PLACES):
+        torch._C._set_fp32_precision_setter(*place, "tf32" if place in (("cuda", "conv"), ("cuda", "rnn")) else "none")
+
+
+@pytest.fixture
+def settings() -> Iterator[None]:
+    """torch's own, before and after."""
+    reset()
+    yield
+    reset()
+
+
+def tried(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except RuntimeError:
+        return "raises"
+
+
+def flags() -> None:
+    with BACKENDS.cudnn.flags(enabled=False):
+        pass
+
+
+def shown() -> list[Any]:
+    """All that torch says of TF32, by its old settings and its new ones."""
+    new = [torch._C._get_fp32_precision_getter(*place) for place in (("generic", "all"), *PLACES)]
+    old = (lambda: BACKENDS.cudnn.allow_tf32, torch.get_float32_matmul_precision)
+    return [*new, *map(tried, old), tried(lambda: BACKENDS.cuda.matmul.allow_tf32), tried(flags)]
+
+
+PROGRAMS: dict[str, list[tuple[Any, str, Any]]] = {
+    "nothing": [],
+    "new, of products": [(BACKENDS.cuda.matmul, "fp32_precision", "tf32")],
+    "new, of convolutions": [(BACKENDS.cudnn.conv, "fp32_precision", "ieee")],
+    "new, of all": [(BACKENDS, "fp32_precision", "tf32")],
+    "new, of cudnn, but rnn": [
+        (BACKENDS.cudnn, "fp32_precision", "tf32"),
+        (BACKENDS.cudnn.rnn, "fp32_precision", "ieee"),
+    ],
+    "new, on the CPU": [
+        (BACKENDS.mkldnn.matmul, "fp32_precision", "bf16"),
+        (BACKENDS.mkldnn.conv, "fp32_precision", "tf32"),
+    ],
+    "old": [(BACKENDS.cudnn, "allow_tf32", False), (BACKENDS.cuda.matmul, "allow_tf32", True)],
+    "both": [(BACKENDS.cuda.matmul, "allow_tf32", True), (BACKENDS.cuda.matmul, "fp32_precision", "ieee")],
+}
+
+
+@HAS_NEW
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.usefixtures("settings")
+def test_full_fp32_by_old_and_new_settings_leaves_no_trace(program: str) -> None:
+    def run_program() -> list[Any]:
+        for place, name, value in PROGRAMS[program]:
+            setattr(place, name, value)
+        return shown()
+
+    before = run_program()
+    with in_full_fp32():
+        inside = shown()
+        assert set(inside[:9]) <= {"ieee", "none"}
+        assert all(value != "raises" for value, outside in zip(inside, before, strict=True) if outside != "raises")
+        assert peak_flops("NVIDIA H200", "fp32") == 67e12
+    assert shown() == before
+    with pytest.raises(Burst), in_full_fp32():
+        burst()
+    assert shown() == before
+    assert (peak_flops("NVIDIA H200", "fp32") is None) == (before[2] == "tf32")
+    BACKENDS.fp32_precision = "ieee"
+    inherited = shown()
+    reset()
+    run_program()
+    BACKENDS.fp32_precision = "ieee"
+    assert shown() == inherited, "what inherited still does"
+
+
+@HAS_NEW
+@pytest.mark.usefixtures("settings")
+def test_convolutions_keep_full_fp32_where_all_else_is_in_tf32() -> None:
+    BACKENDS.fp32_precision = "tf32"
+    convolve_in_full_fp32()
+    assert (BACKENDS.cudnn.conv.fp32_precision, BACKENDS.cudnn.allow_tf32) == ("ieee", False)
