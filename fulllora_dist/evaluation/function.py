@@ -88,8 +88,6 @@ def evaluate(
         raise UserError(f'norms must be a mapping from norm to eps, e.g. {{"l2": 2}}, got {norms!r}')
     if batch_size is not None:
         batch_size = checked_count("batch_size", batch_size, at_least=1)
-    if num_samples is not None:
-        num_samples = checked_count("num_samples", num_samples, at_least=1)
     gradient_masking_samples = checked_count("gradient_masking_samples", gradient_masking_samples, at_least=0)
     predict, model = Victim(model), unwrapped(model)
     info = model.info if isinstance(model, AdaptedModel) else None

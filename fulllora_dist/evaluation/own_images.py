@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from fulllora_dist.attacks.arguments import check_precision, dtype_name
+from fulllora_dist.attacks.arguments import check_precision, checked_count, dtype_name
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.plan import stratified_order
@@ -48,7 +48,7 @@ class OwnImages:
         rows = [image for part in parts for image in part.images]
         order = np.argsort(ids, kind="stable")
         if num_samples is not None:
-            if not 1 <= num_samples <= len(ids):
+            if checked_count("num_samples", num_samples, 1) > len(ids):
                 raise UserError(f"num_samples must be between 1 and the {len(ids)} images of data, got {num_samples}")
             order = order[np.sort(stratified_order(labels[order])[:num_samples])]
         self.ids, self._labels, self._images = ids[order], labels[order], [rows[row] for row in order]
