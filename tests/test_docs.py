@@ -1,6 +1,7 @@
 """Files and names in the pages' `code` are there (`path.py:name`), and what a config's first lines say of it holds."""
 
 import ast
+import json
 import re
 from functools import cache
 from itertools import takewhile
@@ -115,3 +116,23 @@ def test_the_hours_are_those_that_are_counted(config: Path, monkeypatch: pytest.
     assert re.search(rf"\n  all +{fewest}, +{again}; ", counted)
     (rank,) = re.findall(r"rank (\d+)", opening)
     assert f"rank of the branches: {rank}" in counted
+
+
+def test_the_cost_of_a_step_is_what_was_measured() -> None:
+    """The table of docs/performance.md, from the file that the benchmark wrote."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    rows = sorted(
+        json.loads((ROOT / "docs" / "performance_step.json").read_text())["rows"],
+        key=lambda row: (row["backbone"] != "vit_tiny_patch16_224", row["steps"]),
+    )
+    arms = {"bound": "frozen bound", "fulllora": "FullLoRA", "peft": "peft's LoRA", "full": "full finetuning"}
+    arms |= {f"{name}_compiled": f"{words}, compiled" for name, words in arms.items()}
+    for name, words in arms.items():
+        measured = [row["arms"][name] for row in rows]
+        cells = [
+            f"{one['ratio_to_bound']:.2f} ({one['cpu_s']:.2f} s, {{:.2f}} to {{:.2f}})".format(*one["cpu_s_spread"])
+            for one in measured
+        ]
+        assert f"| {words} | {' | '.join(cells)} |" in page
+    kept = " | ".join(f"{row['saved_bytes_ratio']:.2f}" for row in rows)
+    assert f"| kept for backward, FullLoRA to frozen | {kept} |" in page
