@@ -229,7 +229,8 @@ def start_comm(timeout_minutes: float | None = None, recorder: str | None = None
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         convolve_in_full_fp32()  # else the patch embedding's fp32 convolution keeps 10 bits
         visible = torch.cuda.device_count()
-        local = local if visible > 1 or local == 0 else 0  # a scheduler may show each task only its own GPU
+        if "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ","):
+            local = 0  # a scheduler shows each task only its own GPU
         if local >= visible:
             raise UserError(
                 f"LOCAL_RANK must be below the number of visible GPUs ({visible}), got {local}; "

@@ -44,6 +44,11 @@ def join_launcher() -> None:
     Raises:
         UserError: it is not known where rank 0 listens, or the variables are no integers.
     """
+    for variable, least in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
+        value = os.environ.get(variable)
+        if value is not None and not (value.isdecimal() and int(value) >= least):
+            os.environ.pop("RANK", None)  # it says who prints the line
+            raise UserError(f"{variable} must be an integer >= {least}, as set by a launcher, got {value!r}")
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
     name = next((name for name, (size, *_) in _LAUNCHERS.items() if _number(size, 1) > 1), None)

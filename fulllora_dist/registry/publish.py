@@ -97,12 +97,10 @@ def _check_evaluation(evaluation: EvaluationReport, description: AdapterDescript
             f"evaluation.json is of the backbone {evaluation['backbone']}, the adapter's is "
             f"{description.backbone.name}; give its own evaluation"
         )
-    sha256 = evaluation.get("adapter_sha256")
-    if sha256 not in (None, description.sha256):
-        raise UserError(
-            f"evaluation.json is of the adapter {str(sha256)[:12]}, this one is {description.sha256[:12]}; "
-            "give its own evaluation"
-        )
+    sha256 = evaluation.get("adapter_sha256", description.sha256)  # a report of another program may not have it
+    if sha256 != description.sha256:
+        of = "no adapter" if sha256 is None else f"the adapter {str(sha256)[:12]}"
+        raise UserError(f"evaluation.json is of {of}, this one is {description.sha256[:12]}; give its own evaluation")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Runs what a study has not yet: tries first, then the chosen values with every seed, each run resumable by itself."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.models.adapter_file import DESCRIPTION
 from fulllora_dist.storage.folder_lock import FolderLock
@@ -229,11 +231,14 @@ class _Times:
 
     def __init__(self, path: Path):
         self._path = path
-        self._seconds: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+        self._seconds: dict[str, dict[str, float]] = {}
+        with contextlib.suppress(FileNotFoundError, ValueError):  # a full disk may have cut it
+            self._seconds = json.loads(path.read_text())
 
     def add(self, arm: str, step: str, seconds: float) -> None:
         self._seconds.setdefault(step, {})[arm] = seconds
-        self._path.write_text(json.dumps(self._seconds))
+        with atomic_write(self._path) as file:
+            file.write(json.dumps(self._seconds).encode())
 
     def of(self, arm: str, step: str) -> float | None:
         """The arm's last one, else the mean of the others'; None where there is none."""

@@ -10,15 +10,15 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import Location, Settings
 
 _SCHEMES = ("file", "http", "https", "sqlite", "mysql", "mssql", "postgresql", "databricks", "databricks-uc", "uc")
-_MODEL_NAME = re.compile(r"(?! )[^/:@\x00-\x1f\x7f]{1,200}(?<! )")
+_MODEL_NAME = re.compile(r"(?! )[^/:@'\"`\x00-\x1f\x7f]{1,200}(?<! )")  # quotes: MLflow's filters cannot hold them
 
 
 def check_model_name(name: str) -> str:
     """The name itself. Raises UserError: models:/NAME@ALIAS and models:/NAME/NUMBER could not address it."""
     if not _MODEL_NAME.fullmatch(name):
         raise UserError(
-            f"{name[:50]!r} is no name for a registered model; it must have 1 to 200 characters, none of them / : @ or "
-            "a control character, and no blank at an end"
+            f"{name[:50]!r} is no name for a registered model; it must have 1 to 200 characters, none of them / : @, a "
+            "quote or a control character, and no blank at an end"
         )
     return name
 

@@ -5,6 +5,7 @@ import math
 import torch
 
 from fulllora_dist.data.loader import TrainStream
+from fulllora_dist.methods.base import Method
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.flops import pass_cost, peak_flops
 from fulllora_dist.training.context import RunContext
@@ -31,7 +32,12 @@ class Speed:
         self._batch_size = run.config.optim.batch_size
         self._own_size = model.info.image_size
         self._peak = peak_flops(device_name(run.comm.device), model.precision) if run.comm.is_main else None
-        kinds = {self._kind(phase) for phase in phases.phases} if self._peak else set()
+        kinds = {
+            self._kind(phase.image_size, method)
+            for phase in phases.phases
+            for method in (phase.method, phase.after_rollback)
+            if self._peak
+        }
         self._costs = {
             (size, pixels): (pass_cost(model, size, attack=True), pass_cost(model, size, pixels=pixels))
             for size, pixels in kinds
@@ -44,7 +50,7 @@ class Speed:
         self._batches += 1
         if self._costs:
             images = self._batch_size // self._run.comm.world
-            self._flops += images * phase.method.flops(*self._costs[self._kind(phase)])
+            self._flops += images * phase.method.flops(*self._costs[self._kind(phase.image_size, phase.method)])
 
     def take(self) -> dict[str, float]:
         """Metrics of the batches since the last call on this rank: those of `StepTimer.take`; `mfu`, the share of the
@@ -64,9 +70,9 @@ class Speed:
                     self._run.say(line)
         return metrics
 
-    def _kind(self, phase: Phase) -> tuple[int, bool]:
-        """What its passes cost depends on."""
-        return phase.image_size or self._own_size, phase.method.moves_pixels
+    def _kind(self, image_size: int | None, method: Method) -> tuple[int, bool]:
+        """What the passes of a phase cost depends on."""
+        return image_size or self._own_size, method.moves_pixels
 
 
 def device_name(device: torch.device) -> str:

@@ -135,7 +135,8 @@ class Trainer:
             self.save()
         if last or self.stopped:
             self._run.settle()
-            self._run.comm.barrier()  # no rank exits before the checkpoint is complete
+            # no rank exits before the checkpoint is complete, and a signal may have come meanwhile
+            self._stop(*self._run.comm.max_each([self._run.stop.signal or 0]))
 
     # -- after each batch ----------------------------------------------------------------------------------------------
 

@@ -212,6 +212,29 @@ def test_a_signal_to_one_rank_stops_all(server: RankServer, shards: str, tmp_pat
     assert read_checkpoint(list_checkpoints(str(tmp_path / "run" / "checkpoints"))[0])[1]["step"] == 2
 
 
+def _signalled_at_the_end(comm: Comm, settings: dict) -> tuple[bool, int | None]:
+    """Rank 1 gets SIGTERM while the last checkpoint is saved."""
+    with GracefulStop() as stop:
+        run, trainer = _start(comm, settings)
+        run.stop, save = stop, trainer.save
+
+        def saving() -> None:
+            save()
+            if comm.rank == 1 and trainer.step == trainer.total_steps:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer.save = saving  # type: ignore[method-assign]
+        trainer.train()
+        return trainer.stopped, stop.signal
+
+
+def test_a_signal_during_the_last_checkpoint_is_not_lost(server: RankServer, shards: str, tmp_path: Path) -> None:
+    """Or an evaluation of hours would begin, which no further signal ends."""
+    config = _config(tmp_path / "run", shards, "standard", 0)
+    assert server.run(2, _signalled_at_the_end, config) == [(True, signal.SIGTERM)] * 2
+    assert server.run(2, _train, config, BATCHES) == [(BATCHES, BATCHES)] * 2
+
+
 def _refused(comm: Comm, settings: dict) -> str:
     with pytest.raises(UserError) as error:
         _train(comm, settings, BATCHES)

@@ -1,6 +1,7 @@
 """What a run says of its speed: model FLOP utilisation, against the operations of its steps, and the workers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,26 @@ def test_utilisation_is_that_of_the_operations(
     found = [line["speed/mfu"] * line["speed/step_seconds"] * PEAK for line in lines]
     assert counted == other
     assert found == pytest.approx(counted, rel=0.03)  # a weight step alone needs no gradient of the pixels
+
+
+def _flops_after_a_rollback(comm: Comm, settings: dict) -> tuple[float, float]:
+    """Of a batch before, and of one after."""
+    speed.peak_flops = lambda *_: PEAK  # type: ignore[assignment]
+    _, trainer = _start(comm, settings)
+    (phase,), found = trainer.phases.phases, []
+    for method in (phase.method, phase.after_rollback):
+        trainer._speed.end_batch(replace(phase, method=method))
+        found.append(trainer._speed.take()["mfu"] * PEAK)
+    return found[0], found[1]
+
+
+def test_the_method_after_a_rollback_has_a_cost_too(server: RankServer, shards: str, tmp_path: Path) -> None:
+    """Free's passes give gradients of pixels and weights at once, PGD's do not."""
+    config = _config(tmp_path / "run", shards, "free", 0, [("data", "held_out", shards)])
+    config["guard"] = {"on_collapse": "rollback"}
+    ((before, after),) = server.run(1, _flops_after_a_rollback, config)
+    assert before > 0
+    assert after > 0
 
 
 @pytest.mark.parametrize(

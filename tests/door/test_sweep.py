@@ -358,15 +358,15 @@ def test_an_address_that_mlflow_does_not_know_is_refused(
 # ---- names of registered models
 
 
-@pytest.mark.parametrize("name", ["m@champion", "a/b", "a:b", "m\n", "", " m", "m" * 201])
+@pytest.mark.parametrize("name", ["m@champion", "a/b", "a:b", "m's", "m\n", "", " m", "m" * 201])
 def test_a_model_gets_no_name_that_cannot_be_addressed(
     refused: Callable[..., str], database: Path, place: Path, tmp_path: Path, name: str
 ) -> None:
     store = Path(shutil.copy(database, tmp_path / "mlflow.db"))
     (tmp_path / "e.json").write_text(json.dumps(evaluation(np.ones(4, dtype=int))))
     line = (
-        f"{name[:50]!r} is no name for a registered model; it must have 1 to 200 characters, none of them / : @ or a "
-        "control character, and no blank at an end"
+        f"{name[:50]!r} is no name for a registered model; it must have 1 to 200 characters, none of them / : @, a "
+        "quote or a control character, and no blank at an end"
     )
     publish = ["publish", place / "adapter", "--evaluation", tmp_path / "e.json", "--uri", f"sqlite:///{store}"]
     assert refused(ADAPTERS, *publish, "--name", name, keep=(tmp_path,)) == f"error: {line}"

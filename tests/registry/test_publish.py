@@ -264,6 +264,10 @@ REFUSED: dict[str, tuple[Callable[[str], dict[str, Any]], str]] = {
         lambda folder: {"evaluation": evaluation(right(9), adapter_sha256="c0ffee" * 10)},
         "evaluation.json is of the adapter c0ffeec0ffee, this one is",
     ),
+    "the bare backbone's evaluation": (
+        lambda folder: {"evaluation": evaluation(right(9), adapter_sha256=None)},
+        "evaluation.json is of no adapter, this one is",
+    ),
 }
 
 
