@@ -104,6 +104,10 @@ def test_the_page_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (
+            ["--page", "page.md", "--rates", "rates.json"],
+            "--page is of three backbones at the given numbers; leave out",
+        ),
         ([], "--config is not set"),
         (["--nodes", "0"], "--nodes: must be >= 1, got 0"),
         (["--tflops", "0"], "--tflops: must be > 0, got 0"),

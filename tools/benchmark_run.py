@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -124,6 +125,7 @@ def main(argv: list[str]) -> None:
     if args.rounds < 1 or args.batches < 1:
         raise UserError(f"--rounds and --batches must be >= 1, got {args.rounds} and {args.batches}")
     row = Row.parse(args.row)
+    os.environ["DS_ACCELERATOR"] = "cpu"  # CPU time is compared
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         images = image_folder(folder, 4 * row.batch, row.image_size)

@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be >= 1, got {getattr(args, name)}")
     if args.page:
+        if args.config or args.overrides or args.rates:
+            raise UserError(
+                "--page is of three backbones at the given numbers; leave out --config, --rates and settings"
+            )
         from fulllora_dist.commands.scaling import page
 
         with atomic_write(Path(args.page)) as file:
