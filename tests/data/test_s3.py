@@ -105,6 +105,8 @@ def test_a_store_that_fails_is_not_an_object_that_is_missing(
     names = ("there/x", "there", "there/", "there/y", "nowhere/x")
     assert [store.exists(f"s3://{BUCKET}/{name}") for name in names] == [True, False, False, False, False]
     assert not store.exists("s3://no-such-bucket/x")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setattr(s3, "outage", tmp_path)
     monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.0)
     with pytest.raises(UserError, match=r"^s3://bucket/there/x: .*\(tried for 0 s\)$"):
