@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -280,11 +279,6 @@ def test_no_way_back_to_a_deleted_version(sqlite: str) -> None:
         rollback(registry, name)
     assert json.loads(registry.model(name).tags["champions"]) == [1, 2]
     assert "rolled_back" not in registry.find("deleted/2").tags
-
-
-def test_an_error_of_the_store_crosses_processes() -> None:
-    error = pickle.loads(pickle.dumps(StoreError("MLflow at x: gone", "IO")))
-    assert (type(error), str(error), error.error_code) == (StoreError, "MLflow at x: gone", "IO")
 
 
 def test_promoted_though_the_claim_stays(
