@@ -215,6 +215,7 @@ def test_a_bad_file_is_refused(tmp_path: Path, text: str | None, words: str) -> 
         ("model.checkpoint_path=gone.pth", 1, "model.checkpoint_path: gone.pth does not exist"),
         ("adapter.init_from=gone", 1, "adapter.init_from: gone does not exist"),
         ("run.resume_from=gone", 1, "run.resume_from: gone does not exist"),
+        ("run.resume_from=file:///gone", 1, "run.resume_from: file:///gone does not exist"),
         ("data.train=gone", 1, "data.train: gone/index.safetensors: no index there"),
         ("data.train=pipe:cat", 1, "data.train: pipe:cat: must be a path or a URL of file://, s3://"),
         ("data.train=ftp://host/x", 1, "data.train: ftp://host/x: must be a path or a URL of"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from fulllora_dist.core.rng import numpy_rng, sample_rng
+from fulllora_dist.core.rng import base_key, numpy_rng, sample_rng
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -89,3 +89,16 @@ def test_the_hosts_generator_has_the_same_keys() -> None:
     assert len({tuple(draw(*key)) for key in keys}) == len(keys)
     # sha256 gives keys with the highest bit set as often as not: those must not be rounded or refused
     assert len({tuple(draw(0, "p", step)) for step in range(64)}) == 64
+
+
+def test_the_hosts_numbers_stay_what_they_were() -> None:
+    """As numpy 2.4 gave them for a list of a key and an id: trained runs have their orders from them."""
+    small, large = base_key(0, "order", 0), base_key(0, "order", 3)
+    assert (small, large) == (7983451878373509741, 10345768136545442123)
+    found = [numpy_rng(0, "order", step, 7) for step in (0, 3)]
+    words = [generator.bit_generator.state["state"]["key"].tolist() for generator in found]
+    assert words == [[small, 7], [10345768136545441792, 7]], "a key above 2**63 is rounded to a float64"
+    assert [generator.permutation(10).tolist() for generator in found] == [
+        [3, 0, 9, 6, 8, 4, 2, 7, 5, 1],
+        [8, 4, 1, 5, 9, 2, 6, 3, 7, 0],
+    ]

@@ -4,6 +4,7 @@ A checkpoint is a folder `<place>/<step>` with checkpoint.safetensors and checkp
 both. On a disk it is written under a temporary name, flushed and renamed, so that a folder of the right name is
 complete. A bucket cannot rename: there the description is written last, and a folder without one is not a checkpoint.
 Nothing in it is bound to a number of ranks or a ZeRO stage, and nothing is pickled. The backbone is never in it.
+What others keep in the same place stays as it is, folders with numbers for names too.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 TENSORS = "checkpoint.safetensors"
 DESCRIPTION = "checkpoint.json"
+_STEP = r"\d{8,}"
 
 
 class CheckpointMetadata(TypedDict):
@@ -122,7 +124,7 @@ def write_checkpoint(
 def _write_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
     os.makedirs(place, exist_ok=True)
     for name in os.listdir(place):
-        if name.startswith(".tmp-"):  # unfinished
+        if re.fullmatch(rf"\.tmp-{_STEP}", name):  # unfinished
             shutil.rmtree(os.path.join(place, name))
     temporary = os.path.join(place, f".tmp-{os.path.basename(final)}")
     try:
@@ -130,7 +132,7 @@ def _write_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
         for name, content in files.items():
             _write(os.path.join(temporary, name), content)
         _flush_folder(temporary)
-        if os.path.exists(final):  # a run that rolled back to an older checkpoint makes this step again
+        if _is_checkpoint(final):  # a run that rolled back to an older checkpoint makes this step again
             shutil.rmtree(final)
         os.rename(temporary, final)
     except OSError:
@@ -141,14 +143,14 @@ def _write_folder(place: str, final: str, files: Mapping[str, bytes]) -> None:
 
 def _write_objects(place: str, final: str, files: Mapping[str, bytes]) -> None:
     for path, names in _folders(place).items():
-        if DESCRIPTION not in names or path == final:  # unfinished, or damaged and made again
-            delete_checkpoint(path, names)
+        if names == {TENSORS} or path == final:  # unfinished, or damaged and made again
+            delete_checkpoint(path, names & {DESCRIPTION, TENSORS})
     for name in (TENSORS, DESCRIPTION):
         store.write(f"{final}/{name}", files[name])
 
 
 def delete_checkpoint(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)) -> None:
-    """Delete a checkpoint by its path or URL; `names`: its files that are in a bucket.
+    """Delete a checkpoint by its path or URL; `names`: those of its two files that are in a bucket.
 
     Raises:
         OSError, UserError: it cannot be deleted.
@@ -163,14 +165,24 @@ def delete_checkpoint(path: str, names: Collection[str] = (DESCRIPTION, TENSORS)
 
 
 def _folders(place: str) -> dict[str, set[str]]:
-    """What lies in a bucket under `place`: the URL of each step's folder, and the files in it."""
+    """What lies in a bucket under `place`: the URL of each folder named like a step, and all files in it."""
     fs, place = urls.filesystem(place), place.rstrip("/")
-    inside = re.compile(re.escape(fs._strip_protocol(place)) + r"/(\d+)/([^/]+)")
+    inside = re.compile(re.escape(fs._strip_protocol(place)) + rf"/({_STEP})/([^/]+)")
     folders: dict[str, set[str]] = {}
     for key in store.persistent(lambda: fs.find(place), place):
         if match := inside.fullmatch(key):
             folders.setdefault(f"{place}/{match[1]}", set()).add(match[2])
     return folders
+
+
+def _is_checkpoint(path: str) -> bool:
+    """Whether a folder on a disk is a checkpoint's, damaged or not: one that lost its files is, too, or a run would
+    start over unnoticed."""
+    try:
+        names = set(os.listdir(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return DESCRIPTION in names or names <= {TENSORS}
 
 
 def list_checkpoints(*places: str) -> list[str]:
@@ -181,8 +193,14 @@ def list_checkpoints(*places: str) -> list[str]:
             paths += [path for path, names in _folders(place).items() if DESCRIPTION in names]
         else:
             with contextlib.suppress(FileNotFoundError):
-                paths += [os.path.join(place, name) for name in os.listdir(place) if name.isdigit()]
+                named = [os.path.join(place, name) for name in os.listdir(place) if re.fullmatch(_STEP, name)]
+                paths += filter(_is_checkpoint, named)
     return sorted(paths, key=step_of, reverse=True)
+
+
+def address(place: str) -> str:
+    """A folder's path, of a file:// URL too, or its URL in a bucket, without a slash at the end."""
+    return (place if urls.is_remote(place) else urls.local_path(place)).rstrip("/") or "/"
 
 
 def step_of(path: str) -> int:
@@ -200,6 +218,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     """
     from safetensors.torch import load as load_safetensors
 
+    path = address(path)
     try:
         files = _read_files(path)
         metadata, content = json.loads(files[DESCRIPTION]), files[TENSORS]
@@ -222,7 +241,7 @@ def read_metadata(places: Sequence[str], instead: str | None) -> CheckpointMetad
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         path = next(iter(list_checkpoints(*places)), instead)
         if path is not None and not urls.is_remote(path):
-            metadata = json.loads(Path(path, DESCRIPTION).read_text())
+            metadata = json.loads(Path(address(path), DESCRIPTION).read_text())
             return metadata if metadata["format_version"] == FORMAT_VERSION else None
     return None
 

@@ -15,6 +15,7 @@ from fulllora_dist.checkpoints.format import (
     Checkpoint,
     CheckpointMetadata,
     DamagedCheckpoint,
+    address,
     delete_checkpoint,
     list_checkpoints,
     read_checkpoint,
@@ -34,7 +35,7 @@ def checkpoint_places(settings: RunSettings) -> list[str]:
     """Folders or URLs where the checkpoints of a run may lie, whatever `run.checkpoint_dir` was before a restart."""
     before = _checkpoint_dir_before(settings.output_dir)
     own = os.path.join(settings.output_dir, "checkpoints")
-    return list(dict.fromkeys([*_places(settings), *([_address(before)] if before else []), own]))
+    return list(dict.fromkeys([*_places(settings), *([address(before)] if before else []), own]))
 
 
 def _places(settings: RunSettings) -> list[str]:
@@ -42,12 +43,8 @@ def _places(settings: RunSettings) -> list[str]:
     own = os.path.join(settings.output_dir, "checkpoints")
     if settings.checkpoint_dir is None:
         return [own]
-    place = _address(settings.checkpoint_dir)
+    place = address(settings.checkpoint_dir)
     return [place, own] if urls.is_remote(place) else [place]
-
-
-def _address(place: str) -> str:
-    return place if urls.is_remote(place) else urls.local_path(place)
 
 
 def _checkpoint_dir_before(output: str) -> str | None:

@@ -83,4 +83,8 @@ def sample_rng(seed: int, purpose: str, step: int, ids: "torch.Tensor") -> Sampl
 
 def numpy_rng(seed: int, purpose: str, step: int, sample_id: int = 0) -> np.random.Generator:
     """Create a numpy Philox generator from the same keys, for code on the host (epoch order, augmentation)."""
-    return np.random.Generator(np.random.Philox(key=[base_key(seed, purpose, step), sample_id]))
+    key = base_key(seed, purpose, step)
+    # a key above 2**63 is rounded to a float64, as numpy does with a list of it and an id below: the orders of trained
+    # runs come from that, and must not depend on numpy's promotion of lists
+    words = np.array([key, sample_id], dtype=np.float64 if key >> 63 else np.int64).astype(np.uint64)
+    return np.random.Generator(np.random.Philox(key=words))

@@ -74,7 +74,7 @@ class ShardReader:
                     self._check_length(number, info.bytes)
                 etag = self._index.shards[number].etag
                 if etag and info.etag and urls.bare_etag(info.etag) != urls.bare_etag(etag):
-                    raise ChangedObject(self._urls[number], f"etag {info.etag}, was {etag}")
+                    raise ChangedObject.of(self._urls[number], f"etag {info.etag}, was {etag}")
 
     def _check_length(self, number: int, length: int) -> None:
         expected = self._index.shards[number].bytes

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from fulllora_dist.core.settings import Area, Location, Settings
 
@@ -67,3 +67,10 @@ class DataSettings(Settings):
     """Local folder that keeps what was read of remote shards, for all processes of the machine; null keeps nothing."""
     cache_gb: float = Field(100.0, gt=0)
     """Its largest size, 10**9 bytes; the least recently used go first."""
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _on_a_disk(cls, folder: str | None) -> str | None:
+        if folder is not None and "://" in folder:
+            raise ValueError("must be a folder on a disk, given by its path")
+        return folder

@@ -67,11 +67,8 @@ def _listed(file: str, index: Index, index_name: str) -> np.ndarray:
     if not lines:
         raise UserError(f"evaluation.ids: {file} names no samples")
     numbers = all(line.isascii() and line.isdigit() for line in lines)
-    if numbers and index.key(0).isdigit():  # as img2dataset's
-        raise UserError(
-            f"evaluation.ids: {file}: the images of {index_name} are named by numbers, so these may be ids or names; "
-            f"give names with their extension, e.g. {index.key(0)}.jpg"
-        )
+    if numbers:
+        _refuse_names(set(lines), index, file, index_name)
     ids = [int(line) for line in lines] if numbers else _by_name(lines, index, file, index_name)
     if outside := [i for i in ids if i >= len(index)]:
         raise UserError(f"evaluation.ids: {file} has id {outside[0]}; {index_name} has {len(index)} samples")
@@ -79,6 +76,16 @@ def _listed(file: str, index: Index, index_name: str) -> np.ndarray:
         twice = next(line for i, line in enumerate(lines) if ids.index(ids[i]) < i)
         raise UserError(f"evaluation.ids: {file} names {twice} twice")
     return np.array(sorted(ids), dtype=np.int64)
+
+
+def _refuse_names(numbers: set[str], index: Index, file: str, index_name: str) -> None:
+    """Refuse numbers that images are called by, too: as img2dataset's, or 0003 in a folder of a class."""
+    key = next((key for key in map(index.key, range(len(index))) if _bare(key) in numbers), None)
+    if key is not None:
+        raise UserError(
+            f"evaluation.ids: {file}: the images of {index_name} are named by numbers, so these may be ids or names; "
+            f"give names with their folder or extension, e.g. {key if '/' in key else f'{key}.jpg'}"
+        )
 
 
 def _bare(name: str) -> str:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage.urls import one_line, redacted
@@ -23,6 +23,9 @@ class StoreError(UserError):
     def __init__(self, message: str, error_code: str):
         super().__init__(message)
         self.error_code = error_code
+
+    def __reduce__(self) -> tuple[type[Self], tuple[str, str]]:
+        return type(self), (str(self), self.error_code)
 
 
 class Store:

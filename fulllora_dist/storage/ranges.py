@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 from weakref import WeakValueDictionary
 
 import fsspec.asyn
@@ -80,8 +80,9 @@ class Piece(NamedTuple):
 class ChangedObject(UserError):
     """The object is no longer the one that was indexed."""
 
-    def __init__(self, url: str, how: str):
-        super().__init__(
+    @classmethod
+    def of(cls, url: str, how: str) -> Self:  # not __init__: workers send it, and unpickling calls that with the line
+        return cls(
             f"{urls.redacted(url)}: has changed since it was indexed ({how}); restore it, or index the shards again "
             "and start a new run"
         )
@@ -174,10 +175,10 @@ class RangeFetcher:
             data, new_etag = await _get(filesystem, wanted, etag)
         except Exception as error:
             if (status := urls.http_status(error)) in (412, 416):
-                raise ChangedObject(wanted.url, f"the store answers {status}") from error
+                raise ChangedObject.of(wanted.url, f"the store answers {status}") from error
             raise
         if etag and new_etag and urls.bare_etag(new_etag) != urls.bare_etag(etag):
-            raise ChangedObject(wanted.url, f"etag {urls.bare_etag(new_etag)}, was {urls.bare_etag(etag)}")
+            raise ChangedObject.of(wanted.url, f"etag {urls.bare_etag(new_etag)}, was {urls.bare_etag(etag)}")
         if len(data) != wanted.end - wanted.start:
             raise OSError(f"{wanted}: received {len(data)} bytes")
         if new_etag:

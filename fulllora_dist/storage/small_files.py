@@ -2,10 +2,13 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
+from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.storage.urls import classify_error, one_line, redacted, refuse_credentials
 
@@ -34,7 +37,7 @@ def read_files(folder: str | os.PathLike[str], names: Sequence[str], whose: str,
 
 
 def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes], whose: str) -> None:
-    """Write small files in this order into a folder, which is made where there is none.
+    """Write small files in this order into a folder, which is made where there is none. Each is whole or as it was.
 
     Raises:
         UserError: no path or URL, one with user:password@; they cannot be written.
@@ -43,7 +46,11 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes], whos
     try:
         fs.makedirs(path, exist_ok=True)
         for name, content in files.items():
-            fs.pipe_file(f"{path}/{name}", content)
+            if isinstance(fs, LocalFileSystem):  # an object is written at once anyway
+                with atomic_write(Path(path, name)) as file:
+                    file.write(content)
+            else:
+                fs.pipe_file(f"{path}/{name}", content)
     except Exception as error:  # each store has its own exceptions
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{whose}: {redacted(folder)}: cannot be written ({reason})") from error

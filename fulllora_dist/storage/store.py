@@ -73,7 +73,16 @@ def exists(url: str) -> bool:
     """Whether there is a file or an object."""
     if not urls.is_remote(url):
         return os.path.isfile(urls.local_path(url))
-    return persistent(lambda: bool(urls.filesystem(url).isfile(url)), url)
+
+    def once() -> bool:  # not isfile(), for which everything that goes wrong is a file that is not there
+        try:
+            return bool(urls.filesystem(url).info(url)["type"] == "file")
+        except Exception as error:
+            if urls.is_missing(error):
+                return False
+            raise
+
+    return persistent(once, url)
 
 
 def read(url: str) -> bytes:

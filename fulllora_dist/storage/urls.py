@@ -195,6 +195,14 @@ def http_status(error: BaseException) -> int | None:
     return None
 
 
+def is_missing(error: Exception) -> bool:
+    """Whether `error`, raised by a client, says that there is no such object, and not that the store failed."""
+    status, cause = http_status(error), error.__cause__
+    # fsspec's http calls everything "not found" that goes wrong while it asks for the length
+    missing = isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError))
+    return status == 404 or (missing and status is None)
+
+
 def classify_error(error: Exception, url: str) -> UserError | OSError:
     """What `error`, raised by a client on `url`, means.
 
@@ -206,10 +214,7 @@ def classify_error(error: Exception, url: str) -> UserError | OSError:
         return error
     name, status = redacted(url), http_status(error)
     reason = _reason(error, name)
-    # fsspec's http calls everything "not found" that goes wrong while it asks for the length
-    cause = error.__cause__
-    missing = isinstance(error, FileNotFoundError) and (cause is None or isinstance(cause, FileNotFoundError))
-    if status == 404 or (missing and status is None):
+    if is_missing(error):
         return UserError(f"{name}: does not exist; check bucket, path and endpoint")
     lacking = type(error).__name__ in _NO_CREDENTIALS or "refreshed credentials are still expired" in reason
     if lacking and _may_have_metadata():

@@ -12,6 +12,7 @@ from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.schedule import check_batch
 from fulllora_dist.evaluation.attack_names import AttackName, further_norms
 from fulllora_dist.models.checkpoint_header import read_header
+from fulllora_dist.storage import urls
 from fulllora_dist.tracking.settings import check_uri
 
 _ACCIDENTS = 0.01  # tolerated fraction of held-out duplicates: ImageNet itself contains a few images twice
@@ -82,7 +83,9 @@ def check_files(config: Config) -> None:
         "run.resume_from": config.run.resume_from,
     }
     for name, path in local.items():
-        if path is not None and "://" not in path and not os.path.exists(path):
+        if path is None or ("://" in path and not path.startswith("file://")):
+            continue
+        if not os.path.exists(urls.local_path(path)):
             raise UserError(f"{name}: {path} does not exist")
     if config.model.checkpoint_path is not None and "://" not in config.model.checkpoint_path:
         read_header(config.model.checkpoint_path)

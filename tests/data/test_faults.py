@@ -118,6 +118,7 @@ def test_a_bad_image_is_replaced_in_the_same_way_everywhere(
         list(islice(train(server.url), 10))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     ("fault", "error", "message"),
     [
@@ -127,10 +128,10 @@ def test_a_bad_image_is_replaced_in_the_same_way_everywhere(
     ],
 )
 def test_what_only_the_user_can_fix_ends_the_run_at_once(
-    server: FaultServer, fault: str, error: type, message: str
+    server: FaultServer, fault: str, error: type, message: str, workers: int
 ) -> None:
     assert fault in FATAL
-    batches = iter(train(server.url, max_bad_samples=99))
+    batches = iter(train(server.url, max_bad_samples=99, workers=workers))
     assert len(list(islice(batches, 10))) == 10  # an epoch: now the etags are known
     server.fault = lambda request: fault if request.name == "part-001.tar" else None
     began = time.monotonic()

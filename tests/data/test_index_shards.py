@@ -227,12 +227,38 @@ def test_shards_of_several_places_need_a_place_for_the_index(shards: Path, tmp_p
     folders = [copied(shards, tmp_path / name) for name in ("a", "b")]
     with pytest.raises(UserError, match="give --output for the index"):
         index(f"{folders[0]}/train-000000.tar", f"{folders[1]}/train-000001.tar")
+    with pytest.raises(UserError, match=r"^shards: must name at least one, got none$"):
+        index()
     with pytest.raises(UserError, match="named 2 times"):
         index(str(folders[0]), f"{folders[0]}/train-000000.tar")
     with pytest.raises(UserError, match="cannot point to local files"):
         index(str(folders[0]), output="s3://bucket/elsewhere")
     index(f"{folders[0]}/train-000000.tar", f"{folders[1]}/train-000001.tar", output=tmp_path)
     assert [shard.url for shard in Index.load(tmp_path).shards] == ["a/train-000000.tar", "b/train-000001.tar"]
+
+
+def test_a_shard_has_the_same_name_in_the_index_however_its_path_is_written(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative or not, listed or spelt out; so that shards and index below one folder can move together."""
+    folder = copied(shards, tmp_path / "set" / "what?")
+    monkeypatch.chdir(tmp_path)
+    spelt = "train-{000000..000004}.tar"
+    for named, output in (
+        ("set/what?", "set/what?/index.safetensors"),
+        (f"set/what?/{spelt}", str(folder)),
+        (f"{folder}/{spelt}", "set/../set/what?"),
+    ):
+        index(named, output=output)
+        assert [shard.url for shard in Index.load(folder).shards] == [f"train-{i:06d}.tar" for i in range(5)]
+        os.remove(folder / "index.safetensors")
+    index(f"set/what?/{spelt}", output="set")
+    assert Index.load("set").shards[0].url == "what?/train-000000.tar"
+    monkeypatch.chdir(copied(shards, tmp_path / "elsewhere"))
+    index(f"../set/what?/{spelt}", output="all.safetensors")
+    assert Index.load("all.safetensors").shards[0].url == str(folder / "train-000000.tar")
+    index("../set/what?/train-000000.tar", f"{folder}/train-000001.tar")
+    assert [shard.url for shard in Index.load(folder).shards] == ["train-000000.tar", "train-000001.tar"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
@@ -97,6 +97,22 @@ def test_wrong_credentials_and_missing_objects_are_said_at_once(
         train(url)
 
 
+def test_a_store_that_fails_is_not_an_object_that_is_missing(
+    s3: MockS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What make_shards asks before it writes: it would write anew what is there."""
+    s3.client().put_object(Bucket=BUCKET, Key="there/x", Body=b"x")
+    names = ("there/x", "there", "there/", "there/y", "nowhere/x")
+    assert [store.exists(f"s3://{BUCKET}/{name}") for name in names] == [True, False, False, False, False]
+    assert not store.exists("s3://no-such-bucket/x")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(s3, "outage", tmp_path)
+    monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"^s3://bucket/there/x: .*\(tried for 0 s\)$"):
+        store.exists(f"s3://{BUCKET}/there/x")
+
+
 @pytest.fixture
 def metadata(s3: MockS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MetadataService]:
     """Where alone the credentials are."""
@@ -132,8 +148,9 @@ def test_a_metadata_service_that_throttles_is_asked_again(
     assert metadata.throttled == 0
 
 
+@pytest.mark.parametrize("ask", [store.info, store.exists])
 def test_a_machine_without_a_role_is_told_so_when_the_patience_ends(
-    metadata: MetadataService, monkeypatch: pytest.MonkeyPatch
+    metadata: MetadataService, monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], object]
 ) -> None:
     metadata.role = False
     monkeypatch.setattr(store, "PATIENCE_SECONDS", 1.0)
@@ -141,7 +158,7 @@ def test_a_machine_without_a_role_is_told_so_when_the_patience_ends(
     with pytest.raises(
         UserError, match=r"^s3://bucket/x: no credentials .*; set AWS_ACCESS_KEY_ID .* \(tried for 1 s\)$"
     ):
-        store.info("s3://bucket/x")
+        ask("s3://bucket/x")
     assert 0.5 < time.monotonic() - began < 20
 
 

@@ -89,18 +89,32 @@ def test_bad_files_are_refused(shards: Path, tmp_path: Path, content: str | byte
 
 
 def test_names_that_are_numbers_are_no_ids(shards: Path, tmp_path: Path) -> None:
-    """img2dataset numbers its images: 000000003 may be an id or a name."""
+    """img2dataset numbers its images: 000000003 may be an id or a name; so may 0003 in a folder of a class."""
     index, file = Index.load(shards), tmp_path / "ids.txt"
-    keys = np.frombuffer("".join(f"{i + 5:09d}" for i in range(12)).encode(), np.uint8)
-    columns = dict(index.columns) | {"keys": keys, "key_end": 9 * np.arange(1, 13)}
-    numbered = dataclasses.replace(index, columns=columns)
+
+    def named(keys: list[str]) -> Index:
+        columns = {"keys": np.frombuffer("".join(keys).encode(), np.uint8), "key_end": np.cumsum([*map(len, keys)])}
+        return dataclasses.replace(index, columns=dict(index.columns) | columns)
+
+    numbered = named([f"{i + 5:09d}" for i in range(12)])
     file.write_text("000000008.jpg\n000000006.jpg\n")
     assert Subset(ids=str(file)).of(numbered, "them").tolist() == [1, 3]
     file.write_text("000000008\n000000006\n")
     with pytest.raises(
-        UserError, match=r"these may be ids or names; give names with their extension, e.g. 000000005.jpg"
+        UserError, match=r"these may be ids or names; give names with their folder or extension, e.g. 000000006.jpg"
     ):
         Subset(ids=str(file)).of(numbered, "them")
+    in_folders = named([f"{folder}/{i:04d}" for folder in ("cat", "dog") for i in range(6)])
+    file.write_text("0003\n0005\n")
+    with pytest.raises(UserError, match=r"give names with their folder or extension, e.g. cat/0003"):
+        Subset(ids=str(file)).of(in_folders, "them")
+    file.write_text("cat/0003\ndog/0005.jpg\n")
+    with pytest.raises(UserError, match=r"dog/0005.jpg of .* matches several samples"):
+        Subset(ids=str(file)).of(in_folders, "them")
+    file.write_text("cat/0003\ndog/0005\n")
+    assert Subset(ids=str(file)).of(in_folders, "them").tolist() == [3, 11]
+    file.write_text("3\n11\n")
+    assert Subset(ids=str(file)).of(in_folders, "them").tolist() == [3, 11], "ids, as no image is called so"
 
 
 def test_bad_settings_are_refused(shards: Path) -> None:

@@ -12,6 +12,7 @@ from google.auth.exceptions import RefreshError, TransportError
 
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import split_index
+from fulllora_dist.distributed.comm import free_port
 from fulllora_dist.storage import store, urls
 from tests.services.fault_server import FaultServer
 
@@ -116,6 +117,7 @@ def test_a_message_says_the_url_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.1)
     (tmp_path / "x").write_bytes(bytes(10))
     with FaultServer(tmp_path) as server:
+        assert [store.exists(f"{server.url}/{name}") for name in ("x", "y")] == [True, False]
         for fault, message in (("503", "503 Service Unavailable"), ("short", "got 6 of 10 bytes at 0")):
             server.fault = lambda request, fault=fault: fault
             with (
@@ -123,3 +125,6 @@ def test_a_message_says_the_url_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 pytest.raises(UserError, match=f"^{server.url}/x: {message} .tried for 0 s.$"),
             ):
                 stream.read(10)
+    nowhere = f"http://127.0.0.1:{free_port()}/x"
+    with pytest.raises(UserError, match=f"^{nowhere}: Cannot connect .*tried for 0 s"):
+        store.exists(nowhere)

@@ -172,3 +172,24 @@ def test_unknown_version_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
         read_newest_checkpoint(str(tmp_path))
+
+
+def test_what_others_keep_there_stays(tmp_path: Path) -> None:
+    """Folders whose names are numbers, dates say, and what merely looks like a temporary name."""
+    foreign = {"0/a.png", "20240101/a.png", "00000006/a.png", "00000001/checkpoint.safetensors", "00000001/config.json"}
+    foreign |= {".tmp-mine/a.png", "20240102"}
+    for name in foreign:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / ".tmp-00000003").mkdir()
+    assert read_newest_checkpoint(str(tmp_path)) == (None, {})
+    for step in (4, 5):
+        _write(tmp_path, step, keep=1)
+        assert list_checkpoints(str(tmp_path)) == [f"{tmp_path}/{step:08d}"]
+    with pytest.raises(OSError, match="not empty"):
+        _write(tmp_path, 6, keep=1)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == foreign | {f"00000005/{name}" for name in (TENSORS, DESCRIPTION)}
+    assert not (tmp_path / ".tmp-00000003").exists()
+    (tmp_path / "00000009").mkdir()  # a checkpoint that lost its files: no run starts over unnoticed
+    assert len(read_newest_checkpoint(str(tmp_path))[1]) == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fulllora_dist.checkpoints import manager
-from fulllora_dist.checkpoints.format import DESCRIPTION, TENSORS, list_checkpoints
+from fulllora_dist.checkpoints.format import DESCRIPTION, TENSORS, list_checkpoints, read_metadata
 from fulllora_dist.checkpoints.manager import CheckpointManager
 from fulllora_dist.checkpoints.settings import RunSettings
 from fulllora_dist.core.errors import UserError
@@ -106,10 +106,14 @@ def test_the_best_one_stays_until_a_better_one_is_whole(tmp_path: Path, monkeypa
 
 def test_the_best_of_another_run_is_not_this_ones(tmp_path: Path) -> None:
     _write(_manager(tmp_path / "other")[0], 3, best=3)
-    kept, _ = _manager(tmp_path / "run", resume_from=str(tmp_path / "other" / "checkpoints" / "00000003"))
-    checkpoint = kept.find()
-    assert checkpoint is not None
-    assert checkpoint[1]["best"] is None
+    given = str(tmp_path / "other" / "checkpoints" / "00000003")
+    for spelling in (given, f"{given}/", f"file://{given}", f"file://{given}/"):
+        checkpoint = _manager(tmp_path / "run", resume_from=spelling)[0].find()
+        assert checkpoint is not None
+        assert checkpoint[1]["best"] is None
+        metadata = read_metadata([], spelling)
+        assert metadata is not None
+        assert metadata["best"] == {"step": 3}
 
 
 def test_in_a_hurry_the_disk_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

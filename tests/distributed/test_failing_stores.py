@@ -13,7 +13,7 @@ import torch
 from test_resume import BATCHES, _config, _start, _train
 
 from fulllora_dist.checkpoints import manager
-from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint, read_newest_checkpoint
+from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint, read_newest_checkpoint, write_checkpoint
 from fulllora_dist.core.errors import SharedUserError
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.storage import store
@@ -193,8 +193,26 @@ def test_checkpoints_in_a_bucket(
     elsewhere = _config(tmp_path / "elsewhere", shards, "free", 1, bucket)
     assert server.run(2, _on_s3, elsewhere, s3.environment)[0] == (4, BATCHES)
     assert _keys(s3, prefix) == [*_files(5, 6), "config.yaml"]
-    given = _config(tmp_path / "given", shards, "free", 1, [("run", "resume_from", f"{place}/00000005")])
+    given = _config(tmp_path / "given", shards, "free", 1, [("run", "resume_from", f"{place}/00000005/")])
     assert server.run(1, _on_s3, given, s3.environment)[0] == (5, BATCHES)
+
+
+def test_what_others_keep_in_the_bucket_stays(s3: MockS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of digits, say; and of the folder of a step all but the checkpoint's own two files."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    place, client = f"s3://{BUCKET}/digits", s3.client()
+    foreign = ["0/a.png", "00000001/b.png", "00000002/checkpoint.json/c", "00000002/d.png", "7/checkpoint.json"]
+    foreign += ["00000003/checkpoint.safetensors", "00000003/config.json"]
+    for key in [*foreign, "00000004/checkpoint.safetensors"]:
+        client.put_object(Bucket=BUCKET, Key=f"digits/{key}", Body=b"x")  # type: ignore[attr-defined]
+    assert list_checkpoints(place) == []
+    for step in (1, 2, 5):
+        write_checkpoint(place, step, {"a": torch.ones(1)}, {}, keep=1)  # type: ignore[typeddict-item]
+        assert _steps(place) == [step]
+    assert _keys(s3, "digits/") == sorted([*foreign, *_files(5)]), "the unfinished one is gone"
+    write_checkpoint(place, 5, {"a": torch.zeros(1)}, {}, keep=1)  # type: ignore[typeddict-item]
+    assert _keys(s3, "digits/") == sorted([*foreign, *_files(5)])
 
 
 def _slow(comm: Comm, settings: dict) -> list[bool]:

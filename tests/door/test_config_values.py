@@ -107,6 +107,8 @@ def test_a_value_is_what_its_setting_says(path: Path, key: str, text: str, value
         ("distributed.activation_checkpointing", "none",
          "distributed.activation_checkpointing: Input should be 'off', 'weight_step' or 'all' (got 'none')"),
         ("data.cache_dir", "None", 'data.cache_dir: None is text; write null to leave it unset, or "None"'),
+        ("data.cache_dir", "s3://bucket/cache", "data.cache_dir: must be a folder on a disk, given by its path"),
+        ("data.cache_dir", "file:///cache", "data.cache_dir: must be a folder on a disk, given by its path"),
         ("run.output_dir", "null", "run.output_dir: Input should be a valid string"),
         ("evaluation.attacks", "clean,pgd20", "evaluation.attacks: must be a list; write [clean,pgd20]"),
         ("data.train", "[a, b]", "data.train: Input should be a valid string (got ['a', 'b'])"),

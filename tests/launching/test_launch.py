@@ -127,7 +127,7 @@ def test_settings_that_contradict_the_saved_run_are_refused(site: Site, monkeypa
     monkeypatch.chdir(site.folder)
     settings = ["plugins=[]", "method=pgd", "run.output_dir=saved"]
     saved = load_config("config.yaml", [*settings, "optim.lr=0.5"]).model_dump(mode="json")
-    checkpoint = site.folder / "saved" / "checkpoints" / "10"
+    checkpoint = site.folder / "saved" / "checkpoints" / "00000010"
     checkpoint.mkdir(parents=True)
     (checkpoint / "checkpoint.json").write_text(json.dumps({"format_version": 1, "config": saved}))
     monkeypatch.setattr("sys.argv", ["launch.py", *CONFIG, *settings])

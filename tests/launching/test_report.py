@@ -74,7 +74,7 @@ def test_a_job_without_progress_gives_up(tmp_path: Path, one_start: Callable[...
     folder = launched(tmp_path)
 
     def saved(step: int) -> int:
-        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "checkpoints" / f"{step:08d}").mkdir(parents=True, exist_ok=True)
         return STOPPED
 
     codes = [one_start(folder, lambda step=step: saved(step)) for step in (5, 9, 9, 12, 12, 12)]

@@ -11,7 +11,7 @@ from fulllora_dist.launching.requeue import MAX_FAILURES, begin, end
 SCONTROL = """#!/bin/bash
 case $1 in show) echo "JobState=$STATE PreemptTime=None ExcNodeList=$EXCLUDED" ;; *) echo "$@" >> "$NOTES" ;; esac
 """
-SAVED = "sleep 0.01; mkdir -p checkpoints/000100"
+SAVED = "sleep 0.01; mkdir -p checkpoints/00000100"
 NODE = "echo 'srun: error: n7: task 3: Aborted (core dumped)'; echo 'srun: error: n8: task 4: Killed'"
 AGAIN = ["requeue 7"]
 
@@ -36,7 +36,7 @@ def test_a_job_is_requeued_where_another_start_helps(tmp_path: Path, tasks: str,
 
 def test_failures_of_hardware_are_counted_and_logs_of_earlier_starts_name_no_node(tmp_path: Path) -> None:
     for start in range(MAX_FAILURES + 1):
-        saved = SAVED.replace("000100", f"{start:06d}")
+        saved = SAVED.replace("00000100", f"{start:08d}")
         asked = run(tmp_path, f"{saved}; {NODE if start == 0 else ':'}; (exit 134)", "RUNNING")
         assert asked == [*AGAIN, "update JobId=7 ExcNodeList=n7"][: 2 if start == 0 else start < MAX_FAILURES]
     assert len((tmp_path / "failures-7").read_text().splitlines()) == MAX_FAILURES

@@ -1,5 +1,6 @@
 """The adapter on disk comes back bit for bit, or is refused with one line."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -132,6 +133,19 @@ def test_a_fully_finetuned_model_is_itself_a_checkpoint(family: str, tag: str, t
     halved = fd.load(str(tmp_path / "average"))
     assert all(torch.equal(p, tensors[name] / 2) for name, p in halved.trainable().items())
     assert all(torch.equal(b, dict(model.backbone.named_buffers())[n]) for n, b in halved.backbone.named_buffers())
+
+
+def test_an_adapter_that_is_saved_again_is_a_new_file(tmp_path: Path) -> None:
+    """Whoever reads the old one, or dies while writing the new one, is left with a whole one."""
+    fd.save_adapter(tiny(), tmp_path)
+    paths = [tmp_path / name for name in FILES]
+    before = [path.read_bytes() for path in paths]
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")) for path in paths]
+        fd.save_adapter(stir(tiny()), tmp_path)
+        assert [file.read() for file in files] == before
+    assert [path.read_bytes() for path in paths] != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == list(FILES)
 
 
 def test_an_average_is_saved_in_place_of_the_tensors(tmp_path: Path) -> None:

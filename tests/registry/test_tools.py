@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.models.adapter_diff import layer_differences
 from fulllora_dist.models.adapter_file import read_adapter
+from fulllora_dist.registry.mlflow_client import StoreError
 from fulllora_dist.registry.predict import predict
 from tests.ranks import RankServer
 from tests.registry.conftest import TRAINING, evaluation, right
@@ -246,3 +248,8 @@ def test_predictions_for_shards(sqlite: str, adapter: Callable[..., str], photos
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty holds no images"):
         call(sqlite, "predict", folder, str(tmp_path / "empty"), "--output", str(tmp_path / "c.csv"))
+
+
+def test_an_error_of_the_store_crosses_processes() -> None:
+    error = pickle.loads(pickle.dumps(StoreError("MLflow at x: gone", "IO")))
+    assert (type(error), str(error), error.error_code) == (StoreError, "MLflow at x: gone", "IO")

@@ -67,6 +67,8 @@ def index_shards(
         names = list(classes)
         check_names(names)
     shard_urls = store.expand(shards)
+    if not shard_urls:
+        raise UserError("shards: must name at least one, got none")
     beside = _names_beside(shard_urls)
     if names is None:
         names = beside
@@ -111,9 +113,9 @@ def index_shards(
 
 def _names_beside(shard_urls: Sequence[str]) -> list[str] | None:
     """Of classes.txt in the folder of all shards; None where there is none."""
-    folders = {url.partition("?")[0].rpartition("/")[0] for url in shard_urls}
-    url = urls.join(folders.pop() or ".", CLASSES_NAME)
-    if folders or urls.scheme_of(url) in ("http", "https"):
+    folder, *others = _folders(shard_urls)
+    url = urls.join(folder, CLASSES_NAME)
+    if others or urls.scheme_of(url) in ("http", "https"):
         return None
     try:
         there = store.exists(url)
@@ -123,18 +125,34 @@ def _names_beside(shard_urls: Sequence[str]) -> list[str] | None:
 
 
 def _common_folder(shard_urls: Sequence[str]) -> str:
-    folders = {url.partition("?")[0].rpartition("/")[0] for url in shard_urls}
+    folders = _folders(shard_urls)
     if len(folders) > 1:
         one, other = sorted(folders)[:2]
         raise UserError(
             f"the shards lie in {len(folders)} folders ({urls.redacted(one)}, {urls.redacted(other)}, ...): "
             "give --output for the index"
         )
-    return folders.pop() or "."
+    return folders[0]
+
+
+def _folders(shard_urls: Sequence[str]) -> list[str]:
+    """Where the shards lie, each folder once, as it was given first."""
+    folders: dict[str, str] = {}
+    for url in shard_urls:
+        if urls.is_remote(url):  # what signs it or names its version is no part of the path
+            mark = "?" if urls.scheme_of(url) in ("http", "https") else "?versionId="
+            folder = url.partition(mark)[0].rpartition("/")[0]
+            folders.setdefault(folder, folder)
+        else:
+            folders.setdefault(os.path.dirname(os.path.abspath(url)), os.path.dirname(url) or ".")
+    return list(folders.values())
 
 
 def _recorded_name(url: str, base: str) -> str:
     """What the index calls a shard: its name below `base`, else in full."""
+    if not urls.is_remote(url) and not urls.is_remote(base):
+        path, folder = os.path.abspath(url), os.path.abspath(base)
+        return os.path.relpath(path, folder) if os.path.commonpath([path, folder]) == folder else path
     folder = f"{base.rstrip('/')}/"
     if url.startswith(folder):
         return url[len(folder) :]
@@ -145,9 +163,7 @@ def _recorded_name(url: str, base: str) -> str:
         )
     if urls.is_remote(url):
         return url
-    if urls.is_remote(base):
-        raise UserError(f"{url}: an index in a bucket cannot point to local files; upload the shards first")
-    return url if base == "." and not os.path.isabs(url) else os.path.abspath(url)
+    raise UserError(f"{url}: an index in a bucket cannot point to local files; upload the shards first")
 
 
 @dataclass(frozen=True)
