@@ -60,6 +60,8 @@ class ZeroState:
     def __init__(self, engine: Any, model: AdaptedModel, stage: int, comm: Comm):
         self._optimizer, self._model, self._stage, self._comm = engine.optimizer, model, stage, comm
         self.named = model.trainable()
+        if stage == 3:
+            self._clear_padding()
         self._prepare_moments()
 
     def masters(self) -> dict[str, Tensor]:
@@ -119,6 +121,16 @@ class ZeroState:
             }
         if self._stage in (1, 2):
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _clear_padding(self) -> None:
+        """Zero what pads the partitions at ZeRO-3: DeepSpeed leaves it as it finds the memory, which may hold NaN."""
+        for flat, group in zip(self._flat_masters(), self._optimizer.fp16_groups, strict=True):
+            first = 0
+            for p in group:
+                size = p.partition_numel()
+                own = min(max(p.ds_numel - self._comm.rank * size, 0), size)
+                flat.data[first + own : first + size] = 0
+                first += size
 
     def _inner_optimizer(self) -> Any:
         return self._optimizer if self._stage == 0 else self._optimizer.optimizer
