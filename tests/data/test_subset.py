@@ -115,6 +115,8 @@ def test_names_that_are_numbers_are_no_ids(shards: Path, tmp_path: Path) -> None
     assert Subset(ids=str(file)).of(in_folders, "them").tolist() == [3, 11]
     file.write_text("3\n11\n")
     assert Subset(ids=str(file)).of(in_folders, "them").tolist() == [3, 11], "ids, as no image is called so"
+    in_folders = named([f"{folder}/{i}" for folder in ("cat", "dog") for i in range(6)])
+    assert Subset(ids=str(file)).of(in_folders, "them").tolist() == [3, 11], "ids, as names have their folders"
 
 
 def test_bad_settings_are_refused(shards: Path) -> None:
