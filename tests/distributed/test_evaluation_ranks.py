@@ -180,7 +180,7 @@ def test_on_after_a_kill_at_the_batch_where_it_was(
     server: RankServer, shards: str, one: dict[str, Any], tmp_path: Path
 ) -> None:
     log, partial = tmp_path / "log", str(tmp_path / "evaluation.json.partial")
-    for kill in ((0, 14), (1, 8)):  # the checks have 8 attacks of their own
+    for kill in ((0, 12), (1, 5)):  # the checks have 8 attacks of their own
         with pytest.raises(RankError):
             server.run(2, _evaluate, shards, ATTACKS, 6, partial, log, kill, (0.05, 0.05))
     (file, *_) = Path(partial).rglob("rank-*.jsonl")
