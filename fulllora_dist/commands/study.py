@@ -9,9 +9,6 @@ What is done is found by its content and not run again; the same command resumes
 file such as configs/studies/imagenette.yaml; see docs/studies.md.
 """
 
-import os
-import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -52,7 +49,9 @@ def _run(argv: Sequence[str]) -> int:
             raise UserError(f"--{option} must be >= 1, got {getattr(args, option)}")
     study = _study(args.file)
     if not args.dry_run:
-        _make_shards(study)
+        from fulllora_dist.studies.processes import make_shards
+
+        make_shards(study.settings.shards, study.path)
     from fulllora_dist.studies.runner import Options, Runner  # torch
 
     runner = Runner(study, Options(args.parallel, args.ranks), _say, lambda: _write(study))
@@ -75,20 +74,6 @@ def _study(path: str) -> "Study":
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _make_shards(study: "Study") -> None:
-    """The data, where it is not there: what is finished is not made again."""
-    from fulllora_dist.studies.processes import last_line
-
-    for line in study.settings.shards:
-        source, destination, *_ = [*shlex.split(line), "", ""]
-        if not os.path.exists(source) and os.path.exists(os.path.join(destination, "index.safetensors")):
-            continue  # made from what has gone since
-        command = [sys.executable, "-m", "fulllora_dist.commands.cli", "shards", *shlex.split(line)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise UserError(f"{study.path}: shards: {last_line(done.stderr)}")
 
 
 def _write(study: "Study") -> None:

@@ -2,15 +2,18 @@
 
 import ctypes
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from fulllora_dist.core.errors import UserError
+from fulllora_dist.data.index import INDEX_NAME
 from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.studies.plan import Evaluation, Run
 from fulllora_dist.tracking.provenance import PACKAGE
@@ -139,3 +142,23 @@ def stop(jobs: Sequence[Job]) -> None:
             job.process.send_signal(signal.SIGTERM)
     for job in jobs:
         job.process.wait()
+
+
+def make_shards(lines: Iterable[str], of: str) -> None:
+    """The data of a study, where it is not there: what is finished is not made again.
+
+    Args:
+        lines: arguments of `fulllora shards`, a command each.
+        of: whose they are, for messages.
+
+    Raises:
+        UserError: they could not be made.
+    """
+    for line in lines:
+        source, destination, *_ = [*shlex.split(line), "", ""]
+        if not os.path.exists(source) and os.path.exists(os.path.join(destination, INDEX_NAME)):
+            continue  # made from what has gone since
+        command = [sys.executable, "-m", "fulllora_dist.commands.cli", "shards", *shlex.split(line)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError(f"{of}: shards: {last_line(done.stderr)}")

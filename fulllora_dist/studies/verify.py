@@ -1,6 +1,7 @@
 """A row of a report, evaluated again from its committed adapter."""
 
 import hashlib
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +12,12 @@ import numpy as np
 import yaml
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.index import Index
+from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.evaluation.report import EvaluationReport, read_evaluation
 from fulllora_dist.studies.plan import VALIDATION
-from fulllora_dist.studies.processes import environment_of, evaluation_of, last_line
+from fulllora_dist.studies.processes import environment_of, evaluation_of, last_line, make_shards
 from fulllora_dist.studies.results import Result, Verdicts, correct, from_ranges, read_result
 
 IMAGES = 50
@@ -61,7 +62,8 @@ def check_kept(result: Result, folder: Path) -> None:
 def verify(name: str, results_dir: str, call: Call = _call) -> Verification:
     """Evaluate images of a result again, each attack but AutoAttack's, whose random numbers depend on all images.
 
-    The images are whole batches of the evaluation, so that on the same kind of machine every bit is the same.
+    The images are whole batches of the evaluation, so that on the same kind of machine every bit is the same. Their
+    shards are made if they are not there.
 
     Args:
         name: of the result.
@@ -79,6 +81,8 @@ def verify(name: str, results_dir: str, call: Call = _call) -> Verification:
         attacks := tuple(attack for attack in found[0]["attacks"] if AttackName.parse(attack).kind != "autoattack")
     ):
         raise UserError(f"{name} has no evaluation that can be repeated on some of its images")
+    if not Path(data, INDEX_NAME).exists():
+        make_shards([line for line in result["shards"] if data in shlex.split(line)], name)
     if Index.load(data).hash != found[0]["data"]:
         raise UserError(f"{data} holds other images than {name} was evaluated on; make them with its `shards`")
     ids = _some(found[0])
