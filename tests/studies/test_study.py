@@ -283,7 +283,8 @@ def test_the_study_in_the_repository_is_well_formed(monkeypatch: pytest.MonkeyPa
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     study = Study("configs/studies/imagenette.yaml")
-    assert {arm: len(tries) for arm, tries in study.tries.items()} == {"full": 3, "fulllora": 3, "lora": 3}
+    arms = ("full", "fulllora", "lora", "fulllora_low")
+    assert {arm: len(tries) for arm, tries in study.tries.items()} == dict.fromkeys(arms, 3)
     assert study.images("pgd20") == 1000
 
 
@@ -385,4 +386,4 @@ def test_the_arms_of_the_page_can_be_added_to_the_study(tmp_path: Path, monkeypa
     (tmp_path / "study.yaml").write_text(text.replace("\ncomparisons:", f"\n{arms}\ncomparisons:"))
     study = Study(str(tmp_path / "study.yaml"))
     first, second = study.waves()
-    assert (first, len(second)) == (["full", "fulllora", "lora"], 12)
+    assert (first, len(second)) == (["full", "fulllora", "lora"], 1 + 12)
