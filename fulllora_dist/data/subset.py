@@ -81,9 +81,9 @@ def _listed(file: str, index: Index, index_name: str) -> np.ndarray:
 def _refuse_names(numbers: set[str], index: Index, file: str, index_name: str) -> None:
     """Refuse numbers that images are called by, too: as img2dataset's, or 0003 in a folder of a class, where no id has
     leading zeros."""
-    bare = {key: _bare(key) for key in map(index.key, range(len(index)))}
-    named = (key for key, name in bare.items() if name in numbers and ("/" not in key or name != str(int(name))))
-    if key := next(named, None):
+    padded = {number for number in numbers if number != str(int(number))}
+    keys = map(index.key, range(len(index)))
+    if key := next((key for key in keys if _bare(key) in (padded if "/" in key else numbers)), None):
         raise UserError(
             f"evaluation.ids: {file}: the images of {index_name} are named by numbers, so these may be ids or names; "
             f"give names with their folder or extension, e.g. {key if '/' in key else f'{key}.jpg'}"
