@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.distributed.interface import meet
+from fulllora_dist.distributed.launcher import ranks
 from fulllora_dist.models.precision import convolve_in_full_fp32
 
 T = TypeVar("T")
@@ -213,11 +214,8 @@ def start_comm(timeout_minutes: float | None = None, recorder: str | None = None
         UserError: the launcher's variables are incomplete, its port is in use, the hosts do not reach each other
             (`interface.meet`), or there are more local ranks than GPUs.
     """
-    try:
-        rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}; must be integers, as set by a launcher") from None
-    if not 0 <= rank < world:
+    rank, world, local = ranks()
+    if rank >= world:
         raise UserError(f"RANK must be >= 0 and < WORLD_SIZE={world}, got {rank}; start with `deepspeed` or `torchrun`")
     if world > 1 and not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
         raise UserError("MASTER_ADDR and MASTER_PORT are not set, but WORLD_SIZE is over 1; start with `deepspeed`")

@@ -37,6 +37,22 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def ranks() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK; those of a single process where they are not set.
+
+    Raises:
+        UserError: one of them is no such number.
+    """
+    found = {}
+    for variable, least in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}.items():
+        value = os.environ.get(variable, str(least))
+        if not (value.isdecimal() and int(value) >= least):
+            os.environ.pop("RANK", None)  # it says who prints the line
+            raise UserError(f"{variable} must be an integer >= {least}, as set by a launcher, got {value!r}")
+        found[variable] = int(value)
+    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
+
+
 def join_launcher() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT if srun or an MPI started several tasks without
     them. Nothing if RANK or WORLD_SIZE is set: WORLD_SIZE=1 makes a task one of its own.
@@ -44,11 +60,7 @@ def join_launcher() -> None:
     Raises:
         UserError: it is not known where rank 0 listens, or the variables are no integers.
     """
-    for variable, least in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}.items():
-        value = os.environ.get(variable)
-        if value is not None and not (value.isdecimal() and int(value) >= least):
-            os.environ.pop("RANK", None)  # it says who prints the line
-            raise UserError(f"{variable} must be an integer >= {least}, as set by a launcher, got {value!r}")
+    ranks()
     if "RANK" in os.environ or "WORLD_SIZE" in os.environ:
         return
     name = next((name for name, (size, *_) in _LAUNCHERS.items() if _number(size, 1) > 1), None)
