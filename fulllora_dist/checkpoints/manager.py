@@ -25,6 +25,7 @@ from fulllora_dist.checkpoints.format import (
 )
 from fulllora_dist.checkpoints.settings import RunSettings
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.storage import store, urls
 
 if TYPE_CHECKING:
@@ -97,10 +98,10 @@ class CheckpointManager:
         if damaged and checkpoint is None:
             raise UserError(
                 f"run.output_dir: none of the {len(damaged)} checkpoints of {self._settings.output_dir} is whole "
-                f"({urls.redacted(next(iter(damaged.values())))}); choose another folder to start over"
+                f"({redacted(next(iter(damaged.values())))}); choose another folder to start over"
             )
         for line in damaged.values():
-            self._say(f"warning: {urls.redacted(line)}; resuming from an older checkpoint")
+            self._say(f"warning: {redacted(line)}; resuming from an older checkpoint")
         if checkpoint is not None:
             self.newest = checkpoint[1]["step"]
             self._kept = kept_besides(checkpoint[1])
@@ -232,7 +233,7 @@ class CheckpointManager:
             except UserError as error:
                 failed.append(str(error))
             except OSError as error:
-                failed.append(f"{urls.redacted(place)}: {error.strerror or error}")
+                failed.append(f"{redacted(place)}: {error.strerror or error}")
             except Exception as error:  # memory for a copy, say: the training can do without this checkpoint
-                failed.append(f"{urls.redacted(place)}: {type(error).__name__} {error}")
+                failed.append(f"{redacted(place)}: {type(error).__name__} {error}")
         return failed

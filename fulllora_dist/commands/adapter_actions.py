@@ -13,6 +13,7 @@ import torch
 
 from fulllora_dist.commands.adapter_listing import Answer, version_as_json
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.evaluation import eval_transform
 from fulllora_dist.evaluation.compare import Comparison, compare, comparison_table
@@ -28,7 +29,6 @@ from fulllora_dist.registry.promotion import Rules, Verdict
 from fulllora_dist.registry.publish import CONFIG, publish
 from fulllora_dist.registry.registry import CHAMPION, PREVIOUS, Registry, content_of
 from fulllora_dist.registry.version_tags import Lineage
-from fulllora_dist.storage.urls import redacted
 from fulllora_dist.tracking.settings import check_model_name
 
 _SHOWN_LAYERS = 12

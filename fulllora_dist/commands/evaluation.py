@@ -7,6 +7,7 @@ from pathlib import Path
 from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.distributed.launcher import say
 from fulllora_dist.distributed.watchdog import Watchdog
@@ -21,7 +22,6 @@ from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.settings import AdapterSettings, ModelSettings
 from fulllora_dist.registry.address import load, resolved
 from fulllora_dist.storage.folder_lock import FolderLock
-from fulllora_dist.storage.urls import redacted
 from fulllora_dist.training.build import build_eval_stream, build_evaluator, build_model, threats
 from fulllora_dist.training.inputs import check_evaluation
 

@@ -19,6 +19,7 @@ from typing import Any
 from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.launching.resources import EXECUTORS, Resources, read_profile, resources
 
 
@@ -54,7 +55,7 @@ def main(profiles: str) -> int:
         try:
             return jobs[0].results()[0]
         except Exception as error:
-            print(f"failed: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"failed: {type(error).__name__}: {one_line(error, 500)}", file=sys.stderr)
             return 1
     if not args.wait:
         return 0

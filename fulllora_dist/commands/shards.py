@@ -85,8 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
 def make() -> None:
     """Make shards as the command line says."""
     args = make_parser().parse_args()
+    from fulllora_dist.core.messages import redacted
     from fulllora_dist.data.shards.make import make_shards  # --help need not wait for torch
-    from fulllora_dist.storage.urls import redacted
 
     args.classes = None if args.classes is None else _classes(args.classes, one=True)
     kept = f"what is finished is kept in {redacted(args.destination)}; re-run the same command to resume"

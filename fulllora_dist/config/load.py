@@ -15,6 +15,7 @@ from fulllora_dist.config.plugins import import_plugins
 from fulllora_dist.config.schema import Config
 from fulllora_dist.config.yaml_text import parse_value, read_yaml
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.core.settings import PlainText, explain, first_error, section_of
 from fulllora_dist.core.suggest import suggestion
 from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings
@@ -83,7 +84,7 @@ def read_frame(path: Path, output_dir: str | None = None) -> Config:
         }
         return Config.model_construct(**parts)
     except Exception as error:  # a disk error, invalid YAML, or settings of another version
-        raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:150]})") from None
+        raise UserError(f"{path} cannot be read ({one_line(error)})") from None
 
 
 class _Layers:
@@ -143,8 +144,8 @@ class _Layers:
             )
         except OmegaConfBaseException as error:
             key = str(getattr(error, "full_key", None) or "")
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.source(key.split('.'))}: {key}: {reason[:200]}") from None
+            reason = one_line(str(error).splitlines()[0])
+            raise UserError(f"{self.source(key.split('.'))}: {key}: {reason}") from None
         result: dict[str, Any] = _retyped(self._values, filled)
         return result
 

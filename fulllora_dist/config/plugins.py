@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from importlib.metadata import entry_points
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 
 GROUP = "fulllora_dist.plugins"
 """Entry point group of installed packages, which are imported without being named in a config."""
@@ -38,8 +39,7 @@ def _import(name: str) -> None:
                 sys.path.append(os.getcwd())
             importlib.import_module(name)
     except Exception as error:  # third-party code may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"plugins: {name} cannot be imported ({reason})") from None
+        raise UserError(f"plugins: {name} cannot be imported ({type(error).__name__}: {one_line(error)})") from None
 
 
 def _import_file(path: str) -> None:

@@ -11,6 +11,7 @@ import yaml
 from yaml.constructor import ConstructorError
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.core.settings import PlainText
 
 _NULL = ("", "~", "null", "Null", "NULL")
@@ -92,7 +93,7 @@ def _with_text_keys(value: Any) -> Any:
 
 def _problem(error: Exception) -> str:
     if not isinstance(error, yaml.MarkedYAMLError):
-        return " ".join(str(error).split())[:200]
+        return one_line(error)
     mark, problem = error.problem_mark or error.context_mark, error.problem or error.context or "unknown"
     if "character '\\t'" in problem:
         problem = "a tab; indent with spaces"

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import numpy as np
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data.index_cache import fetched
 from fulllora_dist.data.index_file import DamagedIndex, map_columns, pack_columns
 from fulllora_dist.data.shards.scan import COLUMNS, IMAGE_EXTENSIONS, Shard, ShardScan
@@ -37,7 +38,7 @@ class Sample(NamedTuple):
     crc32: int
 
     def __str__(self) -> str:
-        return f"{urls.redacted(self.url)}: sample {self.key} at offset {self.offset}"
+        return f"{redacted(self.url)}: sample {self.key} at offset {self.offset}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +95,7 @@ class Index:
         """
         base, name = split_index(str(address))
         if _names_shards(base):
-            raise UserError(f"{urls.redacted(base)}: must be the folder of the shards or its index, not the shards")
+            raise UserError(f"{redacted(base)}: must be the folder of the shards or its index, not the shards")
         if urls.is_remote(base):
             url = urls.join(base, name)
             try:
@@ -144,7 +145,7 @@ class Index:
 
     def _check(self) -> None:
         """Refuse columns that do not fit each other, the classes or the shards."""
-        columns, shards, base = self.columns, self.shards, urls.redacted(self.base)
+        columns, shards, base = self.columns, self.shards, redacted(self.base)
         for name, dtype in {**COLUMNS, "shard": "<i4"}.items():
             if name not in columns or columns[name].dtype != dtype:
                 raise UserError(f"{base}: the index has no column {name} of type {dtype}; rebuild it")

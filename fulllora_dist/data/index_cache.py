@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data.index_file import DamagedIndex, is_whole
-from fulllora_dist.storage import store, urls
+from fulllora_dist.storage import store
 from fulllora_dist.storage.machine_copy import cache_folder, machine_copy
 
 _TRIES = 3  # of a download whose checksum is wrong; then the index itself is damaged
@@ -33,5 +34,5 @@ def _downloaded(url: str) -> bytes:
         if is_whole(data := store.read(url)):
             return data
     raise DamagedIndex(
-        f"{urls.redacted(url)}: the index is damaged or of another format; rebuild it with tools/index_shards.py"
+        f"{redacted(url)}: the index is damaged or of another format; rebuild it with tools/index_shards.py"
     )

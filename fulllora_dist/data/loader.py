@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data import plan
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.index import Index
@@ -26,7 +27,6 @@ from fulllora_dist.data.reader import ShardReader
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.worker_dataset import BadSample, Part, Transform, WorkerDataset, read_ahead
 from fulllora_dist.storage.ranges import ReadPolicy
-from fulllora_dist.storage.urls import redacted
 
 _logger = logging.getLogger(__name__)
 

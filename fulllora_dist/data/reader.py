@@ -13,6 +13,7 @@ import numpy as np
 from fsspec.utils import merge_offset_ranges
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.plan import CHUNK
 from fulllora_dist.data.position import Work
@@ -80,7 +81,7 @@ class ShardReader:
         expected = self._index.shards[number].bytes
         if length != expected:
             raise UserError(
-                f"{urls.redacted(self._urls[number])}: {length} bytes where the index has {expected}; "
+                f"{redacted(self._urls[number])}: {length} bytes where the index has {expected}; "
                 "copy the shard again or rebuild the index"
             )
 

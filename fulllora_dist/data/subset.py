@@ -7,10 +7,11 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data import plan
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.shards.scan import IMAGE_EXTENSIONS
-from fulllora_dist.storage import store, urls
+from fulllora_dist.storage import store
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ def _listed(file: str, index: Index, index_name: str) -> np.ndarray:
     except UserError as error:
         raise UserError(f"evaluation.ids: {error}") from None
     except UnicodeDecodeError:
-        raise UserError(f"evaluation.ids: {urls.redacted(file)} is not a text file with one sample per line") from None
+        raise UserError(f"evaluation.ids: {redacted(file)} is not a text file with one sample per line") from None
     lines = [line.split()[0] for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    file = urls.redacted(file)
+    file = redacted(file)
     if not lines:
         raise UserError(f"evaluation.ids: {file} names no samples")
     numbers = all(line.isascii() and line.isdigit() for line in lines)

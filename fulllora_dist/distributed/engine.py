@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fulllora_dist.core.errors import SharedUserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.schedule import check_batch, learning_rate
@@ -292,6 +293,6 @@ def _start_deepspeed(
             dist_init_required=False,
         )
     except (DeepSpeedConfigError, ValidationError) as error:
-        raise SharedUserError(f"deepspeed: {' '.join(str(error).split())[:300]}") from None
+        raise SharedUserError(f"deepspeed: {one_line(error, 300)}") from None
     comm.limit_waiting()
     return engine

@@ -10,7 +10,7 @@ import time
 import psutil
 
 from fulllora_dist.core.errors import SharedUserError, UserError
-from fulllora_dist.storage.urls import redacted
+from fulllora_dist.core.messages import redacted
 
 _DISK = {errno.ENOSPC, errno.EDQUOT}
 _PATHS = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EROFS}

@@ -7,8 +7,8 @@ from typing import Literal, Self, get_args
 
 from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.core.units import check_pixel_range, parse_size
-from fulllora_dist.storage.urls import redacted
 
 Loss = Literal["ce", "margin", "dlr"]
 

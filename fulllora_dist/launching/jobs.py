@@ -13,6 +13,7 @@ from submitit import SlurmJob
 from submitit.core.utils import JobPaths, pickle_load
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.launching.folder import launch_folders, read_record, read_restarts
 from fulllora_dist.launching.worker import REQUEUED
 
@@ -215,4 +216,4 @@ def _last_line(trace: str) -> str:
     """The exception of a traceback, without its frames."""
     lines = trace.strip().splitlines()
     last_frame = max((i for i, line in enumerate(lines) if line.startswith("  ")), default=-1)
-    return " ".join(" ".join(lines[last_frame + 1 :] or lines[-1:]).split())[:500]
+    return one_line(" ".join(lines[last_frame + 1 :] or lines[-1:]), 500)

@@ -9,6 +9,7 @@ from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.load import read_frame
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.launching.folder import CONFIG, LAUNCHES, launch_folders, read_restarts
 from fulllora_dist.launching.jobs import RunJob, run_jobs
@@ -99,5 +100,5 @@ def _tracked_as_running(config: Config) -> str | None:
         query = f"tags.output = '{os.path.abspath(config.run.output_dir)}' and attributes.status = 'RUNNING'"
         runs = client.search_runs([experiment.experiment_id], query) if experiment else []
     except Exception as error:  # whatever a tracking store does, the table is shown
-        return f"? (MLflow is unreachable: {str(error).splitlines()[0][:100]})"
+        return f"? (MLflow is unreachable: {one_line(error, 100)})"
     return runs[0].info.run_id if runs else None

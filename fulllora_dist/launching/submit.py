@@ -14,6 +14,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.launching.executors import batch_script, build_executor, detached, own_environment
 from fulllora_dist.launching.folder import CONFIG, launches_of, launching, make_folder, write_record
 from fulllora_dist.launching.jobs import run_jobs
@@ -172,4 +173,4 @@ def _entries(config: Config, folder: Path, evaluation: list[str] | None) -> list
 def _error_line(error: Exception) -> str:
     text = error.stderr or "" if isinstance(error, subprocess.CalledProcessError) else str(error)
     lines = [line for line in str(text).splitlines() if "error" in line.lower()] or [str(error)]
-    return " ".join(lines[0].split())[:300]
+    return one_line(lines[0], 300)

@@ -24,6 +24,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from fulllora_dist.checkpoints.format import list_checkpoints, step_of
 from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.load import read_frame
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.distributed.failures import exit_answer
 from fulllora_dist.distributed.launcher import FIRST_PORT, PORTS
 from fulllora_dist.distributed.signals import GracefulStop
@@ -67,7 +68,7 @@ class Worker:
             except SystemExit as stop:  # a signal came outside of the training loop
                 code = int(stop.code or 0)
             except Exception as error:
-                record(f"failed: {' '.join(str(error).split())[:300] or type(error).__name__}")
+                record(f"failed: {one_line(error, 300) or type(error).__name__}")
                 answer = exit_answer(error)
                 if answer is None:
                     if environment.cluster != "debug":
@@ -179,7 +180,7 @@ def _reached(environment: JobEnvironment, entry: str) -> dict[str, int | None]:
         evaluated = items_done(run.output_dir)
         checkpoints = list_checkpoints(*checkpoint_places(run)) if entry == "train" else []
     except Exception as error:  # of a bucket, say: the run is saved, and the record can do without
-        print(f"warning: the newest checkpoint is not known: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+        print(f"warning: the newest checkpoint is not known: {one_line(error)}", file=sys.stderr)
         return {}
     return {"step": step_of(checkpoints[0]) if checkpoints else None, "evaluated": evaluated}
 

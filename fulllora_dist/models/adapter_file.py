@@ -20,13 +20,13 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.models.adapted_model import AdaptedModel, check_tensors, set_tensors
 from fulllora_dist.models.adapter_description import AdapterDescription, backbone_content, spec_content
 from fulllora_dist.models.rebuild import build, build_onto, check_backbone, described
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.storage.small_files import read_files, write_files
-from fulllora_dist.storage.urls import redacted
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.models.checkpoint_file import check_normaliser, check_values, read_weights, unwrapped
 from fulllora_dist.models.families import family_of
 from fulllora_dist.models.hub import download
 from fulllora_dist.models.settings import ModelSettings
 from fulllora_dist.models.weights import fingerprint, load_into
-from fulllora_dist.storage.urls import redacted
 
 
 @dataclass(frozen=True)

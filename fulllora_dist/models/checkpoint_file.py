@@ -24,10 +24,11 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line, redacted
 from fulllora_dist.models.checkpoint_header import refuse_folder, weights_format
 from fulllora_dist.storage import store
 from fulllora_dist.storage.machine_copy import cache_folder, machine_copy
-from fulllora_dist.storage.urls import classify_error, one_line, redacted, refuse_credentials
+from fulllora_dist.storage.urls import classify_error, refuse_credentials
 
 _logger = logging.getLogger(__name__)
 _UNSIGNED = "?***"  # the query of a URL after `redacted`

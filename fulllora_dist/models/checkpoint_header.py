@@ -9,7 +9,7 @@ import zipfile
 from typing import IO, Any
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.storage.urls import redacted
+from fulllora_dist.core.messages import redacted
 
 _ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 _MAX_HEADER = 100_000_000  # bytes; the limit of safetensors itself

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.storage import store
 from fulllora_dist.storage.machine_copy import one_at_a_time
-from fulllora_dist.storage.urls import one_line
 
 _SAFE = {None: "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
 """What timm loads in place of a file of the hub."""

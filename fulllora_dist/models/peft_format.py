@@ -23,6 +23,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.models.adapt import adapt
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.attaching import LAYER_NORMS
@@ -30,7 +31,6 @@ from fulllora_dist.models.branches import Branch, branches_of
 from fulllora_dist.models.given_module import check_given
 from fulllora_dist.models.lnlora import LNLoRAOuterBiasLinear
 from fulllora_dist.storage.small_files import read_files, write_files
-from fulllora_dist.storage.urls import redacted
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

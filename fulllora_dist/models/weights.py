@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.models.families import Family
-from fulllora_dist.storage.urls import one_line
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

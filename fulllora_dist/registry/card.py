@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.core.units import size_in
 from fulllora_dist.evaluation.report import scores, worst_scores
 from fulllora_dist.models.adapter_description import AdapterDescription
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.training_record import TrainingData
-from fulllora_dist.storage.urls import redacted
 
 _SHOWN_SETTINGS = ("finetune", "rank", "alpha", "placement", "blocks", "qkv", "head", "train_norms")
 

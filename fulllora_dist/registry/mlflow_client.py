@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Self
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.storage.urls import one_line, redacted
+from fulllora_dist.core.messages import one_line, redacted
 from fulllora_dist.tracking.mlflow_store import experiment_id, first_use_alone, set_defaults
 
 _CLIENTS = {"mlflow", "sqlalchemy", "alembic", "botocore", "boto3", "google", "azure"}

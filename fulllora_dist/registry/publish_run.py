@@ -3,11 +3,11 @@
 import os
 import shlex
 
+from fulllora_dist.core.messages import one_line, redacted
 from fulllora_dist.evaluation.report import read_evaluation
 from fulllora_dist.registry.publish import publish
 from fulllora_dist.registry.registry import Registry
 from fulllora_dist.registry.version_tags import Lineage
-from fulllora_dist.storage.urls import one_line, redacted
 from fulllora_dist.tracking.summary import RunSummary
 
 

@@ -18,6 +18,7 @@ from weakref import WeakValueDictionary
 import fsspec.asyn
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.cache import RangeCache
 
@@ -62,7 +63,7 @@ class Range(NamedTuple):
         return "\0".join(map(str, self))
 
     def __str__(self) -> str:
-        return f"{urls.redacted(self.url)}, bytes {self.start} to {self.end}"
+        return f"{redacted(self.url)}, bytes {self.start} to {self.end}"
 
 
 class Piece(NamedTuple):
@@ -83,7 +84,7 @@ class ChangedObject(UserError):
     @classmethod
     def of(cls, url: str, how: str) -> Self:  # not __init__: workers send it, and unpickling calls that with the line
         return cls(
-            f"{urls.redacted(url)}: has changed since it was indexed ({how}); restore it, or index the shards again "
+            f"{redacted(url)}: has changed since it was indexed ({how}); restore it, or index the shards again "
             "and start a new run"
         )
 
@@ -222,7 +223,7 @@ async def _get(filesystem: Any, wanted: Range, etag: str | None) -> tuple[bytes,
         async with session.get(filesystem.encode_url(wanted.url), headers=headers, **options) as answer:
             answer.raise_for_status()
             if answer.status != 206:
-                raise UserError(f"{urls.redacted(wanted.url)}: no support for byte ranges; use a server that has it")
+                raise UserError(f"{redacted(wanted.url)}: no support for byte ranges; use a server that has it")
             return await answer.read(), answer.headers.get("ETag")
     data = await filesystem._cat_file(wanted.url, start=wanted.start, end=wanted.end)
     return data, (await filesystem._info(wanted.url)).get("etag")

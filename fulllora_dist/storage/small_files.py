@@ -10,7 +10,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.storage.urls import classify_error, one_line, redacted, refuse_credentials
+from fulllora_dist.core.messages import one_line, redacted
+from fulllora_dist.storage.urls import classify_error, refuse_credentials
 
 
 def read_files(folder: str | os.PathLike[str], names: Sequence[str], whose: str, remedy: str) -> list[bytes]:

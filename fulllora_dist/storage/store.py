@@ -20,6 +20,7 @@ from braceexpand import braceexpand
 
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.storage import urls
 from fulllora_dist.storage.urls import ObjectInfo
 
@@ -97,7 +98,7 @@ def read(url: str) -> bytes:
         size = urls.object_info(url).bytes
         data: bytes = urls.filesystem(url).cat_file(url)
         if size is not None and len(data) != size:
-            raise OSError(f"{urls.redacted(url)}: got {len(data)} of {size} bytes")
+            raise OSError(f"{redacted(url)}: got {len(data)} of {size} bytes")
         return data
 
     return persistent(once, url)
@@ -122,13 +123,13 @@ def upload(path: Path, url: str) -> None:
     persistent(lambda: urls.filesystem(url).put_file(str(path), url), url)
     uploaded, length = info(url).bytes, path.stat().st_size
     if uploaded != length:
-        raise UserError(f"{urls.redacted(url)}: {uploaded} of {length} bytes were uploaded")
+        raise UserError(f"{redacted(url)}: {uploaded} of {length} bytes were uploaded")
 
 
 def refuse_read_only(url: str) -> None:
     """Raise UserError for a URL that cannot be written to."""
     if urls.scheme_of(url) in ("http", "https"):
-        raise UserError(f"{urls.redacted(url)}: http(s) cannot be written to; use a path, s3:// or gs://")
+        raise UserError(f"{redacted(url)}: http(s) cannot be written to; use a path, s3:// or gs://")
 
 
 def writable_folder(url: str) -> str:
@@ -160,12 +161,12 @@ def expand(patterns: Iterable[str]) -> list[str]:
         try:
             names = [pattern] if there else list(braceexpand(pattern))
         except ValueError as error:
-            raise UserError(f"{urls.redacted(pattern)}: {error}") from error
+            raise UserError(f"{redacted(pattern)}: {error}") from error
         for name in names:
             paths += _listed(name)
     for url, times in Counter(paths).items():
         if times > 1:
-            raise UserError(f"{urls.redacted(url)}: named {times} times")
+            raise UserError(f"{redacted(url)}: named {times} times")
     return paths
 
 
@@ -186,7 +187,7 @@ def _listed(name: str) -> list[str]:
     scheme = urls.scheme_of(name)
     if scheme in ("http", "https"):
         if "*" in name or name.partition("?")[0].endswith("/"):
-            raise UserError(f"{urls.redacted(name)}: http has no listings; name the shards, e.g. with {{000..127}}")
+            raise UserError(f"{redacted(name)}: http has no listings; name the shards, e.g. with {{000..127}}")
         return [name]
     fs, path = urls.filesystem(name), urls.local_path(name) if scheme == "file" else name
     if re.search(r"[*?\[]", path) and not (scheme == "file" and os.path.exists(path)):
@@ -196,7 +197,7 @@ def _listed(name: str) -> list[str]:
     else:
         return [path]
     if not matches:
-        raise UserError(f"{urls.redacted(path)}: no shards match")
+        raise UserError(f"{redacted(path)}: no shards match")
     return matches
 
 
@@ -243,9 +244,9 @@ def _read_range(url: str, start: int, end: int) -> bytes:
     def once() -> bytes:
         data: bytes = urls.filesystem(url).cat_file(url, start=start, end=end)
         if len(data) > end - start:
-            raise UserError(f"{urls.redacted(url)}: the server sent more than the requested range")
+            raise UserError(f"{redacted(url)}: the server sent more than the requested range")
         if len(data) < end - start:
-            raise OSError(f"{urls.redacted(url)}: got {len(data)} of {end - start} bytes at {start}")
+            raise OSError(f"{redacted(url)}: got {len(data)} of {end - start} bytes at {start}")
         return data
 
     return persistent(once, url)

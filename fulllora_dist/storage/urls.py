@@ -7,7 +7,6 @@ would end up in configs, indexes and logs; of a signed one no message shows what
 import asyncio
 import importlib
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,14 +17,12 @@ import aiohttp
 import fsspec
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import CREDENTIALS, redacted
 
 SCHEMES = ("file", "s3", "gs", "http", "https")
 CONNECT_SECONDS = 15
 READ_SECONDS = 60  # of silence; s3fs alone would wait for ever
 
-# to the last @ before the path; to the last of all where no port follows a colon, but a password with / ? or # in it
-_CREDENTIALS = re.compile(r"(\w+://)(?:[^/?#\s]*@|[^/?#\s:]*:(?!\d*(?:[/?#\s'\"]|$))\S*@)")
-_QUERY = re.compile(r"(https?://[^\s?]*\?)\S+", re.IGNORECASE)
 # what botocore and google-auth, which may not be installed, call network errors that are no OSError
 _PASSING = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"}
 _PASSING |= {"MetadataRetrievalError", "TransportError"}
@@ -36,7 +33,7 @@ _TO_INSTALL = {"s3": "s3fs: pip install 'fulllora-dist[s3]'", "gs": "gcsfs: pip 
 
 
 # how botocore says that a metadata service gave no credentials: it throttles when all ranks of a node start at once
-_NO_CREDENTIALS = {"NoCredentialsError", "CredentialRetrievalError"}
+_NOCREDENTIALS = {"NoCredentialsError", "CredentialRetrievalError"}
 _METADATA = {"metadata_service_num_attempts": "3", "metadata_service_timeout": "2"}  # botocore's own are 1 and 1
 
 
@@ -55,16 +52,6 @@ class ObjectInfo:
 
     bytes: int | None
     etag: str | None
-
-
-def redacted(text: object) -> str:
-    """`text` without the credentials in its URLs."""
-    return _QUERY.sub(r"\1***", _CREDENTIALS.sub(r"\1***@", str(text)))
-
-
-def one_line(error: object) -> str:
-    """What an error says, without the credentials in its URLs, on one line of 200 characters at most."""
-    return " ".join(redacted(error).split())[:200]
 
 
 def scheme_of(url: str) -> str:
@@ -89,7 +76,7 @@ def scheme_of(url: str) -> str:
 
 def refuse_credentials(url: str) -> None:
     """Raise UserError for a URL with user:password@."""
-    if _CREDENTIALS.match(url):
+    if CREDENTIALS.match(url):
         raise UserError(
             f"{redacted(url)}: a URL must not hold user:password@; credentials belong in the environment or "
             "~/.config/fsspec (docs/data.md)"
@@ -216,7 +203,7 @@ def classify_error(error: Exception, url: str) -> UserError | OSError:
     reason = _reason(error, name)
     if is_missing(error):
         return UserError(f"{name}: does not exist; check bucket, path and endpoint")
-    lacking = type(error).__name__ in _NO_CREDENTIALS or "refreshed credentials are still expired" in reason
+    lacking = type(error).__name__ in _NOCREDENTIALS or "refreshed credentials are still expired" in reason
     if lacking and _may_have_metadata():
         return NoCredentials(
             f"{name}: no credentials ({reason}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or "
@@ -249,7 +236,7 @@ def _reason(error: BaseException, name: str) -> str:
 def _may_have_metadata() -> bool:
     """Whether a metadata service may give credentials: not where AWS_EC2_METADATA_DISABLED rules it out."""
     disabled = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
-    return not disabled or any(name.startswith("AWS_CONTAINER_CREDENTIALS_") for name in os.environ)
+    return not disabled or any(name.startswith("AWS_CONTAINERCREDENTIALS_") for name in os.environ)
 
 
 def _may_pass(error: BaseException) -> bool:

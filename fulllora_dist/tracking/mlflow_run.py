@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.storage import urls
 from fulllora_dist.tracking.mlflow_store import allowed_name, experiment_id, first_use_alone, patient_client
 from fulllora_dist.tracking.spool import Line, metrics_of
@@ -101,7 +102,7 @@ class MlflowRun:
         except MlflowException as error:
             permanent = error.error_code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST", "INVALID_STATE")
             if permanent and self._client.get_run(self.id).info.lifecycle_stage != "deleted":
-                raise Refused(urls.one_line(error)) from error
+                raise Refused(one_line(error)) from error
             raise
 
     def do(self, event: Line, folder: str) -> None:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.core.settings import flattened
-from fulllora_dist.storage.urls import is_remote, local_path, redacted
+from fulllora_dist.storage.urls import is_remote, local_path
 from fulllora_dist.tracking.outbox import METRICS, Outbox, belongs
 from fulllora_dist.tracking.provenance import CHANGED, git_commit, package_versions
 from fulllora_dist.tracking.shipping import Shipper

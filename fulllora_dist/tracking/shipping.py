@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fulllora_dist.storage.urls import one_line, redacted
+from fulllora_dist.core.messages import one_line, redacted
 from fulllora_dist.tracking.mlflow_run import ARTIFACTS, MlflowRun, Refused
 from fulllora_dist.tracking.outbox import Outbox
 

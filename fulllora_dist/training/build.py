@@ -3,6 +3,7 @@
 from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data.augmentations import RandAugment
 from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.index import Index
@@ -20,7 +21,6 @@ from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.compiled import compile_blocks, why_not_compiled
 from fulllora_dist.registry.address import load
-from fulllora_dist.storage import urls
 from fulllora_dist.storage.ranges import ReadPolicy
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.tracking.summary import DatasetInfo
@@ -173,6 +173,6 @@ def build_evaluator(
         gradient_masking_samples=config.evaluation.gradient_masking_samples,
         sources=sources,
         backbone=model.name,
-        adapter=adapter and urls.redacted(adapter),
+        adapter=adapter and redacted(adapter),
         adapter_sha256=sha256,
     )

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from fulllora_dist.checkpoints.format import Checkpoint
 from fulllora_dist.checkpoints.manager import CheckpointManager
 from fulllora_dist.config.schema import Config
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.distributed.comm import Comm, hosts, start_comm, stop_comm
 from fulllora_dist.distributed.signals import GracefulStop
 from fulllora_dist.distributed.watchdog import Watchdog
@@ -57,7 +58,7 @@ class RunContext:
         own = self.saved[1] if self.saved and self.checkpoints.newest is not None else None
         self._resumed = (own["mlflow_run_id"], own["step"]) if own else (None, 0)
         self._resolved = OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
-        self.settings = urls.redacted(self._resolved)
+        self.settings = redacted(self._resolved)
         self.tracker = Tracker(config.tracked_run(), False)
         self._locks = run_locks(config, self.say)
         self._sampler: SystemSampler | None = None

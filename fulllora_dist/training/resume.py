@@ -9,6 +9,7 @@ from fulllora_dist.checkpoints.format import CheckpointMetadata, list_checkpoint
 from fulllora_dist.checkpoints.manager import checkpoint_places
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data.position import StreamPosition
 from fulllora_dist.data.settings import RUNNING
 from fulllora_dist.storage import urls
@@ -88,7 +89,7 @@ def check_resumable(config: Config, metadata: CheckpointMetadata, its_own: bool 
     index, began_with = load_index(config.data.train, "data.train"), metadata["stream"]["index_hash"]
     if index.hash != began_with:
         raise UserError(
-            f"data.train: {urls.redacted(config.data.train)} is not the data that the run in {config.run.output_dir} "
+            f"data.train: {redacted(config.data.train)} is not the data that the run in {config.run.output_dir} "
             f"began with (index {index.hash[:12]}, not {began_with[:12]}); use the same data to resume, or another "
             "run.output_dir"
         )

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config.schema import Config
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.evaluation import EvalAttack
@@ -17,7 +18,6 @@ from fulllora_dist.models.branches import branches_of, by_place
 from fulllora_dist.plots.branch_figure import branch_sizes
 from fulllora_dist.plots.figures import Attacked, adversarial_examples
 from fulllora_dist.plots.training_curves import training_curves
-from fulllora_dist.storage.urls import one_line
 from fulllora_dist.tracking.run import Tracker
 from fulllora_dist.training.guard import Examples, Guard
 

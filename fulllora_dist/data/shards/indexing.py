@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data.index import Index, split_index
 from fulllora_dist.data.index_file import map_columns, pack_columns
 from fulllora_dist.data.shards.classes import CLASSES_NAME, check_count, check_names, names_in
@@ -95,14 +96,14 @@ def index_shards(
     scans |= {job.url: scan for job, scan in zip(missing, new, strict=True)}
     skipped = sum(scan.skipped for scan in scans.values())
     if skipped and not any(scan.shard.samples for scan in scans.values()):
-        raise UserError(f"{urls.redacted(shard_urls[0])}: no samples, only {skipped} other members")
+        raise UserError(f"{redacted(shard_urls[0])}: no samples, only {skipped} other members")
     index = Index.from_scans(base, [scans[job.url] for job in jobs], names)
     store.writable_folder(base)
     index.save(file_name)
     for job in jobs:
         forget_scan(job)
     return {
-        "index": urls.redacted(urls.join(base, file_name)),
+        "index": redacted(urls.join(base, file_name)),
         **index.summary(),
         "classes": len(index.classes),
         "empty_classes": len(index.classes) - len(np.unique(index.labels)),
@@ -121,7 +122,7 @@ def _names_beside(shard_urls: Sequence[str]) -> list[str] | None:
         there = store.exists(url)
     except UserError:  # a bucket that does not say what it lacks
         return None
-    return names_in(store.read(url), urls.redacted(url)) if there else None
+    return names_in(store.read(url), redacted(url)) if there else None
 
 
 def _common_folder(shard_urls: Sequence[str]) -> str:
@@ -129,7 +130,7 @@ def _common_folder(shard_urls: Sequence[str]) -> str:
     if len(folders) > 1:
         one, other = sorted(folders)[:2]
         raise UserError(
-            f"the shards lie in {len(folders)} folders ({urls.redacted(one)}, {urls.redacted(other)}, ...): "
+            f"the shards lie in {len(folders)} folders ({redacted(one)}, {redacted(other)}, ...): "
             "give --output for the index"
         )
     return folders[0]
@@ -158,7 +159,7 @@ def _recorded_name(url: str, base: str) -> str:
         return url[len(folder) :]
     if urls.scheme_of(url) in ("http", "https") and "?" in url:
         raise UserError(
-            f"{urls.redacted(url)}: the index would hold what follows the question mark, signatures too; name them "
+            f"{redacted(url)}: the index would hold what follows the question mark, signatures too; name them "
             "without it, and give credentials to fsspec (docs/data.md)"
         )
     if urls.is_remote(url):
@@ -179,7 +180,7 @@ def version_of(url: str) -> Version:
     """As the store reports it now. UserError where the shard is missing or the server does not report its length."""
     info = store.info(url)
     if info.bytes is None:
-        raise UserError(f"{urls.redacted(url)}: the server does not report its length, so byte ranges cannot be read")
+        raise UserError(f"{redacted(url)}: the server does not report its length, so byte ranges cannot be read")
     mtime = None if urls.is_remote(url) else os.stat(urls.local_path(url)).st_mtime_ns
     return Version(info.bytes, info.etag, mtime)
 
@@ -203,12 +204,12 @@ def scan_and_record(job: ScanJob) -> ShardScan:
     if urls.is_remote(job.url):
         with store.ObjectStream(job.url, job.version.bytes) as stream:
             scan = scan_stream(
-                stream, urls.redacted(job.url), length=job.version.bytes, etag=job.version.etag, wanted=job.wanted
+                stream, redacted(job.url), length=job.version.bytes, etag=job.version.etag, wanted=job.wanted
             )
     else:
         scan = scan_file(Path(urls.local_path(job.url)), job.url, job.wanted)
     if version_of(job.url) != job.version:
-        raise UserError(f"{urls.redacted(job.url)}: changed while it was read")
+        raise UserError(f"{redacted(job.url)}: changed while it was read")
     scan = scan._replace(shard=replace(scan.shard, url=job.name))
     record_scan(job, scan)
     return scan

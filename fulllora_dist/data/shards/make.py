@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.data.shards.check import unreadable_images
 from fulllora_dist.data.shards.classes import CLASSES_NAME, order_classes
@@ -208,14 +209,14 @@ def _claim_in(folder: str, chosen: str) -> dict[str, Any] | None:
     try:
         claim = json.loads(store.read(url))
     except ValueError as error:
-        raise UserError(f"{urls.redacted(url)}: {error}") from error
+        raise UserError(f"{redacted(url)}: {error}") from error
     if not isinstance(claim, dict) or claim.get("chosen") != chosen:
         raise _other_source(folder)
     return claim
 
 
 def _other_source(folder: str) -> UserError:
-    return UserError(f"{urls.redacted(folder)}: holds shards of another source or other options; give an empty folder")
+    return UserError(f"{redacted(folder)}: holds shards of another source or other options; give an empty folder")
 
 
 def _write_split(split: _Split, workers: int, progress: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fulllora_dist.attacks.victim import logits_in
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.models.placement import FUSED, Site
 from fulllora_dist.models.settings import COMPONENTS
 
@@ -262,10 +263,9 @@ def check_forward(backbone: nn.Module, sites: list[Site], name: str, image_size:
         with torch.no_grad(), evaluating(backbone), noting_calls(branches) as called:
             output = backbone(torch.zeros(1, 3, image_size, image_size, dtype=weight.dtype, device=weight.device))
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:150]
         raise UserError(
-            f"model.image_size: {name} fails on an image of 3 x {image_size} x {image_size} ({reason}); use the size "
-            "that it is made for, and remove arguments that change its input from model.model_kwargs"
+            f"model.image_size: {name} fails on an image of 3 x {image_size} x {image_size} ({one_line(error)}); use "
+            "the size that it is made for, and remove arguments that change its input from model.model_kwargs"
         ) from None
     logits = logits_in(output)
     shape = tuple(getattr(logits, "shape", ()))

@@ -13,6 +13,7 @@ from torch import nn
 
 from fulllora_dist.attacks.victim import logits_of
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.core.suggest import suggestion
 from fulllora_dist.models.families.family import CONTAINERS, LAYERS, Family, check_plain, evaluating, noting_calls
 from fulllora_dist.models.placement import Site
@@ -62,10 +63,9 @@ class Pass:
         except UserError:
             raise
         except (RuntimeError, AssertionError, ValueError, TypeError, IndexError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())[:150]
             raise UserError(
-                f"image_size: {name} fails on an image of 3 x {image_size} x {image_size} ({reason}); give the size "
-                "that it is made for"
+                f"image_size: {name} fails on an image of 3 x {image_size} x {image_size} ({one_line(error)}); give "
+                "the size that it is made for"
             ) from None
         if logits.ndim != 2 or len(logits) != 1 or logits.shape[1] < 2:
             raise UserError(f"module: {name} must return logits [1, classes] for one image, got {list(logits.shape)}")
