@@ -112,10 +112,11 @@ def _power(argv: Sequence[str]) -> int:
         n = study.images(comparison.attack)
         counts = sorted({*SEEDS, len(study.settings.seeds)})
         rows = power_rows(assumptions, comparison.margin, (n // 2, n, 2 * n), tuple(counts), studies=args.studies)
-        table = [("n", "seeds", "power", "margin with a power of 80 %")]
+        table = [("n", "seeds", "power", "wrongly non-inferior", "margin with a power of 80 %")]
         for row in rows:
             here = " <- this study" * (row["n"] == n and row["seeds"] == len(study.settings.seeds))
-            table.append((f"{row['n']:.0f}", f"{row['seeds']:.0f}", f"{row['power']:.3f}", f"{row['reach']:.4f}{here}"))
+            shares = f"{row['power']:.3f}", f"{row['wrongly']:.3f}", f"{row['reach']:.4f}{here}"
+            table.append((f"{row['n']:.0f}", f"{row['seeds']:.0f}", *shares))
         print(f"{comparison.arm} - {comparison.against} under {comparison.attack}, margin {comparison.margin:g}:")
         print(text_table(table, "r") + "\n")
     return 0

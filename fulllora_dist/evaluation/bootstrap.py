@@ -3,6 +3,7 @@
 from typing import TypedDict
 
 import numpy as np
+from scipy.stats import norm, t
 
 from fulllora_dist.core.stats import paired_score, wilson
 
@@ -48,7 +49,7 @@ def bootstrap_means(values: np.ndarray, samples: int, rng: np.random.Generator) 
 def mean_over_seeds(correct: np.ndarray, samples: int, rng: np.random.Generator) -> Estimate:
     """The accuracy of bool [S, n]. Never narrower than Wilson's interval of S n independent images, which keeps it open
     where all images agree."""
-    bounds = np.percentile(bootstrap_means(correct.astype(np.int8), samples, rng), [2.5, 97.5])
+    bounds = _bounds(correct.astype(np.int8), samples, rng).clip(0, 1)
     return _estimate(correct.mean(axis=1), bounds, wilson(int(correct.sum()), correct.size))
 
 
@@ -56,9 +57,37 @@ def difference_over_seeds(a: np.ndarray, b: np.ndarray, samples: int, rng: np.ra
     """B minus A of bool [S, n] each, paired by image and seed. Never narrower than the score interval (`paired_score`)
     of S n independent images: where few images differ the bootstrap is too narrow, and empty where none does."""
     differences = b.astype(np.int8) - a.astype(np.int8)
-    bounds = np.percentile(bootstrap_means(differences, samples, rng), [2.5, 97.5])
+    bounds = _bounds(differences, samples, rng).clip(-1, 1)
     floor = paired_score(int((differences < 0).sum()), int((differences > 0).sum()), differences.size)
     return _estimate(differences.mean(axis=1), bounds, floor)
+
+
+def mean_squares(values: np.ndarray) -> tuple[float, float, float]:
+    """Of seeds, images, and what is left, in the two-way analysis of variance of values [S, n] with S > 1.
+
+    The variance of the mean over all is estimated without bias by (seeds + images - left) / (S n).
+    """
+    count, n = values.shape
+    mean, of_seeds, of_images = values.mean(), values.mean(axis=1), values.mean(axis=0)
+    seeds = n * float(((of_seeds - mean) ** 2).sum()) / (count - 1)
+    images = count * float(((of_images - mean) ** 2).sum()) / (n - 1)
+    left = float(((values - of_seeds[:, None] - of_images + mean) ** 2).sum()) / ((count - 1) * (n - 1))
+    return seeds, images, left
+
+
+def _bounds(values: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """The percentiles of the draws. Of a few seeds that differ, draws know the spread too well: the bounds are further
+    from the mean by as much as those of Student's t are than the normal distribution's, with the degrees of freedom of
+    Satterthwaite (Biometrics Bulletin 2 (1946) 110-114)."""
+    bounds = np.percentile(bootstrap_means(values, samples, rng), [2.5, 97.5])
+    count, n = values.shape
+    if count == 1:
+        return bounds
+    seeds, images, _ = mean_squares(values)
+    below = seeds**2 / (count - 1) + images**2 / (n - 1)
+    freedom = (seeds + images) ** 2 / below if below else np.inf
+    wider: np.ndarray = values.mean() + (bounds - values.mean()) * t.ppf(0.975, freedom) / norm.ppf(0.975)
+    return wider
 
 
 def _estimate(per_seed: np.ndarray, bounds: np.ndarray, floor: tuple[float, float]) -> Estimate:

@@ -1,12 +1,12 @@
 """The power of a comparison before it is made: simulated studies, judged by the real one's interval."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
-from fulllora_dist.evaluation.bootstrap import difference_over_seeds
+from fulllora_dist.evaluation.bootstrap import difference_over_seeds, mean_squares
 
 ENOUGH = 0.8
 """Power at which a margin is within reach."""
@@ -27,6 +27,17 @@ class Assumptions:
     seed_sd: float
     image_correlation: float
     difference: float = 0.0
+
+
+def measured(differences: np.ndarray) -> Assumptions:
+    """What the differences of a study, [seeds, n] with more than one seed, say of its arms; equal ones are assumed."""
+    seeds, images, left = mean_squares(differences)
+    of_images = max(0.0, images - left) / len(differences)
+    return Assumptions(
+        disagreement=float(np.abs(differences).mean()),
+        seed_sd=float(np.sqrt(max(0.0, seeds - left) / differences.shape[1])),
+        image_correlation=of_images / (of_images + left) if of_images else 0.0,
+    )
 
 
 def simulated(assumptions: Assumptions, n: int, seeds: int, rng: np.random.Generator) -> np.ndarray:
@@ -65,10 +76,13 @@ def margin_within_reach(lows: np.ndarray) -> float:
 def power_rows(
     assumptions: Assumptions, margin: float, sizes: tuple[int, ...], seeds: tuple[int, ...], *, studies: int = 500
 ) -> list[Mapping[str, float]]:
-    """n, seeds, the power of the margin and the margin within reach, for each size and number of seeds."""
+    """n, seeds, the power of the margin, how often an arm that loses just the margin passes for non-inferior, and the
+    margin within reach, for each size and number of seeds."""
     rows: list[Mapping[str, float]] = []
     for n in sizes:
         for count in seeds:
             lows = lower_bounds(assumptions, n, count, studies=studies)
-            rows.append({"n": n, "seeds": count, "power": power(lows, margin), "reach": margin_within_reach(lows)})
+            of_a_loss = lower_bounds(replace(assumptions, difference=-margin), n, count, studies=studies)
+            found = {"power": power(lows, margin), "wrongly": power(of_a_loss, margin)}
+            rows.append({"n": n, "seeds": count, **found, "reach": margin_within_reach(lows)})
     return rows

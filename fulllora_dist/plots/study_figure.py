@@ -57,7 +57,8 @@ def _draw_runs(axes: Axes, runs: Mapping[str, Sequence[tuple[float, float]]], ro
         axes.plot(*mean, markersize=10, markeredgecolor="white", label=arm, **style)
     axes.set_xlabel("clean accuracy, %\n(small: one seed each, large: their mean)")
     axes.set_ylabel(f"{robust} accuracy, %")
-    axes.legend(frameon=False, fontsize=8)
+    if runs:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_differences(axes: Axes, differences: Sequence[Difference]) -> None:

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
+
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.stats import paired_score
 from fulllora_dist.studies.plan import HELD_OUT, Run, Study
 from fulllora_dist.studies.results import Results, Verdicts, correct, has, of_attack, seen
 
@@ -20,7 +23,7 @@ def judged(study: Study, results: Results, run: Run, inputs_of: InputsOf = _no_i
 
 
 def choice(study: Study, arm: str, results: Results, inputs_of: InputsOf = _no_inputs) -> Mapping[str, str] | None:
-    """The values of an arm's best try, of equals the first; None while one is not done.
+    """The values of an arm's best try (see `ChoiceSettings`); None while one is not done.
 
     Raises:
         UserError: they were not evaluated on the same images.
@@ -35,8 +38,16 @@ def choice(study: Study, arm: str, results: Results, inputs_of: InputsOf = _no_i
         )
     if len(done) < len(found):
         return None
-    attack = study.settings.choose.attack
-    return max(done, key=lambda run: float(correct(done[run], attack).mean())).values
+    right = {run: correct(verdicts, study.settings.choose.attack) for run, verdicts in done.items()}
+    best = max(right, key=lambda run: float(right[run].mean()))
+    if study.settings.choose.prefer_clean:
+        equals = [run for run in done if not _told_apart(right[best], right[run])]
+        best = max(equals, key=lambda run: float(correct(done[run], "clean").mean()))
+    return best.values
+
+
+def _told_apart(best: np.ndarray, other: np.ndarray) -> bool:
+    return paired_score(int((best & ~other).sum()), int((~best & other).sum()), len(best))[1] < 0
 
 
 def is_done(results: Results, run: Run, inputs: Mapping[str, str] | None) -> bool:

@@ -62,20 +62,27 @@ def key_of(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def read_by(config: Config) -> tuple[tuple[str, str], ...]:
+    """(setting, place) of what the training reads."""
+    found = [("data.train", config.data.train)]
+    if config.guard.on_collapse == "rollback" and config.data.held_out is not None:
+        found.append(("data.held_out", config.data.held_out))
+    path = config.model.checkpoint_path
+    if path is not None and "://" not in path:
+        found.append(("model.checkpoint_path", path))
+    files = [name for name in config.plugins if name.endswith(".py")]
+    return (*found, *((f"plugins {os.path.basename(name)}", os.path.expanduser(name)) for name in files))
+
+
 def inputs_of(config: Config) -> dict[str, str]:
     """{setting: hash of the content} of what the training reads.
 
     Raises:
         UserError: an index that cannot be read.
     """
-    found = {"data.train": Index.load(config.data.train).hash}
-    if config.guard.on_collapse == "rollback" and config.data.held_out is not None:
-        found["data.held_out"] = Index.load(config.data.held_out).hash
-    path = config.model.checkpoint_path
-    if path is not None and "://" not in path:
-        found["model.checkpoint_path"] = _sha256(path)
-    files = [name for name in config.plugins if name.endswith(".py")]
-    return found | {f"plugins {os.path.basename(name)}": _sha256(os.path.expanduser(name)) for name in files}
+    return {
+        name: Index.load(place).hash if name.startswith("data.") else _sha256(place) for name, place in read_by(config)
+    }
 
 
 def _sha256(path: str) -> str:

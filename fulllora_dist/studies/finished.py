@@ -11,47 +11,85 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.evaluation.report import read_evaluation
 from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
-from fulllora_dist.studies.plan import Run, Study
-from fulllora_dist.studies.results import FORMAT, Result, verdicts, write_result
+from fulllora_dist.studies.declaration import declared
+from fulllora_dist.studies.plan import Evaluation, Run, Study
+from fulllora_dist.studies.results import FORMAT, Result, Verdicts, has, verdicts, write_result
 from fulllora_dist.studies.work import training_work
 from fulllora_dist.tracking.provenance import git_commit
 
 
-def check_folder(run: Run, inputs: Mapping[str, str]) -> None:
+def adapter_of(run: Run, known: Result | None, results: Path) -> Path | None:
+    """The folder of a run's adapter: its own, else the one that is kept with its result; None where it is to be
+    trained.
+
+    Args:
+        known: the result that there is.
+        results: the folder of the results.
+    """
+    own = Path(run.output_dir, "adapter")
+    if (own / DESCRIPTION).exists():
+        return own
+    return results / known["name"] if known is not None and known["adapter_kept"] else None
+
+
+def missing(run: Run, known: Result | None, adapter: Path | None) -> list[Evaluation]:
+    """The evaluations that are in neither the result of this adapter nor the folder of the run."""
+    known = known if adapter is not None and _is_of(known, adapter) else None
+    there = (known is not None and has(known, e) for e in run.evaluations)
+    return [
+        e for e, is_known in zip(run.evaluations, there, strict=True) if not is_known and not _file(run, e).exists()
+    ]
+
+
+def check_folder(run: Run, inputs: Mapping[str, str], adapter: Path | None) -> None:
     """Check that what is in the folder of a run was made from what is there now.
 
     Args:
         inputs: hashes of what it reads.
+        adapter: its folder, see `adapter_of`.
 
     Raises:
         UserError: an adapter or an evaluation of other images, or an evaluation of another adapter.
     """
-    folder, sha256 = Path(run.output_dir), None
-    if (path := folder / "adapter" / DESCRIPTION).exists():
-        description = json.loads(path.read_text())
+    sha256 = None
+    if adapter is not None:
+        description = json.loads((adapter / DESCRIPTION).read_text())
         sha256, data = description["sha256"], description["training"].get("data", {})
         if data.get("index") != inputs["data.train"]:
             raise UserError(
-                f"{folder} has an adapter of other images than {run.config.data.train} has now; delete the folder"
+                f"{adapter} has an adapter of other images than {run.config.data.train} has now; delete the folder"
             )
     for evaluation in run.evaluations:
-        if not (path := folder / evaluation.file).exists():
+        if not (path := _file(run, evaluation)).exists():
             continue
         report = read_evaluation(path)
         if report.get("data") != Index.load(evaluation.data).hash:
             raise UserError(f"{path} is of other images than {evaluation.data} has now; delete it")
         if sha256 is not None and report.get("adapter_sha256") != sha256:
-            raise UserError(f"{path} is of another adapter than {folder / 'adapter'}; delete it")
+            raise UserError(f"{path} is of another adapter than {adapter}; delete it")
 
 
-def save_result(study: Study, run: Run, inputs: Mapping[str, str], place: Mapping[str, Any]) -> Result:
-    """Write the result of a run whose folder is complete; the adapter first, so that a result that is there is whole.
+def save_result(
+    study: Study, run: Run, inputs: Mapping[str, str], place: Mapping[str, Any], known: Result | None, adapter: Path
+) -> None:
+    """Write the result of a run that has an adapter and all evaluations; the adapter first, so that a result that is
+    there is whole.
 
     Args:
         inputs: hashes of what it read.
         place: where it ran: ranks and threads.
+        known: the result that there is; one of the same adapter is given what it has not.
     """
-    settings, adapter, folder = study.settings, Path(run.output_dir, "adapter"), Path(study.settings.results_dir)
+    settings, commit, declaration = study.settings, git_commit(), declared(study)
+    folder = Path(settings.results_dir)
+
+    def found(evaluation: Evaluation) -> Verdicts:
+        return verdicts(evaluation, read_evaluation(_file(run, evaluation)), settings.name, declaration, commit)
+
+    if known is not None and _is_of(known, adapter):
+        known["evaluations"] += [found(e) for e in run.evaluations if not has(known, e)]
+        write_result(known, folder)
+        return
     description, _ = read_adapter(str(adapter))
     folder.mkdir(parents=True, exist_ok=True)
     kept = not run.is_try and (adapter / TENSORS).stat().st_size <= settings.max_adapter_mb * 1e6
@@ -69,22 +107,30 @@ def save_result(study: Study, run: Run, inputs: Mapping[str, str], place: Mappin
         "values": dict(run.values),
         "seed": run.seed,
         "is_try": run.is_try,
-        "commit": git_commit(),
+        "commit": commit,
         "config": run.config.model_dump(mode="json"),
         "inputs": dict(inputs),
         "environment": settings.environment,
         "shards": list(settings.shards),
-        "comparisons": [comparison.model_dump(mode="json") for comparison in settings.comparisons],
         "adapter_sha256": description.sha256,
         "adapter_kept": kept,
         "trainable": description.trainable,
         "trainable_share": description.trainable_share,
         "rank": description.spec.rank,
         "cost": {**work, "step_seconds": seconds, **place},
-        "evaluations": [verdicts(e, read_evaluation(Path(run.output_dir, e.file))) for e in run.evaluations],
+        "evaluations": [found(e) for e in run.evaluations],
     }
     write_result(result, folder)
-    return result
+
+
+def _is_of(known: Result | None, adapter: Path) -> bool:
+    """Whether a result is that of an adapter."""
+    sha256 = json.loads((adapter / DESCRIPTION).read_text())["sha256"]
+    return known is not None and known["adapter_sha256"] == sha256
+
+
+def _file(run: Run, evaluation: Evaluation) -> Path:
+    return Path(run.output_dir, evaluation.file)
 
 
 def step_seconds(metrics: Path) -> float:

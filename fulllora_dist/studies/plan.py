@@ -32,7 +32,7 @@ class Evaluation:
     """An evaluation of a run.
 
     Attributes:
-        images: VALIDATION, or HELD_OUT for a try.
+        images: VALIDATION, HELD_OUT for a try, or the shards where the study names others.
         data: the shards.
         attacks, num_samples: as in `EvaluationSettings`.
     """
@@ -166,8 +166,10 @@ class Study:
             attacks = ("clean",) if choose.attack == "clean" else ("clean", choose.attack)
             evaluations = [Evaluation(HELD_OUT, choose.data, attacks, choose.num_samples)]
         else:
-            shards = str(config.data.validation)
-            evaluations = [Evaluation(VALIDATION, shards, e.attacks, e.num_samples) for e in settings.evaluations]
+            evaluations = [
+                Evaluation(e.data or VALIDATION, e.data or str(config.data.validation), e.attacks, e.num_samples)
+                for e in settings.evaluations
+            ]
         tried = "".join(f"-{key.rpartition('.')[2]}{_IN_NO_NAME.sub('_', value)}" for key, value in values.items())
         name = f"{settings.name}-{arm}{tried}-" + ("try" if is_try else f"seed{seed}")
         output_dir = str(Path(settings.output_dir, f"{name}-{folder_key(config)}"))
@@ -183,8 +185,8 @@ class Study:
         Raises:
             UserError: the index of all of them cannot be read.
         """
-        n = next(part.num_samples for part in self.settings.evaluations if attack in part.attacks)
-        return n or len(load_index(self._validation, "data.validation"))
+        part = next(part for part in self.settings.evaluations if attack in part.attacks)
+        return part.num_samples or len(load_index(part.data or self._validation, "evaluations"))
 
     def waves(self) -> list[list[str]]:
         """The arms, wave by wave."""

@@ -6,7 +6,7 @@ cost, and the verdict on every image.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, TypedDict
@@ -29,10 +29,12 @@ class Verdicts(TypedDict):
     """An evaluation of a result.
 
     Attributes:
-        images: of which shards, see `Evaluation`.
+        images: which ones, see `Evaluation`.
         num_samples: as it was asked for; None is all.
         data: hash of the shards' index.
         eps, norm, precision, batch_size, seed: as in evaluation.json.
+        study, declared: which study made them, and what it declared then, see `declaration.declared`.
+        commit: of the code.
         ids: of the images, "0-99,105".
         attacks: {name: "1" or "0" for each image, whether it was classified correctly}.
     """
@@ -45,6 +47,9 @@ class Verdicts(TypedDict):
     precision: str
     batch_size: int
     seed: int
+    study: str
+    declared: dict[str, Any]
+    commit: str | None
     ids: str
     attacks: dict[str, str]
 
@@ -60,7 +65,6 @@ class Result(TypedDict):
         inputs: hashes of what it read.
         environment: variables that the study set.
         shards: what made the data, see `StudySettings.shards`.
-        comparisons: what was declared when it was made, as `StudySettings.comparisons`.
         adapter_sha256: of adapter.safetensors.
         adapter_kept: whether that file is beside the result.
         trainable, trainable_share, rank: of the adapter.
@@ -81,7 +85,6 @@ class Result(TypedDict):
     inputs: dict[str, str]
     environment: dict[str, str]
     shards: list[str]
-    comparisons: list[dict[str, Any]]
     adapter_sha256: str
     adapter_kept: bool
     trainable: int
@@ -106,8 +109,10 @@ def from_ranges(text: str) -> list[int]:
     return [i for first, _, last in ends for i in range(int(first), int(last or first) + 1)]
 
 
-def verdicts(evaluation: Evaluation, report: EvaluationReport) -> Verdicts:
-    """What is kept of an evaluation.json."""
+def verdicts(
+    evaluation: Evaluation, report: EvaluationReport, study: str, declared: dict[str, Any], commit: str | None
+) -> Verdicts:
+    """What is kept of an evaluation.json that a study made."""
     return {
         "images": evaluation.images,
         "num_samples": evaluation.num_samples,
@@ -117,6 +122,9 @@ def verdicts(evaluation: Evaluation, report: EvaluationReport) -> Verdicts:
         "precision": report["precision"],
         "batch_size": report["pictures"]["batch_size"],
         "seed": report["seed"],
+        "study": study,
+        "declared": declared,
+        "commit": commit,
         "ids": as_ranges(report["ids"]),
         "attacks": {name: "".join(map(str, score["correct"])) for name, score in report["attacks"].items()},
     }
@@ -163,6 +171,7 @@ def read_result(path: Path) -> Result:
             for marks in part["attacks"].values()
         )
         whole = whole and values["name"] == path.stem and not Result.__required_keys__ - values.keys()
+        whole = whole and not any(Verdicts.__required_keys__ - part.keys() for part in values["evaluations"])
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -197,6 +206,10 @@ class Results:
                 self._unreadable[name] = explain(error)
             else:
                 self._contents[name] = content(config.model_dump(mode="json"))
+
+    def all(self) -> Collection[Result]:
+        """All of them, by their names."""
+        return self._all.values()
 
     def find(self, run: Run, inputs: Mapping[str, str] | None = None) -> Result | None:
         """The result of a run: found by what the run is, so that names and paths may have changed since.

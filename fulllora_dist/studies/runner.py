@@ -12,15 +12,15 @@ from pathlib import Path
 
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.models.adapter_file import DESCRIPTION
+from fulllora_dist.data.index import Index
 from fulllora_dist.storage.folder_lock import FolderLock
 from fulllora_dist.studies.choice import choice, is_done, pending
-from fulllora_dist.studies.content import inputs_of
-from fulllora_dist.studies.finished import check_folder, save_result
+from fulllora_dist.studies.content import inputs_of, read_by
+from fulllora_dist.studies.finished import adapter_of, check_folder, missing, save_result
 from fulllora_dist.studies.plan import Evaluation, Run, Study
 from fulllora_dist.studies.processes import Job, environment_of, evaluate_command, start, stop, train_command
-from fulllora_dist.studies.results import Results
-from fulllora_dist.training.inputs import check_evaluated, check_inputs, load_index
+from fulllora_dist.studies.results import Result, Results
+from fulllora_dist.training.inputs import check_evaluated, check_inputs
 from fulllora_dist.training.resume import LOCK
 
 _POLL = 0.5  # seconds
@@ -68,7 +68,7 @@ class Runner:
         self._study, self._options, self._say, self._report, self._launch = study, options, say, report, launch
         self._environment = environment_of(study.settings.environment, options.threads)
         self._times = _Times(Path(study.settings.output_dir, "times.json"))
-        self._inputs: dict[str, Mapping[str, str]] = {}
+        self._inputs: dict[tuple[tuple[str, str], ...], Mapping[str, str]] = {}
         self._jobs: list[Job] = []
         self._failed: dict[str, str] = {}  # {name of a run: why}
         self._kills: dict[str, int] = {}
@@ -93,14 +93,14 @@ class Runner:
             values = choice(self._study, arm, results, self._inputs_of)
             for run in [*tries, *([] if values is None else self._study.seeds(arm, values))]:
                 if not is_done(results, run, self._inputs_of(run)):
-                    check_folder(run, self._inputs_of(run))
+                    self._adapter_of(run, results)
 
     def _check_evaluation(self, run: Run, evaluation: Evaluation) -> None:
         chosen = {"attacks": evaluation.attacks, "num_samples": evaluation.num_samples}
         settings = run.config.evaluation.model_copy(update=chosen)
         config = run.config.model_copy(update={"evaluation": settings})
         try:
-            check_evaluated(config, load_index(evaluation.data, evaluation.images))
+            check_evaluated(config, Index.load(evaluation.data))
         except UserError as error:
             raise UserError(f"{self._study.path}: {evaluation.data}: {error}") from None
 
@@ -136,10 +136,20 @@ class Runner:
         return [run for run in pending(self._study, results, self._inputs_of) if run.name not in self._failed]
 
     def _inputs_of(self, run: Run) -> Mapping[str, str]:
-        key = f"{run.config.data.train} {run.config.model.checkpoint_path}"  # the same for most runs
-        if key not in self._inputs:
+        if (key := read_by(run.config)) not in self._inputs:  # the same for most runs
             self._inputs[key] = inputs_of(run.config)
         return self._inputs[key]
+
+    def _adapter_of(self, run: Run, results: Results) -> tuple[Result | None, Path | None]:
+        """The result that there is, and the folder of the adapter, which is checked."""
+        inputs = self._inputs_of(run)
+        known = results.find(run, inputs)
+        adapter = adapter_of(run, known, results.folder)
+        check_folder(run, inputs, adapter)
+        return known, adapter
+
+    def _steps(self, run: Run, known: Result | None, adapter: Path | None) -> list[str]:
+        return [TRAIN] * (adapter is None) + [e.file for e in missing(run, known, adapter)]
 
     def _start_some(self) -> None:
         while len(self._jobs) < self._options.parallel:
@@ -152,7 +162,6 @@ class Runner:
     def _advance(self, run: Run) -> None:
         """Start the run's next step; after the last one there is its result."""
         try:
-            check_folder(run, self._inputs_of(run))
             self._next_step(run)
         except UserError as error:
             self._fail(run, str(error))
@@ -162,23 +171,24 @@ class Runner:
         self._say(f"failed: {run}: {reason}")
 
     def _next_step(self, run: Run) -> None:
-        step = next(_steps(run), None)
-        if step is None:
+        known, adapter = self._adapter_of(run, Results(self._study.settings.results_dir))
+        step = next(iter(self._steps(run, known, adapter)), None)
+        if step is None and adapter is not None:
             threads = int(self._environment["OMP_NUM_THREADS"])
             place = {"ranks": self._options.ranks, "threads": threads, "parallel": self._options.parallel}
-            save_result(self._study, run, self._inputs_of(run), place)
+            save_result(self._study, run, self._inputs_of(run), place, known, adapter)
             try:
                 self._report()
             except (UserError, OSError) as error:  # the results are there; the runs need no tables
                 self._say(f"warning: no tables: {error}")
             self._say(f"done: {run}; {self._time_left()}")
             return
-        if step == TRAIN:
+        if adapter is None:
             self._wait_for_an_earlier_one(run)
             command = train_command(self._study.config, run)
         else:
             evaluation = next(e for e in run.evaluations if e.file == step)
-            command = evaluate_command(self._study.config, run, evaluation, str(Path(run.output_dir, "adapter")))
+            command = evaluate_command(self._study.config, run, evaluation, str(adapter))
         self._jobs.append(self._launch(run, step, command, self._options.ranks, self._environment))
         what = "training" if step == TRAIN else f"evaluating under {', '.join(evaluation.attacks)}"
         self._say(f"{run}: {what}; it prints to {self._jobs[-1].log}")
@@ -208,8 +218,9 @@ class Runner:
         self._advance(run)
 
     def _time_left(self) -> str:
-        runs = list(self._planned())
-        known = [self._times.of(run.arm, step) for run in runs for step in _steps(run)]
+        runs, results = list(self._planned()), Results(self._study.settings.results_dir)
+        steps = ((run, step) for run in runs for step in self._steps(run, *self._adapter_of(run, results)))
+        known = [self._times.of(run.arm, step) for run, step in steps]
         if not runs:
             return "nothing left"
         if None in known:
@@ -244,13 +255,6 @@ class _Times:
         """The arm's last one, else the mean of the others'; None where there is none."""
         known = self._seconds.get(step, {})
         return known.get(arm, sum(known.values()) / len(known) if known else None)
-
-
-def _steps(run: Run) -> Iterator[str]:
-    """What a run has not done, by the files in its folder."""
-    if not Path(run.output_dir, "adapter", DESCRIPTION).exists():
-        yield TRAIN
-    yield from (e.file for e in run.evaluations if not Path(run.output_dir, e.file).exists())
 
 
 def _exit(number: int, _: object) -> None:

@@ -38,18 +38,29 @@ class ChoiceSettings(Settings):
     data: Location
     """Shards of images held out of data.train (make_shards.py --holdout)."""
     attack: str = "pgd10"
-    """The attack; between equals the first try wins."""
+    """The attack."""
+    prefer_clean: bool = False
+    """Whether of the tries that these images cannot tell from the most accurate one (the 95 % interval of the paired
+    difference includes 0) the one with the highest clean accuracy is chosen. Of equals the first."""
     num_samples: int | None = Field(None, ge=1)
     """How many of the images; null takes all."""
     seed: Seed = 100
     """Of every try; none of `seeds`, so that no reported run was chosen by its own luck."""
 
+    @model_validator(mode="after")
+    def _agree(self) -> "ChoiceSettings":
+        if self.prefer_clean and self.attack == "clean":
+            raise ValueError("choose.prefer_clean: must be false where attack is clean")
+        return self
+
 
 class ReportSettings(Settings):
-    """An evaluation on data.validation of the config, of every seed's run."""
+    """An evaluation of every seed's run."""
 
     attacks: tuple[str, ...]
     """As evaluation.attacks."""
+    data: Location | None = None
+    """Shards; null takes data.validation of the config."""
     num_samples: int | None = Field(None, ge=1)
     """How many images; null takes all."""
 

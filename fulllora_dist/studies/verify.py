@@ -16,7 +16,7 @@ from fulllora_dist.data.index import INDEX_NAME, Index
 from fulllora_dist.distributed.comm import local_launcher
 from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.evaluation.report import EvaluationReport, read_evaluation
-from fulllora_dist.studies.plan import VALIDATION
+from fulllora_dist.studies.plan import HELD_OUT, VALIDATION
 from fulllora_dist.studies.processes import environment_of, evaluation_of, last_line, make_shards
 from fulllora_dist.studies.results import Result, Verdicts, correct, from_ranges, read_result
 
@@ -75,19 +75,20 @@ def verify(name: str, results_dir: str, call: Call = _call) -> Verification:
     folder = Path(results_dir)
     result = read_result(folder / f"{name}.json")
     check_kept(result, folder)
-    data = result["config"]["data"]["validation"]
-    found = [part for part in result["evaluations"] if part["images"] == VALIDATION]
+    found = [part for part in result["evaluations"] if part["images"] != HELD_OUT]
     if not found or not (
         attacks := tuple(attack for attack in found[0]["attacks"] if AttackName.parse(attack).kind != "autoattack")
     ):
         raise UserError(f"{name} has no evaluation that can be repeated on some of its images")
+    images = found[0]["images"]
+    data = result["config"]["data"]["validation"] if images == VALIDATION else images
     if not Path(data, INDEX_NAME).exists():
         make_shards([line for line in result["shards"] if data in shlex.split(line)], name)
     if Index.load(data).hash != found[0]["data"]:
         raise UserError(f"{data} holds other images than {name} was evaluated on; make them with its `shards`")
     ids = _some(found[0])
     with tempfile.TemporaryDirectory() as temporary:
-        report = _evaluate(result, folder / name, found[0], attacks, ids, Path(temporary), call)
+        report = _evaluate(result, folder / name, found[0], attacks, (data, ids), Path(temporary), call)
     before = dict(zip(from_ranges(found[0]["ids"]), range(len(from_ranges(found[0]["ids"]))), strict=True))
     places = [before[i] for i in report["ids"]]
     differing = {
@@ -119,12 +120,24 @@ def _some(found: Verdicts) -> list[int]:
 
 
 def _evaluate(
-    result: Result, adapter: Path, found: Verdicts, attacks: Sequence[str], ids: Sequence[int], folder: Path, call: Call
+    result: Result,
+    adapter: Path,
+    found: Verdicts,
+    attacks: Sequence[str],
+    images: tuple[str, Sequence[int]],
+    folder: Path,
+    call: Call,
 ) -> EvaluationReport:
+    data, ids = images
     config, listed, output = folder / "config.yaml", folder / "ids.txt", folder / "evaluation.json"
     config.write_text(yaml.safe_dump(result["config"]))
     listed.write_text("\n".join(map(str, ids)) + "\n")
-    own = [f"run.seed={found['seed']}", f"threat.eps={found['eps']}", "evaluation.num_samples=null"]
+    own = [
+        f"data.validation={data}",
+        f"run.seed={found['seed']}",
+        f"threat.eps={found['eps']}",
+        "evaluation.num_samples=null",
+    ]
     own += [f"evaluation.batch_size={found['batch_size']}", "evaluation.gradient_masking_samples=0"]
     command = evaluation_of(str(config), str(adapter), attacks, output, [*own, "--ids", str(listed)])
     done = call(command, environment_of(result["environment"], result["cost"]["threads"]))

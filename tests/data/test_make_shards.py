@@ -365,6 +365,19 @@ def test_classes_choose_and_order_and_limit_balances(image_folder, tmp_path) -> 
     assert not shard_files(tmp_path, ["cat", "ant"]) - source_files(image_folder)
 
 
+def test_what_is_skipped_is_what_a_limit_takes(image_folder, tmp_path) -> None:
+    """Together they are all images, none of them twice; and so with a limit of the second part."""
+    whole = ["ant", "bee", "cat"]
+    make(image_folder, tmp_path / "first", limit=20)
+    make(image_folder, tmp_path / "rest", skip=20)
+    make(image_folder, tmp_path / "next", skip=20, limit=6)
+    first, rest, some = (shard_files(tmp_path / name, whole) for name in ("first", "rest", "next"))
+    assert not first & rest
+    assert first | rest == source_files(image_folder)
+    assert some < rest
+    assert len(some) == 6
+
+
 def test_image_size_re_encodes(image_folder, tmp_path) -> None:
     make(image_folder, tmp_path, image_size=10)
     sizes = set()
@@ -429,6 +442,8 @@ def test_a_cut_source_tar_is_refused(image_folder, tmp_path) -> None:
         ({"classes": ["ant", "dog"]}, "no images of dog"),
         ({"classes": ["ant", "ant"]}, "named twice"),
         ({"limit": 99}, "limit must be between 3 .* got 99"),
+        ({"skip": 99}, "skip must be between 0 and .* got 99"),
+        ({"skip": -1}, "skip must be between 0 and .* got -1"),
     ],
 )
 def test_bad_settings_are_refused(image_folder, tmp_path, settings: dict, message: str) -> None:

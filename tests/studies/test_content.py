@@ -11,7 +11,7 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.settings import RUNNING
 from fulllora_dist.studies.choice import choice
-from fulllora_dist.studies.content import content, folder_key, inputs_of
+from fulllora_dist.studies.content import content, folder_key, inputs_of, read_by
 from fulllora_dist.studies.plan import HELD_OUT, VALIDATION, Run, Study
 from fulllora_dist.studies.report import Report
 from fulllora_dist.studies.results import FORMAT, Results
@@ -45,6 +45,9 @@ def write(folder: Path, run: Run, config: dict[str, Any] | None = None, **found:
         "precision": "fp32",
         "batch_size": 10,
         "seed": 0,
+        "study": "tiny",
+        "declared": {"arms": {}, "choose": {}, "seeds": [], "evaluations": [], "comparisons": []},
+        "commit": None,
         "ids": "0-3",
         "attacks": dict.fromkeys(("clean", "pgd2", "pgd3"), "1111"),
     }
@@ -52,7 +55,7 @@ def write(folder: Path, run: Run, config: dict[str, Any] | None = None, **found:
         **{"format": FORMAT, "name": run.name, "study": "tiny", "arm": run.arm, "values": dict(run.values)},
         **{"seed": run.seed, "is_try": run.is_try, "commit": None, "inputs": {"data.train": "t"}},
         **{"config": run.config.model_dump(mode="json") if config is None else config},
-        **{"environment": {}, "shards": [], "comparisons": [], "adapter_sha256": "", "adapter_kept": False},
+        **{"environment": {}, "shards": [], "adapter_sha256": "", "adapter_kept": False},
         **{"trainable": 1, "trainable_share": 0.1, "rank": 2},
         "cost": {"batches": 1, "updates": 1, "flops": 1, "step_seconds": 1.0, "ranks": 1, "threads": 1, "parallel": 1},
         "evaluations": [evaluation | found],
@@ -144,6 +147,7 @@ def test_plugins_count_by_their_content_and_held_out_images_where_a_guard_may_ro
     assert inputs_of(here) != inputs_of(there)
     assert "data.held_out" not in inputs_of(here)
     assert "data.held_out" in inputs_of(config("here", "on_collapse=rollback"))
+    assert len({read_by(config(*a)) for a in (["here"], ["there"], ["here", "on_collapse=rollback"])}) == 3
 
 
 @pytest.mark.parametrize(
@@ -191,6 +195,26 @@ def test_tries_are_chosen_on_as_many_images_as_are_asked_for(folder: Path) -> No
         UserError, match=r"the tries of fulllora were evaluated on different images \(tiny-fulllora-lr1e"
     ):
         choice(study(folder, asked), "fulllora", Results(str(folder / "results")))
+
+
+def test_tries_that_cannot_be_told_apart_may_be_chosen_by_clean_accuracy(folder: Path) -> None:
+    """200 images: 5 fewer right of 8 that differ is chance, 20 of 20 is not."""
+    asked = ("attack: pgd2}", "attack: pgd2, prefer_clean: true}")
+    ids, right = "0-199", "1" * 100
+    first, second = study(folder).tries["fulllora"]
+    write(folder, first, ids=ids, attacks={"clean": "1" * 150 + "0" * 50, "pgd2": right + "0" * 100})
+    for clean, pgd2, expected in (
+        ("1" * 160 + "0" * 40, "0" * 7 + right + "1" * 2 + "0" * 91, "3e-2"),
+        ("1" * 160 + "0" * 40, "0" * 20 + "1" * 80 + "0" * 100, "1e-5"),
+        ("1" * 140 + "0" * 60, "0" * 7 + right + "1" * 2 + "0" * 91, "1e-5"),
+    ):
+        write(folder, second, ids=ids, attacks={"clean": clean, "pgd2": pgd2})
+        results = Results(str(folder / "results"))
+        assert choice(study(folder, asked), "fulllora", results) == {"optim.lr": expected}
+    write(folder, second, ids=ids, attacks={"clean": "1" * 200, "pgd2": right[1:] + "0" * 101})
+    results = Results(str(folder / "results"))
+    assert choice(study(folder), "fulllora", results) == {"optim.lr": "1e-5"}
+    assert choice(study(folder, asked), "fulllora", results) == {"optim.lr": "3e-2"}
 
 
 def test_arms_that_saw_other_images_are_not_compared(folder: Path) -> None:

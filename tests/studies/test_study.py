@@ -196,10 +196,73 @@ def test_the_tables_need_the_results_alone(made: tuple[Tiny, int], copy: Tiny) -
     assert not report.is_written()
 
 
-def test_a_margin_that_came_later_is_said(copy: Tiny) -> None:
-    assert "Declared or changed after" not in Report(copy.study()).text()
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("margin: 0.2", "margin: 0.3"),
+        ("seeds: [0, 1]", "seeds: [0]"),
+        ("[1e-5, 3e-2]", "[3e-2]"),
+        ("attack: pgd2}", "attack: pgd2, prefer_clean: true}"),
+        ("[clean, pgd3]}", "[clean, pgd3]}\n  - {attacks: [pgd1], num_samples: 5}"),
+    ],
+)
+def test_what_was_declared_later_is_exploratory(copy: Tiny, old: str, new: str) -> None:
+    """All but a further evaluation, on which the comparison does not depend."""
+    before = STUDY.format(folder=copy.folder)
+    assert "xploratory" not in Report(copy.study()).text()
+    assert old in before
+    said = Report(copy.study(before.replace(old, new))).text()
+    if "pgd1" in new:
+        assert "xploratory" not in said
+        return
+    assert "| not inferior, exploratory |" in said
+    known = ", ".join(SEEDS)
+    assert f"Exploratory, as declared or changed when results were known ({known}): the same - FullLoRA under" in said
+
+
+def test_what_was_declared_stays_when_a_result_is_given_more(copy: Tiny) -> None:
+    """Of the same adapter: the commit and the cost of the training, too."""
+    before = result(copy, SEEDS[0])
+    change(copy, SEEDS[0], commit="of the training", cost=before["cost"] | {"step_seconds": 7.0})
     text = STUDY.format(folder=copy.folder).replace("margin: 0.2", "margin: 0.3")
-    assert f"Declared or changed after {', '.join(SEEDS)}" in Report(copy.study(text)).text()
+    text = text.replace("[clean, pgd3]}\n", "[clean, pgd3]}\n  - {attacks: [fgsm], num_samples: 6}\n")
+    assert copy.run(copy.study(text)) == 0
+    after = result(copy, SEEDS[0])
+    assert (after["commit"], after["cost"]["step_seconds"]) == ("of the training", 7.0)
+    assert after["evaluations"][0] == before["evaluations"][0]
+    margins = [part["declared"]["comparisons"][0]["margin"] for part in after["evaluations"]]
+    assert margins == [0.2, 0.3]
+    assert "| not inferior, exploratory |" in Report(copy.study(text)).text()
+
+
+def test_runs_that_no_table_shows_are_named(copy: Tiny) -> None:
+    said = "Runs of this study that are in no table: "
+    assert said not in Report(copy.study()).text()
+    text = STUDY.format(folder=copy.folder).replace("seeds: [0, 1]", "seeds: [0]")
+    assert f"{said}{SEEDS[1]}." in Report(copy.study(text)).text()
+
+
+def test_a_committed_adapter_is_evaluated_on_other_images_without_training(copy: Tiny) -> None:
+    """As in a fresh clone: of the study, whose verdicts stay, and of another one that shares its runs. An adapter that
+    is not kept is trained anew."""
+    shutil.rmtree(copy.folder / "runs")
+    plain = STUDY.format(folder=copy.folder)
+    part = f"[clean, pgd3]}}\n  - {{attacks: [fgsm], data: {copy.folder}/held_out, num_samples: 9}}\n"
+    assert copy.run(copy.study(plain.replace("[clean, pgd3]}\n", part))) == 0
+    assert [(name, step == TRAIN) for name, step in copy.launcher.steps] == [(name, False) for name in SEEDS]
+    first, second = result(copy, SEEDS[0])["evaluations"]
+    assert (first["images"], second["images"]) == ("validation", f"{copy.folder}/held_out")
+    assert len(second["attacks"]["fgsm"]) == 9
+    assert "; fgsm of 4 of 4 runs on 9 images" in (copy.folder / "page.md").read_text()
+    copy.launcher.steps.clear()
+    change(copy, SEEDS[0], adapter_kept=False)
+    other = plain.replace("name: tiny", "name: other").replace("[clean, pgd3]}", "[pgd1], num_samples: 7}")
+    shutil.rmtree(copy.folder / "runs")
+    assert copy.run(copy.study(other.replace("attack: pgd3", "attack: pgd1"))) == 0
+    trained = [name for name, step in copy.launcher.steps if step == TRAIN]
+    assert trained == ["other-fulllora-lr3e-2-seed0"]
+    attacks = [list(part["attacks"]) for part in result(copy, SEEDS[0])["evaluations"]]
+    assert attacks == [["clean", "pgd3"], ["fgsm"], ["pgd1"]], "trained anew it is the same adapter"
 
 
 def test_verify_gets_the_committed_verdicts(copy: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +295,7 @@ def test_verify_gets_the_committed_verdicts(copy: Tiny, monkeypatch: pytest.Monk
         ("margin: 0.2,\n", "", "comparisons.0: margin and power belong together"),
         ("attacks: [clean, pgd3]", "attacks: [clean, pgd3, pgb20]", "unknown attack 'pgb20'"),
         ("label: FullLoRA,", "label: FullLoRA, overrides: [run.seed=3],", "run.seed is set by the study; remove it"),
+        ("attack: pgd2}", "attack: clean, prefer_clean: true}", "choose.prefer_clean: must be false where attack is"),
         ("name: tiny", "nome: tiny", "unknown setting nome; did you mean name"),
         ("label: FullLoRA,", "label: FullLoRA, lable: x,", "unknown setting arms.fulllora.lable; did you mean label"),
         ("{folder}/config.yaml", "{folder}/none.yaml", "none.yaml does not exist"),
@@ -279,13 +343,13 @@ def test_what_an_interval_says(low: float, high: float, margin: float | None, sa
     assert verdict({"value": (low + high) / 2, "low": low, "high": high, "per_seed": []}, margin) == said
 
 
-def test_the_study_in_the_repository_is_well_formed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "images"), [("imagenette", 1000), ("imagenette_fresh", 2000)])
+def test_a_study_in_the_repository_is_well_formed(name: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
-    study = Study("configs/studies/imagenette.yaml")
-    arms = ("full", "fulllora", "lora", "fulllora_low")
-    assert {arm: len(tries) for arm, tries in study.tries.items()} == dict.fromkeys(arms, 3)
-    assert study.images("pgd20") == 1000
+    study = Study(f"configs/studies/{name}.yaml")
+    assert {arm: len(tries) for arm, tries in study.tries.items()} == dict.fromkeys(("full", "fulllora", "lora"), 3)
+    assert study.images("pgd20") == images
 
 
 def test_a_folder_that_is_complete_is_only_read(copy: Tiny) -> None:
@@ -386,4 +450,4 @@ def test_the_arms_of_the_page_can_be_added_to_the_study(tmp_path: Path, monkeypa
     (tmp_path / "study.yaml").write_text(text.replace("\ncomparisons:", f"\n{arms}\ncomparisons:"))
     study = Study(str(tmp_path / "study.yaml"))
     first, second = study.waves()
-    assert (first, len(second)) == (["full", "fulllora", "lora"], 1 + 12)
+    assert (first, len(second)) == (["full", "fulllora", "lora"], 12)

@@ -55,6 +55,7 @@ def make_shards(
     workers: int = 1,
     classes: int | Sequence[str] | None = None,
     limit: int | None = None,
+    skip: int = 0,
     holdout: float = 0.0,
     holdout_destination: str | Path | None = None,
     max_bad_samples: int = 0,
@@ -74,6 +75,7 @@ def make_shards(
         classes: take only these, label i is classes[i]; or how many, where numbers name them, which then are the
             labels. Without it all: in numeric order where all names are numbers (from 0 on), else in text order.
         limit: take only so many images, balanced over the classes.
+        skip: leave out as many images as a limit of so many takes.
         holdout, holdout_destination: what goes to a split of its own there, named `{split_name}-holdout`: a share of
             each class in (0, 1), or from 1 on so many images of each. Which ones follows from their keys: in a share
             each from its own, so that more images later move no other; of a number, a new one may displace one.
@@ -111,7 +113,7 @@ def make_shards(
     listing = list_images(Path(source), None if labels is None else read_labels(Path(labels)))
     names, notes = order_classes({image.class_name for image in listing.images}, listing.classes, classes)
     notes += _about(listing, names)
-    images = choose(listing.images, names, limit)
+    images = choose(listing.images, names, limit, skip)
     chosen = _digest(names, images)
     there = [_claim_in(folder, chosen) for folder in folders]
     if holdout_destination is not None:

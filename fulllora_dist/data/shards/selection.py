@@ -11,16 +11,20 @@ from fulllora_dist.data.plan import stratified_order
 from fulllora_dist.data.shards.source import SourceImage
 
 
-def choose(images: list[SourceImage], names: Sequence[str], limit: int | None) -> list[SourceImage]:
-    """The images of these classes, shuffled so that every shard mixes classes."""
+def choose(images: list[SourceImage], names: Sequence[str], limit: int | None, skip: int = 0) -> list[SourceImage]:
+    """The images of these classes, shuffled so that every shard mixes classes: in the order in which limits take them,
+    which is balanced over the classes, `limit` of them after the first `skip`."""
     position = {name: label for label, name in enumerate(names)}
     taken = [image for image in images if image.class_name in position]
-    if limit is not None:
+    if limit is not None or skip:
         labels = np.array([position[image.class_name] for image in taken])
         present = len(np.unique(labels))
-        if not present <= limit <= len(taken):
-            raise UserError(f"limit must be between {present} (one a class) and {len(taken)}, got {limit}")
-        taken = [taken[i] for i in np.sort(stratified_order(labels)[:limit])]
+        if not 0 <= skip <= len(taken) - present:
+            raise UserError(f"skip must be between 0 and {len(taken) - present}, got {skip}")
+        left = len(taken) - skip
+        if limit is not None and not present <= limit <= left:
+            raise UserError(f"limit must be between {present} (one a class) and {left}, got {limit}")
+        taken = [taken[i] for i in np.sort(stratified_order(labels)[skip:][:limit])]
     shuffled = np.argsort(numpy_rng(0, "make_shards", 0).bit_generator.random_raw(len(taken)), kind="stable")
     return [taken[i] for i in shuffled]
 
