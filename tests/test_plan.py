@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from fulllora_dist.commands.plan import Prices, estimate
-from fulllora_dist.commands.plan_counts import RunCounts
+from fulllora_dist.commands.plan_counts import IMAGENET, RunCounts, count_evaluation, count_run
 from fulllora_dist.commands.plan_memory import largest_micro_batch, rank_memory, stage_advice, together
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
@@ -147,6 +147,27 @@ def test_the_stage_that_is_advised_fits() -> None:
     assert stage_advice(counts, each[1] + 0.01).startswith("ZeRO: stage 0 does not fit into ")
     assert stage_advice(counts, (each[2] + each[3]) / 2).startswith("ZeRO: stage 3 is the first that fits into ")
     assert stage_advice(counts, each[3] / 2).startswith("ZeRO: no stage fits into ")
+
+
+def test_held_out_images_are_not_trained_on() -> None:
+    """A run whose data is not there yet: ImageNet's, less the ten of each class that README holds out."""
+    images = [count_run(config(8, data={"held_out": held_out})).images for held_out in (None, "none")]
+    assert images == [IMAGENET, IMAGENET - 10 * 1000]
+
+
+def test_an_evaluation_is_counted_in_the_norms_of_its_balls() -> None:
+    """APGD restarts four times in L1; a further norm costs what it costs alone."""
+
+    def flops(norm: str, *further: str) -> int:
+        evaluation = {"attacks": ["apgd-ce"], "norms": further, "num_samples": 10}
+        sections = {"threat": {"norm": norm, "eps": 0.01}, "data": {"train": "none", "validation": "none"}}
+        found = count_evaluation(config(8, evaluation=evaluation, **sections))
+        assert found is not None
+        return found.flops
+
+    linf, l1 = flops("linf"), flops("l1")
+    assert l1 == pytest.approx(5 * linf, rel=0.01)
+    assert flops("linf", "l1=10") == linf + l1
 
 
 def rates(folder: Path, **row: Any) -> Path:
