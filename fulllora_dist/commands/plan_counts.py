@@ -170,7 +170,7 @@ def count_evaluation(config: Config) -> EvaluationCounts | None:
                 forward, back = counted.forward_and_backward(norm)
                 flops = images * (forward * cost.forward_flops + back * backward)
                 most, least = (most + flops, least) if is_most else (most, least + flops)
-        for norm in dict.fromkeys(norms):
+        for norm in dict.fromkeys(norms if attack.parts else [own]):
             falls = f" where it stays robust, {first.passes(norm):,} where it falls to {first.name}"
             within = f" in {norm}" if others and attack.parts else ""
             named.append(f"{attack.name} {attack.passes(norm):,} passes an image{within}{falls * bool(attack.parts)}")
