@@ -527,7 +527,7 @@ def test_progress_counts_all_ranks_and_tells_the_time_left(shards: Path) -> None
     clean, resumed, *others = items = first_items([""], attacks, [Linf(EPS)], images, checked=0)
     n, size = len(images.ids), len(clean.ids)
     counters, before = Counters(None), {resumed.name: [1] * size}
-    main, other = (Progress(attacks, n, counters, 2, ["4/255"], shows=shows) for shows in (True, False))
+    main, other = (Progress(attacks, n, counters, 2, [Linf(EPS)], shows=shows) for shows in (True, False))
     for progress in (main, other):
         progress.begin(0, items, before)
     main.finished(clean, [0] + [1] * (size - 1), 0.1 * size)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from fulllora_dist.commands.plan import Prices, estimate
-from fulllora_dist.commands.plan_counts import RunCounts
+from fulllora_dist.commands.plan_counts import IMAGENET, EvaluationCounts, RunCounts, count_evaluation, count_run
 from fulllora_dist.commands.plan_memory import largest_micro_batch, rank_memory, stage_advice, together
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
@@ -147,6 +147,33 @@ def test_the_stage_that_is_advised_fits() -> None:
     assert stage_advice(counts, each[1] + 0.01).startswith("ZeRO: stage 0 does not fit into ")
     assert stage_advice(counts, (each[2] + each[3]) / 2).startswith("ZeRO: stage 3 is the first that fits into ")
     assert stage_advice(counts, each[3] / 2).startswith("ZeRO: no stage fits into ")
+
+
+def test_held_out_images_are_not_trained_on() -> None:
+    """A run whose data is not there yet: ImageNet's, less the ten of each class that README holds out."""
+    images = [count_run(config(8, data={"held_out": held_out})).images for held_out in (None, "none")]
+    assert images == [IMAGENET, IMAGENET - 10 * 1000]
+
+
+def test_an_evaluation_is_counted_in_the_norms_of_its_balls() -> None:
+    """APGD restarts four times in L1; a further norm costs what it costs alone."""
+
+    def counts(norm: str, *further: str) -> EvaluationCounts:
+        evaluation = {"attacks": ["apgd-ce", "pgd20"], "norms": further, "num_samples": 10}
+        sections = {"threat": {"norm": norm, "eps": 0.01}, "data": {"train": "none", "validation": "none"}}
+        found = count_evaluation(config(8, evaluation=evaluation, **sections))
+        assert found is not None
+        return found
+
+    linf, l1, both = counts("linf"), counts("l1"), counts("linf", "l1=10")
+    assert (linf.attacks[0][:11], l1.attacks[0][:13]) == ("apgd-ce 201", "apgd-ce 1,001")
+    assert both.flops == linf.flops + l1.flops
+    assert l1.flops / linf.flops == pytest.approx((1001 + 42) / (201 + 42), rel=0.01)
+    assert [line.split(" where")[0] for line in both.attacks] == [
+        "apgd-ce 201 passes an image in linf",
+        "apgd-ce 1,001 passes an image in l1",
+        "pgd20 42 passes an image",
+    ]
 
 
 def rates(folder: Path, **row: Any) -> Path:

@@ -1,14 +1,18 @@
 """Methods from outside the package: the examples of docs/extending.md, as a reader would use them."""
 
 import builtins
+import copy
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 
+import fulllora_dist as fd
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.plugins import import_plugins
 from fulllora_dist.core.errors import UserError
@@ -17,7 +21,7 @@ from fulllora_dist.methods.base import MethodSettings, PerturbedStep
 from fulllora_dist.methods.settings import METHOD_SETTINGS
 from fulllora_dist.training.phases import build_phases
 from tests.methods.test_methods import PlainEngine, start
-from tests.tiny import batches
+from tests.tiny import batches, stir, tiny
 
 DOC = Path(__file__).parents[1] / "docs" / "extending.md"
 CONFIG = """
@@ -121,3 +125,30 @@ def test_a_name_that_is_taken_is_refused() -> None:
             Settings = MethodSettings
 
     assert METHODS["pgd"].__module__ == "fulllora_dist.methods.pgd"
+
+
+def test_dropping_tokens_is_n_fgsm_on_those_with_most_attention() -> None:
+    """tools/experiments: with all tokens it is N-FGSM bit for bit, its warm-up included; with half of them the second
+    block sees these alone."""
+    import_plugins([str(DOC.parents[1] / "tools" / "experiments" / "cheaper_passes.py")])
+    trained, seen = [], []
+    for name, settings in (("n_fgsm", {}), *(("agat_n_fgsm", {"keep": keep, "at": (1,)}) for keep in (1.0, 0.5))):
+        model = stir(tiny())
+        method = fd.method(name, eps=0.05, noise=0, eps_warmup_steps=3, **settings)
+        blocks: list[Any] = [model.backbone.get_submodule(f"blocks.{i}") for i in (0, 1)]
+        blocks[0].register_forward_hook(lambda _, __, out: seen.append(out.detach()))
+        blocks[1].norm1.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+        engine = PlainEngine(model)
+        for step, batch in enumerate(batches(2, size=4)):
+            block = copy.deepcopy(blocks[1])  # of the weights that this step's passes see
+            method.step(engine, batch, step)
+        trained.append(model.trainable())
+    assert all(map(torch.equal, trained[0].values(), trained[1].values()))
+    whole, kept = seen[-2:]
+    assert (whole.shape[1], kept.shape[1]) == (17, 9)
+    with torch.no_grad():
+        qkv = block.attn.qkv(block.norm1(whole)).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        mean = F.scaled_dot_product_attention(qkv[0], qkv[1], torch.eye(17).expand(4, 2, 17, 17)).mean(dim=(1, 2))
+    for image, tokens, attention in zip(whole, kept, mean, strict=True):
+        most = 1 + attention[1:].argsort(descending=True)[:8].sort().values
+        assert torch.equal(tokens, image[torch.cat([torch.tensor([0]), most])])

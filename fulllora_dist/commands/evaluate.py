@@ -18,12 +18,14 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.launcher import is_main_process, join_launcher
 from fulllora_dist.training.inputs import check_evaluated, check_evaluation, load_index
 
+ROBUSTBENCH_IMAGES = 5000
 
-def check_inputs(config: Config, adapter: str | None, output: str | None = None) -> str:
+
+def check_inputs(config: Config, adapter: str | None, output: str | None = None, preset: str | None = None) -> str:
     """Check the inputs before the process group is set up. Returns the folder of shards.
 
     Args:
-        adapter, output: arguments of the command line.
+        adapter, output, preset: arguments of the command line.
 
     Raises:
         UserError: an invalid setting or argument, which the message names.
@@ -32,7 +34,12 @@ def check_inputs(config: Config, adapter: str | None, output: str | None = None)
     folder = config.data.validation
     if folder is None:
         raise UserError("data.validation is not set; set it to the folder of shards to evaluate on")
-    check_evaluated(config, load_index(folder, "data.validation"))
+    images = check_evaluated(config, load_index(folder, "data.validation"))
+    if preset and images != ROBUSTBENCH_IMAGES:
+        raise UserError(
+            f"--ids: {config.evaluation.ids} names {images:,} images; --preset {preset} needs RobustBench's "
+            f"{ROBUSTBENCH_IMAGES:,} of ImageNet"
+        )
     from fulllora_dist.evaluation import check_output  # --help need not wait for torch
     from fulllora_dist.models.adapter_file import DESCRIPTION
     from fulllora_dist.registry.address import in_mlflow
@@ -53,6 +60,12 @@ def _other_norm(args: argparse.Namespace) -> bool:
     return bool(given) and load_config(args.config, others).threat.norm != given[-1].partition("=")[2]
 
 
+_OF_PRESET = {
+    *("threat.norm", "threat.eps"),
+    *(f"evaluation.{name}" for name in ("attacks", "eps", "norms", "num_samples", "first", "ids")),
+}
+
+
 def _apply_preset(args: argparse.Namespace) -> None:
     """Set what RobustBench asks of an entry of its ImageNet leaderboard.
 
@@ -62,6 +75,13 @@ def _apply_preset(args: argparse.Namespace) -> None:
     for name in ("attacks", "eps", "norm", "norms", "num_samples", "first"):
         if getattr(args, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: --preset {args.preset} has its own; leave one of them out")
+    for key in (override.partition("=")[0].strip() for override in args.overrides):
+        if key == "evaluation.ids":
+            raise UserError(f"{key}: with --preset {args.preset} give --ids")
+        if key in _OF_PRESET:
+            raise UserError(f"{key}: --preset {args.preset} has its own; leave one of them out")
+        if any(name.startswith(f"{key}.") for name in _OF_PRESET):
+            raise UserError(f"{key}: --preset {args.preset} sets some of it; write the others as {key}.NAME=...")
     args.attacks, args.norm, args.eps = "clean,autoattack", "linf", "4/255"
     if args.ids is None:
         package = importlib.util.find_spec("robustbench")
@@ -143,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate according to the command line. What is checked first needs no torch."""
     join_launcher()
     args, config = read_arguments(argv)
-    folder = check_inputs(config, args.adapter, args.output)
+    folder = check_inputs(config, args.adapter, args.output, args.preset)
     if args.dry_run:
         if is_main_process():
             from fulllora_dist.commands.plan import Prices, estimate_evaluation  # torch

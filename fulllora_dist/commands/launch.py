@@ -44,7 +44,8 @@ def main(profiles: str) -> int:
     config = load_config(args.config, args.overrides)
     check(config, requested, args.executor, evaluation is not None)
     if evaluation is not None:
-        evaluate.check_inputs(evaluate.read_arguments([*settings, *evaluation])[1], adapter=None)
+        asked, evaluated = evaluate.read_arguments([*settings, *evaluation])
+        evaluate.check_inputs(evaluated, adapter=None, preset=asked.preset)
     if args.dry_run:
         print(script(config, requested, evaluation))
         return 0

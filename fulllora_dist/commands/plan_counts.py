@@ -7,6 +7,7 @@ from typing import Literal
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import EvalAttack
+from fulllora_dist.evaluation.attack_names import further_norms
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.flops import PassCost, pass_cost
 from fulllora_dist.training.inputs import check_evaluation, check_files, check_settings, load_index
@@ -14,6 +15,8 @@ from fulllora_dist.training.phases import Phase, Phases
 from fulllora_dist.training.run import on_meta
 
 IMAGENET, IMAGENET_VALIDATION = 1_281_167, 50_000
+HELD_OUT = 10_000
+"""Of ImageNet-1k's training images, ten of each class: make_shards.py --holdout 10."""
 Checkpointing = Literal["off", "weight_step", "all"]
 
 
@@ -91,7 +94,7 @@ def count_pass(
 
 
 def count_run(config: Config, ranks: int | None = None) -> RunCounts:
-    """Count a run; without its data, on as many images as ImageNet-1k has.
+    """Count a run; without its data, on as many images as ImageNet-1k has, less those held out where it names such.
 
     Args:
         ranks: number of ranks; defaults to the launcher's WORLD_SIZE, else the largest number up to 8 that divides the
@@ -108,8 +111,10 @@ def count_run(config: Config, ranks: int | None = None) -> RunCounts:
     try:
         images = len(load_index(config.data.train, "data.train"))
     except UserError as error:
-        notes.append(f"not ready: {error}; counts are for ImageNet-1k")
-        images = IMAGENET
+        held_out = HELD_OUT if config.data.held_out else 0
+        less = f" without {held_out:,} held-out images" if held_out else ""
+        notes.append(f"not ready: {error}; counts are for ImageNet-1k{less}")
+        images = IMAGENET - held_out
     else:
         check_files(config)
     model, phases = on_meta(config, images)
@@ -155,15 +160,20 @@ def count_evaluation(config: Config) -> EvaluationCounts | None:
     size, batch = model.info.image_size, min(settings.batch_size, images)
     cost = count_pass(model, size, batch, attack=True)
     backward = cost.flops - cost.forward_flops
-    most, least, named = 0, 0, []
+    own, most, least, named = config.threat.norm, 0, 0, []
+    others = [norm for norm, _ in further_norms(settings.norms, own)]
     for attack in EvalAttack.parse_all(settings.attacks):
         first = EvalAttack.parse(attack.parts[0]) if attack.parts else attack
-        balls = 1 if attack.kind == "clean" else 1 + len(settings.eps) + len(settings.norms)
-        for passes, is_most in ((attack.forward_and_backward, True), (first.forward_and_backward, False)):
-            flops = balls * images * (passes[0] * cost.forward_flops + passes[1] * backward)
-            most, least = (most + flops, least) if is_most else (most, least + flops)
-        falls = f" where it stays robust, {first.passes:,} where it falls to {first.name}" if attack.parts else ""
-        named.append(f"{attack.name} {attack.passes:,} passes an image" + falls)
+        norms = [own] if attack.kind == "clean" else [own, *(own for _ in settings.eps), *others]
+        for norm in norms:
+            for counted, is_most in ((attack, True), (first, False)):
+                forward, back = counted.forward_and_backward(norm)
+                flops = images * (forward * cost.forward_flops + back * backward)
+                most, least = (most + flops, least) if is_most else (most, least + flops)
+        for norm in dict.fromkeys(norms if attack.parts else [own]):
+            falls = f" where it stays robust, {first.passes(norm):,} where it falls to {first.name}"
+            within = f" in {norm}" if others and attack.parts else ""
+            named.append(f"{attack.name} {attack.passes(norm):,} passes an image{within}{falls * bool(attack.parts)}")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     memory = weights + batch * cost.peak_bytes
     return EvaluationCounts(images, size, batch, cost.flops, named, most, (most + least) / 2, memory)

@@ -23,7 +23,7 @@ class RandAugmentSettings(Settings):
     num_ops: int = Field(2, ge=1)
     """Operations on each image, drawn from the 14 of the paper."""
     magnitude: int = Field(9, ge=0, le=30)
-    """Strength of each, 0 to 30."""
+    """Strength of each, 0 to 30; timm's m9, of 10, is 27."""
 
 
 class DataSettings(Settings):

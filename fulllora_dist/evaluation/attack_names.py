@@ -44,8 +44,11 @@ def further_norms(norms: Sequence[str], own: str) -> list[tuple[Norm, float]]:
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 """The four parts of the standard AutoAttack, in order."""
 _PARTS = {"apgd-ce": (100, 100), "apgd-t": (900, 900), "fab-t": (1800, 900), "square": (5000, 0)}
-"""Forward and backward passes of an image that survives, with nine target classes."""
+"""Forward and backward passes of an image that survives, with nine target classes, by iterations. Each of `fab` goes
+back once for every class, which counts as once."""
 _PARTS |= {"apgd-dlr": (100, 100), "fab": (200, 100)}
+_PARTS_IN_L1 = _PARTS | {"apgd-ce": (500, 500), "apgd-dlr": (500, 500), "apgd-t": (500, 500)}
+"""With five restarts and five target classes."""
 _ITERATED = re.compile(r"(pgd|cw|dlr)([1-9]\d*)(?:x([1-9]\d*))?")
 _LOSSES: dict[str, Loss] = {"pgd": "ce", "cw": "margin", "dlr": "dlr"}
 TRANSFER_STEPS = 20
@@ -96,11 +99,12 @@ class AttackName:
         kind, steps, restarts = match.groups()
         return cls(name, "pgd", int(steps), _LOSSES[kind], int(restarts or 1))
 
-    @property
-    def forward_and_backward(self) -> tuple[int, int]:
-        """Passes of an image, at most, the prediction included."""
+    def forward_and_backward(self, norm: Norm) -> tuple[int, int]:
+        """Passes of an image in a ball of that norm, at most, the prediction included."""
         if self.kind == "autoattack":
-            return 1 + sum(_PARTS[part][0] for part in self.parts), sum(_PARTS[part][1] for part in self.parts)
+            of_parts = _PARTS_IN_L1 if norm == "l1" else _PARTS
+            forward, backward = (sum(of_parts[part][k] for part in self.parts) for k in (0, 1))
+            return 1 + forward, backward
         if self.kind == "clean":
             return 1, 0
         if self.kind == "fgsm":
@@ -108,10 +112,9 @@ class AttackName:
         steps = self.restarts * self.steps
         return 2 + steps + (self.restarts if self.restarts > 1 else 0), steps
 
-    @property
-    def passes(self) -> int:
+    def passes(self, norm: Norm) -> int:
         """All of them; the measure of an attack's cost."""
-        return sum(self.forward_and_backward)
+        return sum(self.forward_and_backward(norm))
 
     def check_classes(self, classes: int) -> None:
         """Raises SharedUserError: the attack's loss needs more logits than there are."""

@@ -20,7 +20,6 @@ from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.rng import base_key
 from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.evaluation.official import square
-from fulllora_dist.evaluation.trained import unwrapped
 from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
 from fulllora_dist.models.branches import branches_of, disable_branches
 
@@ -81,12 +80,13 @@ class Check:
 
     Attributes:
         name: under which its numbers and warnings are known.
-        measure: its numbers of a batch; `joined` says how those of several batches become one.
+        measure: its numbers of a batch; `joined` says how those of several batches become one. None where there is
+            nothing to measure: then the check is not made.
         warn: the symptom in words, from the numbers of all batches; None where there is none.
     """
 
     name: str
-    measure: Callable[[CheckBatch], Numbers]
+    measure: Callable[[CheckBatch], Numbers | None]
     warn: Callable[[Numbers], str | None]
 
 
@@ -214,12 +214,14 @@ def _warn_restarts(n: Numbers) -> str | None:
     )
 
 
-def _transfer(batch: CheckBatch) -> Numbers:
-    """PGD's examples for the model without its branches, which needs none of their gradients."""
-    model = unwrapped(batch.model)
-    if not isinstance(model, AdaptedModel) or model.spec.finetune not in WITH_BRANCHES or model.taken_off:
-        return {"other_alone": 0, "many_alone": 0}
-    with disable_branches(branches_of(model)):
+def _transfer(batch: CheckBatch) -> Numbers | None:
+    """PGD's examples for the model without its branches, which needs none of their gradients. Where modules of others
+    are around adapted models, for the whole, without the branches inside; none where there are none."""
+    adapted = (module for module in batch.model.modules() if isinstance(module, AdaptedModel))
+    branches = [b for m in adapted if m.spec.finetune in WITH_BRANCHES and not m.taken_off for b in branches_of(m)]
+    if not branches:
+        return None
+    with disable_branches(branches):
         examples = EvalAttack.parse(MANY_STEPS)(
             batch.model, batch.x, batch.y, threat=batch.threat, seed=batch.seed, ids=batch.ids
         )
@@ -243,8 +245,9 @@ CHECKS: tuple[Check, ...] = (
 
 
 def measure(batch: CheckBatch) -> dict[str, Numbers]:
-    """{check: its numbers} of a batch."""
-    return {check.name: check.measure(batch) for check in CHECKS}
+    """{check: its numbers} of a batch, of the checks that are made."""
+    measured = ((check.name, check.measure(batch)) for check in CHECKS)
+    return {name: numbers for name, numbers in measured if numbers is not None}
 
 
 def joined(batches: Sequence[Mapping[str, Numbers]]) -> dict[str, Numbers]:
@@ -253,7 +256,8 @@ def joined(batches: Sequence[Mapping[str, Numbers]]) -> dict[str, Numbers]:
     def join(name: str, key: str) -> float:
         return {"change": max, "eps": max}.get(key, sum)([b[name][key] for b in batches])
 
-    return {name: {key: join(name, key) for key in numbers} for name, numbers in batches[0].items()} if batches else {}
+    made = [name for name in batches[0] if all(name in batch for batch in batches)] if batches else []
+    return {name: {key: join(name, key) for key in batches[0][name]} for name in made}
 
 
 def warnings(measured: Mapping[str, Numbers]) -> list[str]:

@@ -19,7 +19,6 @@ from torch import nn
 from fulllora_dist.attacks.pgd import attack_mode
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.core.errors import SharedUserError, UserError
-from fulllora_dist.core.units import number_in
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.class_names import ClassMatch, match_classes
 from fulllora_dist.distributed.comm import Comm
@@ -198,8 +197,7 @@ class Evaluator:
             What became of each image, and {variant: results of its checks}.
         """
         comm, counters, verdicts = self._comm, self._comm.counters(), Verdicts(ids)
-        sizes = [number_in(threat.norm, threat.eps) for threat in self._threats]
-        progress = Progress(self._attacks, len(ids), counters, comm.world, sizes, self._shows)
+        progress = Progress(self._attacks, len(ids), counters, comm.world, self._threats, self._shows)
         batch_size = max(map(len, images.batches))
         first = first_items(variants, self._attacks, self._threats, images, self._checked)
         with attack_mode(predict), in_full_fp32(), uncompiled(predict), heartbeat(predict, counters):

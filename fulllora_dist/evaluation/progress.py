@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.core.units import number_in
 from fulllora_dist.distributed.comm import Counters
 from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.evaluation.work_items import WorkItem, passes_of
@@ -28,7 +30,7 @@ class Progress:
         n: number of its images.
         counters: shared by the ranks.
         world: number of ranks.
-        sizes: of the balls, as they are written.
+        threats: the balls.
         shows: whether this rank, which is rank 0, prints.
     """
 
@@ -38,10 +40,10 @@ class Progress:
         n: int,
         counters: Counters,
         world: int,
-        sizes: Sequence[str],
+        threats: Sequence[Threat],
         shows: bool,
     ):
-        self._attacks, self._n, self._sizes = attacks, n, sizes
+        self._attacks, self._n, self._threats = attacks, n, threats
         self._counters, self._world, self._shows = counters, world, shows
         self._items: list[WorkItem] = []  # of this round and those before
         self._before = self._round = 0
@@ -88,7 +90,9 @@ class Progress:
         for column in self._attacked:
             hits, seen = self._now(f"correct {column}"), self._now(f"seen {column}")
             if column[0] == variant and seen:
-                at_eps = f" at {self._sizes[column[1]]}" if len(self._sizes) > 1 and column[2] != "clean" else ""
+                ball = self._threats[column[1]]
+                many = len(self._threats) > 1 and column[2] != "clean"
+                at_eps = f" at {number_in(ball.norm, ball.eps)}" if many else ""
                 parts = EvalAttack.parse(column[2]).parts
                 score = f"{hits} of {seen} survive" if parts else f"{hits / seen:.1%}"
                 shown.append(f"{parts[-1] if parts else column[2]}{at_eps} {score}")
@@ -103,8 +107,9 @@ class Progress:
         numbers = ((attack, k) for attack in self._attacks for k in range(self._round + 1, len(attack.parts) + 1))
         later = dict.fromkeys(attack.parts[:k] for attack, k in numbers)
         for variant in dict.fromkeys(variant for variant, _, _ in self._attacked):
-            for radius, parts in itertools.product(range(len(self._sizes)), later):
-                to_do[parts[-1]] += round(self._standing(variant, radius, len(parts)) * passes_of(parts[-1]))
+            for (radius, threat), parts in itertools.product(enumerate(self._threats), later):
+                expected = self._standing(variant, radius, len(parts))
+                to_do[parts[-1]] += round(expected * passes_of(parts[-1], threat.norm))
         done = {kind: self._now(f"passes {kind}") for kind in to_do}
         taken = {kind: self._now(f"milliseconds {kind}") / 1000 for kind in to_do}
         mean = sum(taken.values()) / max(1, sum(done.values()))

@@ -83,7 +83,7 @@ class EvaluationReport(WorstCase):
         worst_case: at `eps`.
         more_eps: the attacks at further eps.
         more_norms: the attacks in balls of further norms, one each.
-        checks: {check for masked gradients: the numbers that it measured}; empty where none was made.
+        checks: {check for masked gradients: the numbers that it measured}, of those that were made.
         backbone, adapter, adapter_sha256: what was evaluated.
         seed: of the attacks' random starts.
         data: hash of the data set's index.

@@ -9,6 +9,7 @@ from timm.data import ImageNetInfo
 from fulllora_dist.core.stats import wilson
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.core.units import size_in
+from fulllora_dist.evaluation.checks import CHECKS
 from fulllora_dist.evaluation.report import WORST_CASE, EvaluationReport, Score, eps_points, points, worst_scores
 from fulllora_dist.evaluation.trained import pictures_line
 from fulllora_dist.plots.figures import Curves, least_and_most, per_class_bars, robustness_curve
@@ -28,8 +29,10 @@ def table(report: EvaluationReport) -> str:
         cells = [("attack", "accuracy %", "95 % interval"), *((name.ljust(width), *rest) for name, *rest in rows)]
         blocks.append(text_table(cells, "lrl"))
     blocks += ["", _class_table(attacks)]
-    if report.get("checks") and not report["warnings"]:
-        blocks += ["", f"{len(report['checks'])} checks for masked gradients, no warning"]
+    if (made := report.get("checks")) and not report["warnings"]:
+        others = [check.name for check in CHECKS if check.name not in made]
+        not_made = f"; not made: {', '.join(others)}" if others else ""
+        blocks += ["", f"{len(made)} checks for masked gradients, no warning{not_made}"]
     return "\n".join([*blocks, *(f"warning: {line}" for line in report["warnings"])])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import Threat
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.plan import stratified_order
@@ -28,6 +29,7 @@ class WorkItem:
         name: differs from that of every other item; the result depends on it alone, given model, images and seed.
         attack: of AutoAttack, the parts up to the one that is run, on images that have survived the others.
         radius: position of the ball among the evaluator's.
+        norm: of the ball.
         ids: int64 [B], of the batch.
     """
 
@@ -35,6 +37,7 @@ class WorkItem:
     variant: str
     attack: EvalAttack | None
     radius: int
+    norm: Norm
     ids: np.ndarray
 
     @property
@@ -47,12 +50,12 @@ class WorkItem:
     @property
     def passes(self) -> int:
         """Forward and backward passes of images, at most: AutoAttack leaves out images that have fallen."""
-        return len(self.ids) * (_CHECK_PASSES if self.attack is None else passes_of(self.kind))
+        return len(self.ids) * (_CHECK_PASSES if self.attack is None else passes_of(self.kind, self.norm))
 
 
-def passes_of(kind: str) -> int:
+def passes_of(kind: str, norm: Norm) -> int:
     """Of an image, at most."""
-    return EvalAttack.parse(kind).passes
+    return EvalAttack.parse(kind).passes(norm)
 
 
 def first_items(
@@ -75,13 +78,13 @@ def first_items(
             for radius, threat in enumerate(threats[:1] if attack.kind == "clean" else threats):
                 for batch in images.batches:
                     name = _name(variant, attack.name, threat, batch)
-                    items.append(WorkItem(name, variant, attack, radius, batch))
+                    items.append(WorkItem(name, variant, attack, radius, threat.norm, batch))
         if checked and threats[0].eps:
             chosen = ids[stratified_order(images.index.labels[ids])[:checked]]
             for start in range(0, len(chosen), _CHECK_BATCH):
                 batch = np.sort(chosen[start : start + _CHECK_BATCH])
                 name = _name(variant, f"checks of {checked}", threats[0], batch)
-                items.append(WorkItem(name, variant, None, 0, batch))
+                items.append(WorkItem(name, variant, None, 0, threats[0].norm, batch))
     first = {"clean": 0, "checks": 1}
     return sorted(items, key=lambda item: (first.get(item.kind, len(first)), -item.passes / len(item.ids)))
 
@@ -110,7 +113,7 @@ def part_items(
                     batch = left[start : start + batch_size]
                     name = f"{'+'.join(chain.parts[:-1])} > {chain.parts[-1]}"
                     name = _name(variant, name, threat, batch)
-                    items[name] = WorkItem(name, variant, chain, radius, batch)
+                    items[name] = WorkItem(name, variant, chain, radius, threat.norm, batch)
     return sorted(items.values(), key=lambda item: -item.passes)
 
 

@@ -63,15 +63,16 @@ def check_evaluation(config: Config) -> Subset:
     return Subset(settings.num_samples, settings.first, settings.ids)
 
 
-def check_evaluated(config: Config, validation: Index) -> None:
-    """Check the evaluation settings against the validation set.
+def check_evaluated(config: Config, validation: Index) -> int:
+    """Check the evaluation settings against the validation set. Returns how many images are evaluated.
 
     Raises:
         UserError: the subset is not part of the validation set, or there are too few classes for an attack.
     """
-    check_evaluation(config).of(validation, "data.validation")
+    images = len(check_evaluation(config).of(validation, "data.validation"))
     for attack in AttackName.parse_all(config.evaluation.attacks):
         attack.check_classes(len(validation.classes))
+    return images
 
 
 def check_files(config: Config) -> None:

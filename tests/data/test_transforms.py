@@ -10,9 +10,10 @@ import torchvision.transforms as T
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from timm.data import create_transform
+from timm.data import auto_augment, create_transform
 from torchvision.transforms import v2
 
+from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.augmentations import RandAugment
 from fulllora_dist.data.transforms import Augment, Backend, EvalTransform, TrainTransform, random_box
@@ -193,6 +194,20 @@ def test_randaugment_is_the_crop_and_torchvisions_operations(naturals: list[byte
         RandAugment(magnitude=31)
     with pytest.raises(UserError, match=r"num_ops must be >= 1, got 0"):
         RandAugment(num_ops=0)
+
+
+def test_the_strong_recipe_has_timms_magnitude_of_9() -> None:
+    """timm's scale ends at 10, torchvision's at 30."""
+    path = Path(__file__).parents[2] / "configs" / "imagenet_vit_large_strong.yaml"
+    settings, space = load_config(str(path)).data.randaugment, v2.RandAugment._AUGMENTATION_SPACE
+    for name, timms, centre in (
+        ("Rotate", auto_augment._rotate_level_to_arg, 0),
+        ("ShearX", auto_augment._shear_level_to_arg, 0),
+        ("Contrast", auto_augment._enhance_increasing_level_to_arg, 1),
+    ):
+        ours = float(space[name][0](31, 224, 224)[settings.magnitude])
+        assert ours == pytest.approx(abs(timms(9, {})[0] - centre))
+    assert (settings.magnitude, settings.num_ops) == (27, 1)
 
 
 def test_color_jitter_is_torchvisions_after_the_crop(naturals: list[bytes]) -> None:

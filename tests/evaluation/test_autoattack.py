@@ -1,5 +1,6 @@
 """AutoAttack as we call it against the official code alone, and the other new attacks against written-out ones."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ from pyautoattack import AutoAttack
 from torch import Tensor, nn
 
 import fulllora_dist as fd
-from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.attacks.settings import Norm
+from fulllora_dist.attacks.threat import Linf, threat_model
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.evaluation.official import run_part
 from tests.tiny import CLASSES
 
 SMALL = 12
@@ -65,6 +68,45 @@ def test_the_standard_version_on_200_images(healthy: dict[str, fd.AdaptedModel],
     assert ours == expected
     assert sum(ours) <= sum(found["pgd20"]["correct"]) < sum(found["clean"]["correct"])
     assert sum(ours) > 0
+
+
+class Unmoved(nn.Module):
+    """Right at each image near its own, by no more than it must be; counts passes of an image. Twelve classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forwards, self.backwards = 0, 0
+        generator = torch.Generator().manual_seed(0)
+        self.weights = torch.randn(3 * 8 * 8, 12, generator=generator) * 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += len(x)
+        if x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(self._back)
+        return x.flatten(1) @ self.weights + torch.arange(12.0)
+
+    def _back(self, gradient: Tensor) -> None:
+        self.backwards += len(gradient)
+
+
+@pytest.mark.parametrize(
+    ("part", "norm"),
+    [
+        *itertools.product(("apgd-ce", "apgd-t", "fab-t"), ("linf", "l1")),
+        ("apgd-ce", "l2"),
+        ("apgd-dlr", "l1"),
+        ("square", "l2"),
+    ],
+)
+def test_the_passes_of_an_image_that_survives_are_counted(part: str, norm: Norm) -> None:
+    """By the official attacks themselves, within their first and last passes."""
+    model, x, y = Unmoved(), torch.rand(1, 3, 8, 8), torch.tensor([11])
+    _, survives = run_part(model, x, y, threat=threat_model(norm, 0.01), seed=0, part=part)
+    assert survives.all()
+    forward, backward = EvalAttack.parse(part).forward_and_backward(norm)
+    assert forward == pytest.approx(model.forwards, rel=0.05)
+    assert backward == pytest.approx(model.backwards, rel=0.05)
 
 
 def test_the_generator_of_training_is_untouched(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:

@@ -17,6 +17,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.evaluation import EvalAttack, evaluate
 from fulllora_dist.evaluation.checks import CHECKS, CheckBatch
 from fulllora_dist.evaluation.reported import order_warnings
+from fulllora_dist.evaluation.summary import table
 from fulllora_dist.models.branches import branches_of
 from fulllora_dist.models.precision import in_full_fp32
 from tests.tiny import tiny
@@ -119,7 +120,9 @@ def test_branches_that_mask_gradients_are_seen_without_them(healthy: dict[str, f
     model = copy.deepcopy(healthy["fulllora"])
     model.__class__ = SaturatedByBranches
     batch = _batch(model, images, 3 * EPS)
-    line = TRANSFER.warn(TRANSFER.measure(batch))
+    measured = TRANSFER.measure(batch)
+    assert measured is not None
+    line = TRANSFER.warn(measured)
     assert line is not None
     assert line.startswith("pgd20 on the model without its branches fools ")
     assert batch.correct.float().mean() > 0.5
@@ -139,8 +142,24 @@ def test_the_examples_for_the_bare_model_by_hand(healthy: dict[str, fd.AdaptedMo
         correct & (model(EvalAttack.parse("pgd20")(m, x, y, threat=Linf(eps), seed=0, ids=batch.ids)).argmax(1) == y)
         for m in (bare, model)
     )
+    assert found is not None
     assert found == {"other_alone": (direct & ~by_bare).sum(), "many_alone": (~direct & by_bare).sum()}
     assert found["many_alone"] > 0
+
+
+def test_branches_are_found_inside_of_modules_of_others(healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
+    class Theirs(Around):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)
+
+    wrapped, bare = (
+        TRANSFER.measure(_batch(model, images, 2 * EPS))
+        for model in (nn.Sequential(Theirs(healthy["fulllora"])), healthy["fulllora"])
+    )
+    assert bare is not None
+    assert wrapped == bare
+    assert all(branch.module.on for branch in branches_of(healthy["fulllora"]))
+    assert TRANSFER.measure(_batch(Theirs(healthy["full_at"]), images, EPS)) is None
 
 
 @pytest.mark.parametrize("check", [check.name for check in CHECKS if check.name != "transfer"])
@@ -159,7 +178,10 @@ def test_a_symptom_is_seen(
 def test_healthy_models_are_left_alone(name: str, healthy: dict[str, fd.AdaptedModel], images: Path) -> None:
     found = _check(healthy[name], stream(images))
     assert found["warnings"] == []
-    assert list(found["checks"]) == [check.name for check in CHECKS]
+    names = [check.name for check in CHECKS if name == "fulllora" or check is not TRANSFER]
+    assert list(found["checks"]) == names
+    not_made = "" if name == "fulllora" else "; not made: transfer"
+    assert table(found).endswith(f"\n{len(names)} checks for masked gradients, no warning{not_made}")
     assert found["checks"]["huge_eps"]["n"] >= 15, "right often enough for a symptom to show"
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.commands.evaluate import read_arguments
+from fulllora_dist.commands.evaluate import check_inputs, read_arguments
+from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
@@ -197,9 +198,38 @@ def test_the_preset_is_what_robustbench_asks_for(tmp_path: Path) -> None:
     for argument, value in (("--eps", "8/255"), ("--attacks", "pgd20"), ("--num-samples", "50")):
         with pytest.raises(UserError, match=f"{argument}: --preset robustbench has its own"):
             read_arguments([*given, argument, value])
+    for override, words in (
+        ("threat.eps=1/255", "threat.eps: --preset robustbench has its own"),
+        ("evaluation.attacks=[clean]", "evaluation.attacks: --preset robustbench has its own"),
+        ("evaluation.ids=list.txt", "evaluation.ids: with --preset robustbench give --ids"),
+        ("threat={eps: 1/255}", "threat: --preset robustbench sets some of it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read_arguments([*given, "--ids", "list.txt", override])
+    _, config = read_arguments([*given, "--ids", "list.txt", "evaluation.batch_size=8"])
+    assert config.evaluation.batch_size == 8
     if importlib.util.find_spec("robustbench") is None:
         with pytest.raises(UserError, match=r"not installed; give --ids imagenet_test_image_ids.txt"):
             read_arguments(given)
+
+
+def test_the_preset_takes_robustbench_s_number_of_images_alone(images: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "few.txt"
+    listed.write_text("0\n1\n2\n")
+    config = Config.model_validate(
+        {
+            "model": {"backbone": "none"},
+            "data": {"train": "none", "validation": str(images)},
+            "run": {"output_dir": "none"},
+            "optim": {"epochs": 1},
+            "threat": {"eps": EPS},
+            "method": {"name": "pgd"},
+            "evaluation": {"ids": str(listed)},
+        }
+    )
+    assert check_inputs(config, adapter=None) == str(images)
+    with pytest.raises(UserError, match=r"^--ids: .*few.txt names 3 images; --preset robustbench needs .* 5,000 of"):
+        check_inputs(config, adapter=None, preset="robustbench")
 
 
 def test_a_loaded_model_is_a_plain_module_in_evaluation_mode(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_names() -> None:
     signed = EvalAttack.parse("transfer:https://host/a/adapter?sig=secret")
     assert "secret" not in signed.name
     assert "secret" in signed.source
-    assert signed.forward_and_backward == (22, 20)
+    assert signed.forward_and_backward("linf") == (22, 20)
     with pytest.raises(UserError, match="unknown attack 'transfer:'"):
         EvalAttack.parse("transfer:")
 

@@ -94,7 +94,7 @@ LEGEND = """
 - probabilities, zero_gradients, huge_eps: images whose outputs are probabilities, where the gradient is zero, that
   stay correct at eps = 0.5.
 - single_step, square, transfer: images that only FGSM, only Square in 300 queries, or only PGD-20 on the model without
-  its branches fools : images that only PGD-20 fools.
+  its branches fools : images that only PGD-20 fools. A model that has no branches has no such check (-).
 - restarts: images that each of five restarts of PGD-10 is the first to fool.
 """
 
@@ -147,7 +147,8 @@ def row(name: str, found: Mapping[str, Any]) -> str:
     """Of the table; checks that warn are bold."""
     warned = {line.partition(":")[0] for line in found["warnings"]}
     figures = [f"{100 * found['attacks'][attack]['accuracy']:.1f}" for attack in ("clean", "pgd20")]
-    cells = {check: cell(check, numbers) for check, numbers in found["checks"].items()}
+    made = found["checks"]
+    cells = {check.name: cell(check.name, made[check.name]) if check.name in made else "-" for check in CHECKS}
     bold = [f"**{text}**" if check in warned else text for check, text in cells.items()]
     return f"| {name} | {' | '.join([*figures, *bold])} |\n"
 
