@@ -348,7 +348,8 @@ def test_a_study_in_the_repository_is_well_formed(name: str, images: int, monkey
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     study = Study(f"configs/studies/{name}.yaml")
-    assert {arm: len(tries) for arm, tries in study.tries.items()} == dict.fromkeys(("full", "fulllora", "lora"), 3)
+    assert {"full", "fulllora", "lora"} <= study.tries.keys()
+    assert {len(tries) for tries in study.tries.values()} == {3}
     assert study.images("pgd20") == images
 
 
@@ -414,7 +415,7 @@ def test_a_run_is_as_nice_as_its_study(made: tuple[Tiny, int], tmp_path: Path) -
         (tmp_path / "started").touch()
         os._exit(job.process.wait())
     assert os.waitpid(pid, 0)[1] == 0
-    assert (tmp_path / "found").read_text().split()[-1] == "5"
+    assert (tmp_path / "found").read_text().split()[-1] == str(os.nice(0) + 5)
 
 
 def test_a_run_whose_study_is_killed_is_asked_to_save(copy: Tiny) -> None:
