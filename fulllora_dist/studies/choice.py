@@ -1,6 +1,7 @@
 """Which try is the best, and which runs are left."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -57,15 +58,19 @@ def is_done(results: Results, run: Run, inputs: Mapping[str, str] | None) -> boo
 
 
 def pending(study: Study, results: Results, inputs_of: InputsOf) -> Iterator[Run]:
-    """The runs that are left and can start, in order: wave by wave, the tries, then seed by seed, so that what is there
-    at any time can be compared."""
+    """The runs that are left and can start, in order: wave by wave, the tries, then evaluation by evaluation and seed
+    by seed, so that what is there at any time can be compared. A run has its evaluations up to the one whose turn it
+    is, and comes again for a further one."""
     seen = set()  # arms that are alike share a run
     for arms in study.waves():
         runs = [run for arm in arms for run in study.tries[arm]]
         values = {arm: choice(study, arm, results, inputs_of) for arm in arms}
         seeds = {arm: study.seeds(arm, found) for arm, found in values.items() if found is not None}
-        runs += [seeds[arm][i] for i in range(len(study.settings.seeds)) for arm in seeds]
+        for count in range(1, len(study.settings.evaluations) + 1):
+            for i in range(len(study.settings.seeds)):
+                runs += [replace(seeds[arm][i], evaluations=seeds[arm][i].evaluations[:count]) for arm in seeds]
         for run in runs:
-            if run.key not in seen and not is_done(results, run, inputs_of(run)):
-                seen.add(run.key)
+            turn = run.key, len(run.evaluations)
+            if turn not in seen and not is_done(results, run, inputs_of(run)):
+                seen.add(turn)
                 yield run

@@ -231,7 +231,7 @@ class Runner:
     def _planned(self) -> Iterator[Run]:
         """Every run that is left; those whose values are not chosen yet have none."""
         results = Results(self._study.settings.results_dir)
-        yield from pending(self._study, results, self._inputs_of)
+        yield from {run.name: run for run in pending(self._study, results, self._inputs_of)}.values()
         for arm, tries in self._study.tries.items():
             if choice(self._study, arm, results, self._inputs_of) is None:
                 yield from (replace(run, values={}) for run in self._study.seeds(arm, tries[0].values))

@@ -133,17 +133,19 @@ def test_other_images_are_not_taken_for_the_same(copy: Tiny) -> None:
         copy.run(copy.study(text))
 
 
-def test_a_further_evaluation_trains_nothing(copy: Tiny) -> None:
-    text = STUDY.format(folder=copy.folder).replace(
-        "[clean, pgd3]}\n", "[clean, pgd3]}\n  - {attacks: [apgd-ce], num_samples: 6}\n"
-    )
+def test_further_evaluations_train_nothing_and_come_one_after_the_other(copy: Tiny) -> None:
+    """The first of all runs before the second of any."""
+    further = "  - {attacks: [apgd-ce], num_samples: 6}\n  - {attacks: [fgsm], num_samples: 5}\n"
+    text = STUDY.format(folder=copy.folder).replace("[clean, pgd3]}\n", "[clean, pgd3]}\n" + further)
     assert copy.run(copy.study(text)) == 0
-    assert len(copy.launcher.steps) == 2
+    assert [name for name, _ in copy.launcher.steps] == [*SEEDS, *SEEDS]
     assert all(step != TRAIN for _, step in copy.launcher.steps)
+    assert [line.partition("; ")[2] for line in copy.said if line.startswith("done: ")][:2] == ["2 runs left"] * 2
     for name in SEEDS:
-        first, second = result(copy, name)["evaluations"]
-        assert (first["attacks"].keys(), second["attacks"].keys()) == ({"clean", "pgd3"}, {"apgd-ce"})
-        assert (second["num_samples"], len(second["attacks"]["apgd-ce"])) == (6, 6)
+        first, *others = result(copy, name)["evaluations"]
+        assert first["attacks"].keys() == {"clean", "pgd3"}
+        assert [(part["num_samples"], *part["attacks"]) for part in others] == [(6, "apgd-ce"), (5, "fgsm")]
+        assert [len(marks) for part in others for marks in part["attacks"].values()] == [6, 5]
 
 
 def test_the_try_is_chosen_on_held_out_images_alone(copy: Tiny) -> None:
