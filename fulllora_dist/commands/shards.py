@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="take only so many images, balanced over the classes")
     parser.add_argument(
-        "--skip", type=int, default=0, help="leave out the images that --limit SKIP takes, as for a set apart from it"
+        "--skip", type=int, default=0, help="leave out the images that --limit SKIP takes, to make a disjoint set"
     )
     parser.add_argument(
         "--holdout",

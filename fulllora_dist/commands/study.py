@@ -129,9 +129,9 @@ def _verify(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from fulllora_dist.studies.verify import verify
 
-    found = verify(args.name, args.results)
-    for attack in found.attacks:
-        differing = found.differing[attack]
-        verdict = "as committed" if not differing else f"{len(differing)} differ (ids {', '.join(map(str, differing))})"
-        print(f"{args.name}: {attack}: {found.n} images, {verdict}")
-    return int(not found.passed)
+    evaluations = verify(args.name, args.results)
+    for found in evaluations:
+        for attack, ids in found.differing.items():
+            verdict = "as committed" if not ids else f"{len(ids)} differ (ids {', '.join(map(str, ids))})"
+            print(f"{args.name}: {found.images}: {attack}: {found.n} images, {verdict}")
+    return int(not all(found.passed for found in evaluations))

@@ -33,7 +33,7 @@ _TO_INSTALL = {"s3": "s3fs: pip install 'fulllora-dist[s3]'", "gs": "gcsfs: pip 
 
 
 # how botocore says that a metadata service gave no credentials: it throttles when all ranks of a node start at once
-_NOCREDENTIALS = {"NoCredentialsError", "CredentialRetrievalError"}
+_NO_CREDENTIALS = {"NoCredentialsError", "CredentialRetrievalError"}
 _METADATA = {"metadata_service_num_attempts": "3", "metadata_service_timeout": "2"}  # botocore's own are 1 and 1
 
 
@@ -203,7 +203,7 @@ def classify_error(error: Exception, url: str) -> UserError | OSError:
     reason = _reason(error, name)
     if is_missing(error):
         return UserError(f"{name}: does not exist; check bucket, path and endpoint")
-    lacking = type(error).__name__ in _NOCREDENTIALS or "refreshed credentials are still expired" in reason
+    lacking = type(error).__name__ in _NO_CREDENTIALS or "refreshed credentials are still expired" in reason
     if lacking and _may_have_metadata():
         return NoCredentials(
             f"{name}: no credentials ({reason}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or "
@@ -236,7 +236,7 @@ def _reason(error: BaseException, name: str) -> str:
 def _may_have_metadata() -> bool:
     """Whether a metadata service may give credentials: not where AWS_EC2_METADATA_DISABLED rules it out."""
     disabled = os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true"
-    return not disabled or any(name.startswith("AWS_CONTAINERCREDENTIALS_") for name in os.environ)
+    return not disabled or any(name.startswith("AWS_CONTAINER_CREDENTIALS_") for name in os.environ)
 
 
 def _may_pass(error: BaseException) -> bool:

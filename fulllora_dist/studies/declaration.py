@@ -1,11 +1,11 @@
 """What a study declared, and whether it did so before its results were known."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fulllora_dist.studies.content import folder_key
 from fulllora_dist.studies.plan import HELD_OUT, Study
-from fulllora_dist.studies.results import Results
+from fulllora_dist.studies.results import Results, Verdicts
 from fulllora_dist.studies.settings import ComparisonSettings
 
 
@@ -27,19 +27,25 @@ def declared(study: Study) -> dict[str, Any]:
     }
 
 
-def known_before(comparison: ComparisonSettings, study: Study, results: Results) -> list[str]:
-    """The results of the study's seeds that were there when the comparison, or what it depends on, was not yet as it is
-    declared now. What its power was computed from is no part of it."""
+def known_before(
+    comparison: ComparisonSettings, study: Study, results: Results, compared: Collection[Verdicts]
+) -> list[str]:
+    """The results that were there when the comparison, or what it depends on, was not yet as it is declared now.
+
+    Args:
+        results: of these the study's seeds count.
+        compared: the verdicts that are compared, which count whichever study made them.
+    """
     now = _design(declared(study), comparison)
+
+    def counts(part: Verdicts) -> bool:
+        own = part["study"] == study.settings.name and part["images"] != HELD_OUT
+        return own or any(part is other for other in compared)
+
     return [
         result["name"]
         for result in results.all()
-        if any(
-            part["study"] == study.settings.name
-            and part["images"] != HELD_OUT
-            and _design(part["declared"], comparison) != now
-            for part in result["evaluations"]
-        )
+        if any(counts(part) and _design(part["declared"], comparison) != now for part in result["evaluations"])
     ]
 
 

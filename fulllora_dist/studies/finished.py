@@ -13,7 +13,7 @@ from fulllora_dist.evaluation.report import read_evaluation
 from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
 from fulllora_dist.studies.declaration import declared
 from fulllora_dist.studies.plan import Evaluation, Run, Study
-from fulllora_dist.studies.results import FORMAT, Result, Verdicts, has, verdicts, write_result
+from fulllora_dist.studies.results import FORMAT, Result, Verdicts, check_kept, has, verdicts, write_result
 from fulllora_dist.studies.work import training_work
 from fulllora_dist.tracking.provenance import git_commit
 
@@ -25,11 +25,17 @@ def adapter_of(run: Run, known: Result | None, results: Path) -> Path | None:
     Args:
         known: the result that there is.
         results: the folder of the results.
+
+    Raises:
+        UserError: the one that is kept is not there, or is another one.
     """
     own = Path(run.output_dir, "adapter")
     if (own / DESCRIPTION).exists():
         return own
-    return results / known["name"] if known is not None and known["adapter_kept"] else None
+    if known is None or not known["adapter_kept"]:
+        return None
+    check_kept(known, results)
+    return results / known["name"]
 
 
 def missing(run: Run, known: Result | None, adapter: Path | None) -> list[Evaluation]:
@@ -88,6 +94,7 @@ def save_result(
 
     if known is not None and _is_of(known, adapter):
         known["evaluations"] += [found(e) for e in run.evaluations if not has(known, e)]
+        known["shards"] += [line for line in settings.shards if line not in known["shards"]]
         write_result(known, folder)
         return
     description, _ = read_adapter(str(adapter))

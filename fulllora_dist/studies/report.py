@@ -1,48 +1,19 @@
 """The tables of a study, made from its results alone, without data, weights or training."""
 
 import re
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fulllora_dist.core.atomic import atomic_write
-from fulllora_dist.evaluation.bootstrap import Estimate, difference_over_seeds, mean_over_seeds
-from fulllora_dist.evaluation.power import lower_bounds, measured, power
+from fulllora_dist.evaluation.bootstrap import mean_over_seeds
 from fulllora_dist.plots.study_figure import Difference, study_figure
 from fulllora_dist.studies.choice import choice, judged
-from fulllora_dist.studies.declaration import known_before
+from fulllora_dist.studies.comparisons import HEAD, SAMPLES, Arm, Compared, compare
 from fulllora_dist.studies.plan import VALIDATION, Study
-from fulllora_dist.studies.results import Result, Results, Verdicts, correct, of_attack, seen
-from fulllora_dist.studies.settings import ComparisonSettings
-
-SAMPLES = 10_000
-STUDIES = 400
-"""Simulated for the power as measured."""
-
-
-@dataclass(frozen=True)
-class Arm:
-    """What is there of an arm: {seed: result} of its reported runs."""
-
-    name: str
-    label: str
-    runs: dict[int, Result]
-    asked: dict[str, tuple[str, int | None]]  # {attack: which images, how many}
-
-    def found(self, attack: str) -> dict[int, Verdicts]:
-        """The verdicts of those runs that have them, by seed."""
-        runs = self.runs if attack in self.asked else {}
-        found = {seed: of_attack(result, attack, *self.asked[attack]) for seed, result in runs.items()}
-        return {seed: part for seed, part in found.items() if part is not None}
-
-    def verdicts(self, attack: str, seeds: Collection[int]) -> np.ndarray | None:
-        """bool [S, n]; None where there are none, or of different images."""
-        found = [part for seed, part in self.found(attack).items() if seed in seeds]
-        if not found or len({seen(part) for part in found}) > 1:
-            return None
-        return np.stack([correct(part, attack) for part in found])
+from fulllora_dist.studies.results import Result, Results, correct
 
 
 class Report:
@@ -145,77 +116,35 @@ class Report:
         return [result for arm in self._arms for result in arm.runs.values()]
 
     def _accuracy(self, arm: Arm, attack: str) -> str:
-        verdicts = arm.verdicts(attack, arm.runs)
+        verdicts = arm.verdicts(attack)
         if verdicts is None:
             return "-"
         found = mean_over_seeds(verdicts, SAMPLES, np.random.default_rng(0))
         each = ", ".join(f"{100 * value:.1f}" for value in found["per_seed"])
         return f"{100 * found['value']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f}) [{each}]"
 
-    def _pair(self, comparison: ComparisonSettings) -> tuple[Arm, Arm, list[int]]:
-        """A, B, and the seeds of which both have verdicts."""
+    @cached_property
+    def _compared(self) -> list[Compared]:
         arms = {arm.name: arm for arm in self._arms}
-        a, b = arms[comparison.against], arms[comparison.arm]
-        of_a, of_b = (arm.found(comparison.attack) for arm in (a, b))
-        return a, b, [seed for seed in self._settings.seeds if seed in of_a and seed in of_b]
-
-    def _saw_the_same(self, comparison: ComparisonSettings) -> bool:
-        a, b, seeds = self._pair(comparison)
-        found = [arm.found(comparison.attack)[seed] for arm in (a, b) for seed in seeds]
-        return len({seen(part) for part in found}) <= 1
-
-    def _compared(self, comparison: ComparisonSettings) -> tuple[Estimate, np.ndarray] | None:
-        """B minus A, and that of each verdict, int8 [S, n]; None where nothing is there, or they did not see the
-        same."""
-        a, b, seeds = self._pair(comparison)
-        of_a, of_b = (arm.verdicts(comparison.attack, seeds) for arm in (a, b))
-        if of_a is None or of_b is None or not self._saw_the_same(comparison):
-            return None
-        found = difference_over_seeds(of_a, of_b, SAMPLES, np.random.default_rng(0))
-        return found, of_b.astype(np.int8) - of_a.astype(np.int8)
+        return [compare(c, arms, self._study, self._results) for c in self._settings.comparisons]
 
     def _comparisons(self) -> str:
-        head = ["difference, points", "attack", "n", "mean", "seed by seed", "images that disagree", "margin"]
-        rows = [[*head, "power", "verdict"]]
-        for comparison in self._settings.comparisons:
-            compared = self._compared(comparison)
-            if compared is None:
-                continue
-            found, differences = compared
-            seeds, n = differences.shape
-            whole = seeds == len(self._settings.seeds)
-            said = verdict(found, comparison.margin) if whole else f"{seeds} of {len(self._settings.seeds)} seeds"
-            rows.append(
-                [
-                    self._label(comparison),
-                    comparison.attack,
-                    f"{n:,}",
-                    f"{100 * found['value']:+.1f} ({100 * found['low']:+.1f} to {100 * found['high']:+.1f})",
-                    ", ".join(f"{100 * value:+.1f}" for value in found["per_seed"]),
-                    f"{np.abs(differences).mean():.1%}",
-                    *_margin(comparison, differences, whole),
-                    said + ", exploratory" * (whole and bool(known_before(comparison, self._study, self._results))),
-                ]
-            )
-        tables = [_markdown(rows), *self._exploratory()] if len(rows) > 1 else []
+        rows = [row for compared in self._compared if (row := compared.row()) is not None]
+        tables = [_markdown([HEAD, *rows]), *self._exploratory()] if rows else []
         return "\n\n".join([*tables, *self._not_compared()])
 
     def _not_compared(self) -> Iterator[str]:
-        for comparison in self._settings.comparisons:
-            if not self._saw_the_same(comparison):
-                what = f"{self._label(comparison)} under {comparison.attack}"
+        for c in self._compared:
+            if not c.same:
+                what = f"{c.label} under {c.settings.attack}"
                 yield f"Not compared: {what}, as their runs were evaluated on different images or in different balls."
 
     def _exploratory(self) -> Iterator[str]:
-        late = {c: names for c in self._settings.comparisons if (names := known_before(c, self._study, self._results))}
+        late = [c for c in self._compared if c.known_before]
         if late:
-            what = ", ".join(f"{self._label(c)} under {c.attack}" for c in late)
-            known = ", ".join(sorted({name for names in late.values() for name in names}))
+            what = ", ".join(f"{c.label} under {c.settings.attack}" for c in late)
+            known = ", ".join(sorted({name for c in late for name in c.known_before}))
             yield f"Exploratory, as declared or changed when results were known ({known}): {what}."
-
-    def _label(self, comparison: ComparisonSettings) -> str:
-        arms = self._settings.arms
-        return f"{arms[comparison.arm].label} - {arms[comparison.against].label}"
 
     def _tries(self) -> str:
         attack = self._settings.choose.attack
@@ -248,13 +177,13 @@ class Report:
         robust = next((attack for attack in self._attacks if attack != "clean"), "clean")
         runs = {}
         for arm in self._arms:
-            clean, under = (arm.verdicts(attack, arm.runs) for attack in ("clean", robust))
+            clean, under = (arm.verdicts(attack) for attack in ("clean", robust))
             if clean is not None and under is not None and len(clean) == len(under):
                 runs[arm.label] = list(zip(clean.mean(axis=1), under.mean(axis=1), strict=True))
         differences = [
-            Difference(f"{self._label(c)}\n{c.attack}", found[0]["value"], found[0]["low"], found[0]["high"], c.margin)
-            for c in self._settings.comparisons
-            if (found := self._compared(c)) is not None
+            Difference(f"{c.label}\n{c.settings.attack}", f["value"], f["low"], f["high"], c.settings.margin)
+            for c in self._compared
+            if (f := c.found) is not None
         ]
         with atomic_write(self._figure()) as file:
             study_figure(runs, robust, differences).savefig(file, format="png")
@@ -271,28 +200,6 @@ class Report:
             return ""
         first = names[0].strip("`")
         return f"With their adapters (`fulllora study verify {first}`): {', '.join(names)}."
-
-
-def _margin(comparison: ComparisonSettings, differences: np.ndarray, whole: bool) -> tuple[str, str]:
-    """The cells of a margin and of its power: as declared, and with what was measured in place of what was assumed."""
-    if comparison.margin is None or comparison.power is None:
-        return "-", "-"
-    said = f"{comparison.power.power:.0%} declared"
-    if whole and len(differences) > 1:
-        lows = lower_bounds(measured(differences), differences.shape[1], len(differences), studies=STUDIES)
-        said += f", {power(lows, comparison.margin):.0%} as measured"
-    return f"{100 * comparison.margin:g}", said
-
-
-def verdict(found: Estimate, margin: float | None) -> str:
-    """What an interval says of a loss."""
-    if found["low"] > 0:
-        return "better"
-    if margin is not None and found["low"] > -margin:
-        return "not inferior"
-    if margin is not None and found["high"] < -margin:
-        return "inferior"
-    return "worse" if found["high"] < 0 else "undecided"
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

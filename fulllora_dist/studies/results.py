@@ -5,6 +5,7 @@ A result holds what the run was (config, commit, seed, arm, hashes of what it re
 cost, and the verdict on every image.
 """
 
+import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from itertools import groupby
@@ -155,6 +156,18 @@ def of_attack(result: Result, attack: str, images: str, num_samples: int | None)
 def seen(found: Verdicts) -> tuple[object, ...]:
     """What two evaluations must have in common to be compared: the images, and the ball around them."""
     return found["data"], found["ids"], found["norm"], found["eps"]
+
+
+def check_kept(result: Result, folder: Path) -> None:
+    """Raises UserError: its adapter is not there, or is another one."""
+    if not result["adapter_kept"]:
+        raise UserError(f"{result['name']}: its adapter was not kept (a try, or over max_adapter_mb)")
+    try:
+        tensors = (folder / result["name"] / "adapter.safetensors").read_bytes()
+    except OSError as error:
+        raise UserError(f"{folder / result['name']}: the adapter cannot be read ({error.strerror})") from None
+    if hashlib.sha256(tensors).hexdigest() != result["adapter_sha256"]:
+        raise UserError(f"{folder / result['name']}: the adapter is not the one that was evaluated: its sha256 differs")
 
 
 def read_result(path: Path) -> Result:

@@ -219,10 +219,13 @@ class Runner:
 
     def _time_left(self) -> str:
         runs, results = list(self._planned()), Results(self._study.settings.results_dir)
-        steps = ((run, step) for run in runs for step in self._steps(run, *self._adapter_of(run, results)))
-        known = [self._times.of(run.arm, step) for run, step in steps]
         if not runs:
             return "nothing left"
+        try:
+            steps = [(run, step) for run in runs for step in self._steps(run, *self._adapter_of(run, results))]
+        except UserError:  # its own turn will say so
+            return f"{len(runs)} runs left"
+        known = [self._times.of(run.arm, step) for run, step in steps]
         if None in known:
             return f"{len(runs)} runs left"
         hours = sum(filter(None, known)) / self._options.parallel / 3600

@@ -1,6 +1,5 @@
 """A row of a report, evaluated again from its committed adapter."""
 
-import hashlib
 import shlex
 import subprocess
 import tempfile
@@ -18,7 +17,7 @@ from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.evaluation.report import EvaluationReport, read_evaluation
 from fulllora_dist.studies.plan import HELD_OUT, VALIDATION
 from fulllora_dist.studies.processes import environment_of, evaluation_of, last_line, make_shards
-from fulllora_dist.studies.results import Result, Verdicts, correct, from_ranges, read_result
+from fulllora_dist.studies.results import Result, Verdicts, check_kept, correct, from_ranges, read_result
 
 IMAGES = 50
 Call = Callable[[Sequence[str], Mapping[str, str]], subprocess.CompletedProcess[str]]
@@ -26,14 +25,16 @@ Call = Callable[[Sequence[str], Mapping[str, str]], subprocess.CompletedProcess[
 
 @dataclass(frozen=True)
 class Verification:
-    """What came out.
+    """What came out of an evaluation.
 
     Attributes:
-        n: images.
+        images: which ones, see `Evaluation`.
+        n: how many of them.
         attacks: those that were made.
         differing: {attack: ids of the images with another verdict}.
     """
 
+    images: str
     n: int
     attacks: tuple[str, ...]
     differing: dict[str, list[int]]
@@ -47,20 +48,9 @@ def _call(command: Sequence[str], environment: Mapping[str, str]) -> subprocess.
     return subprocess.run([*local_launcher(1), *command], env=environment, capture_output=True, text=True)
 
 
-def check_kept(result: Result, folder: Path) -> None:
-    """Raises UserError: its adapter is not there, or is another one."""
-    if not result["adapter_kept"]:
-        raise UserError(f"{result['name']}: its adapter was not kept (a try, or over max_adapter_mb)")
-    try:
-        tensors = (folder / result["name"] / "adapter.safetensors").read_bytes()
-    except OSError as error:
-        raise UserError(f"{folder / result['name']}: the adapter cannot be read ({error.strerror})") from None
-    if hashlib.sha256(tensors).hexdigest() != result["adapter_sha256"]:
-        raise UserError(f"{folder / result['name']}: the adapter is not the one that was evaluated: its sha256 differs")
-
-
-def verify(name: str, results_dir: str, call: Call = _call) -> Verification:
-    """Evaluate images of a result again, each attack but AutoAttack's, whose random numbers depend on all images.
+def verify(name: str, results_dir: str, call: Call = _call) -> list[Verification]:
+    """Evaluate images of a result again: of each of its evaluations, under each attack but AutoAttack's, whose random
+    numbers depend on all images.
 
     The images are whole batches of the evaluation, so that on the same kind of machine every bit is the same. Their
     shards are made if they are not there.
@@ -75,36 +65,40 @@ def verify(name: str, results_dir: str, call: Call = _call) -> Verification:
     folder = Path(results_dir)
     result = read_result(folder / f"{name}.json")
     check_kept(result, folder)
-    found = [part for part in result["evaluations"] if part["images"] != HELD_OUT]
-    if not found or not (
-        attacks := tuple(attack for attack in found[0]["attacks"] if AttackName.parse(attack).kind != "autoattack")
-    ):
+    asked = [(part, _repeatable(part)) for part in result["evaluations"] if part["images"] != HELD_OUT]
+    if not any(attacks for _, attacks in asked):
         raise UserError(f"{name} has no evaluation that can be repeated on some of its images")
-    images = found[0]["images"]
+    return [_verified(result, folder / name, part, attacks, call) for part, attacks in asked if attacks]
+
+
+def _repeatable(found: Verdicts) -> tuple[str, ...]:
+    return tuple(attack for attack in found["attacks"] if AttackName.parse(attack).kind != "autoattack")
+
+
+def _verified(result: Result, adapter: Path, found: Verdicts, attacks: tuple[str, ...], call: Call) -> Verification:
+    name, images = result["name"], found["images"]
     data = result["config"]["data"]["validation"] if images == VALIDATION else images
     if not Path(data, INDEX_NAME).exists():
         make_shards([line for line in result["shards"] if data in shlex.split(line)], name)
-    if Index.load(data).hash != found[0]["data"]:
+    if Index.load(data).hash != found["data"]:
         raise UserError(f"{data} holds other images than {name} was evaluated on; make them with its `shards`")
-    ids = _some(found[0])
+    ids = _some(found)
     with tempfile.TemporaryDirectory() as temporary:
-        report = _evaluate(result, folder / name, found[0], attacks, (data, ids), Path(temporary), call)
-    before = dict(zip(from_ranges(found[0]["ids"]), range(len(from_ranges(found[0]["ids"]))), strict=True))
+        report = _evaluate(result, adapter, found, attacks, (data, ids), Path(temporary), call)
+    all_ids = from_ranges(found["ids"])
+    before = dict(zip(all_ids, range(len(all_ids)), strict=True))
     places = [before[i] for i in report["ids"]]
     differing = {
         attack: [
             i
             for i, then, now in zip(
-                report["ids"],
-                correct(found[0], attack)[places],
-                report["attacks"][attack]["correct"],
-                strict=True,
+                report["ids"], correct(found, attack)[places], report["attacks"][attack]["correct"], strict=True
             )
             if then != now
         ]
         for attack in attacks
     }
-    return Verification(len(ids), attacks, differing)
+    return Verification(images, len(ids), attacks, differing)
 
 
 def _some(found: Verdicts) -> list[int]:

@@ -94,6 +94,16 @@ def test_only_what_may_pass_is_tried_again(error: Exception, passes: bool) -> No
     assert isinstance(urls.classify_error(error, "s3://bucket/x"), UserError) != passes
 
 
+@pytest.mark.parametrize(("container", "passes"), [(None, False), ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", True)])
+def test_a_containers_credentials_may_come_later_without_a_metadata_service(
+    container: str | None, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    if container is not None:
+        monkeypatch.setenv(container, "/credentials")
+    assert isinstance(urls.classify_error(NoCredentialsError(), "s3://bucket/x"), UserError) != passes
+
+
 def test_a_message_says_the_url_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.1)
     (tmp_path / "x").write_bytes(bytes(10))

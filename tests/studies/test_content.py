@@ -197,24 +197,29 @@ def test_tries_are_chosen_on_as_many_images_as_are_asked_for(folder: Path) -> No
         choice(study(folder, asked), "fulllora", Results(str(folder / "results")))
 
 
-def test_tries_that_cannot_be_told_apart_may_be_chosen_by_clean_accuracy(folder: Path) -> None:
-    """200 images: 5 fewer right of 8 that differ is chance, 20 of 20 is not."""
-    asked = ("attack: pgd2}", "attack: pgd2, prefer_clean: true}")
-    ids, right = "0-199", "1" * 100
+@pytest.mark.parametrize(
+    ("clean", "lost", "won", "most_accurate", "chosen"),
+    [
+        (160, 9, 4, "1e-5", "3e-2"),
+        (160, 20, 4, "1e-5", "1e-5"),
+        (140, 9, 4, "1e-5", "1e-5"),
+        (140, 4, 9, "3e-2", "1e-5"),
+        (140, 4, 20, "3e-2", "3e-2"),
+    ],
+)
+def test_tries_that_cannot_be_told_apart_may_be_chosen_by_clean_accuracy(
+    folder: Path, clean: int, lost: int, won: int, most_accurate: str, chosen: str
+) -> None:
+    """Of 200 images the first try has 150 right, and 100 under attack; the second one `clean`, and under attack `lost`
+    of these 100 less and `won` others. 13 that differ as 9 to 4 are chance, 24 as 20 to 4 are not."""
+    ids, more = "0-199", ("attack: pgd2}", "attack: pgd2, prefer_clean: true}")
     first, second = study(folder).tries["fulllora"]
-    write(folder, first, ids=ids, attacks={"clean": "1" * 150 + "0" * 50, "pgd2": right + "0" * 100})
-    for clean, pgd2, expected in (
-        ("1" * 160 + "0" * 40, "0" * 7 + right + "1" * 2 + "0" * 91, "3e-2"),
-        ("1" * 160 + "0" * 40, "0" * 20 + "1" * 80 + "0" * 100, "1e-5"),
-        ("1" * 140 + "0" * 60, "0" * 7 + right + "1" * 2 + "0" * 91, "1e-5"),
-    ):
-        write(folder, second, ids=ids, attacks={"clean": clean, "pgd2": pgd2})
-        results = Results(str(folder / "results"))
-        assert choice(study(folder, asked), "fulllora", results) == {"optim.lr": expected}
-    write(folder, second, ids=ids, attacks={"clean": "1" * 200, "pgd2": right[1:] + "0" * 101})
+    write(folder, first, ids=ids, attacks={"clean": "1" * 150 + "0" * 50, "pgd2": "1" * 100 + "0" * 100})
+    pgd2 = "0" * lost + "1" * (100 - lost + won) + "0" * (100 - won)
+    write(folder, second, ids=ids, attacks={"clean": "1" * clean + "0" * (200 - clean), "pgd2": pgd2})
     results = Results(str(folder / "results"))
-    assert choice(study(folder), "fulllora", results) == {"optim.lr": "1e-5"}
-    assert choice(study(folder, asked), "fulllora", results) == {"optim.lr": "3e-2"}
+    assert choice(study(folder), "fulllora", results) == {"optim.lr": most_accurate}
+    assert choice(study(folder, more), "fulllora", results) == {"optim.lr": chosen}
 
 
 def test_arms_that_saw_other_images_are_not_compared(folder: Path) -> None:

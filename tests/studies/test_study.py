@@ -19,11 +19,12 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.studies.choice import choice
+from fulllora_dist.studies.comparisons import verdict
 from fulllora_dist.studies.plan import Study
 from fulllora_dist.studies.processes import start
-from fulllora_dist.studies.report import Report, verdict
+from fulllora_dist.studies.report import Report
 from fulllora_dist.studies.results import Results, as_ranges, from_ranges
-from fulllora_dist.studies.runner import TRAIN
+from fulllora_dist.studies.runner import TRAIN, Options, Runner
 from fulllora_dist.studies.verify import verify
 from tests.studies.conftest import CONFIG, STUDY, Launcher, Tiny, call_on
 
@@ -218,6 +219,8 @@ def test_what_was_declared_later_is_exploratory(copy: Tiny, old: str, new: str) 
         assert "xploratory" not in said
         return
     assert "| not inferior, exploratory |" in said
+    renamed = before.replace(old, new).replace("name: tiny", "name: other")
+    assert "| not inferior, exploratory |" in Report(copy.study(renamed)).text(), "as another study's"
     known = ", ".join(SEEDS)
     assert f"Exploratory, as declared or changed when results were known ({known}): the same - FullLoRA under" in said
 
@@ -237,6 +240,23 @@ def test_what_was_declared_stays_when_a_result_is_given_more(copy: Tiny) -> None
     assert "| not inferior, exploratory |" in Report(copy.study(text)).text()
 
 
+def test_a_kept_adapter_that_is_not_there_fails_its_run_alone(copy: Tiny) -> None:
+    """And the time left is not known, which fails no other."""
+    shutil.rmtree(copy.folder / "runs")
+    shutil.rmtree(copy.folder / "results" / SEEDS[0])
+    text = STUDY.format(folder=copy.folder).replace("[clean, pgd3]}\n", "[clean, pgd3]}\n  - {attacks: [fgsm]}\n")
+    with pytest.raises(UserError, match=f"{SEEDS[0]}: the adapter cannot be read"):
+        copy.run(copy.study(text))
+    study = copy.study(text)
+    runner = Runner(study, Options(), copy.said.append, lambda: None, copy.launcher)  # type: ignore[arg-type]
+    assert runner.run() == 1
+    assert [line for line in copy.said if line.startswith("failed: fulllora")] == [
+        f"failed: fulllora optim.lr=3e-2 seed 0: {copy.folder}/results/{SEEDS[0]}: the adapter cannot be read "
+        "(No such file or directory)"
+    ]
+    assert len(result(copy, SEEDS[1])["evaluations"]) == 2
+
+
 def test_runs_that_no_table_shows_are_named(copy: Tiny) -> None:
     said = "Runs of this study that are in no table: "
     assert said not in Report(copy.study()).text()
@@ -252,6 +272,11 @@ def test_a_committed_adapter_is_evaluated_on_other_images_without_training(copy:
     part = f"[clean, pgd3]}}\n  - {{attacks: [fgsm], data: {copy.folder}/held_out, num_samples: 9}}\n"
     assert copy.run(copy.study(plain.replace("[clean, pgd3]}\n", part))) == 0
     assert [(name, step == TRAIN) for name, step in copy.launcher.steps] == [(name, False) for name in SEEDS]
+    verified = verify(SEEDS[0], str(copy.folder / "results"), call_on(copy.launcher.server))
+    assert [(found.n, found.attacks, found.passed) for found in verified] == [
+        (30, ("clean", "pgd3"), True),
+        (9, ("fgsm",), True),
+    ]
     first, second = result(copy, SEEDS[0])["evaluations"]
     assert (first["images"], second["images"]) == ("validation", f"{copy.folder}/held_out")
     assert len(second["attacks"]["fgsm"]) == 9
@@ -270,14 +295,15 @@ def test_a_committed_adapter_is_evaluated_on_other_images_without_training(copy:
 def test_verify_gets_the_committed_verdicts(copy: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     results = str(copy.folder / "results")
     shutil.rmtree(copy.folder / "runs")
-    found = verify(SEEDS[0], results, call_on(copy.launcher.server))
+    (found,) = verify(SEEDS[0], results, call_on(copy.launcher.server))
     assert found.passed
     assert (found.n, found.attacks) == (30, ("clean", "pgd3"))
     evaluations = result(copy, SEEDS[0])["evaluations"]
     marks = evaluations[0]["attacks"]["pgd3"]
     evaluations[0]["attacks"]["pgd3"] = marks[:7] + "10"[int(marks[7])] + marks[8:]
     change(copy, SEEDS[0], evaluations=evaluations)
-    assert verify(SEEDS[0], results, call_on(copy.launcher.server)).differing == {"clean": [], "pgd3": [7]}
+    (found,) = verify(SEEDS[0], results, call_on(copy.launcher.server))
+    assert found.differing == {"clean": [], "pgd3": [7]}
     with pytest.raises(UserError, match=r"its adapter was not kept \(a try, or over max_adapter_mb\)"):
         verify("tiny-fulllora-lr3e-2-try", results)
     shutil.copy(copy.folder / "results" / SEEDS[1] / "adapter.safetensors", copy.folder / "results" / SEEDS[0])
