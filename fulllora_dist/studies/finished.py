@@ -40,11 +40,10 @@ def adapter_of(run: Run, known: Result | None, results: Path) -> Path | None:
 
 def missing(run: Run, known: Result | None, adapter: Path | None) -> list[Evaluation]:
     """The evaluations that are in neither the result of this adapter nor the folder of the run."""
-    known = known if adapter is not None and _is_of(known, adapter) else None
-    there = (known is not None and has(known, e) for e in run.evaluations)
-    return [
-        e for e, is_known in zip(run.evaluations, there, strict=True) if not is_known and not _file(run, e).exists()
-    ]
+    left = [e for e in run.evaluations if not _file(run, e).exists()]
+    if known is None or adapter is None or not _is_of(known, adapter):
+        return left
+    return [e for e in left if not has(known, e)]
 
 
 def check_folder(run: Run, inputs: Mapping[str, str], adapter: Path | None) -> None:
@@ -130,10 +129,10 @@ def save_result(
     write_result(result, folder)
 
 
-def _is_of(known: Result | None, adapter: Path) -> bool:
+def _is_of(known: Result, adapter: Path) -> bool:
     """Whether a result is that of an adapter."""
-    sha256 = json.loads((adapter / DESCRIPTION).read_text())["sha256"]
-    return known is not None and known["adapter_sha256"] == sha256
+    sha256: str = json.loads((adapter / DESCRIPTION).read_text())["sha256"]
+    return known["adapter_sha256"] == sha256
 
 
 def _file(run: Run, evaluation: Evaluation) -> Path:

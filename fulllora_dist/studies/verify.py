@@ -30,14 +30,16 @@ class Verification:
     Attributes:
         images: which ones, see `Evaluation`.
         n: how many of them.
-        attacks: those that were made.
-        differing: {attack: ids of the images with another verdict}.
+        differing: {attack: ids of the images with another verdict}, of each attack that was made.
     """
 
     images: str
     n: int
-    attacks: tuple[str, ...]
     differing: dict[str, list[int]]
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        return tuple(self.differing)
 
     @property
     def passed(self) -> bool:
@@ -85,20 +87,12 @@ def _verified(result: Result, adapter: Path, found: Verdicts, attacks: tuple[str
     ids = _some(found)
     with tempfile.TemporaryDirectory() as temporary:
         report = _evaluate(result, adapter, found, attacks, (data, ids), Path(temporary), call)
-    all_ids = from_ranges(found["ids"])
-    before = dict(zip(all_ids, range(len(all_ids)), strict=True))
-    places = [before[i] for i in report["ids"]]
-    differing = {
-        attack: [
-            i
-            for i, then, now in zip(
-                report["ids"], correct(found, attack)[places], report["attacks"][attack]["correct"], strict=True
-            )
-            if then != now
-        ]
-        for attack in attacks
-    }
-    return Verification(images, len(ids), attacks, differing)
+    differing = {}
+    for attack in attacks:
+        then = dict(zip(from_ranges(found["ids"]), correct(found, attack), strict=True))
+        now = zip(report["ids"], report["attacks"][attack]["correct"], strict=True)
+        differing[attack] = [i for i, is_right in now if then[i] != is_right]
+    return Verification(images, len(ids), differing)
 
 
 def _some(found: Verdicts) -> list[int]:
