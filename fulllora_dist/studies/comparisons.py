@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fulllora_dist.evaluation.bootstrap import Estimate, difference_over_seeds
 from fulllora_dist.evaluation.power import lower_bounds, measured, power
 from fulllora_dist.studies.declaration import known_before
-from fulllora_dist.studies.plan import Study
 from fulllora_dist.studies.results import Result, Results, Verdicts, correct, of_attack, seen
-from fulllora_dist.studies.settings import ComparisonSettings
+from fulllora_dist.studies.settings import ComparisonSettings, StudySettings
 
 SAMPLES = 10_000
 STUDIES = 400
@@ -104,11 +104,23 @@ HEAD = [
 ]
 
 
-def compare(comparison: ComparisonSettings, arms: Mapping[str, Arm], study: Study, results: Results) -> Compared:
-    """Compare the runs of two arms, on the seeds of which both have verdicts."""
+def compare(
+    comparison: ComparisonSettings,
+    arms: Mapping[str, Arm],
+    settings: StudySettings,
+    declaration: Mapping[str, Any],
+    results: Results,
+) -> Compared:
+    """Compare the runs of two arms, on the seeds of which both have verdicts.
+
+    Args:
+        arms: of the study, by name.
+        declaration: what the study declares now, see `declaration.declared`.
+        results: all that there are.
+    """
     a, b = arms[comparison.against], arms[comparison.arm]
     of_a, of_b = (arm.found(comparison.attack) for arm in (a, b))
-    seeds = [seed for seed in study.settings.seeds if seed in of_a and seed in of_b]
+    seeds = [seed for seed in settings.seeds if seed in of_a and seed in of_b]
     parts = [of_arm[seed] for of_arm in (of_a, of_b) for seed in seeds]
     same, found, differences = len({seen(part) for part in parts}) <= 1, None, None
     if seeds and same:
@@ -120,11 +132,11 @@ def compare(comparison: ComparisonSettings, arms: Mapping[str, Arm], study: Stud
     return Compared(
         settings=comparison,
         label=f"{b.label} - {a.label}",
-        whole=len(seeds) == len(study.settings.seeds),
+        whole=len(seeds) == len(settings.seeds),
         same=same,
         found=found,
         differences=differences,
-        known_before=known_before(comparison, study, results, parts),
+        known_before=known_before(comparison, settings.name, declaration, results, parts),
     )
 
 

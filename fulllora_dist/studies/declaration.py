@@ -28,18 +28,24 @@ def declared(study: Study) -> dict[str, Any]:
 
 
 def known_before(
-    comparison: ComparisonSettings, study: Study, results: Results, compared: Collection[Verdicts]
+    comparison: ComparisonSettings,
+    name: str,
+    declaration: Mapping[str, Any],
+    results: Results,
+    compared: Collection[Verdicts],
 ) -> list[str]:
     """The results that were there when the comparison, or what it depends on, was not yet as it is declared now.
 
     Args:
+        name: of the study.
+        declaration: what the study declares now.
         results: of these the study's seeds count.
         compared: the verdicts that are compared, which count whichever study made them.
     """
-    now = _design(declared(study), comparison)
+    now = _design(declaration, comparison)
 
     def counts(part: Verdicts) -> bool:
-        own = part["study"] == study.settings.name and part["images"] != HELD_OUT
+        own = part["study"] == name and part["images"] != HELD_OUT
         return own or any(part is other for other in compared)
 
     return [

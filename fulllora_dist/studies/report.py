@@ -12,6 +12,7 @@ from fulllora_dist.evaluation.bootstrap import mean_over_seeds
 from fulllora_dist.plots.study_figure import Difference, study_figure
 from fulllora_dist.studies.choice import choice, judged
 from fulllora_dist.studies.comparisons import HEAD, SAMPLES, Arm, Compared, compare
+from fulllora_dist.studies.declaration import declared
 from fulllora_dist.studies.plan import VALIDATION, Study
 from fulllora_dist.studies.results import Result, Results, correct
 
@@ -126,7 +127,8 @@ class Report:
     @cached_property
     def _compared(self) -> list[Compared]:
         arms = {arm.name: arm for arm in self._arms}
-        return [compare(c, arms, self._study, self._results) for c in self._settings.comparisons]
+        declaration, settings = declared(self._study), self._settings
+        return [compare(c, arms, settings, declaration, self._results) for c in settings.comparisons]
 
     def _comparisons(self) -> str:
         rows = [row for compared in self._compared if (row := compared.row()) is not None]
