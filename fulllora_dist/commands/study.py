@@ -48,10 +48,9 @@ def _run(argv: Sequence[str]) -> int:
         if getattr(args, option) < 1:
             raise UserError(f"--{option} must be >= 1, got {getattr(args, option)}")
     study = _study(args.file)
-    if not args.dry_run:
-        from fulllora_dist.studies.processes import make_shards
+    from fulllora_dist.studies.processes import make_shards
 
-        make_shards(study.settings.shards, study.path)
+    make_shards(study.settings.shards, study.path, dry_run=args.dry_run)
     from fulllora_dist.studies.runner import Options, Runner  # torch
 
     runner = Runner(study, Options(args.parallel, args.ranks), _say, lambda: _write(study))

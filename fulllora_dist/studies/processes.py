@@ -144,18 +144,23 @@ def stop(jobs: Sequence[Job]) -> None:
         job.process.wait()
 
 
-def make_shards(lines: Iterable[str], of: str) -> None:
+def make_shards(lines: Iterable[str], of: str, *, dry_run: bool = False) -> None:
     """The data of a study, where it is not there: what is finished is not made again.
 
     Args:
         lines: arguments of `fulllora shards`, a command each.
         of: whose they are, for messages.
+        dry_run: make nothing, but see that nothing is to be made.
 
     Raises:
-        UserError: they could not be made.
+        UserError: they could not be made, or, in a dry run, are not there.
     """
     for line in lines:
         source, destination, *_ = [*shlex.split(line), "", ""]
+        if dry_run:
+            if not os.path.exists(os.path.join(destination, INDEX_NAME)):
+                raise UserError(f"{of}: shards: {destination} is not there yet; without --dry-run the study makes it")
+            continue
         if not os.path.exists(source) and os.path.exists(os.path.join(destination, INDEX_NAME)):
             continue  # made from what has gone since
         command = [sys.executable, "-m", "fulllora_dist.commands.cli", "shards", *shlex.split(line)]

@@ -142,11 +142,9 @@ class Report:
                 yield f"Not compared: {what}, as their runs were evaluated on different images or in different balls."
 
     def _exploratory(self) -> Iterator[str]:
-        late = [c for c in self._compared if c.known_before]
-        if late:
-            what = ", ".join(f"{c.label} under {c.settings.attack}" for c in late)
-            known = ", ".join(sorted({name for c in late for name in c.known_before}))
-            yield f"Exploratory, as declared or changed when results were known ({known}): {what}."
+        known = {name.rpartition("-seed")[0] for c in self._compared if c.found is not None for name in c.known_before}
+        if known:
+            yield f"Exploratory: declared or changed when seeds of {', '.join(sorted(known))} were known."
 
     def _tries(self) -> str:
         attack = self._settings.choose.attack

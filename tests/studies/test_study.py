@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import fulllora_dist as fd
+from fulllora_dist.commands.study import main as study_main
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.transforms import EvalTransform
@@ -221,8 +222,7 @@ def test_what_was_declared_later_is_exploratory(copy: Tiny, old: str, new: str) 
     assert "| not inferior, exploratory |" in said
     renamed = before.replace(old, new).replace("name: tiny", "name: other")
     assert "| not inferior, exploratory |" in Report(copy.study(renamed)).text(), "as another study's"
-    known = ", ".join(SEEDS)
-    assert f"Exploratory, as declared or changed when results were known ({known}): the same - FullLoRA under" in said
+    assert "\nExploratory: declared or changed when seeds of tiny-fulllora-lr3e-2 were known.\n" in said
 
 
 def test_what_was_declared_stays_when_a_result_is_given_more(copy: Tiny) -> None:
@@ -371,14 +371,31 @@ def test_what_an_interval_says(low: float, high: float, margin: float | None, sa
     assert verdict({"value": (low + high) / 2, "low": low, "high": high, "per_seed": []}, margin) == said
 
 
-@pytest.mark.parametrize(("name", "images"), [("imagenette", 1000), ("imagenette_fresh", 2000)])
-def test_a_study_in_the_repository_is_well_formed(name: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "arms", "tries", "images"),
+    [
+        ("imagenette", {"full", "fulllora", "lora"}, 3, 1000),
+        ("imagenette_fresh", {"full", "fulllora", "lora", "full_high", "clean_share"}, 3, 2000),
+        ("imagenette_layer_norm", {"fulllora_highest", "lora_highest", "fulllora_high", "lora_high"}, 1, 1000),
+    ],
+)
+def test_a_study_in_the_repository_is_well_formed(
+    name: str, arms: set[str], tries: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     study = Study(f"configs/studies/{name}.yaml")
-    assert {"full", "fulllora", "lora"} <= study.tries.keys()
-    assert {len(tries) for tries in study.tries.values()} == {3}
+    assert study.tries.keys() == arms
+    assert {len(runs) for runs in study.tries.values()} == {tries}
     assert study.images("pgd20") == images
+
+
+def test_a_dry_run_makes_no_data_and_says_that_the_study_would(copy: Tiny) -> None:
+    missing = copy.folder / "not_yet"
+    copy.study(STUDY.format(folder=copy.folder) + f"shards: [{copy.folder}/images {missing}]\n")
+    with pytest.raises(UserError, match=f"shards: {missing} is not there yet; without --dry-run the study makes it"):
+        study_main([copy.path, "--dry-run"])
+    assert not missing.exists()
 
 
 def test_a_folder_that_is_complete_is_only_read(copy: Tiny) -> None:
