@@ -148,4 +148,6 @@ def verdict(found: Estimate, margin: float | None) -> str:
         return "not inferior"
     if margin is not None and found["high"] < -margin:
         return "inferior"
-    return "worse" if found["high"] < 0 else "undecided"
+    if found["high"] < 0:
+        return "worse"
+    return "no difference shown" if margin is None else "undecided"

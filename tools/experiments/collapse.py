@@ -88,17 +88,19 @@ ARMS = {
 
 HEAD = f"""# A collapse, provoked
 
-FGSM without a random start whose eps grows to {LARGE}/255 over half of the run, on digits. Judged is PGD-10 at
-{EPS}/255. The model is XCiT (nano, three blocks, patches of 8 pixels) on 32 pixels, trained on clean digits before.
-Full finetuning and FullLoRA (9.3 % of the parameters) start from the same weights. One seed each.
+FGSM without a random start, with an eps that grows to {LARGE}/255 over half of the run, on digits. Robust accuracy is
+that under PGD-10 at {EPS}/255. The model is XCiT (nano, three blocks, patches of 8 pixels) on 32 pixels, trained on
+clean digits before. Full finetuning and FullLoRA (9.3 % of the parameters) start from the same weights. One seed
+each: digits are no threat model, and none of this is a claim about adapters.
 
 Full finetuning by FGSM becomes robust first. From 75/255 on, accuracy under PGD falls, steeply from 98/255 (below
 half of its best at 105/255), while that under FGSM rises in training, at last to 100 %: the model has learned to make
-FGSM harmless, and no curve of the training shows it. PGD-3 at the same eps is no cure: a little later (113/255) it
-collapses in the same way, to 0 %, at 94 to 100 % under itself; its three steps of 107/255 are coarse, too. FullLoRA
-under FGSM collapses where full finetuning does; at the full eps it then does not learn any more at all, which its
-training accuracy does show. So adapters did not collapse less here, where others find that adapters make FGSM more
-stable at smaller eps (arXiv 2506.22602).
+FGSM harmless, and no curve of the training shows it. PGD-3 at the same eps is no cure: a little later (113/255) its
+robust accuracy falls below half of the best, and then to 0 %, while its accuracy under its own attack ends at 94 to
+100 %; its three steps of 107/255 are coarse, too. In its one run FullLoRA under FGSM, which reached 42 % where full
+finetuning reached 69, fell at the same eps; at the full eps it then did not learn any more at all, which its training
+accuracy does show. So this run does not show what others find at smaller eps, that adapters make FGSM more stable
+(arXiv 2506.22602).
 
 Guarded, each run is bit for bit the unguarded one until its guard notices, within 50 batches of the fall below half
 of the best; from there on it trains by PGD-3 at half the learning rate and, with `guard.rollback_eps`, at {EPS}/255.
