@@ -257,8 +257,13 @@ def _read_files(path: str) -> dict[str, bytes]:
 
 def read_newest_checkpoint(*places: str) -> tuple[Checkpoint | None, dict[str, str]]:
     """The newest whole checkpoint, or None; and of each damaged one that was passed over its path and a line."""
+    return read_whole_checkpoint(list_checkpoints(*places))
+
+
+def read_whole_checkpoint(paths: Sequence[str]) -> tuple[Checkpoint | None, dict[str, str]]:
+    """As `read_newest_checkpoint`, the first whole one of these paths."""
     damaged: dict[str, str] = {}
-    for path in list_checkpoints(*places):
+    for path in paths:
         try:
             return read_checkpoint(path), damaged
         except DamagedCheckpoint as error:

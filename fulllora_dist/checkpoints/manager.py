@@ -20,6 +20,7 @@ from fulllora_dist.checkpoints.format import (
     list_checkpoints,
     read_checkpoint,
     read_newest_checkpoint,
+    read_whole_checkpoint,
     step_of,
     write_checkpoint,
 )
@@ -83,7 +84,7 @@ class CheckpointManager:
         self._hurried = self._due = False
         self._written_at = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "checkpoints")
-        self._writing: tuple[int, frozenset[int], Future[list[str]]] | None = None
+        self._writing: tuple[int, frozenset[int], Future[dict[str, str]]] | None = None
 
     def find(self) -> Checkpoint | None:
         """The run's own newest whole checkpoint, else that of `run.resume_from`, else None.
@@ -150,13 +151,13 @@ class CheckpointManager:
         Raises:
             UserError: it is not there any more, or damaged.
         """
-        paths = [path for path in list_checkpoints(*self._search) if step_of(path) == step]
-        if not paths:
+        copies = [path for path in list_checkpoints(*self._search) if step_of(path) == step]
+        if not copies:
             raise UserError(f"the checkpoint of batch {step} is not there")
-        try:
-            return read_checkpoint(paths[0])
-        except DamagedCheckpoint as error:
-            raise UserError(f"the checkpoint of batch {step}: {error}") from None
+        checkpoint, damaged = read_whole_checkpoint(copies)
+        if checkpoint is None:
+            raise UserError(f"the checkpoint of batch {step}: {'; '.join(damaged.values())}")
+        return checkpoint
 
     def go_back(self, steps: Sequence[int]) -> Checkpoint:
         """Read the first whole checkpoint of `steps`, and then delete all that are newer.
@@ -211,8 +212,9 @@ class CheckpointManager:
             if kept <= self._kept:
                 self._kept = kept
         if failed:
-            instead = f"it is in {self._places[-1]}" if whole else f"the newest is {self.describe()}"
-            self._say(f"warning: the checkpoint of batch {step} is not saved: {'; '.join(failed)}; {instead}")
+            taken = [redacted(place) for place in self._places if place not in failed]
+            instead = f"it is in {taken[0]}" if whole else f"the newest is {self.describe()}"
+            self._say(f"warning: the checkpoint of batch {step} is not saved: {'; '.join(failed.values())}; {instead}")
         return whole
 
     def describe(self) -> str:
@@ -221,9 +223,9 @@ class CheckpointManager:
 
     def _write(
         self, step: int, tensors: "Mapping[str, Tensor]", metadata: CheckpointMetadata, spared: Collection[int]
-    ) -> list[str]:
-        """Why each place that did not take it did not."""
-        failed = []
+    ) -> dict[str, str]:
+        """{place: why it did not take it}."""
+        failed: dict[str, str] = {}
         hurried = self._hurried
         for place in reversed(self._places) if hurried else self._places:
             try:
@@ -231,9 +233,9 @@ class CheckpointManager:
                 if not hurried:
                     break
             except UserError as error:
-                failed.append(str(error))
+                failed[place] = str(error)
             except OSError as error:
-                failed.append(f"{redacted(place)}: {error.strerror or error}")
+                failed[place] = f"{redacted(place)}: {error.strerror or error}"
             except Exception as error:  # memory for a copy, say: the training can do without this checkpoint
-                failed.append(f"{redacted(place)}: {type(error).__name__} {error}")
+                failed[place] = f"{redacted(place)}: {type(error).__name__} {error}"
         return failed

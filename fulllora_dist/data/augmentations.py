@@ -5,41 +5,21 @@ All randomness is keyed by the sample; torch's own generator is left as it was.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from fulllora_dist.core.errors import UserError
-
 _GREY = 128  # where an image is turned or moved out of the frame
 _STRENGTHS = 31  # steps of magnitude, as in the paper
 _ERASING_TRIES = 10
 
 
-@dataclass(frozen=True)
-class RandAugment:
-    """`num_ops` of the 14 operations of the paper, drawn uniformly, one after the other.
-
-    Attributes:
-        num_ops: how many on each image.
-        magnitude: strength of each, 0..30.
-    """
-
-    num_ops: int = 2
-    magnitude: int = 9
-
-    def __post_init__(self) -> None:
-        if self.num_ops < 1:
-            raise UserError(f"randaugment.num_ops must be >= 1, got {self.num_ops}")
-        if not 0 <= self.magnitude < _STRENGTHS:
-            raise UserError(f"randaugment.magnitude must be between 0 and {_STRENGTHS - 1}, got {self.magnitude}")
-
-    def __call__(self, image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-        """uint8 [3, H, W] to the same; everything random comes from `rng`."""
-        return _keyed(_rand_augment(self.num_ops, self.magnitude), image, rng)
+def rand_augment(image: torch.Tensor, num_ops: int, magnitude: int, rng: np.random.Generator) -> torch.Tensor:
+    """`num_ops` of the 14 operations of the paper, drawn uniformly, one after the other, of strength `magnitude` in
+    0..30."""
+    return _keyed(_rand_augment(num_ops, magnitude), image, rng)
 
 
 def color_jitter(image: torch.Tensor, strength: float, rng: np.random.Generator) -> torch.Tensor:

@@ -19,6 +19,10 @@ RUNNING = (
 """Of the settings below those on which no trained adapter depends."""
 
 
+Augment = Literal["none", "flip", "crop", "randaugment"]
+Backend = Literal["fast", "pil"]
+
+
 class RandAugmentSettings(Settings):
     num_ops: int = Field(2, ge=1)
     """Operations on each image, drawn from the 14 of the paper."""
@@ -33,7 +37,7 @@ class DataSettings(Settings):
     """Shards for the final evaluation, named like data.train; null leaves it out."""
     held_out: Location | None = None
     """Shards of images held out of training (make_shards.py --holdout), for the guard; null leaves it out."""
-    augment: Literal["none", "flip", "crop", "randaugment"] = "crop"
+    augment: Augment = "crop"
     """none, horizontal flip, random resized crop and flip, or these and RandAugment; keyed by the sample, the same on
     any ranks."""
     crop_scale: tuple[Area, Area] = (0.25, 1.0)
@@ -44,7 +48,7 @@ class DataSettings(Settings):
     """Brightness, contrast and saturation change by factors uniform in [1 - this, 1 + this]; 0 disables it."""
     random_erasing: float = Field(0.0, ge=0, le=1)
     """Probability that a rectangle of the training image is replaced by noise."""
-    decode: Literal["fast", "pil"] = "fast"
+    decode: Backend = "fast"
     """Of training images: libjpeg-turbo and torch's antialiased resize, or Pillow. Evaluation always uses Pillow."""
     crop_pct: float | None = Field(None, gt=0, le=1)
     """Central share that the evaluation crop keeps; null takes the backbone's."""
@@ -67,6 +71,14 @@ class DataSettings(Settings):
     """Local folder that keeps what was read of remote shards, for all processes of the machine; null keeps nothing."""
     cache_gb: float = Field(100.0, gt=0)
     """Its largest size, 10**9 bytes; the least recently used go first."""
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        least, greatest = scale
+        if least > greatest:
+            raise ValueError(f"must be [least, greatest] of the area, got [{least}, {greatest}]")
+        return scale
 
     @field_validator("cache_dir")
     @classmethod

@@ -7,7 +7,6 @@ decodes by libjpeg-turbo and resizes by torch's antialiased uint8 kernels; docs/
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -15,12 +14,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.augmentations import RandAugment, color_jitter, random_erasing
+from fulllora_dist.data.augmentations import color_jitter, rand_augment, random_erasing
 from fulllora_dist.data.decode import check_pixels, decode, decode_fast
+from fulllora_dist.data.settings import Augment, Backend, RandAugmentSettings
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the source
-Backend = Literal["fast", "pil"]
-Augment = Literal["none", "flip", "crop", "randaugment"]
 
 _LOG_RATIO = math.log(4 / 3)
 _CROP_TRIES = 10
@@ -137,19 +135,13 @@ class TrainTransform:
     crop_pct: float = 1.0
     crop_mode: str = "center"
     interpolation: str = "bicubic"
-    randaugment: RandAugment = field(default_factory=RandAugment)
+    randaugment: RandAugmentSettings = field(default_factory=RandAugmentSettings)
     color_jitter: float = 0.0
     random_erasing: float = 0.0
     backend: Backend = "fast"
 
     def __post_init__(self) -> None:
         _check_crop(self.size, self.crop_pct, self.interpolation, self.crop_mode)
-        _check_choice("augment", self.augment, get_args(Augment))
-        _check_choice("decode", self.backend, get_args(Backend))
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise UserError(
-                f"crop_scale must be (least, greatest) with 0 < least <= greatest <= 1; got {self.crop_scale}"
-            )
 
     def __call__(self, data: bytes, rng: np.random.Generator) -> torch.Tensor:
         """uint8 [3, size, size]; everything random comes from `rng`."""
@@ -160,7 +152,7 @@ class TrainTransform:
         if self.color_jitter:
             image = color_jitter(image, self.color_jitter, rng)
         if self.augment == "randaugment":
-            image = self.randaugment(image, rng)
+            image = rand_augment(image, self.randaugment.num_ops, self.randaugment.magnitude, rng)
         if self.random_erasing and rng.random() < self.random_erasing:
             image = random_erasing(image, rng)
         return image.contiguous()

