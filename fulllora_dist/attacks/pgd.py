@@ -74,25 +74,34 @@ def without_autocast() -> Iterator[None]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode within the context; then each module has its own mode back."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+@contextmanager
 def attack_mode(model: nn.Module) -> Iterator[None]:
     """Set evaluation mode and disable parameter gradients, autocast and inference mode; on exit all modes and flags are
     restored. The weights must not change within, see `HoldsWeights`."""
-    training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    held = [module for module in model.modules() if isinstance(module, HoldsWeights) and module.hold()]
-    try:
-        with torch.inference_mode(False), without_autocast():
-            yield
-    finally:
-        for holder in held:
-            holder.release()
+    with evaluating(model):
         for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module, mode in training:
-            module.training = mode
+            parameter.requires_grad_(False)
+        held = [module for module in model.modules() if isinstance(module, HoldsWeights) and module.hold()]
+        try:
+            with torch.inference_mode(False), without_autocast():
+                yield
+        finally:
+            for holder in held:
+                holder.release()
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
 
 def is_correct(logits: Tensor, y: Tensor) -> Tensor:
@@ -180,7 +189,7 @@ def pgd(
         norm: "linf", "l2" or "l1" (the latter two over all pixels and channels of an image).
         steps: forward and backward passes a restart; 0 returns the start.
         restarts: random starts; a sample keeps the first example that fools the model, else the last.
-            More than one costs one more forward pass each.
+            All but the last cost one more forward pass each.
         loss: "ce", "margin" for the loss of Carlini and Wagner, or "dlr" for the difference of logits ratio.
         random_start: uniform in the ball, else `x` itself.
         seed, step, ids, purpose: key the start (`sample_rng`); ids defaults to 0..B-1.
@@ -265,7 +274,7 @@ def projected_gradient(
                 x_adv = in_box(x + threat.random_start(rng, x))
             x_adv = ascend(model, x, x_adv, y, threat=threat, steps=steps, step_size=step_size, loss=LOSSES[loss])
             kept = x_adv if kept is None else torch.where(fooled.view(-1, 1, 1, 1), kept, x_adv)
-            if restarts > 1:
+            if restart + 1 < restarts:
                 with torch.no_grad():
                     fooled |= ~is_correct(model(x_adv), label)
     assert kept is not None

@@ -110,7 +110,7 @@ class AttackName:
         if self.kind == "fgsm":
             return 3, 1
         steps = self.restarts * self.steps
-        return 2 + steps + (self.restarts if self.restarts > 1 else 0), steps
+        return 1 + steps + self.restarts, steps
 
     def passes(self, norm: Norm) -> int:
         """All of them; the measure of an attack's cost."""

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fulllora_dist.attacks.arguments import checked_count
+from fulllora_dist.attacks.arguments import checked_count, checked_size
 from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import Threat, threat_model
 from fulllora_dist.attacks.victim import Victim
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.core.units import parse_size
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
@@ -177,9 +176,4 @@ def _threat(norm: Norm | None, eps: float | str | None, trained: tuple[str, floa
         eps = trained[1] if trained and trained[0] == chosen else "4/255" if chosen == "linf" else None
     if eps is None:
         raise UserError(f"eps: norm {chosen} has no default; give a length in pixels of [0, 1], e.g. 0.5")
-    try:
-        radius = parse_size(eps)
-    except ValueError as error:
-        raise UserError(f"eps: {error}") from None
-    assert isinstance(radius, float)
-    return threat_model(chosen, radius)
+    return threat_model(chosen, checked_size("eps", eps, chosen))

@@ -24,9 +24,6 @@ class MART(MultiStep):
     Settings = MARTSettings
     images_in_weight_step = 2
 
-    def passes(self) -> tuple[int, int]:
-        return self.settings.steps + 2, self.settings.steps + 2
-
     def start(self, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
         return gaussian_start(self.settings.start, threat, rng, x)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fulllora_dist.attacks.pgd import Loss, ascend, attack_mode, cross_entropy, default_step_size
 from fulllora_dist.attacks.threat import Threat, in_box
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.core.rng import sample_rng
+from fulllora_dist.core.rng import SampleRng, sample_rng
 from fulllora_dist.methods.base import PerturbedStep
 from fulllora_dist.methods.settings import MultiStepSettings
 from fulllora_dist.methods.warmup import WarmupSchedule, ramp
@@ -47,44 +47,37 @@ class MultiStep(PerturbedStep):
                     "backbone's patch size, and a multiple of it for phases.image_size"
                 )
 
-    def attack(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        start: Tensor,
-        target: Tensor,
-        *,
-        threat: Threat,
-        step: int,
-        ids: Tensor,
-        loss: Loss = cross_entropy,
-    ) -> Tensor:
-        """Run the attack on `x` from `start`, both [B, 3, H, W] in [0, 1]; inside `attack_mode`."""
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
         settings = self.settings
         size = default_step_size(self.threat.eps, settings.steps) if settings.step_size is None else settings.step_size
         weakened = settings.attention_drop > 0 or settings.perturbation_mask > 0
         patch = self._patch or settings.mask_patch
-        return ascend(
-            model,
-            x,
-            start,
-            target,
-            threat=threat,
-            steps=settings.steps,
-            step_size=self.step_size(size, step),
-            loss=loss,
-            hook=Weakened(settings, patch, self.warmup, self.seed, step, ids) if weakened else None,
-        )
-
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
-        rng = sample_rng(self.seed, f"train/{self.settings.name}/start/0", step, ids)
+        rng = sample_rng(self.seed, f"train/{settings.name}/start/0", step, ids)
         with attack_mode(model):
-            start = in_box(x + self.start(threat, rng, x))
-            return self.attack(model, x, start, y, threat=threat, step=step, ids=ids)
+            target, loss = self.objective(model, x, y)
+            return ascend(
+                model,
+                x,
+                in_box(x + self.start(threat, rng, x)),
+                target,
+                threat=threat,
+                steps=settings.steps,
+                step_size=self.step_size(size, step),
+                loss=loss,
+                hook=Weakened(settings, patch, self.warmup, self.seed, step, ids) if weakened else None,
+            )
 
-    def start(self, threat: Threat, rng: Any, x: Tensor) -> Tensor:
+    def start(self, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
         """The initial perturbation [B, 3, H, W] of the attack: uniform in the ball."""
         return threat.random_start(rng, x)
+
+    def objective(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Loss]:
+        """The target and the loss that the attack increases: the cross-entropy of the labels; inside `attack_mode`."""
+        return y, cross_entropy
+
+    def passes(self) -> tuple[int, int]:
+        both = self.settings.steps + self.images_in_weight_step
+        return both, both
 
 
 def attentions(model: nn.Module) -> list[nn.Module]:

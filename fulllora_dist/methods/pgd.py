@@ -14,8 +14,5 @@ from fulllora_dist.methods.settings import PGDSettings
 class PGD(MultiStep):
     Settings = PGDSettings
 
-    def passes(self) -> tuple[int, int]:
-        return self.settings.steps + 1, self.settings.steps + 1
-
     def start(self, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
         return super().start(threat, rng, x) if self.settings.random_start else torch.zeros_like(x)

@@ -11,9 +11,9 @@ The weight step passes clean and perturbed images as one batch of twice the size
 import torch
 from torch import Tensor, nn
 
-from fulllora_dist.attacks.pgd import attack_mode, kl_divergence
-from fulllora_dist.attacks.threat import Threat, in_box
-from fulllora_dist.core.rng import SampleRng, sample_rng
+from fulllora_dist.attacks.pgd import Loss, kl_divergence
+from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.core.rng import SampleRng
 from fulllora_dist.methods.base import WeightStep, register_method
 from fulllora_dist.methods.multi_step import MultiStep
 from fulllora_dist.methods.settings import TRADESSettings
@@ -30,18 +30,16 @@ class TRADES(MultiStep):
     images_in_weight_step = 2
 
     def passes(self) -> tuple[int, int]:
-        return self.settings.steps + 3, self.settings.steps + 2  # clean logits for the attack, then twice the batch
+        forward, backward = super().passes()
+        return forward + 1, backward  # clean logits for the attack
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, threat: Threat, step: int, ids: Tensor) -> Tensor:
-        rng = sample_rng(self.seed, "train/trades/start/0", step, ids)
+    def start(self, threat: Threat, rng: SampleRng, x: Tensor) -> Tensor:
         deviation = self.settings.start
-        start = threat.random_start(rng, x) if deviation is None else gaussian_start(deviation, threat, rng, x)
-        with attack_mode(model):
-            with torch.no_grad():
-                clean = model(x)
-            return self.attack(
-                model, x, in_box(x + start), clean, threat=threat, step=step, ids=ids, loss=kl_divergence
-            )
+        return super().start(threat, rng, x) if deviation is None else gaussian_start(deviation, threat, rng, x)
+
+    def objective(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Loss]:
+        with torch.no_grad():
+            return model(x), kl_divergence
 
     def loss(self, engine: WeightStep, x: Tensor, x_adv: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         clean, perturbed = engine(torch.cat([x, x_adv])).chunk(2)  # logits, [B, K] each

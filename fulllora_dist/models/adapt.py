@@ -180,8 +180,6 @@ def adapt_given(
         heads = [site.path for site in family.sites(module, name) if site.component == "head"]
         info = describe(module, name, model, module.num_classes, heads)  # type: ignore[arg-type]
         check(info)
-        if family.prepare is not None:
-            family.prepare(module)
         return adapt_backbone(module, info, family, adapter, finetune, seed=seed, precision=model.precision)
     if model.precision != "fp32":
         raise UserError(f"precision: {model.precision} is for timm's models of a known family; use autocast around it")

@@ -127,8 +127,6 @@ def build_backbone(
     family = family_of(backbone, name)
     if backbone.num_classes < 1:
         raise UserError(f"model.num_classes: {name} has no classes of its own; set it to the number of classes")
-    if family.prepare is not None:
-        family.prepare(backbone)
     heads = [site.path for site in family.sites(backbone, name) if site.component == "head"]
     if weights is None:
         sha256 = None if on_meta else fingerprint(backbone.state_dict())

@@ -8,7 +8,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.models.convit import GPSA
 from torch import Tensor, nn
 
 from fulllora_dist.core.errors import UserError
@@ -194,18 +193,8 @@ def test_deit3s_own_checkpoint_loads(tmp_path: Path) -> None:
     assert all(torch.equal(state[name], value) for name, value in theirs.items())
 
 
-def test_convits_positions_follow_the_model_also_in_an_older_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Up to timm 1.0.30 they are a plain attribute, which neither .double() nor .to(device) moves."""
-    initialise = GPSA.__init__
-
-    def as_before(self: Any, *args: Any, **kwargs: Any) -> None:
-        initialise(self, *args, **kwargs)
-        if "rel_indices" in self._buffers:
-            positions = self.rel_indices
-            del self.rel_indices
-            self.rel_indices = positions
-
-    monkeypatch.setattr(GPSA, "__init__", as_before)
+def test_convits_positions_follow_the_model() -> None:
+    """The table of relative positions moves with it, and its dtype changes with the model's."""
     model = tiny("convit")
     x = images(dtype=torch.float64)
     torch.testing.assert_close(model.double()(x).float(), tiny("convit")(x.float()))

@@ -2,19 +2,9 @@
 depend on the image and stays frozen. timm does not support activation checkpointing for it."""
 
 from timm.models.convit import GPSA, MHSA, Block, ConVit
-from torch import nn
 
 from fulllora_dist.models.families.family import Family, register_family
 from fulllora_dist.models.families.timm_parts import MLPS, PATCH_EMBED, resize_pos_embed
-
-
-def _register_positions(backbone: nn.Module) -> None:
-    """Register the table of relative positions as a buffer. Up to timm 1.0.30 it is a plain attribute, which keeps the
-    device and dtype of the first forward pass when the model is moved."""
-    for module in backbone.modules():
-        if isinstance(module, GPSA) and "rel_indices" in vars(module):
-            module.register_buffer("rel_indices", vars(module).pop("rel_indices"), persistent=False)
-
 
 register_family(
     Family(
@@ -31,6 +21,5 @@ register_family(
         blocks=("blocks.*",),
         checkpointing=False,
         convert=resize_pos_embed,
-        prepare=_register_positions,
     )
 )

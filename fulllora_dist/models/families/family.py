@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from fulllora_dist.attacks.pgd import evaluating
 from fulllora_dist.attacks.victim import logits_in
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.messages import one_line
@@ -52,7 +53,6 @@ class Family:
         convert: converts a checkpoint with other keys or for another image size for `load_state_dict`. None uses the
             `checkpoint_filter_fn` of the model's module, if any.
         any_size: whether the models support images of any size without timm's `dynamic_img_size`.
-        prepare: called on a new model before it is adapted.
         plugin: for a family outside this package, the module to import: `__name__` in that module.
     """
 
@@ -64,7 +64,6 @@ class Family:
     checkpointing: bool = True
     convert: Callable[[Weights, nn.Module], Weights] | None = None
     any_size: bool = False
-    prepare: Callable[[nn.Module], None] | None = None
     plugin: str | None = None
 
     def __post_init__(self) -> None:
@@ -204,18 +203,6 @@ def check_plain(path: str, layer: nn.Module, what: str) -> None:
         f"{what} {path}, beside which no branch can be put: {layer}; supported: nn.Linear, and nn.Conv2d with zero "
         "padding and without groups"
     )
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode within the context; then each module has its own mode back."""
-    training = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, mode in training:
-            part.training = mode
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fulllora_dist.attacks.pgd import evaluating
 from fulllora_dist.attacks.victim import logits_of
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.messages import one_line
 from fulllora_dist.core.suggest import suggestion
-from fulllora_dist.models.families.family import CONTAINERS, LAYERS, Family, check_plain, evaluating, noting_calls
+from fulllora_dist.models.families.family import CONTAINERS, LAYERS, Family, check_plain, noting_calls
 from fulllora_dist.models.placement import Site
 
 ALL_LINEAR = "all-linear"
