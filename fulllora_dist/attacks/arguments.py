@@ -44,12 +44,12 @@ def check_images(x: Any, name: str = "x", channels: int | None = None, grey_leve
         raise UserError(f"{name} must be [B, {channels}, H, W], got {shape}{grey}")
 
 
-def check_precision(x: Tensor, name: str = "x") -> None:
+def check_precision(x: Tensor) -> None:
     """Raises UserError: fp16 or bf16, in which a perturbation would be rounded away."""
     if x.dtype not in (torch.float32, torch.float64):
         raise UserError(
-            f"{name} must be float32 or float64, got {dtype_name(x)}, which rounds away perturbations of a grey level; "
-            f"write {name}.float() and cast inside the model"
+            f"x must be float32 or float64, got {dtype_name(x)}, which rounds away perturbations of a grey level; "
+            "write x.float() and cast inside the model"
         )
 
 

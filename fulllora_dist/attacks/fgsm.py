@@ -1,6 +1,5 @@
 """Single-step attacks: one forward and one backward pass."""
 
-import torch
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient
@@ -18,10 +17,10 @@ def single_step(
     noise: float,
     step_size: float,
     project: bool,
-    norm: Norm = "linf",
+    norm: Norm,
+    ids: Tensor,
     seed: int = 0,
     step: int = 0,
-    ids: Tensor | None = None,
     purpose: str = "single_step",
 ) -> Tensor:
     """Take a step of `step_size` along the steepest direction of the norm, from uniform noise around `x`.
@@ -41,7 +40,6 @@ def single_step(
         [B, 3, H, W] of x's dtype, in [0, 1], no part of a graph.
     """
     threat = threat_model(norm, eps)
-    ids = torch.arange(len(x), device=x.device) if ids is None else ids
     x = x.detach()
     start = in_box(x + threat.random_start(sample_rng(seed, f"{purpose}/start/0", step, ids), x, noise))
     with attack_mode(model):

@@ -93,7 +93,7 @@ def write_checkpoint(
     tensors: "Mapping[str, Tensor]",
     metadata: CheckpointMetadata,
     keep: int,
-    spared: Collection[int] = (),
+    spared: Collection[int],
 ) -> str:
     """Write the checkpoint of `step` under `place`. Of the older ones delete all but the `keep` - 1 newest and those of
     the steps `spared`. Returns its path or URL.

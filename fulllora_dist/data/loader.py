@@ -103,7 +103,6 @@ class TrainStream(PlannedStream):
         seed: orders the epochs and draws the augmentation.
         world, rank: this process among those that share the batch.
         workers: processes that read and decode; 0 does it in this one. Each holds some slots of the batch.
-        prefetch: batches read ahead by each worker.
         pin_memory: page-locked tensors, for asynchronous copies to a GPU.
         max_bad_samples: how many different samples may be replaced over the whole run and all ranks.
         policy: how remote shards are read.
@@ -119,7 +118,6 @@ class TrainStream(PlannedStream):
         world: int = 1,
         rank: int = 0,
         workers: int = 0,
-        prefetch: int = 2,
         pin_memory: bool = False,
         max_bad_samples: int = 0,
         policy: ReadPolicy | None = None,
@@ -127,7 +125,7 @@ class TrainStream(PlannedStream):
         _check_workers(workers)
         super().__init__(address, batch_size, seed, world, rank, policy)
         self._seed, self._transform = seed, transform
-        self._workers, self._prefetch, self._pin_memory = min(workers, batch_size // world), prefetch, pin_memory
+        self._workers, self._pin_memory = min(workers, batch_size // world), pin_memory
         self._max_bad = max_bad_samples
         self._bad: set[int] = set()  # over all ranks, as far as they have been counted
         self._uncounted: list[BadSample] = []
@@ -145,7 +143,7 @@ class TrainStream(PlannedStream):
         """
         works = self._position.works(self._world, self._rank)
         dataset = WorkerDataset(self._reader, self.index, self._transform, self._seed, works, self._max_bad)
-        read = read_ahead(dataset, self._workers, self._prefetch)
+        read = read_ahead(dataset, self._workers)
         while parts := list(itertools.islice(read, max(1, self._workers))):
             # with more ranks than this one, `count_bad` comes first: after the batch, on all of them at once
             if self._world > 1:
@@ -219,7 +217,7 @@ class EvalStream:
     batch are the same at any number of ranks.
 
     Args:
-        address, transform, world, rank, workers, prefetch, pin_memory, policy: as for `TrainStream`; `read` has threads
+        address, transform, world, rank, workers, pin_memory, policy: as for `TrainStream`; `read` has threads
             instead of the worker processes.
         batch_size: of each batch on each rank.
         subset: which samples; all if None.
@@ -242,7 +240,6 @@ class EvalStream:
         world: int = 1,
         rank: int = 0,
         workers: int = 0,
-        prefetch: int = 2,
         pin_memory: bool = False,
         policy: ReadPolicy | None = None,
     ):
@@ -257,7 +254,7 @@ class EvalStream:
         self.settings = json.loads(json.dumps({**known, "batch_size": batch_size}, default=str))
         self._own = plan.eval_batches(self.ids, batch_size, world, rank)
         self._dataset = WorkerDataset(self._reader, self.index, transform, 0, partial(_eval_works, self._own))
-        self._workers, self._prefetch, self._pin_memory = workers, prefetch, pin_memory
+        self._workers, self._pin_memory = workers, pin_memory
 
     def __len__(self) -> int:
         """Batches of an iteration on this rank, the same on every rank."""
@@ -265,7 +262,7 @@ class EvalStream:
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        for part in read_ahead(self._dataset, self._workers, self._prefetch):
+        for part in read_ahead(self._dataset, self._workers):
             yield _joined([part], self._pin_memory)
             count += 1
         assert count == len(self), f"{count} of {len(self)} batches came"

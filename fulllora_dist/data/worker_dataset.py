@@ -148,7 +148,11 @@ def _start_worker(environment: dict[str, str], _: int) -> None:
     settle_in()
 
 
-def read_ahead(dataset: WorkerDataset, workers: int, prefetch: int) -> Iterator[Part]:
+PREFETCH = 2
+"""Batches that each worker reads ahead."""
+
+
+def read_ahead(dataset: WorkerDataset, workers: int) -> Iterator[Part]:
     """The parts of all workers, by turns."""
     loader = DataLoader(
         dataset,
@@ -157,7 +161,7 @@ def read_ahead(dataset: WorkerDataset, workers: int, prefetch: int) -> Iterator[
         collate_fn=_as_is,
         worker_init_fn=partial(_start_worker, dict(os.environ)),
         multiprocessing_context=fork_server("torch.utils.data", "PIL.Image", __name__) if workers else None,
-        prefetch_factor=prefetch if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         generator=torch.Generator(),  # else each iteration draws a seed from the global generator
     )
     with signals_held():

@@ -16,7 +16,7 @@ from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.families import Family
 from fulllora_dist.models.families.family import check_forward
 from fulllora_dist.models.families.target_modules import TargetModules
-from fulllora_dist.models.lnlora import QKV, LNLoRABranch, LNLoRASplit, attach
+from fulllora_dist.models.lnlora import LNLoRABranch, LNLoRASplit, attach
 from fulllora_dist.models.original import Original
 from fulllora_dist.models.placement import FUSED, Adapted, PlacementReport, Site
 from fulllora_dist.models.precision import compute_in_bf16
@@ -120,7 +120,7 @@ def adapt_backbone(
         UserError: see `create_model`; the backbone is as it was.
     """
     name, components, qkv, rank, alpha = info.name, adapter.components, adapter.qkv, adapter.rank, adapter.alpha
-    if qkv == "shared" and len(set(QKV) & set(components)) not in (0, len(QKV)):
+    if qkv == "shared" and 0 < len(set(FUSED["qkv"]) & set(components)) < 3:
         raise UserError(
             "adapter.qkv: a shared branch adapts q, k and v together; put all three in adapter.components, or set "
             "adapter.qkv=separate"

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from fulllora_dist.models.low_rank_linear import LowRank, stack
 
-QKV = ("q", "k", "v")
-
 
 class FoldedLayerNorm(nn.Module):
     """Weight and bias of a LayerNorm, applied to the matrix behind it instead of to the activations.
@@ -125,7 +123,7 @@ class LNLoRASplit(Folding):
         parts: names of the equal parts of the projection's outputs, in order.
     """
 
-    def __init__(self, branches: Mapping[str, LNLoRABranch], parts: Sequence[str] = QKV):
+    def __init__(self, branches: Mapping[str, LNLoRABranch], parts: Sequence[str]):
         super().__init__()
         self.parts = tuple(parts)
         for name, branch in branches.items():

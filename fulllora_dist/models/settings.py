@@ -157,7 +157,7 @@ class AdapterSettings(Settings):
     blocks: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Blocks that get branches, numbered from 0, as peft's layers_to_transform, e.g. [0, 1, 2]; null for all. Layers
     outside of the blocks are left to components and head; Swin's patch merging goes with the block behind it."""
-    qkv: Literal["separate", "shared"] = "separate"
+    qkv: Qkv = "separate"
     """One branch each for q, k and v, or one shared by the fused projection."""
     patch_norm_eps: float = Field(1e-2, gt=0)
     """eps of the LayerNorm over flattened patches, in squared units of normalised pixels."""

@@ -50,7 +50,8 @@ def run_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, **more: object) 
 
 
 def run_fgsm_rs(model: nn.Module, x: Tensor, y: Tensor, eps: float, **more: object) -> Tensor:
-    return single_step(model, x, y, eps=eps, noise=eps, step_size=1.25 * eps, project=True, **more)
+    settings = {"norm": "linf", "ids": torch.arange(len(x))} | more
+    return single_step(model, x, y, eps=eps, noise=eps, step_size=1.25 * eps, project=True, **settings)
 
 
 ATTACKS: dict[str, Callable[..., Tensor]] = {"pgd": run_pgd, "fgsm_rs": run_fgsm_rs}
@@ -138,7 +139,16 @@ def test_a_single_step_reaches_noise_plus_step_or_is_projected(
 ) -> None:
     x, y = data(n, seed, dtype)
     x_adv = single_step(
-        Net().to(dtype), x, y, eps=eps, noise=noise * eps, step_size=step * eps, project=project, seed=seed
+        Net().to(dtype),
+        x,
+        y,
+        eps=eps,
+        noise=noise * eps,
+        step_size=step * eps,
+        project=project,
+        norm="linf",
+        ids=torch.arange(n),
+        seed=seed,
     )
     assert x_adv.dtype == dtype
     assert x_adv.min() >= 0

@@ -121,7 +121,7 @@ def test_a_single_step_passes_over_what_cannot_go_further(project: bool) -> None
     weight = model[1].weight.detach().view(2, 3, 8, 8)
     towards = torch.stack([weight[1] - weight[0], weight[0] - weight[1]])  # in which the loss rises
     x = torch.where(towards.abs() > towards.abs().median(), (towards > 0).double(), x)
-    found = single_step(model, x, y, eps=1.0, noise=0, step_size=1.0, project=project, norm="l1")
+    found = single_step(model, x, y, eps=1.0, noise=0, step_size=1.0, project=project, norm="l1", ids=torch.arange(2))
     moved = (found - x).abs()
     torch.testing.assert_close(moved.sum(dim=(1, 2, 3)), torch.ones(2, dtype=torch.float64))
     assert moved[towards.abs() > towards.abs().median()].max() == 0

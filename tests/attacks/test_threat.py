@@ -155,11 +155,12 @@ def test_pgd_finds_the_worst_of_a_linear_model(norm: str, eps: float, restarts: 
 @pytest.mark.parametrize("norm", sorted(THREATS))
 def test_single_steps_take_the_norm(norm: str) -> None:
     model, x, y = Quadratic(), torch.full((2, *SHAPE), 0.5, dtype=torch.float64), torch.zeros(2, dtype=torch.int64)
-    stepped = single_step(model, x, y, eps=0.2, noise=0.0, step_size=0.3, project=True, norm=norm)
+    settings = {"eps": 0.2, "step_size": 0.3, "norm": norm, "ids": torch.arange(2)}
+    stepped = single_step(model, x, y, noise=0.0, project=True, **settings)
     threat = threat_model(norm, 0.2)
     best = x - 0.2 * threat.steepest(model.w.view(1, *SHAPE))
     torch.testing.assert_close(stepped, best.expand_as(stepped))
-    further = single_step(model, x, y, eps=0.2, noise=0.1, step_size=0.3, project=False, norm=norm)
+    further = single_step(model, x, y, noise=0.1, project=False, **settings)
     assert (NORMS[norm](further - x) > 0.25).all()
 
 

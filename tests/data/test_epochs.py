@@ -169,7 +169,7 @@ import sys
 from byte_shards import Checksum
 from fulllora_dist.data.loader import TrainStream
 if __name__ == "__main__":
-    stream = TrainStream(sys.argv[1], batch_size=24, seed=5, transform=Checksum(), workers=2, prefetch=4)
+    stream = TrainStream(sys.argv[1], batch_size=24, seed=5, transform=Checksum(), workers=2)
     for step, batch in enumerate(stream, 1):
         stream.commit(step)
         import json

@@ -14,12 +14,12 @@ from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.data.plan import CHUNK, WINDOW
 from fulllora_dist.data.position import StreamPosition, Work
 from fulllora_dist.data.reader import _LEAST, ShardReader
+from fulllora_dist.data.worker_dataset import PREFETCH
 from fulllora_dist.storage.ranges import ReadPolicy
 from tests.services.fault_server import FaultServer
 
 CHUNKS, SLOTS = 150, 8
 RESTART = 100  # batches that were trained on, of 300
-PREFETCH = 2
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def restart(server: FaultServer, workers: int, policy: ReadPolicy) -> TrainStream:
-    stream = TrainStream(
-        server.url, batch_size=SLOTS, seed=3, transform=Checksum(), workers=workers, prefetch=PREFETCH, policy=policy
-    )
+    stream = TrainStream(server.url, batch_size=SLOTS, seed=3, transform=Checksum(), workers=workers, policy=policy)
     stream.commit(RESTART)
     return stream
 

@@ -247,7 +247,7 @@ caught = set()
 if __name__ == "__main__":
     for kind in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: caught.add(number))
-    stream = TrainStream(sys.argv[1], batch_size=4, seed=0, transform=TrainTransform(8), workers=2, prefetch=1)
+    stream = TrainStream(sys.argv[1], batch_size=4, seed=0, transform=TrainTransform(8), workers=2)
     print("up", flush=True)
     batches = iter(stream)
     next(batches)

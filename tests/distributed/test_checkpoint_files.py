@@ -34,7 +34,7 @@ def _content(step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _write(folder: Path, step: int, keep: int = 2) -> str:
-    return write_checkpoint(str(folder), step, *_content(step), keep=keep)
+    return write_checkpoint(str(folder), step, *_content(step), keep=keep, spared=())
 
 
 def _is_checkpoint(found: tuple[dict[str, Tensor], dict[str, Any]] | None, step: int) -> bool:

@@ -208,7 +208,7 @@ def _plain(settings: dict, output: Path) -> dict:
     tensors, metadata = _checkpoints(Path(settings["run"]["output_dir"]))[2]
     metadata = {key: value for key, value in metadata.items() if key not in ("step", "format_version")}
     metadata["config"] = Config.model_validate(safe).model_dump(mode="json")
-    write_checkpoint(str(output / "checkpoints"), 2, tensors, metadata, keep=9)
+    write_checkpoint(str(output / "checkpoints"), 2, tensors, metadata, keep=9, spared=())
     return safe
 
 

@@ -212,10 +212,10 @@ def test_what_others_keep_in_the_bucket_stays(s3: MockS3, monkeypatch: pytest.Mo
         client.put_object(Bucket=BUCKET, Key=f"digits/{key}", Body=b"x")  # type: ignore[attr-defined]
     assert list_checkpoints(place) == []
     for step in (1, 2, 5):
-        write_checkpoint(place, step, {"a": torch.ones(1)}, {}, keep=1)  # type: ignore[typeddict-item]
+        write_checkpoint(place, step, {"a": torch.ones(1)}, {}, keep=1, spared=())  # type: ignore[typeddict-item]
         assert _steps(place) == [step]
     assert _keys(s3, "digits/") == sorted([*foreign, *_files(5)]), "the unfinished one is gone"
-    write_checkpoint(place, 5, {"a": torch.zeros(1)}, {}, keep=1)  # type: ignore[typeddict-item]
+    write_checkpoint(place, 5, {"a": torch.zeros(1)}, {}, keep=1, spared=())  # type: ignore[typeddict-item]
     assert _keys(s3, "digits/") == sorted([*foreign, *_files(5)])
 
 

@@ -41,7 +41,7 @@ def linear(norm: bool, names: tuple[str, ...]) -> tuple[nn.Module, Tensor, Tenso
     else:
         zero = torch.zeros(2, 5, 10, dtype=torch.float64)
         expected = expected + torch.cat([delta(parts[n], x) if n in parts else zero for n in "qkv"], dim=-1)
-    attach(layer, parts[""] if names == ("",) else LNLoRASplit(parts))
+    attach(layer, parts[""] if names == ("",) else LNLoRASplit(parts, "qkv"))
     return layer, x, expected
 
 

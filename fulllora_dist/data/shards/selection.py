@@ -11,7 +11,7 @@ from fulllora_dist.data.plan import stratified_order
 from fulllora_dist.data.shards.source import SourceImage
 
 
-def choose(images: list[SourceImage], names: Sequence[str], limit: int | None, skip: int = 0) -> list[SourceImage]:
+def choose(images: list[SourceImage], names: Sequence[str], limit: int | None, skip: int) -> list[SourceImage]:
     """The images of these classes, shuffled so that every shard mixes classes: in the order in which limits take them,
     which is balanced over the classes, `limit` of them after the first `skip`."""
     position = {name: label for label, name in enumerate(names)}

@@ -63,13 +63,13 @@ class Listing:
     unused_labels: int = 0
 
 
-def list_images(source: Path, labels: Mapping[str, str] | None = None) -> Listing:
+def list_images(source: Path, labels: Mapping[str, str] | None) -> Listing:
     """List a source.
 
     Args:
         source: a folder; an uncompressed tar of one; or an uncompressed tar of such tars, one a class, as ImageNet's
             training part comes.
-        labels: image name without extension -> class (`labels.read_labels`). Without it, the folder (or inner tar) is
+        labels: image name without extension -> class (`labels.read_labels`). None: the folder (or inner tar) is
             the class.
 
     Raises:
