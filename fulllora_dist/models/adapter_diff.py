@@ -41,15 +41,15 @@ def layer_differences(
     rows = []
     for layer in sorted(effect_a.keys() | effect_b.keys()):
         first, second = effect_a.get(layer), effect_b.get(layer)
-        same = first is not None and second is not None and first.shape == second.shape
+        difference = None
+        if first is not None and second is not None and first.shape == second.shape:
+            difference = float((second - first).norm())
         rows.append(
             {
                 "layer": layer,
                 "a": None if first is None else float(first.norm()),
                 "b": None if second is None else float(second.norm()),
-                "difference": float((second - first).norm())
-                if same and first is not None and second is not None
-                else None,
+                "difference": difference,
             }
         )
     return rows

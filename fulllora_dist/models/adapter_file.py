@@ -11,7 +11,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec
 import timm
 import torch
 from safetensors import SafetensorError
@@ -123,8 +122,15 @@ def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
     Raises:
         UserError: a file is missing or damaged, or has an unsupported format version.
     """
-    remedy = "give a folder that save_adapter wrote"
-    text, tensors = read_files(folder, (DESCRIPTION, TENSORS), "adapter", remedy)
+    return _verified(folder, *_read(folder))
+
+
+def _read(folder: str) -> list[bytes]:
+    """The description and the tensors."""
+    return read_files(folder, (DESCRIPTION, TENSORS), "adapter", "give a folder that save_adapter wrote")
+
+
+def _verified(folder: str, text: bytes, tensors: bytes) -> tuple[AdapterDescription, dict[str, Tensor]]:
     folder = redacted(folder)
     try:
         description = json.loads(text)
@@ -148,16 +154,14 @@ def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
 
 
 def copy_adapter(source: str, folder: str) -> None:
-    """Copy the adapter in `source` to the local `folder`, byte for byte.
+    """Copy the adapter in `source` to `folder`, byte for byte.
 
     Raises:
-        UserError: see `read_adapter`.
+        UserError: see `read_adapter`; or it cannot be written.
     """
-    read_adapter(source)
-    filesystem, path = fsspec.core.url_to_fs(source)
-    os.makedirs(folder, exist_ok=True)
-    for name in (DESCRIPTION, TENSORS):
-        filesystem.get_file(f"{path}/{name}", os.path.join(folder, name))
+    text, tensors = _read(source)
+    _verified(source, text, tensors)
+    write_files(folder, {TENSORS: tensors, DESCRIPTION: text}, "adapter")
 
 
 def load(

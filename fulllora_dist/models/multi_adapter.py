@@ -151,7 +151,7 @@ class MultiAdapter(nn.Module):
     def _check_same(self, where: str, info: BackboneInfo, spec: AdapterSpec) -> None:
         for key in _SAME:
             expected, actual = getattr(self.info, key), getattr(info, key)
-            if _plain(expected) != _plain(actual):
+            if expected != actual:
                 shown = (str(value)[:40] for value in (expected, actual))
                 raise UserError("adapter: {} must have the backbone's {} {}, got {}".format(where, key, *shown))
         another_head = info.head_sha256 not in (None, self.info.head_sha256)
@@ -285,11 +285,6 @@ def on_meta(module: nn.Module) -> nn.Module:
     made: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in module.buffers()}
     made |= {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
     return copy.deepcopy(module, made)
-
-
-def _plain(value: Any) -> Any:
-    """Turn a tuple into a list, as JSON does."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_shares(where: str, spec: AdapterSpec) -> None:

@@ -34,10 +34,10 @@ def _fit_head(
     """
     own = next((len(weights[f"{head}.weight"]) for head in heads if f"{head}.weight" in weights), None)
     if classes is not None:
-        if own is None or max(classes) >= own or min(classes) < 0:
+        if own is None or max(classes) >= own:
             raise UserError(
                 f"model.class_indices: must be below the number of classes of the checkpoint's head, {own or 0}, got "
-                f"{min(classes) if min(classes) < 0 else max(classes)}"
+                f"{max(classes)}"
             )
         rows = torch.tensor(classes)
         weights = {k: v[rows] if k.rpartition(".")[0] in heads else v for k, v in weights.items()}
@@ -46,21 +46,6 @@ def _fit_head(
         weights = {k: v for k, v in weights.items() if k.rpartition(".")[0] not in heads}
         own = None
     return weights, own
-
-
-def _converted(family: Family, weights: dict[str, Tensor], backbone: nn.Module) -> dict[str, Tensor]:
-    """Convert weights to the model's keys, and resample position embeddings and bias tables to its grid."""
-    try:
-        return family.converted(weights, backbone)
-    except UserError:
-        raise
-    except (
-        AttributeError,
-        KeyError,
-        ValueError,
-        AssertionError,
-    ) as error:  # from timm's filter, on keys of another model
-        raise RuntimeError(str(error)) from None
 
 
 def load_into(
@@ -78,9 +63,12 @@ def load_into(
         UserError: tensors are missing, unexpected, or of another shape or kind; the message counts and names them.
     """
     try:
-        converted = _converted(family, weights, backbone)
+        converted = family.converted(weights, backbone)
         fitted, own = _fit_head(converted, heads, classes, num_classes)
-    except RuntimeError as error:  # from timm's filter, on weights of another model
+    except UserError:
+        raise
+    except (RuntimeError, AttributeError, KeyError, ValueError, AssertionError) as error:
+        # from timm's filter, on weights of another model
         raise _misfit(source, _differences(backbone, weights, heads) or one_line(error)) from None
     if differences := _differences(backbone, fitted, [] if own is not None else heads):
         raise _misfit(source, differences)

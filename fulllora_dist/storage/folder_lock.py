@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import random
-import secrets
 import socket
 import tempfile
 import threading
@@ -41,7 +40,6 @@ class Holder:
         started: when the process did, in the machine's own unit.
         job, restart: of SLURM, None and 0 outside of it.
         since: when it took the lock, in seconds since 1970 by the host's clock; for people.
-        token: tells holders apart.
     """
 
     host: str
@@ -51,7 +49,6 @@ class Holder:
     job: str | None
     restart: int
     since: float
-    token: str
 
     @classmethod
     def here(cls) -> "Holder":
@@ -64,7 +61,6 @@ class Holder:
             job=os.environ.get("SLURM_JOB_ID"),
             restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
             since=time.time(),
-            token=secrets.token_hex(8),
         )
 
     def __str__(self) -> str:

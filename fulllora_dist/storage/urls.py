@@ -145,18 +145,15 @@ def object_info(url: str) -> ObjectInfo:
     """Length and etag, not from any cache.
 
     Raises:
-        UserError: it is missing or access is denied.
-        OSError: the store does not answer; a retry may help.
+        UserError: a local file that cannot be read.
+        Exception: the client's own, for `classify_error`.
     """
     if not is_remote(url):
         try:
             return ObjectInfo(os.stat(local_path(url)).st_size, None)
         except OSError as error:
             raise UserError(f"{url}: cannot be read ({error.strerror})") from error
-    try:
-        metadata = filesystem(url).info(url)
-    except Exception as error:
-        raise classify_error(error, url) from error
+    metadata = filesystem(url).info(url)
     return ObjectInfo(metadata.get("size"), metadata.get("ETag") or metadata.get("etag"))
 
 
