@@ -230,9 +230,8 @@ def _guard_seconds(counts: RunCounts, world: int, machines: Machines) -> float:
 
 def _start_seconds(counts: RunCounts, nodes: int, machines: Machines) -> float:
     """Until the first step: imports, index and fp32 weights once a node from the bucket, and the first windows."""
-    weights = 4 * sum(
-        p.numel() for n, p in counts.model.backbone.named_parameters() if n not in counts.model.trainable()
-    )
+    report = counts.model.report
+    weights = 4 * (report.total - sum(size for _, size in report.trained))
     fetched = nodes * (weights + INDEX_BYTES * counts.images)
     windows = counts.config.optim.batch_size * CHUNK * machines.image_bytes
     return machines.imports + (fetched + windows) / machines.bucket
