@@ -38,6 +38,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Linf
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.atomic import atomic_write
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
@@ -312,9 +313,7 @@ def table(row: dict[str, Any], clock: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Measure the rows that FILE does not have yet, and print all."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="benchmark.py step", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write or continue")
     parser.add_argument("--row", action="append", metavar="BACKBONE:SIZE:BATCH:STEPS", help="default: ViT-Ti and ViT-B")
     parser.add_argument("--arms", default="bound,fulllora,peft,full", help="default: %(default)s")

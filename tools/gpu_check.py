@@ -19,7 +19,6 @@ The exit code is 1 where something is missing or wrong. Without a GPU it does th
 show that it works.
 """
 
-import argparse
 import json
 import multiprocessing
 import sys
@@ -34,6 +33,7 @@ import gpu_parts
 import torch
 from gpu_parts import Put, attempt
 
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 
 ROWS = {
@@ -110,7 +110,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: 8)")
     parser.add_argument("--row", action="append", metavar="BACKBONE:SIZE:BATCH:STEPS", help="default: ViT-B, L and H")
