@@ -34,9 +34,13 @@ from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm, Counters
-from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
+from fulllora_dist.evaluation.attacks import EvalAttack
+from fulllora_dist.evaluation.evaluator import Evaluator
+from fulllora_dist.evaluation.function import evaluate
 from fulllora_dist.evaluation.output import check_output
 from fulllora_dist.evaluation.progress import Progress
+from fulllora_dist.evaluation.report import write_evaluation
+from fulllora_dist.evaluation.summary import table
 from fulllora_dist.evaluation.work_items import first_items, part_items
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.registry.publish import publish

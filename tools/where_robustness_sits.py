@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _measure(args: argparse.Namespace, config: Config, folder: str) -> None:
     from fulllora_dist.commands.evaluation import build_evaluated
     from fulllora_dist.distributed.comm import start_comm, stop_comm
-    from fulllora_dist.evaluation import write_evaluation
+    from fulllora_dist.evaluation.report import write_evaluation
     from fulllora_dist.evaluation.where import where_robustness_sits
     from fulllora_dist.evaluation.where_report import where_figure, where_table
     from fulllora_dist.registry.address import resolved

@@ -12,11 +12,11 @@ from fulllora_dist.core.messages import redacted
 from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.distributed.launcher import say
 from fulllora_dist.distributed.watchdog import Watchdog
-from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
 from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.evaluation.output import check_replaced, read_replaced
-from fulllora_dist.evaluation.report import Key
+from fulllora_dist.evaluation.report import EvaluationReport, Key, write_evaluation
 from fulllora_dist.evaluation.resume_log import items_done
+from fulllora_dist.evaluation.summary import table, write_figures
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.models.backbone import BackboneInfo

@@ -6,8 +6,8 @@ from typing import Literal
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.evaluation.attack_names import further_norms
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.flops import PassCost, pass_cost
 from fulllora_dist.training.inputs import check_evaluation, check_files, check_settings, load_index

@@ -4,7 +4,8 @@ import os
 import sys
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
+from fulllora_dist.evaluation.report import EvaluationReport, write_evaluation
+from fulllora_dist.evaluation.summary import table, write_figures
 from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
 from fulllora_dist.training.build import build_eval_stream, build_evaluator
 from fulllora_dist.training.context import APART, RunContext

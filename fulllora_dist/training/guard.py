@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulllora_dist.attacks.pgd import attack_mode
+from fulllora_dist.attacks.pgd import attack_mode, is_correct
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError
@@ -16,7 +16,7 @@ from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.evaluation import EvalAttack, is_correct
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training.build import build_eval_stream
 from fulllora_dist.training.inputs import load_index

@@ -23,9 +23,9 @@ from fulllora_dist.commands import train
 from fulllora_dist.config.schema import Config
 from fulllora_dist.config.training import GuardSettings
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.units import size_in
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.evaluation import size_in
 from fulllora_dist.methods.multi_step import Weakened
 from fulllora_dist.methods.pgd import PGDSettings
 from fulllora_dist.models.adapter_file import read_adapter

@@ -20,7 +20,7 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import evaluate
+from fulllora_dist.evaluation.function import evaluate
 from fulllora_dist.training.build import build_model
 from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Guard, batches_of_check

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.units import size_in
 from fulllora_dist.distributed.comm import local_launcher
-from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.adapter_file import TENSORS
 
 ROOT = Path(__file__).resolve().parents[2]

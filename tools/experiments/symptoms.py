@@ -21,8 +21,8 @@ from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.comm import local_launcher
-from fulllora_dist.evaluation import eval_transform
 from fulllora_dist.evaluation.checks import CHECKS, Numbers
+from fulllora_dist.evaluation.trained import eval_transform
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO, FULL, PAGE = Path("runs/demo"), Path("runs/symptoms/full"), Path("docs/symptoms.md")
