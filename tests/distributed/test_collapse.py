@@ -35,7 +35,6 @@ from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Check, Guard, least_that_counts
 from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.rollback import check_settings
-from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
 # {factor of the learning rate, which tells the restarts apart: {batch: robust accuracy}}; checks at even batches
@@ -102,7 +101,7 @@ def _run(comm: Comm, settings: dict, script: Script, until: int | None = None, w
                 trainer.advance(batch)
                 seen.append(trainer.step)
             if with_end:
-                finalize(run, summarize(run.config, trainer))
+                finalize(run, trainer)
             run.settle()
     except SharedUserError as error:
         return str(error)
