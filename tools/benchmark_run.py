@@ -32,7 +32,7 @@ from torchvision.datasets import ImageFolder
 
 from fulllora_dist.commands.parser import Parser
 from fulllora_dist.config.schema import Config
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.shards.make import make_shards
@@ -146,8 +146,7 @@ def main(argv: list[str]) -> None:
         "zero_stage": args.zero_stage, "rounds": args.rounds, "batches": args.batches, "cpu_s": cpu_s,
         "ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)],
     }  # fmt: skip
-    with atomic_write(args.output) as file:
-        file.write(json.dumps(result, indent=1).encode())
+    write_text(args.output, json.dumps(result, indent=1))
     low, high = result["ratio_spread"]
     figures = ", ".join(f"{name} {value:.3f} s" for name, value in cpu_s.items())
     print(f"{args.row}, ZeRO-{args.zero_stage}, CPU time a batch: {figures}")

@@ -39,7 +39,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.commands.parser import Parser
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS
@@ -350,7 +350,6 @@ def main(argv: list[str]) -> None:
     for i, row in enumerate(missing):
         measured = measure(row, names, args.rounds, args.precision, device, partial(tell, i))
         done = [one for one in done if not vars(row).items() <= one.items()] + [vars(row) | common | measured]
-        with atomic_write(args.output) as file:
-            file.write(json.dumps({"cpu": machine, "rows": done}, indent=1).encode())
+        write_text(args.output, json.dumps({"cpu": machine, "rows": done}, indent=1))
     clock = "wall_s" if device.type == "cuda" else "cpu_s"
     print("\n".join(table(row, clock) for row in done))
