@@ -88,9 +88,7 @@ def count_pass(
     """Cost of a pass for one of so many images, for the pixels' gradient alone (`attack`) or for the adapter's and,
     with `pixels`, theirs."""
     model.set_activation_checkpointing(recompute)
-    for parameter in model.trainable().values():
-        parameter.requires_grad_(not attack)
-    return pass_cost(model, size, images, pixels=pixels)
+    return pass_cost(model, size, images, attack=attack, pixels=pixels)
 
 
 def count_run(config: Config, ranks: int | None = None) -> RunCounts:
