@@ -32,12 +32,10 @@ class Check:
     """The result of a check.
 
     Attributes:
-        robust_accuracy: of the adapter that would be saved now.
         keep: whether to save a checkpoint, as it is the best so far or the newest good one.
         collapsed: whether to act on a collapse.
     """
 
-    robust_accuracy: float
     keep: bool
     collapsed: bool
 
@@ -175,7 +173,7 @@ class Guard:
             keep |= self.good is None or step // self._checkpoint_every > self.good // self._checkpoint_every
             if keep:
                 self.good = step
-        return Check(score, keep, collapsed)
+        return Check(keep, collapsed)
 
     def metrics(self, last: bool) -> dict[str, float]:
         """Metrics of the newest check by name, with those of the best one if it is the run's `last` check."""
