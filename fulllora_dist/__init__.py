@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fulllora_dist.attacks.pgd import pgd
     from fulllora_dist.core.errors import UserError
     from fulllora_dist.data.batch import Batch
-    from fulllora_dist.evaluation import evaluate
+    from fulllora_dist.evaluation.function import evaluate
     from fulllora_dist.methods.own_loop import LocalEngine, method
     from fulllora_dist.models.adapt import adapt, create_model
     from fulllora_dist.models.adapted_model import AdaptedModel
@@ -58,7 +58,7 @@ _HOMES = {
     "adapter_state_dict": "models.adapter_file",
     "create_model": "models.adapt",
     "disable_adapter": "models.unload",
-    "evaluate": "evaluation",
+    "evaluate": "evaluation.function",
     "load": "registry.address",
     "load_peft": "models.peft_format",
     "merge": "models.unload",

@@ -6,16 +6,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # its own repository, whatever else is installed
 
-from fulllora_dist.commands import launch
 from fulllora_dist.commands.entry import run_entry
-
-PROFILES = str(Path(__file__).resolve().with_name("profiles"))
-
-
-def main() -> int:
-    """Submit, or report on what was submitted."""
-    return launch.main(PROFILES)
-
+from fulllora_dist.commands.launch import main
 
 if __name__ == "__main__":
     run_entry(main)

@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from fulllora_dist.commands import evaluate, train
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.distributed import watchdog
-from fulllora_dist.evaluation import Evaluator
+from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.training.phases import Phases
 
 _step, _result = Phases.step, Evaluator._result

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,13 @@ from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm, Counters
-from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate, table, write_evaluation
+from fulllora_dist.evaluation.attacks import EvalAttack
+from fulllora_dist.evaluation.evaluator import Evaluator
+from fulllora_dist.evaluation.function import evaluate
+from fulllora_dist.evaluation.output import check_output
 from fulllora_dist.evaluation.progress import Progress
+from fulllora_dist.evaluation.report import write_evaluation
+from fulllora_dist.evaluation.summary import table
 from fulllora_dist.evaluation.work_items import first_items, part_items
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.registry.publish import publish
@@ -445,6 +451,12 @@ def test_bad_input_is_refused_before_the_ranks_meet(
     with pytest.raises(UserError, match=message):
         evaluate_command.main()
     assert not torch.distributed.is_initialized()
+
+
+def test_ranks_that_look_for_a_missing_folder_at_once_leave_none(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as ranks:
+        list(ranks.map(check_output, [tmp_path / "new" / "folder" / "evaluation.json"] * 400))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,9 @@ def test_a_part_that_crashes_or_hangs_is_recorded(
     }
 
 
-@pytest.mark.parametrize(("option", "value"), [("--minutes", "0"), ("--parts", "matmul,stpe"), ("--arms", "bound,ful")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--minutes", "0"), ("--minutes", "x"), ("--parts", "matmul,stpe"), ("--arms", "bound,ful")]
+)
 def test_a_wrong_option_is_refused(rank_server: RankServer, tmp_path: Path, option: str, value: str) -> None:
     done = rank_server.launch(ROOT / "tools/gpu_check.py", "--output", tmp_path / "out", option, value).wait()
     assert done.returncode == 2

@@ -5,7 +5,6 @@ python tools/backbones.py --json                                   # all of timm
 python tools/backbones.py --write docs/backbones.md                # the tables of that page, below its marker
 """
 
-import argparse
 import dataclasses
 import json
 import sys
@@ -13,6 +12,7 @@ import sys
 from tqdm import tqdm
 
 from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 
 FRACTION = 0.05
@@ -31,7 +31,7 @@ def _above_the_marker(path: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="timm architectures; left out: all of them")
     parser.add_argument(
         "--trainable-fraction", type=float, default=FRACTION, help=f"adapter.trainable_fraction (default {FRACTION})"

@@ -10,10 +10,11 @@ import argparse
 import importlib
 
 from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.parser import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("what", choices=("step", "run", "data", "several"))
     parser.add_argument("settings", nargs=argparse.REMAINDER, help="see --help of each")
     args = parser.parse_args()

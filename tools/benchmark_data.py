@@ -39,6 +39,7 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import TrainStream
@@ -186,9 +187,7 @@ def plan_cost() -> dict[str, float]:
 
 def main(argv: list[str]) -> None:
     """Run all arms, print a table, write the file."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="benchmark.py data", description=__doc__)
     parser.add_argument("--output", type=Path, help="JSON file of the results")
     parser.add_argument(
         "--images",

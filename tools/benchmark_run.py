@@ -10,7 +10,6 @@ checkpoint; MLflow and the guard are off. Rounds of some batches are interleaved
 of the ratio of CPU times of the process, which other work on the machine hardly changes.
 """
 
-import argparse
 import contextlib
 import io
 import json
@@ -31,8 +30,9 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.config.schema import Config
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.shards.make import make_shards
@@ -113,9 +113,7 @@ def cpu_seconds(work: Iterator[None], batches: int) -> float:
 
 def main(argv: list[str]) -> None:
     """Measure, print and write the file."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="benchmark.py run", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parser.add_argument("--row", default="vit_tiny_patch16_224:96:50:1", metavar="BACKBONE:SIZE:BATCH:STEPS")
     parser.add_argument("--zero-stage", type=int, default=1, choices=(0, 1, 2, 3))
@@ -148,8 +146,7 @@ def main(argv: list[str]) -> None:
         "zero_stage": args.zero_stage, "rounds": args.rounds, "batches": args.batches, "cpu_s": cpu_s,
         "ratio": statistics.median(ratios), "ratio_spread": [min(ratios), max(ratios)],
     }  # fmt: skip
-    with atomic_write(args.output) as file:
-        file.write(json.dumps(result, indent=1).encode())
+    write_text(args.output, json.dumps(result, indent=1))
     low, high = result["ratio_spread"]
     figures = ", ".join(f"{name} {value:.3f} s" for name, value in cpu_s.items())
     print(f"{args.row}, ZeRO-{args.zero_stage}, CPU time a batch: {figures}")

@@ -13,7 +13,6 @@ Forward passes of the same batch, all arms interleaved in one run, fp32, random 
 Memory: bytes of tensors of the backbone, and of one adapter; a model of its own for each takes both each time.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -25,6 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.models.adapt import create_model
 from fulllora_dist.models.adapter_file import save_adapter
 from fulllora_dist.models.multi_adapter import MultiAdapter
@@ -37,9 +37,7 @@ def megabytes(tensors: dict[str, Tensor]) -> float:
 
 def main(argv: list[str]) -> None:
     """Run the arms and print their ratios."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py several", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="benchmark.py several", description=__doc__)
     parser.add_argument("--backbone", default="vit_tiny_patch16_224")
     parser.add_argument("--image-size", type=int, default=224)
     parser.add_argument("--adapters", type=int, default=4)

@@ -38,7 +38,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fulllora_dist.attacks.pgd import attack_mode, cross_entropy, input_gradient
 from fulllora_dist.attacks.threat import Linf
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.commands.parser import Parser
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS
@@ -312,9 +313,7 @@ def table(row: dict[str, Any], clock: str) -> str:
 
 def main(argv: list[str]) -> None:
     """Measure the rows that FILE does not have yet, and print all."""
-    parser = argparse.ArgumentParser(
-        "benchmark.py step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="benchmark.py step", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write or continue")
     parser.add_argument("--row", action="append", metavar="BACKBONE:SIZE:BATCH:STEPS", help="default: ViT-Ti and ViT-B")
     parser.add_argument("--arms", default="bound,fulllora,peft,full", help="default: %(default)s")
@@ -351,7 +350,6 @@ def main(argv: list[str]) -> None:
     for i, row in enumerate(missing):
         measured = measure(row, names, args.rounds, args.precision, device, partial(tell, i))
         done = [one for one in done if not vars(row).items() <= one.items()] + [vars(row) | common | measured]
-        with atomic_write(args.output) as file:
-            file.write(json.dumps({"cpu": machine, "rows": done}, indent=1).encode())
+        write_text(args.output, json.dumps({"cpu": machine, "rows": done}, indent=1))
     clock = "wall_s" if device.type == "cuda" else "cpu_s"
     print("\n".join(table(row, clock) for row in done))

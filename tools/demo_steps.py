@@ -25,7 +25,8 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import local_launcher
-from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.evaluation.attacks import EvalAttack
+from fulllora_dist.evaluation.function import evaluate
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import load, read_adapter
 from fulllora_dist.plots.figures import GREY, Attacked, draw_curves, draw_examples

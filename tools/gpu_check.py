@@ -19,7 +19,6 @@ The exit code is 1 where something is missing or wrong. Without a GPU it does th
 show that it works.
 """
 
-import argparse
 import json
 import multiprocessing
 import sys
@@ -34,6 +33,7 @@ import gpu_parts
 import torch
 from gpu_parts import Put, attempt
 
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 
 ROWS = {
@@ -76,10 +76,6 @@ def run_part(file: Path, part: str, work: Callable[[Put], None], limit: float) -
         put(part, error=f"the process ended with code {process.exitcode}")
 
 
-def markdown_row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def table(lines: list[dict[str, Any]]) -> str:
     """Markdown of what is known so far."""
     rate = next((line["tflops"] for line in lines if line["part"] == "matmul" and line["name"] == "bf16"), None)
@@ -99,7 +95,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     ]
     head = ["backbone:pixels:batch:PGD steps", "arm", "ms a step", "to the bound", "images/s", "peak GiB", "TFLOP/s"]
     text = ["One adversarial step in bf16; TFLOP/s also as a share of the measured matmul rate.", ""]
-    text += ["\n".join(map(markdown_row, [head, ["---"] * len(head), *rows])), ""] if rows else []
+    text += ["\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]), ""] if rows else []
     for line in (line for line in lines if line not in steps):
         known = {key: value for key, value in line.items() if key not in ("part", "name", "ok", "error")}
         figures = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in known.items())
@@ -110,7 +106,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default: 8)")
     parser.add_argument("--row", action="append", metavar="BACKBONE:SIZE:BATCH:STEPS", help="default: ViT-B, L and H")

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fulllora_dist.commands.arguments import add_num_samples, parser
-from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.entry import on_interrupt, run_entry
 from fulllora_dist.commands.evaluate import check_inputs
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
@@ -70,9 +70,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, config = read_arguments(argv)
     folder = check_inputs(config, args.adapter, args.output)
     _check_replaced(args.output)
+    from fulllora_dist.commands.evaluation import kept
+
+    with on_interrupt(lambda: kept(args.output)):
+        _measure(args, config, folder)
+
+
+def _measure(args: argparse.Namespace, config: Config, folder: str) -> None:
     from fulllora_dist.commands.evaluation import build_evaluated
     from fulllora_dist.distributed.comm import start_comm, stop_comm
-    from fulllora_dist.evaluation import write_evaluation
+    from fulllora_dist.evaluation.report import write_evaluation
     from fulllora_dist.evaluation.where import where_robustness_sits
     from fulllora_dist.evaluation.where_report import where_figure, where_table
     from fulllora_dist.registry.address import resolved

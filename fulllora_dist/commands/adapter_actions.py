@@ -15,9 +15,9 @@ from fulllora_dist.commands.adapter_listing import Answer, version_as_json
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.messages import redacted
 from fulllora_dist.core.text_table import text_table
-from fulllora_dist.evaluation import eval_transform
 from fulllora_dist.evaluation.compare import Comparison, compare, comparison_table
 from fulllora_dist.evaluation.report import read_evaluation
+from fulllora_dist.evaluation.trained import eval_transform
 from fulllora_dist.models.adapter_diff import differing_settings, layer_differences, summed
 from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
 from fulllora_dist.models.robustbench import export_robustbench

@@ -20,7 +20,18 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.commands.parser import Parser
+
+_KEPT = {
+    "publish": "re-run the same command to finish",
+    "promote": "`adapters.py list NAME` shows whether @champion has moved",
+    "rollback": "`adapters.py list {name}` shows whether @champion has moved",
+    "pull": "{folder} may be incomplete",
+    "export": "{folder} may be incomplete",
+    "predict": "finished lines are kept in {output}; re-run the same command to resume",
+}
+"""What an interrupted command leaves; the others change nothing."""
 
 
 def _parser() -> Parser:
@@ -86,6 +97,7 @@ def main() -> int:
     """Run the command line."""
     args = _parser().parse_args()
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    text, result, code = _action(args.command)(args)
+    with on_interrupt(lambda: _KEPT.get(args.command, "nothing was changed").format(**vars(args))):
+        text, result, code = _action(args.command)(args)
     print(json.dumps(result) if args.json else text)
     return code

@@ -5,12 +5,9 @@ On several ranks, start the scripts instead: deepspeed --num_gpus N PACKAGE/trai
 
 import importlib
 import sys
-from pathlib import Path
 
 from fulllora_dist.commands.entry import run_entry
 from fulllora_dist.core.errors import UserError
-
-_PROFILES = Path(__file__).resolve().parents[2] / "jobs" / "profiles"  # where there is a checkout
 
 # {command: (module and function, what it is)}
 COMMANDS = {
@@ -44,7 +41,7 @@ def dispatch() -> int | None:
     module, _, function = COMMANDS[name][0].partition(":")
     sys.argv = [f"fulllora {name}", *rest]
     main = getattr(importlib.import_module(f"fulllora_dist.commands.{module}"), function)
-    code: int | None = main(str(_PROFILES)) if name == "launch" else main()
+    code: int | None = main()
     return code
 
 

@@ -7,7 +7,7 @@ the collectives with those of real ranks, and their times with ranks on a slow n
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fulllora_dist.commands.plan_counts import RunCounts
@@ -62,16 +62,16 @@ class Collective(NamedTuple):
     numbers: int
 
 
-def collectives(stage: int, trainable: int, groups: int = 2) -> list[Collective]:
+def collectives(stage: int, trainable: int) -> list[Collective]:
     """What DeepSpeed does for an update at ZeRO 0 to 2, in order: all gradients at once, the gradient's norm or whether
-    it is finite, from stage 1 on both; there each rank then gives the others what it has updated, group by group.
+    it is finite, from stage 1 on both; there each rank then gives the others what it has updated, in two groups: the
+    parameters that decay, and the others.
 
     Args:
         trainable: number of trainable numbers.
-        groups: of parameters: decayed ones and others.
     """
     reduced = [Collective("all_reduce", trainable)] + [Collective("all_reduce", 1)] * (1 if stage == 0 else 2)
-    return reduced + ([] if stage == 0 else [Collective("all_gather", trainable // groups)] * groups)
+    return reduced + ([] if stage == 0 else [Collective("all_gather", trainable // 2)] * 2)
 
 
 def update_seconds(stage: int, trainable: int, world: int, network: Network) -> float:
@@ -97,15 +97,15 @@ class Machines:
         price, egress_price: of a GPU's hour, and of 10**9 bytes from the bucket.
     """
 
-    flops: float = 3e14
-    launch: float = 8e-6
-    nodes: Network = field(default_factory=lambda: Network(10e-6, 50e9, trees=True))
-    local: Network = field(default_factory=lambda: Network(3e-6, 300e9, trees=True))
-    host: Network = field(default_factory=lambda: Network(30e-6, 1e9, asks=True))
-    bucket: float = 12.5e9
-    decode: float = 345.0
-    image_bytes: float = 110e3
-    imports: float = 30.0
+    flops: float
+    launch: float
+    nodes: Network
+    local: Network
+    host: Network
+    bucket: float
+    decode: float
+    image_bytes: float
+    imports: float
     price: float = 0.0
     egress_price: float = 0.0
 
@@ -230,9 +230,8 @@ def _guard_seconds(counts: RunCounts, world: int, machines: Machines) -> float:
 
 def _start_seconds(counts: RunCounts, nodes: int, machines: Machines) -> float:
     """Until the first step: imports, index and fp32 weights once a node from the bucket, and the first windows."""
-    weights = 4 * sum(
-        p.numel() for n, p in counts.model.backbone.named_parameters() if n not in counts.model.trainable()
-    )
+    report = counts.model.report
+    weights = 4 * (report.total - sum(size for _, size in report.trained))
     fetched = nodes * (weights + INDEX_BYTES * counts.images)
     windows = counts.config.optim.batch_size * CHUNK * machines.image_bytes
     return machines.imports + (fetched + windows) / machines.bucket

@@ -47,7 +47,7 @@ def run_entry(main: Callable[[], int | None]) -> None:
         code = main()
     except KeyboardInterrupt as interrupt:
         if is_main_process() and not isinstance(interrupt, _Told):
-            print("interrupted: nothing was changed", file=sys.stderr, flush=True)
+            print("interrupted", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)
     except Exception as error:

@@ -40,7 +40,7 @@ def check_inputs(config: Config, adapter: str | None, output: str | None = None,
             f"--ids: {config.evaluation.ids} names {images:,} images; --preset {preset} needs RobustBench's "
             f"{ROBUSTBENCH_IMAGES:,} of ImageNet"
         )
-    from fulllora_dist.evaluation import check_output  # --help need not wait for torch
+    from fulllora_dist.evaluation.output import check_output  # --help need not wait for torch
     from fulllora_dist.models.adapter_file import DESCRIPTION
     from fulllora_dist.registry.address import in_mlflow
 

@@ -1,5 +1,6 @@
 """An evaluation from its config to its report: all is checked, then it is made, printed and written."""
 
+import glob
 import os
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,11 +12,11 @@ from fulllora_dist.core.messages import redacted
 from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.distributed.launcher import say
 from fulllora_dist.distributed.watchdog import Watchdog
-from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
 from fulllora_dist.evaluation.attack_names import AttackName
 from fulllora_dist.evaluation.output import check_replaced, read_replaced
-from fulllora_dist.evaluation.report import Key
+from fulllora_dist.evaluation.report import EvaluationReport, Key, write_evaluation
 from fulllora_dist.evaluation.resume_log import items_done
+from fulllora_dist.evaluation.summary import table, write_figures
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.adapter_file import adapter_sha256
 from fulllora_dist.models.backbone import BackboneInfo
@@ -74,15 +75,15 @@ def evaluate(config: Config, folder: str, adapter: str | None, output: str | Non
     if output:
         read_replaced(output)
     with ExitStack() as stack:
-        stack.enter_context(on_interrupt(lambda: _kept(output)))
+        stack.enter_context(on_interrupt(lambda: kept(output)))
         _evaluate(config, folder, adapter, output, stack)
 
 
-def _kept(output: str | None) -> str:
+def kept(output: str | None) -> str:
     """What an interrupted evaluation leaves, and how to go on."""
     if output is None:
         return "nothing is kept; with --output FILE the same command would resume"
-    done = items_done(os.path.dirname(output) or ".", os.path.basename(output))
+    done = items_done(os.path.dirname(output) or ".", glob.escape(os.path.basename(output)))
     return f"{done} finished batches are kept in {output}.partial; re-run the same command to resume"
 
 

@@ -14,6 +14,7 @@ import argparse
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from fulllora_dist.commands.entry import on_interrupt
@@ -22,13 +23,12 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.messages import one_line
 from fulllora_dist.launching.resources import EXECUTORS, Resources, read_profile, resources
 
+PROFILES = Path(__file__).resolve().parents[2] / "jobs" / "profiles"
+"""Of the sites, where there is a checkout."""
 
-def main(profiles: str) -> int:
-    """Submit, or report on what was submitted.
 
-    Args:
-        profiles: folder of the site profiles.
-    """
+def main() -> int:
+    """Submit, or report on what was submitted."""
     if sys.argv[1:2] and sys.argv[1] in ("status", "logs", "cancel"):
         return report(sys.argv[1:])
     args = launch_arguments().parse_intermixed_args()
@@ -38,7 +38,7 @@ def main(profiles: str) -> int:
     from fulllora_dist.launching.submit import check, script, submit
 
     settings = ["--config", args.config, *args.overrides]
-    profile = read_profile(args.profile, profiles) if args.profile else {}
+    profile = read_profile(args.profile, str(PROFILES)) if args.profile else {}
     requested = resources(profile, given(args))
     evaluation = None if args.evaluate is None else evaluate_arguments(args.evaluate)
     config = load_config(args.config, args.overrides)

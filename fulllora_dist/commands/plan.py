@@ -8,7 +8,7 @@ from fulllora_dist.commands.plan_memory import CARDS, checkpointing_table, rank_
 from fulllora_dist.commands.plan_rates import Rate, measured_rate
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import size_in
+from fulllora_dist.core.units import size_in
 
 
 @dataclass(frozen=True)

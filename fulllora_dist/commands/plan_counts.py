@@ -6,8 +6,8 @@ from typing import Literal
 
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import EvalAttack
 from fulllora_dist.evaluation.attack_names import further_norms
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.models.flops import PassCost, pass_cost
 from fulllora_dist.training.inputs import check_evaluation, check_files, check_settings, load_index
@@ -88,9 +88,7 @@ def count_pass(
     """Cost of a pass for one of so many images, for the pixels' gradient alone (`attack`) or for the adapter's and,
     with `pixels`, theirs."""
     model.set_activation_checkpointing(recompute)
-    for parameter in model.trainable().values():
-        parameter.requires_grad_(not attack)
-    return pass_cost(model, size, images, pixels=pixels)
+    return pass_cost(model, size, images, attack=attack, pixels=pixels)
 
 
 def count_run(config: Config, ranks: int | None = None) -> RunCounts:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fulllora_dist.commands.parser import Parser
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         from fulllora_dist.commands.scaling import page
 
-        with atomic_write(Path(args.page)) as file:
-            file.write(page(_machines(args)).encode())
+        write_text(Path(args.page), page(_machines(args)))
         return
     if args.config is None:
         raise UserError("--config is not set; give the YAML file of a run, or --page FILE")
@@ -86,17 +85,18 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 def _machines(args: argparse.Namespace) -> "Machines":
-    from fulllora_dist.commands.cluster_model import Machines  # torch
+    from fulllora_dist.commands.cluster_model import Machines, Network  # torch
 
-    machines = Machines()
-    return replace(
-        machines,
+    return Machines(
         flops=args.tflops * 1e12,
         launch=args.launch_us * 1e-6,
-        nodes=replace(machines.nodes, latency=args.latency_us * 1e-6, rate=args.network_gbit * 1e9 / 8),
+        nodes=Network(args.latency_us * 1e-6, args.network_gbit * 1e9 / 8, trees=True),
+        local=Network(3e-6, 300e9, trees=True),
+        host=Network(30e-6, 1e9, asks=True),
         bucket=args.bucket_gbit * 1e9 / 8,
         decode=args.decode_rate,
         image_bytes=args.image_kb * 1e3,
+        imports=30.0,
         price=args.price,
         egress_price=args.egress_price,
     )

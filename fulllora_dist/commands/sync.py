@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 
@@ -59,7 +60,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.wait < 0:
         raise UserError(f"--wait must be >= 0, got {args.wait:g}")
-    result = sync(args.output, args.uri, args.wait, say=lambda line: print(line, file=sys.stderr, flush=True))
+    with on_interrupt(lambda: "what was sent is not sent again; re-run the same command to send the rest"):
+        result = sync(args.output, args.uri, args.wait, say=lambda line: print(line, file=sys.stderr, flush=True))
     if args.json:
         print(json.dumps(result))
     else:

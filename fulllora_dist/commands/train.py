@@ -6,6 +6,7 @@ One process: `python fulllora_dist/train.py --config FILE`. Re-running the same 
 from collections.abc import Sequence
 
 from fulllora_dist.commands.arguments import add_dry_run, check_dry_run, parser
+from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.config.load import load_config
 from fulllora_dist.distributed.launcher import is_main_process, join_launcher, say, world_size
 from fulllora_dist.training.inputs import check_inputs
@@ -38,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(estimate(config, prices=Prices(args.rates, args.memory_gb, args.price)))
         return 0
-    check_inputs(config, world_size())
-    check_unlocked(config, say)
-    check_saved(config)
-    from fulllora_dist.training.run import train  # torch
+    with on_interrupt(lambda: "nothing was changed"):
+        check_inputs(config, world_size())
+        check_unlocked(config, say)
+        check_saved(config)
+        from fulllora_dist.training.run import train  # torch
 
     return train(config, args.profile)

@@ -33,3 +33,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file of this text in UTF-8, by `atomic_write`."""
+    with atomic_write(path) as file:
+        file.write(text.encode())

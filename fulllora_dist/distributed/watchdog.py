@@ -70,17 +70,16 @@ class Watchdog:
 
     Args:
         comm: the ranks; nothing is started where there is only one.
-        say: prints a line, from another thread.
 
     Attributes:
         step: number of batches trained on; -1 outside of the training.
         named: what the last line said of the missing ranks, without stacks; None while there is progress.
     """
 
-    def __init__(self, comm: Comm, say: Callable[[str], None] | None = None):
+    def __init__(self, comm: Comm):
         self.step: Callable[[], int] = lambda: -1
         self.named: str | None = None
-        self._comm, self._print = comm, say or _to_stderr
+        self._comm = comm
         self._begun = (0, "start", time.monotonic())
         self._stack = ("", 0.0)  # the last one, and when it was first seen
         self._number = 0
@@ -174,7 +173,7 @@ class Watchdog:
         ends = f"; in training the limit is {minutes:.3g} minutes (distributed.timeout_minutes)"
         dump = os.environ.get(FLIGHT_RECORDS) if self._comm.device.type == "cuda" else None
         dump = f"; at the limit NCCL's collectives are written to {dump}*" if dump else ""
-        self._print(f"warning: no progress for {self._still():.0f} s: {named}; {details}{ends}{dump}")
+        _to_stderr(f"warning: no progress for {self._still():.0f} s: {named}; {details}{ends}{dump}")
 
 
 _NO_ANSWER = "its process is stopped, its host is gone, or it hangs outside of Python"

@@ -1,6 +1,5 @@
 """The attacks of an evaluation, by their names in the settings."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -89,11 +88,6 @@ class EvalAttack(AttackName):
             purpose=f"eval/{'transfer' if self.source else self.name}",
         )
         return examples, None
-
-
-def parse_attacks(names: Sequence[str]) -> list[EvalAttack]:
-    """The attacks by their names. Raises UserError for unknown, repeated or no attacks."""
-    return EvalAttack.parse_all(names)
 
 
 def survivors_outcome(model: nn.Module, x: Tensor, y: Tensor, *, part: str, threat: Threat, seed: int) -> Outcome:

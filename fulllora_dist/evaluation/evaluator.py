@@ -23,7 +23,7 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.class_names import ClassMatch, match_classes
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.evaluation import checks, reported
-from fulllora_dist.evaluation.attacks import parse_attacks, survivors_outcome
+from fulllora_dist.evaluation.attacks import EvalAttack, survivors_outcome
 from fulllora_dist.evaluation.entering import outputs_of
 from fulllora_dist.evaluation.images import EvalImages
 from fulllora_dist.evaluation.progress import Progress, heartbeat, wait_for_all
@@ -80,7 +80,7 @@ class Evaluator:
         precision: str = "fp32",
         progress: bool = True,
     ):
-        self._attacks = parse_attacks(attacks)
+        self._attacks = EvalAttack.parse_all(attacks)
         self._threats = [threat, *(other for other in more_threats if other != threat)]
         self._comm = comm
         self._seed = seed

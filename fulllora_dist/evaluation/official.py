@@ -5,8 +5,7 @@ it is. At the first one that is not, the attack begins anew on the model with on
 whose logits are not finite: for the attack they are misclassified, and to the others that class is out of reach.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -54,12 +53,14 @@ class _OneMoreClass(nn.Module):
         return torch.cat([safe, rest], dim=1)
 
 
-def _on_finite_logits(model: nn.Module, attack: Callable[[nn.Module], T]) -> T:
-    """What `attack` returns of the model; where logits are not finite, of the model with one more class for these."""
-    try:
-        return attack(_Watched(model))
-    except NotFiniteError:
-        return attack(_OneMoreClass(model))
+def _on_finite_logits(model: nn.Module, device: torch.device, attack: Callable[[nn.Module], T]) -> T:
+    """What `attack` returns of the model; where logits are not finite, of the model with one more class for these.
+    Seeds and draws of torch's generators inside are forgotten afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            return attack(_Watched(model))
+        except NotFiniteError:
+            return attack(_OneMoreClass(model))
 
 
 def run_part(model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, part: str) -> tuple[Tensor, Tensor]:
@@ -84,8 +85,7 @@ def run_part(model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: in
             examples = attack.perturb(x.clone(), y.clone())
             return examples, finite(examples).argmax(dim=1) == y
 
-    with _own_generator(x.device):
-        return _on_finite_logits(model, run)
+    return _on_finite_logits(model, x.device, run)
 
 
 def square(model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int, queries: int) -> Tensor:
@@ -96,8 +96,7 @@ def square(model: nn.Module, x: Tensor, y: Tensor, *, threat: Threat, seed: int,
         adversary.n_queries = queries
         return adversary.perturb(x, y)
 
-    with _own_generator(x.device):
-        return _on_finite_logits(model, run)
+    return _on_finite_logits(model, x.device, run)
 
 
 def _official(model: nn.Module, x: Tensor, threat: Threat, seed: int) -> Any:
@@ -107,10 +106,3 @@ def _official(model: nn.Module, x: Tensor, threat: Threat, seed: int) -> Any:
 
     norm = {"linf": "Linf", "l2": "L2", "l1": "L1"}[threat.norm]
     return AutoAttack(model, norm=norm, eps=threat.eps, version="standard", device=x.device, seed=seed)
-
-
-@contextmanager
-def _own_generator(device: torch.device) -> Iterator[None]:
-    """Seeds and draws of torch's generators inside are forgotten afterwards."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield

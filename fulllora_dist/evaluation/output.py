@@ -1,7 +1,7 @@
 """Where an evaluation is to be written: it must be writable, and nothing may be lost that another one found."""
 
-import contextlib
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,18 +18,14 @@ def check_output(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"--output: {path} is a folder; name a file, e.g. {path / 'evaluation.json'}")
-    missing = [parent for parent in path.parents if not parent.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # nothing else tells whether it can be made
-        writable = os.access(path.parent, os.W_OK)
+    if path.parent.is_dir() and not os.access(path.parent, os.W_OK):
+        raise UserError(f"--output: {path.parent} is not writable; name a file in another folder")
+    there = next(parent for parent in path.parents if os.path.lexists(parent))
+    try:  # nothing else tells whether the folder can be made; under a name of its own, as all ranks try it at once
+        with tempfile.TemporaryDirectory(prefix=".", dir=there) as trial:
+            Path(trial, path.parent.relative_to(there)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: cannot create {path.parent} ({error.strerror or error})") from None
-    finally:
-        for parent in missing:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-    if not writable:
-        raise UserError(f"--output: {path.parent} is not writable; name a file in another folder")
 
 
 def read_replaced(path: str | Path) -> EvaluationReport | None:

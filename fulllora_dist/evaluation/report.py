@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict, get_args
 import numpy as np
 
 from fulllora_dist.attacks.settings import Norm
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import wilson
 from fulllora_dist.core.units import number_in, size_in
@@ -257,8 +257,7 @@ def write_evaluation(report: EvaluationReport | Mapping[str, Any], path: str | P
     """Write a report, of where robustness sits too: whole or not at all. Its folder is made where there is none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write((json.dumps(report) + "\n").encode())
+    write_text(path, json.dumps(report) + "\n")
 
 
 def check_unique_ids(report: EvaluationReport, name: str) -> None:

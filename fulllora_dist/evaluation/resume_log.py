@@ -20,9 +20,9 @@ from fulllora_dist.models.adapted_model import AdaptedModel
 
 
 def items_done(output: str | Path, name: str = "evaluation*.json") -> int:
-    """Finished work items of the evaluations under way whose file of that name is to lie in a folder."""
+    """Finished work items of the evaluations under way whose file of that name (a pattern) is to lie in a folder."""
     files = Path(output).glob(f"{name}.partial/*/rank-*.jsonl")
-    return sum(file.read_bytes().count(b"\n") for file in files)
+    return sum(file.read_bytes().count(b"}\n") for file in files)  # whole lines, and not the empty ones before them
 
 
 def fingerprint(predict: nn.Module, images: EvalImages, seed: int, sources: Sources | None = None) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from fulllora_dist.config.schema import Config
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.tracking.provenance import PACKAGE, record_code
 from fulllora_dist.tracking.spool import Spool
@@ -104,8 +104,7 @@ def _fill(folder: Path, config: Config) -> None:
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Replace launch.json atomically: `status` may be reading."""
-    with atomic_write(folder / RECORD) as file:
-        file.write((json.dumps(record, indent=1) + "\n").encode())
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from fulllora_dist.core.messages import one_line
 from fulllora_dist.core.text_table import text_table
 from fulllora_dist.launching.folder import CONFIG, LAUNCHES, launch_folders, read_restarts
 from fulllora_dist.launching.jobs import RunJob, run_jobs
-from fulllora_dist.tracking.mlflow_store import patient_client
+from fulllora_dist.tracking.mlflow_store import patient_client, sqlite_file
 from fulllora_dist.tracking.outbox import METRICS
 from fulllora_dist.tracking.spool import Spool
 
@@ -76,13 +76,7 @@ def _problems(config: Config, jobs: list[RunJob]) -> list[str]:
             lines.append(f"job {job.id}: {reason or f'{job.state}; its log is {job.log()}'}")
     if any(job.alive or job.state == "UNKNOWN" for job in jobs):
         return lines
-    run = _tracked_as_running(config)
-    if run is not None:
-        lines.append(
-            f"MLflow run {run} says RUNNING, but no job of this run is alive: it was killed. "
-            "Re-run the same launch.py command to resume it"
-        )
-    return lines
+    return [*lines, *_tracked_as_running(config)]
 
 
 def _cancelled(job: RunJob) -> bool:
@@ -91,14 +85,22 @@ def _cancelled(job: RunJob) -> bool:
     return job.state == "CANCELLED" and bool(entries) and entries[-1]["event"].startswith("stopped by")
 
 
-def _tracked_as_running(config: Config) -> str | None:
+def _tracked_as_running(config: Config) -> list[str]:
+    """A line on the run, none of whose jobs is alive, if MLflow takes it for running."""
     if not config.tracking.enabled:
-        return None
+        return []
     try:
-        client = patient_client(config.tracking_uri())
+        uri = config.tracking_uri()
+        if (file := sqlite_file(uri)) is not None and not file.exists():  # a client would create it
+            return []
+        client = patient_client(uri)
         experiment = client.get_experiment_by_name(config.tracking.experiment_name)
         query = f"tags.output = '{os.path.abspath(config.run.output_dir)}' and attributes.status = 'RUNNING'"
         runs = client.search_runs([experiment.experiment_id], query) if experiment else []
     except Exception as error:  # whatever a tracking store does, the table is shown
-        return f"? (MLflow is unreachable: {one_line(error, 100)})"
-    return runs[0].info.run_id if runs else None
+        return [f"whether MLflow says RUNNING is not known ({one_line(error, 100)})"]
+    return [
+        f"MLflow run {run.info.run_id} says RUNNING, but no job of this run is alive: it was killed. "
+        "Re-run the same launch.py command to resume it"
+        for run in runs[:1]
+    ]

@@ -27,7 +27,8 @@ def resolved(address: str, uri: str | None = None) -> str:
         return address
     from fulllora_dist.registry.registry import Registry  # mlflow takes a second to import
 
-    return Registry(uri).resolved(address)
+    registry = Registry(uri)
+    return registry.find(address).address if address.startswith("models:") and "@" in address else address
 
 
 @contextmanager

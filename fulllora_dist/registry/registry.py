@@ -171,10 +171,6 @@ class Registry:
         numbers = [version.number for version in self.versions(name)]
         return f"versions {', '.join(map(str, numbers))}" if numbers else "no version"
 
-    def resolved(self, address: str) -> str:
-        """An address of MLflow without an alias, which may move: models:/NAME@champion -> models:/NAME/3."""
-        return self.find(address).address if address.startswith("models:") and "@" in address else address
-
     def fetch(self, address: str, folder: str) -> str:
         """Download an adapter; returns its folder, in `folder`.
 

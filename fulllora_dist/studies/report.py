@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import atomic_write, write_text
 from fulllora_dist.evaluation.bootstrap import mean_over_seeds
 from fulllora_dist.plots.study_figure import Difference, study_figure
 from fulllora_dist.studies.choice import choice, judged
@@ -52,8 +52,7 @@ class Report:
         page = Path(self._settings.page)
         page.parent.mkdir(parents=True, exist_ok=True)
         before = page.read_text() if page.exists() else ""
-        with atomic_write(page) as file:
-            file.write(self.placed(before).encode())
+        write_text(page, self.placed(before))
         if self._runs():
             self._draw()
         return page

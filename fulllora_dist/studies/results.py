@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from fulllora_dist.config.schema import Config
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.settings import explain
 from fulllora_dist.evaluation.report import EvaluationReport
@@ -196,8 +196,7 @@ def read_result(path: Path) -> Result:
 
 def write_result(result: Result, folder: Path) -> None:
     """Write or replace it, whole or not at all."""
-    with atomic_write(folder / f"{result['name']}.json") as file:
-        file.write((json.dumps(result, indent=1) + "\n").encode())
+    write_text(folder / f"{result['name']}.json", json.dumps(result, indent=1) + "\n")
 
 
 class Results:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.storage.folder_lock import FolderLock
@@ -251,8 +251,7 @@ class _Times:
 
     def add(self, arm: str, step: str, seconds: float) -> None:
         self._seconds.setdefault(step, {})[arm] = seconds
-        with atomic_write(self._path) as file:
-            file.write(json.dumps(self._seconds).encode())
+        write_text(self._path, json.dumps(self._seconds))
 
     def of(self, arm: str, step: str) -> float | None:
         """The arm's last one, else the mean of the others'; None where there is none."""

@@ -1,5 +1,6 @@
 """The settings of a study: its arms, what is tried for each, which images choose and which are reported."""
 
+import math
 import re
 from typing import Annotated
 
@@ -139,14 +140,14 @@ class StudySettings(Settings):
     def _agree(self) -> "StudySettings":
         if not self.arms:
             raise ValueError("arms: must have at least one")
-        for name, arm in self.arms.items():
+        for place, (name, arm) in enumerate(self.arms.items()):
             _check_name(name, f"arms.{name}")
-            if arm.like is not None and (arm.like == name or arm.like not in list(self.arms)[: self._place(name)]):
+            if arm.like is not None and arm.like not in list(self.arms)[:place]:
                 raise ValueError(f"arms.{name}.like: must be an arm before it, got {arm.like}")
             for key, values in self.tries_of(name).items():
                 if not values or len(set(values)) < len(values):
                     raise ValueError(f"arms.{name}.tries.{key}: must be different values, got {list(values)}")
-        counts = {name: self.count(name) for name in self.arms}
+        counts = {name: math.prod(map(len, self.tries_of(name).values())) for name in self.arms}
         if len(set(counts.values())) > 1:
             shown = ", ".join(f"{name} {count}" for name, count in counts.items())
             raise ValueError(f"arms: every arm must have as many tries, got {shown}")
@@ -167,9 +168,6 @@ class StudySettings(Settings):
                 )
         return self
 
-    def _place(self, arm: str) -> int:
-        return list(self.arms).index(arm)
-
     def overrides_of(self, arm: str) -> tuple[str, ...]:
         """Of the study, of the arms that it is like, and its own."""
         settings = self.arms[arm]
@@ -180,13 +178,6 @@ class StudySettings(Settings):
         """Its own, or those of the arm that it is like."""
         settings = self.arms[arm]
         return settings.tries if settings.tries or settings.like is None else self.tries_of(settings.like)
-
-    def count(self, arm: str) -> int:
-        """The number of its tries."""
-        total = 1
-        for values in self.tries_of(arm).values():
-            total *= len(values)
-        return total
 
 
 SECTIONS: dict[str, type[Settings]] = {

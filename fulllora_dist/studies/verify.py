@@ -38,10 +38,6 @@ class Verification:
     differing: dict[str, list[int]]
 
     @property
-    def attacks(self) -> tuple[str, ...]:
-        return tuple(self.differing)
-
-    @property
     def passed(self) -> bool:
         return not any(self.differing.values())
 

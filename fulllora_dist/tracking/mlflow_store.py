@@ -59,7 +59,7 @@ def set_defaults(retries: int) -> None:
 @contextmanager
 def first_use_alone(uri: str) -> Iterator[None]:
     """A new sqlite store is migrated at first use, which two processes at once would break."""
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     if file is None:
         yield
         return
@@ -70,10 +70,11 @@ def first_use_alone(uri: str) -> Iterator[None]:
 
 def _artifact_location(uri: str) -> str | None:
     """Beside a sqlite file, where MLflow would take the working directory; None for a server, which has its own."""
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     return None if file is None else file.with_name("mlruns").as_uri()
 
 
-def _sqlite_file(uri: str) -> Path | None:
+def sqlite_file(uri: str) -> Path | None:
+    """Where a store is in a file; None for a server."""
     file = uri.removeprefix("sqlite:///")
     return None if file == uri else Path(os.path.abspath(file))

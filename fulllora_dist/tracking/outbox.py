@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.tracking.spool import Dropped, Line, Position, Spool, metrics_of, step_of
 
 METRICS = "metrics.jsonl"
@@ -139,8 +139,7 @@ class Outbox:
                 "sent": {name: [spool.sent.size, spool.sent.crc] for name, spool in self._spools.items()},
                 "times": self._times,
             }
-            with atomic_write(self._folder / "sent.json") as file:
-                file.write(json.dumps(content).encode())
+            write_text(self._folder / "sent.json", json.dumps(content))
 
 
 def belongs(line: Line, step: int) -> bool:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from fulllora_dist.core.atomic import atomic_write
+from fulllora_dist.core.atomic import write_text
 from fulllora_dist.core.messages import redacted
 from fulllora_dist.core.settings import flattened
 from fulllora_dist.storage.urls import is_remote, local_path
@@ -152,8 +152,7 @@ class Tracker:
             return
 
         def keep(dropped: Dropped) -> None:
-            with atomic_write(self._metrics.path.with_name(kept_in)) as file:
-                file.write("".join(text for text, *_ in dropped).encode())
+            write_text(self._metrics.path.with_name(kept_in), "".join(text for text, *_ in dropped))
 
         if self._outbox is not None:
             self._outbox.cut_back(step, keep)
@@ -231,8 +230,7 @@ class Tracker:
         if not uncovered:
             return
         try:
-            with atomic_write(path) as file:
-                file.write("".join(uncovered).encode())
+            write_text(path, "".join(uncovered))
         except OSError as error:
             self._warn(f"warning: no {path} ({error.strerror})")
         else:

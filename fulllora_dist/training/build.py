@@ -11,9 +11,9 @@ from fulllora_dist.data.settings import DataSettings
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import TrainTransform
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import Evaluator, eval_transform
 from fulllora_dist.evaluation.attack_names import further_norms
-from fulllora_dist.evaluation.trained import classes_of
+from fulllora_dist.evaluation.evaluator import Evaluator
+from fulllora_dist.evaluation.trained import classes_of, eval_transform
 from fulllora_dist.evaluation.transfer import load_sources
 from fulllora_dist.models.adapt import build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel

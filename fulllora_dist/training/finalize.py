@@ -4,20 +4,23 @@ import os
 import sys
 
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import EvaluationReport, table, write_evaluation, write_figures
+from fulllora_dist.evaluation.report import EvaluationReport, write_evaluation
+from fulllora_dist.evaluation.summary import table, write_figures
 from fulllora_dist.models.adapter_file import adapter_sha256, load, save_adapter
 from fulllora_dist.training.build import build_eval_stream, build_evaluator
 from fulllora_dist.training.context import APART, RunContext
 from fulllora_dist.training.inputs import check_evaluation
+from fulllora_dist.training.provenance import provenance
 from fulllora_dist.training.run_plots import show_end
-from fulllora_dist.training.summary import TrainingSummary
+from fulllora_dist.training.trainer import Trainer
 
 
-def finalize(run: RunContext, summary: TrainingSummary) -> None:
+def finalize(run: RunContext, trainer: Trainer) -> None:
     """Save the final and the best adapter, evaluate the final one from its saved file, and log everything.
 
     Safe to repeat. A collective."""
     run.progress = None
+    model, tensors = trainer.engine.model, trainer.engine.adapter()
     output = run.config.run.output_dir
     adapter = os.path.join(output, "adapter")
     run.comm.limit_waiting(max(run.comm.patience, APART))
@@ -25,47 +28,52 @@ def finalize(run: RunContext, summary: TrainingSummary) -> None:
 
     def save() -> None:
         try:
-            save_adapter(summary.model, adapter, state=summary.tensors, training=summary.training)
+            save_adapter(model, adapter, state=tensors, training=provenance(run.config, trainer))
         except UserError as error:
             kept = f"the newest checkpoint is {run.checkpoints.describe()}"
             raise UserError(f"run.output_dir: no adapter in {output}, {kept} ({error})") from error
         run.tracker.artifact(adapter, "adapter")
 
     run.comm.run_on_rank0(save, f"run.output_dir: {output}")
-    run.say(f"adapter: {adapter}, {summary.model.report.share:.2%} of the model")
-    save_best(run, summary)
+    run.say(f"adapter: {adapter}, {model.report.share:.2%} of the model")
+    save_best(run, trainer)
     if run.config.data.validation is not None:
         run.watchdog.enter("evaluation")
-        _evaluate(run, adapter, run.config.data.validation, summary.step)
+        _evaluate(run, adapter, run.config.data.validation, trainer.step)
     run.watchdog.enter("publishing")
     if run.config.tracking.enabled and run.config.tracking.publish:
         run.comm.run_on_rank0(lambda: run.say(_publish(run)))
 
 
-def save_best(run: RunContext, summary: TrainingSummary) -> None:
+def save_best(run: RunContext, trainer: Trainer) -> None:
     """Save the adapter with the highest robust accuracy on held-out images to adapter_best/.
 
     Does nothing without held-out images. A collective."""
-    best = summary.best
-    if best is None:
+    guard = trainer.guard
+    if guard is None or guard.best is None:
         return
+    best, step = guard.best, guard.best["step"]
     folder = os.path.join(run.config.run.output_dir, "adapter_best")
 
     def save() -> None:
         try:
-            saved, metadata = run.checkpoints.read(best.step)
+            saved, metadata = run.checkpoints.read(step)
         except UserError as error:
             run.say(f"warning: no {folder}: {error}")
+            run.say(f"adapter: {guard.describe()}")
             return
         kind = "ema/" if any(name.startswith("ema/") for name in saved) else "master/"
         tensors = {name.removeprefix(kind): tensor for name, tensor in saved.items() if name.startswith(kind)}
-        then = {key: metadata[key] for key in ("updates", "rollbacks")}  # without rollbacks after that checkpoint
-        save_adapter(summary.model, folder, state=tensors, training={**best.training, **then})
+        then = {"batches": step, "made": trainer.phases.made(step), "held_out": best}
+        then |= {key: metadata[key] for key in ("updates", "rollbacks")}  # without rollbacks after that checkpoint
+        save_adapter(trainer.engine.model, folder, state=tensors, training=provenance(run.config, trainer) | then)
         run.tracker.artifact(folder, "adapter_best")
+        run.say(f"adapter_best: {folder}, of batch {step}")
+        why = "catastrophic overfitting" if guard.has_collapsed else "robust overfitting"
+        better = f"; adapter_best/ is the more robust one ({why})" if guard.overfitted else ""
+        run.say(f"adapter: {guard.describe()}{better}")
 
     run.comm.run_on_rank0(save, f"run.output_dir: no adapter_best in {run.config.run.output_dir}")
-    run.say(f"adapter_best: {folder}, of batch {best.step}")
-    run.say(best.comparison)
 
 
 def _publish(run: RunContext) -> str:

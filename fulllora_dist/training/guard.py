@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fulllora_dist.attacks.pgd import attack_mode
+from fulllora_dist.attacks.pgd import attack_mode, is_correct
 from fulllora_dist.attacks.threat import threat_model
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError
@@ -16,7 +16,7 @@ from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.evaluation import EvalAttack, is_correct
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training.build import build_eval_stream
 from fulllora_dist.training.inputs import load_index
@@ -32,12 +32,10 @@ class Check:
     """The result of a check.
 
     Attributes:
-        robust_accuracy: of the adapter that would be saved now.
         keep: whether to save a checkpoint, as it is the best so far or the newest good one.
         collapsed: whether to act on a collapse.
     """
 
-    robust_accuracy: float
     keep: bool
     collapsed: bool
 
@@ -175,7 +173,7 @@ class Guard:
             keep |= self.good is None or step // self._checkpoint_every > self.good // self._checkpoint_every
             if keep:
                 self.good = step
-        return Check(score, keep, collapsed)
+        return Check(keep, collapsed)
 
     def metrics(self, last: bool) -> dict[str, float]:
         """Metrics of the newest check by name, with those of the best one if it is the run's `last` check."""

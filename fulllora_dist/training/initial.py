@@ -15,26 +15,15 @@ def initial_state(model: AdaptedModel, saved: Checkpoint | None, init_from: str 
     Raises:
         UserError: the checkpoint or the adapter has a different backbone, or the adapter different settings.
     """
-    if saved is not None:
-        check_backbone(model, saved[1]["backbone_sha256"])
-        return None
-    return state_of_adapter(model, init_from) if init_from else None
-
-
-def check_backbone(model: AdaptedModel, sha256: str | None) -> None:
-    """Check that the model has the backbone that the run started from.
-
-    Args:
-        sha256: fingerprint of the backbone, from the checkpoint.
-
-    Raises:
-        UserError: the model has a different backbone.
-    """
+    if saved is None:
+        return state_of_adapter(model, init_from) if init_from else None
+    sha256 = saved[1]["backbone_sha256"]
     if sha256 != model.info.sha256:
         raise UserError(
             f"model.checkpoint_path: the run started from weights with fingerprint {str(sha256)[:12]}, got "
             f"{str(model.info.sha256)[:12]}; use the same backbone to resume"
         )
+    return None
 
 
 def state_of_adapter(model: AdaptedModel, folder: str) -> TrainableState:

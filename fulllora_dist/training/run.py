@@ -16,8 +16,8 @@ from fulllora_dist.training.finalize import finalize, save_best
 from fulllora_dist.training.guard import Guard, build_guard
 from fulllora_dist.training.inputs import check_classes, load_index
 from fulllora_dist.training.phases import Phases, build_phases
+from fulllora_dist.training.provenance import data_record
 from fulllora_dist.training.rollback import Collapsed
-from fulllora_dist.training.summary import data_record, summarize
 from fulllora_dist.training.trainer import Trainer
 
 NOTABLE_COST = 0.1
@@ -99,12 +99,12 @@ def _train(run: RunContext, trainer: Trainer, profile_steps: int) -> int:
         trainer.train(profile_steps)
     except Collapsed:
         try:
-            save_best(run, summarize(run.config, trainer))
+            save_best(run, trainer)
         except SharedUserError as error:  # must not hide why the run ends
             run.say(f"warning: {error}")
         raise
     if not trainer.stopped:
-        finalize(run, summarize(run.config, trainer))
+        finalize(run, trainer)
         return 0
     place = "here" if run.checkpoints.newest == trainer.step else f"its newest checkpoint, {run.checkpoints.describe()}"
     run.say(f"stopped at batch {trainer.step} of {trainer.total_steps}; re-run the same command to resume from {place}")

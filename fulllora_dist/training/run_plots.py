@@ -12,7 +12,7 @@ from fulllora_dist.config.schema import Config
 from fulllora_dist.core.messages import one_line
 from fulllora_dist.data.class_names import match_classes
 from fulllora_dist.data.loader import EvalStream
-from fulllora_dist.evaluation import EvalAttack
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.models.adapted_model import WITH_BRANCHES, AdaptedModel
 from fulllora_dist.models.branches import branches_of, by_place
 from fulllora_dist.plots.branch_figure import branch_sizes

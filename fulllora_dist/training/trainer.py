@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fulllora_dist.checkpoints.format import Checkpoint, CheckpointMetadata
 from fulllora_dist.core.errors import SharedUserError
+from fulllora_dist.core.units import size_in
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.loader import TrainStream
 from fulllora_dist.distributed.engine import Engine
 from fulllora_dist.distributed.zero_state import TrainableState
-from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.adapted_model import AdaptedModel
 from fulllora_dist.training import rollback
 from fulllora_dist.training.context import RunContext

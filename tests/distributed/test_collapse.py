@@ -23,9 +23,9 @@ from fulllora_dist.commands import train
 from fulllora_dist.config.schema import Config
 from fulllora_dist.config.training import GuardSettings
 from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.units import size_in
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.evaluation import size_in
 from fulllora_dist.methods.multi_step import Weakened
 from fulllora_dist.methods.pgd import PGDSettings
 from fulllora_dist.models.adapter_file import read_adapter
@@ -35,7 +35,6 @@ from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Check, Guard, least_that_counts
 from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.rollback import check_settings
-from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
 # {factor of the learning rate, which tells the restarts apart: {batch: robust accuracy}}; checks at even batches
@@ -102,7 +101,7 @@ def _run(comm: Comm, settings: dict, script: Script, until: int | None = None, w
                 trainer.advance(batch)
                 seen.append(trainer.step)
             if with_end:
-                finalize(run, summarize(run.config, trainer))
+                finalize(run, trainer)
             run.settle()
     except SharedUserError as error:
         return str(error)

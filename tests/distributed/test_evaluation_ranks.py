@@ -20,8 +20,9 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import EvalAttack, Evaluator, progress
-from fulllora_dist.evaluation.attacks import Outcome
+from fulllora_dist.evaluation import progress
+from fulllora_dist.evaluation.attacks import EvalAttack, Outcome
+from fulllora_dist.evaluation.evaluator import Evaluator
 from tests.ranks import RankError, RankServer
 
 EPS = 0.2 / 255

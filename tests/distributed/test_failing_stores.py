@@ -22,7 +22,6 @@ from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.storage import store
 from fulllora_dist.training.finalize import finalize
-from fulllora_dist.training.summary import summarize
 from tests.ranks import RankError, RankServer
 from tests.services.mock_s3 import BUCKET, MockS3, mock_s3
 
@@ -45,7 +44,7 @@ def _run(
             if comm.is_main and trainer.step in events:
                 subprocess.run(events[trainer.step], shell=True, check=True)
             trainer.advance(batch)
-        finalize(run, summarize(run.config, trainer))
+        finalize(run, trainer)
     except SharedUserError as error:
         return str(error), said
     return "", said

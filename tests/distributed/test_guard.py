@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from fulllora_dist.data.index import Index
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.transforms import EvalTransform
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import evaluate
+from fulllora_dist.evaluation.function import evaluate
 from fulllora_dist.training.build import build_model
 from fulllora_dist.training.finalize import finalize
 from fulllora_dist.training.guard import Guard, batches_of_check
 from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.phases import build_phases
 from fulllora_dist.training.run import cost_notes
-from fulllora_dist.training.summary import summarize
 from tests.ranks import RankServer
 
 EACH_BATCH = [("run", "checkpoint_every", 1), ("optim", "lr", 0.02)]  # so that the figure moves
@@ -54,9 +54,12 @@ def _guarded(output: Path, shards: str, held_out: str, stage: int, every: int, *
     return config
 
 
-def _finish(comm: Comm, settings: dict) -> None:
+def _finish(comm: Comm, settings: dict) -> list[str]:
+    said: list[str] = []
     run, trainer = _start(comm, settings)
-    finalize(run, summarize(run.config, trainer))
+    run.say = said.append  # type: ignore[method-assign]
+    finalize(run, trainer)
+    return said
 
 
 def _checkpoints(output: Path) -> dict[int, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
@@ -119,10 +122,14 @@ def test_the_best_checkpoint_is_kept(server: RankServer, shards: str, held_out: 
         assert checkpoints.keys() == {best, BATCHES}
         found = checkpoints[BATCHES][1]["best"]
         assert (found["step"], found["robust_accuracy"]) == (best, figures[best])
-    server.run(2, _finish, cut)
+    assert any(line.startswith("adapter_best: ") for line in server.run(2, _finish, cut)[0])
     adapter = load_file(tmp_path / "cut" / "adapter_best" / "adapter.safetensors")
     assert adapter
     assert all(torch.equal(tensor, checkpoints[best][0][f"ema/{name}"]) for name, tensor in adapter.items())
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"{best:08d}")
+    said = server.run(2, _finish, cut)[0]
+    assert any(line.startswith("warning: no ") for line in said)
+    assert not any(line.startswith("adapter_best: ") for line in said)
 
 
 def test_figures_under_another_attack_are_not_compared(

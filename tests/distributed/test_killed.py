@@ -25,7 +25,7 @@ from fulllora_dist.commands import train
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.engine import Engine
-from fulllora_dist.evaluation import Evaluator
+from fulllora_dist.evaluation.evaluator import Evaluator
 from fulllora_dist.training.trainer import Trainer
 from tests.ranks import RankError, RankServer
 

@@ -16,8 +16,7 @@ from torch import Tensor
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import EvalAttack
-from fulllora_dist.evaluation.attacks import Outcome
+from fulllora_dist.evaluation.attacks import EvalAttack, Outcome
 from tests.ranks import RankError, RankServer
 from tests.tiny import stir
 

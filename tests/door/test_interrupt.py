@@ -10,9 +10,11 @@ from shutil import copyfile
 
 import pytest
 
+import fulllora_dist as fd
 from tests.door.runs import EVALUATE, ROOT, TRAIN, make_config, reached, runs_in
 from tests.ranks import RankServer
 from tests.scripts import Launched
+from tests.tiny import tiny
 
 ENDLESS = ["optim.epochs=100000", "run.checkpoint_every=20"]
 
@@ -163,11 +165,29 @@ def test_an_evaluation_says_what_it_keeps(rank_server: RankServer, config: Path,
             rf"interrupted: (\d+) finished batches are kept in {file}.partial; re-run the same command to resume", line
         )
         assert kept is not None, line
-        assert int(kept[1]) >= 1
+        (partial,) = tmp_path.glob("*.partial/*/rank-0.jsonl")
+        assert int(kept[1]) == sum(map(bool, partial.read_text().splitlines())) >= 1
         assert not list(tmp_path.glob("*.lock*"))
     else:
         assert line == "interrupted: nothing is kept; with --output FILE the same command would resume"
         assert not list(tmp_path.iterdir())
+
+
+def test_predictions_that_are_finished_are_kept(rank_server: RankServer, config: Path, tmp_path: Path) -> None:
+    fd.save_adapter(tiny(num_classes=3), str(tmp_path / "adapter"))
+    (tmp_path / "many").mkdir()
+    for i in range(3000):
+        os.link(config.parent / "images" / "class0" / "0.png", tmp_path / "many" / f"{i}.png")
+    output = tmp_path / "predictions.jsonl"
+    command = ["predict", tmp_path / "adapter", tmp_path / "many", "--output", output, "--batch-size", "1"]
+    run = rank_server.launch(ROOT / "tools" / "adapters.py", *command)
+    wait_for(lambda: output.exists() and output.read_bytes().count(b"\n") > 2, "some lines")
+    run.rank(0).send_signal(signal.SIGINT)
+    done = run.wait()
+    assert done.returncode == 130, done.stderr
+    line = f"interrupted: finished lines are kept in {output}; re-run the same command to resume"
+    assert line in done.stderr
+    assert 2 < output.read_bytes().count(b"\n") < 3000
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

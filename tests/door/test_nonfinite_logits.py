@@ -17,8 +17,9 @@ from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.transforms import EvalTransform
-from fulllora_dist.evaluation import EvalAttack, table
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.evaluation.official import square
+from fulllora_dist.evaluation.summary import table
 from fulllora_dist.registry.predict import predict
 from tests.tiny import CLASSES, SIDE, tiny
 

@@ -21,7 +21,8 @@ from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.transforms import EvalTransform
-from fulllora_dist.evaluation import eval_transform, table
+from fulllora_dist.evaluation.summary import table
+from fulllora_dist.evaluation.trained import eval_transform
 from fulllora_dist.registry.flavor import save_model
 from tests.ranks import RankServer
 from tests.tiny import ARCHITECTURE, SIDE, stir, tiny

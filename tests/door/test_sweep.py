@@ -148,6 +148,8 @@ def test_a_path_is_as_good_as_a_string(tmp_path: Path) -> None:
         (COMPARE, "a.json", "the following arguments are required: B; compare_evaluations.py"),
         (ADAPTERS, "lst", "COMMAND: invalid choice: 'lst' (choose from 'list', 'show', 'diff', 'publish', 'promote', "
                           "'rollback', 'pull', 'export', 'predict'); adapters.py"),
+        ("tools/benchmark.py", "several --round 3.5", "--rounds: invalid int value: '3.5'; benchmark.py several"),
+        ("tools/backbones.py", "--jsn", "unrecognized arguments: --jsn; backbones.py"),
         (ADAPTERS, "predict m@x pictures", "the following arguments are required: --output; adapters.py predict"),
         (EVALUATE, "--num-samples 3", "the following arguments are required: --config; evaluate.py"),
         (TRAIN, "--config", "--config: expected one argument; train.py"),

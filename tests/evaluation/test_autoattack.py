@@ -14,7 +14,8 @@ import fulllora_dist as fd
 from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.attacks.threat import Linf, threat_model
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.evaluation.attacks import EvalAttack
+from fulllora_dist.evaluation.function import evaluate
 from fulllora_dist.evaluation.official import run_part
 from tests.tiny import CLASSES
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import fulllora_dist as fd
 from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.evaluation.checks import CHECKS, CheckBatch
+from fulllora_dist.evaluation.function import evaluate
 from fulllora_dist.evaluation.reported import order_warnings
 from fulllora_dist.evaluation.summary import table
 from fulllora_dist.models.branches import branches_of

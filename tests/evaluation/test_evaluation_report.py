@@ -9,8 +9,8 @@ from matplotlib import image as matplotlib_image
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
-from fulllora_dist.evaluation import table, write_figures
 from fulllora_dist.evaluation.report import score
+from fulllora_dist.evaluation.summary import table, write_figures
 from fulllora_dist.plots.figures import per_class_bars, robustness_curve
 
 

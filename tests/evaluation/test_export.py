@@ -26,7 +26,8 @@ from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.data.shards.make import make_shards
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.data.transforms import EvalTransform
-from fulllora_dist.evaluation import EvalAttack, evaluate
+from fulllora_dist.evaluation.attacks import EvalAttack
+from fulllora_dist.evaluation.function import evaluate
 from fulllora_dist.models.robustbench import export_robustbench, network
 from tests.tiny import SIDE, stir, tiny
 

@@ -9,8 +9,8 @@ from eval_cases import EPS, stream
 import fulllora_dist as fd
 from fulllora_dist.commands.evaluate import read_arguments
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation import table
 from fulllora_dist.evaluation.compare import compare
+from fulllora_dist.evaluation.summary import table
 from fulllora_dist.training.build import threats
 from fulllora_dist.training.inputs import check_evaluation
 

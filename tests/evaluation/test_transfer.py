@@ -14,7 +14,7 @@ from fulllora_dist.attacks.victim import Victim
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import EvalAttack
+from fulllora_dist.evaluation.attacks import EvalAttack
 from fulllora_dist.evaluation.resume_log import fingerprint
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.training import finalize

@@ -17,7 +17,9 @@ from fulllora_dist.attacks.threat import Linf
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.stats import paired_score
 from fulllora_dist.distributed.comm import Comm
-from fulllora_dist.evaluation import EvalAttack, Evaluator, evaluate
+from fulllora_dist.evaluation.attacks import EvalAttack
+from fulllora_dist.evaluation.evaluator import Evaluator
+from fulllora_dist.evaluation.function import evaluate
 from fulllora_dist.evaluation.where import By, parse_by, where_robustness_sits
 from fulllora_dist.evaluation.where_report import where_figure, where_table
 from tests.tiny import stir, tiny

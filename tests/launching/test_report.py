@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 from submitit import DebugExecutor
 
+from fulllora_dist.commands.evaluation import kept
 from fulllora_dist.core.errors import UserError
-from fulllora_dist.evaluation.resume_log import ResumeLog
+from fulllora_dist.evaluation.resume_log import ResumeLog, items_done
 from fulllora_dist.launching import jobs, worker
 from fulllora_dist.launching.executors import build_executor
 from fulllora_dist.launching.folder import launch_folders, read_restarts
@@ -67,6 +69,19 @@ def one_start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         return left.value.code
 
     return run
+
+
+def test_finished_batches_are_counted(tmp_path: Path) -> None:
+    """Not the empty lines between them, nor what a kill truncated, nor those of a file whose name is like it."""
+    for file, count in (("a[b].json", 3), ("ab.json", 5)):
+        log = ResumeLog(tmp_path / f"{file}.partial", "of this model", 0)
+        for i in range(count):
+            log.keep(f"pgd20/{i}", {"correct": [1, 0]})
+            if i == 1:
+                (part,) = (tmp_path / f"{file}.partial").glob("*/rank-0.jsonl")
+                part.write_bytes(part.read_bytes() + b'\n{"name": "pgd20/')
+    assert items_done(tmp_path, "*.json") == 8
+    assert kept(str(tmp_path / "a[b].json")).startswith("3 finished batches are kept in ")
 
 
 def test_a_job_without_progress_gives_up(tmp_path: Path, one_start: Callable[..., int]) -> None:
@@ -179,6 +194,20 @@ def test_status_needs_no_plugin_and_what_is_unreadable_costs_a_line(tmp_path: Pa
     assert one.splitlines()[0] == f"{tmp_path}/one: no checkpoint yet"
     assert "config.yaml cannot be read" in two.splitlines()[0]
     assert "COMPLETED" in two
+
+
+@pytest.mark.parametrize("store", ["http://127.0.0.1:9", "sqlite:///{}/mlflow.db"])
+def test_a_store_that_is_not_there_costs_at_most_a_line(tmp_path: Path, store: str) -> None:
+    folder = launched(tmp_path)
+    noted(folder, "finished")
+    tracking = {"enabled": True, "uri": store.format(tmp_path)}
+    (folder / "config.yaml").write_text(json.dumps({"run": {"output_dir": str(tmp_path)}, "tracking": tracking}))
+    last = status(str(tmp_path)).splitlines()[-1]
+    if store.startswith("http"):
+        assert re.fullmatch(r"whether MLflow says RUNNING is not known \(.+\)", last)
+    else:
+        assert "finished" in last, "the table"
+        assert not list(tmp_path.glob("mlflow.db*"))
 
 
 def test_a_cancelled_job_is_nothing_amiss(tmp_path: Path) -> None:

@@ -273,7 +273,7 @@ def test_a_committed_adapter_is_evaluated_on_other_images_without_training(copy:
     assert copy.run(copy.study(plain.replace("[clean, pgd3]}\n", part))) == 0
     assert [(name, step == TRAIN) for name, step in copy.launcher.steps] == [(name, False) for name in SEEDS]
     verified = verify(SEEDS[0], str(copy.folder / "results"), call_on(copy.launcher.server))
-    assert [(found.n, found.attacks, found.passed) for found in verified] == [
+    assert [(found.n, tuple(found.differing), found.passed) for found in verified] == [
         (30, ("clean", "pgd3"), True),
         (9, ("fgsm",), True),
     ]
@@ -297,7 +297,7 @@ def test_verify_gets_the_committed_verdicts(copy: Tiny, monkeypatch: pytest.Monk
     shutil.rmtree(copy.folder / "runs")
     (found,) = verify(SEEDS[0], results, call_on(copy.launcher.server))
     assert found.passed
-    assert (found.n, found.attacks) == (30, ("clean", "pgd3"))
+    assert (found.n, tuple(found.differing)) == (30, ("clean", "pgd3"))
     evaluations = result(copy, SEEDS[0])["evaluations"]
     marks = evaluations[0]["attacks"]["pgd3"]
     evaluations[0]["attacks"]["pgd3"] = marks[:7] + "10"[int(marks[7])] + marks[8:]

@@ -6,7 +6,6 @@ Finished arms are kept, an interrupted one resumes, and page and image are writt
 About half an hour on two CPU cores.
 """
 
-import argparse
 import itertools
 import json
 import os
@@ -19,9 +18,10 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.units import size_in
 from fulllora_dist.distributed.comm import local_launcher
-from fulllora_dist.evaluation import size_in
 from fulllora_dist.models.adapter_file import TENSORS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -249,7 +249,7 @@ def write_page() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--arms", help=f"some of {','.join(ARMS)} (default: all)")
     parser.add_argument("--table-only", action="store_true", help="write page and image from what is there")
     args = parser.parse_args()

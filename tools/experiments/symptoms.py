@@ -6,7 +6,6 @@ Takes the demo's models, trains a fully finetuned one beside them, and breaks th
 evaluations go wrong. About five minutes on two CPU cores.
 """
 
-import argparse
 import os
 import subprocess
 from collections.abc import Callable, Mapping
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 
 from fulllora_dist import evaluate, load
 from fulllora_dist.commands.entry import run_entry
+from fulllora_dist.commands.parser import Parser
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.loader import EvalStream
 from fulllora_dist.distributed.comm import local_launcher
-from fulllora_dist.evaluation import eval_transform
 from fulllora_dist.evaluation.checks import CHECKS, Numbers
+from fulllora_dist.evaluation.trained import eval_transform
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO, FULL, PAGE = Path("runs/demo"), Path("runs/symptoms/full"), Path("docs/symptoms.md")
@@ -154,7 +154,7 @@ def row(name: str, found: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.parse_args()
     os.chdir(ROOT)
     if not HEALTHY["FullLoRA"].is_dir():
