@@ -9,7 +9,7 @@ import numpy as np
 from fulllora_dist.evaluation.bootstrap import Estimate, difference_over_seeds
 from fulllora_dist.evaluation.power import lower_bounds, measured, power
 from fulllora_dist.studies.declaration import known_before
-from fulllora_dist.studies.results import Result, Results, Verdicts, correct, of_attack, seen
+from fulllora_dist.studies.results import Result, Results, Verdicts, correct, from_ranges, of_attack, seen
 from fulllora_dist.studies.settings import ComparisonSettings, StudySettings
 
 SAMPLES = 10_000
@@ -38,6 +38,19 @@ class Arm:
         if not found or len({seen(part) for part in found}) > 1:
             return None
         return np.stack([correct(part, attack) for part in found])
+
+    def on_images_of(self, smaller: str, attack: str) -> float | None:
+        """The accuracy under an attack on the images of another one, the mean of the seeds that have both; None where that
+        one did not see fewer of the same images."""
+        means = []
+        for seed, few in self.found(smaller).items():
+            many = self.found(attack).get(seed)
+            if many is None or any(few[key] != many[key] for key in ("data", "norm", "eps")):
+                continue
+            ids, of_all = from_ranges(few["ids"]), from_ranges(many["ids"])
+            if set(ids) < set(of_all):
+                means.append(correct(many, attack)[np.isin(of_all, ids)].mean())
+        return float(np.mean(means)) if means else None
 
 
 @dataclass(frozen=True)

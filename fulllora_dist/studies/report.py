@@ -121,7 +121,9 @@ class Report:
             return "-"
         found = mean_over_seeds(verdicts, SAMPLES, np.random.default_rng(0))
         each = ", ".join(f"{100 * value:.1f}" for value in found["per_seed"])
-        return f"{100 * found['value']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f}) [{each}]"
+        there = ((other, arm.on_images_of(attack, other)) for other in self._attacks if other != "clean")
+        more = "".join(f"; {other} on these {100 * value:.1f}" for other, value in there if value is not None)
+        return f"{100 * found['value']:.1f} ({100 * found['low']:.1f} to {100 * found['high']:.1f}) [{each}]{more}"
 
     @cached_property
     def _compared(self) -> list[Compared]:

@@ -10,8 +10,8 @@ from scipy.stats import norm, ttest_1samp
 from fulllora_dist.evaluation.bootstrap import bootstrap_means, difference_over_seeds, mean_over_seeds, mean_squares
 from fulllora_dist.evaluation.power import Assumptions, lower_bounds, margin_within_reach, measured, power, simulated
 
-STUDIES = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
-WITH_MARGINS = [path for path in STUDIES if "margin:" in path.read_text()]
+FOLDER = Path(__file__).parents[2] / "configs" / "studies"
+WITH_MARGINS = [path for path in sorted(FOLDER.glob("*.yaml")) if "margin:" in path.read_text()]
 
 
 def test_equals_a_bootstrap_over_images_and_seeds() -> None:

@@ -148,6 +148,18 @@ def test_further_evaluations_train_nothing_and_come_one_after_the_other(copy: Ti
         assert first["attacks"].keys() == {"clean", "pgd3"}
         assert [(part["num_samples"], *part["attacks"]) for part in others] == [(6, "apgd-ce"), (5, "fgsm")]
         assert [len(marks) for part in others for marks in part["attacks"].values()] == [6, 5]
+    assert f"; pgd3 on these {100 * np.mean([robust_among_the_few(copy, name) for name in SEEDS]):.1f} |" in page(copy)
+
+
+def robust_among_the_few(tiny: Tiny, name: str) -> float:
+    """Accuracy under PGD-3 on the six images of APGD, by their ids."""
+    first, few, _ = result(tiny, name)["evaluations"]
+    right = dict(zip(from_ranges(first["ids"]), first["attacks"]["pgd3"], strict=True))
+    return sum(right[i] == "1" for i in from_ranges(few["ids"])) / 6
+
+
+def page(tiny: Tiny) -> str:
+    return (tiny.folder / "page.md").read_text()
 
 
 def test_the_try_is_chosen_on_held_out_images_alone(copy: Tiny) -> None:
