@@ -2,7 +2,7 @@
 
 import fulllora_dist as fd
 model = fd.create_model("vit_base_patch16_224.augreg2_in21k_ft_in1k")   # pixels in [0, 1] -> logits
-model = fd.adapt(vit, target_modules=["query", "value"], mean=..., std=...)    # or a module of one's own
+model = fd.adapt(vit, target_modules=["q_proj", "v_proj"], mean=..., std=...)  # or a module of one's own
 x_adv = fd.pgd(model, x, y, eps=4 / 255, steps=10, step_size=1 / 255)
 method, engine = fd.method("trades", eps=4 / 255), fd.LocalEngine(model, optimizer)
 metrics = method.step(engine, fd.Batch.of(x, y), step)         # in a loop of one's own

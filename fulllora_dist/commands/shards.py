@@ -14,7 +14,7 @@ from fulllora_dist.commands.parser import Parser
 MAKE = """Images -> WebDataset shards + index, on disk or in a bucket.
 
     python tools/make_shards.py ILSVRC2012_img_train.tar s3://bucket/imagenet/train --workers 16 \\
-        --holdout 10 --holdout-dst s3://bucket/imagenet/holdout
+        --holdout 10 --holdout-dst s3://bucket/imagenet/held_out
     python tools/make_shards.py ILSVRC2012_img_val.tar s3://bucket/imagenet/val --split-name val \\
         --labels ILSVRC2012_devkit_t12.tar.gz
     python tools/make_shards.py images/train shards/train

@@ -40,8 +40,8 @@ class Arm:
         return np.stack([correct(part, attack) for part in found])
 
     def on_images_of(self, smaller: str, attack: str) -> float | None:
-        """The accuracy under an attack on the images of another one, the mean of the seeds that have both; None where that
-        one did not see fewer of the same images."""
+        """The accuracy under an attack on the images of another one, the mean of the seeds that have both; None where
+        that one did not see fewer of the same images."""
         means = []
         for seed, few in self.found(smaller).items():
             many = self.found(attack).get(seed)
