@@ -181,9 +181,9 @@ def test_on_after_a_kill_at_the_batch_where_it_was(
     server: RankServer, shards: str, one: dict[str, Any], tmp_path: Path
 ) -> None:
     log, partial = tmp_path / "log", str(tmp_path / "evaluation.json.partial")
-    for kill in ((0, 12), (1, 5)):  # the checks have 8 attacks of their own
+    for kill, pauses in (((0, 12), (0.02, 0.3)), ((1, 5), (0.3, 0.02))):  # the checks have 8 attacks of their own
         with pytest.raises(RankError):
-            server.run(2, _evaluate, shards, ATTACKS, 6, partial, log, kill, (0.05, 0.05))
+            server.run(2, _evaluate, shards, ATTACKS, 6, partial, log, kill, pauses)
     (file, *_) = Path(partial).rglob("rank-*.jsonl")
     with open(file, "ab") as cut_short:
         cut_short.write(b'{"name": "pgd3x2 linf 0.0')
