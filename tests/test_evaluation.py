@@ -429,11 +429,15 @@ def test_a_script_does_not_stand_in_for_the_package_evaluate(rank_server: RankSe
         (["--ids", "nowhere.txt"], r"evaluation.ids: nowhere.txt: cannot be read"),
         (["--norm", "l2"], r"threat.norm: .* not comparable; give --eps too"),
         (["threat.norm=l2"], r"threat.norm: .* not comparable; give --eps too"),
+        (["--norm", "Linf"], r"threat.norm: .*'linf', 'l2' or 'l1' \(got 'Linf'\)"),
+        (["threat.norm=L2"], r"threat.norm: .*'linf', 'l2' or 'l1' \(got 'L2'\)"),
         (["--ids", ""], r"--ids: must not have empty values, got ''"),
         (["--attacks", "clean,,pgd2"], r"--attacks: must not have empty values, got 'clean,,pgd2'"),
         (["--output", "config.yaml"], r"--output: config.yaml is not an evaluation.json; .* name another file"),
         (["--num-samples", "0"], r"evaluation.num_samples: .*greater than or equal to 1"),
-        (["--adapter", "nowhere"], r"--adapter: nowhere has no adapter.json"),
+        (["--adapter", "nowhere"], r"--adapter: nowhere has no adapter.json; give the folder adapter/ of a run"),
+        (["--adapter", "."], r"--adapter: \. has no adapter.json; did you mean ./adapter\?"),
+        (["--adapter", "bees@champion"], r"has no adapter.json; for MLflow's registry write models:/bees@champion$"),
         (["data.validation=nowhere"], r"data.validation: nowhere/index.safetensors: no index there"),
         (["data.validation=null"], r"data.validation is not set"),
         (["--output", "."], r"--output: \. is a folder; name a file, e\.g\. evaluation\.json"),
@@ -480,9 +484,11 @@ def test_ranks_that_look_for_a_missing_folder_at_once_leave_none(tmp_path: Path)
     ],
 )
 def test_an_adapter_of_another_model_than_the_config_s_is_refused(experiment: Path, setting: str, message: str) -> None:
-    config = load_config(str(experiment / "config.yaml"), [setting])
-    with pytest.raises(UserError, match=message):
-        build_evaluated(config, str(experiment / "adapter"))
+    """Also where the config names weights of another model, and before anything is counted or computed."""
+    config = load_config(str(experiment / "config.yaml"), [setting, "model.checkpoint_path=gone.safetensors"])
+    for check in (build_evaluated, evaluate_command.check_inputs):
+        with pytest.raises(UserError, match=message):
+            check(config, str(experiment / "adapter"))
     without_a_tag = load_config(str(experiment / "config.yaml"), ["model.backbone=vit_tiny_patch16_224"])
     assert isinstance(build_evaluated(without_a_tag, str(experiment / "adapter")), fd.AdaptedModel)
 

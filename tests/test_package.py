@@ -1,5 +1,6 @@
 """What a newcomer meets: the wheel, the README's lines, a light import."""
 
+import ast
 import itertools
 import os
 import re
@@ -15,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fulllora_dist as fd
+from fulllora_dist.commands.cli import COMMANDS
 from fulllora_dist.data.shards.make import make_shards
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +49,19 @@ def test_the_wheel_builds_and_installs(tmp_path: Path) -> None:
         script = [sys.executable, str(tmp_path / "site" / "bin" / "fulllora"), *arguments]
         done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert (done.returncode, said in done.stdout + done.stderr) == (code, True), done
+
+
+def test_no_message_sends_who_has_the_wheel_to_a_script_of_the_repository() -> None:
+    """But for files that only such a script writes. What a command's module opens with is its --help."""
+    commands = {module.partition(":")[0] for module, _ in COMMANDS.values()}
+    for path in (ROOT / "fulllora_dist").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        help_text = path.parent.name == "commands" and path.stem in commands
+        blocks = (ast.FunctionDef, ast.ClassDef) if help_text else (ast.Module, ast.FunctionDef, ast.ClassDef)
+        documented = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, blocks) and ast.get_docstring(n)}
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and id(n) not in documented]
+        named = {name for text in texts for name in re.findall(r"\b(?:tools|jobs)/\w+\.py", str(text))}
+        assert named <= {"tools/benchmark.py", "tools/simulate.py"}, path
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:

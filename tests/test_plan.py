@@ -155,6 +155,15 @@ def test_held_out_images_are_not_trained_on() -> None:
     assert images == [IMAGENET, IMAGENET - 10 * 1000]
 
 
+def test_everything_that_is_not_ready_is_named() -> None:
+    notes = count_run(config(8, data={"validation": "val", "held_out": "held"})).notes
+    assert [note.partition("/index.safetensors: no index there; ")[0] for note in notes] == [
+        "not ready: data.train: none",
+        "not ready: data.validation: val",
+        "not ready: data.held_out: held",
+    ]
+
+
 def test_an_evaluation_is_counted_in_the_norms_of_its_balls() -> None:
     """APGD restarts four times in L1; a further norm costs what it costs alone."""
 

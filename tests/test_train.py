@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fulllora_dist.data.shards.make import make_shards
-from fulllora_dist.distributed.comm import local_launcher
+from fulllora_dist.distributed.comm import free_port, local_launcher
 from tests.ranks import RankServer
 from tests.smallest import TINY_MODEL
 
@@ -173,7 +173,7 @@ def test_the_launcher_passes_the_exit_code_on(config: Path) -> None:
 
 
 def said_by_one_line(output: str, ranks: int) -> None:
-    line = "data.train: /nowhere/index.safetensors: no index there; tools/make_shards.py"
+    line = "data.train: /nowhere/index.safetensors: no index there; fulllora shards"
     if ranks == 2:
         line = "optim.batch_size must be a multiple of 2 (2 ranks"
     assert output.count(f"error: {line}") == 1, "rank 0 speaks for all"
@@ -186,6 +186,12 @@ def test_another_run_in_the_output_folder_is_not_overwritten(rank_server: RankSe
     launch(rank_server, config, *settings)
     output = launch(rank_server, config, *settings, "optim.lr=0.5", code=2)
     assert "holds a run with optim.lr=0.001, got 0.5" in output
+
+
+def test_an_estimate_does_not_wait_for_a_store(rank_server: RankServer, config: Path) -> None:
+    nowhere = f"data.validation=http://127.0.0.1:{free_port()}/val"
+    output = launch(rank_server, config, nowhere, "run.output_dir=unused", "--dry-run", code=2)
+    assert "(tried for 0 s)" in output
 
 
 def test_check_estimates_without_training(rank_server: RankServer, config: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import one_line
 from fulllora_dist.core.units import check_pixel_range, parse_size
 
 PIXEL_TOLERANCE = 1e-6
@@ -78,11 +79,11 @@ def check_range(low: float, high: float, name: str = "x", tolerance: float = PIX
     raise UserError(f"{name} must be in [0, 1], got {low:.4g} to {high:.4g}; {remedy}")
 
 
-def checked_target(y: Any, x: Tensor, needs_labels: bool) -> Tensor:
+def checked_target(y: Any, x: Tensor, instead: str | None) -> Tensor:
     """Labels int64 [B] from any integers, or probabilities [B, classes] of x's dtype, on the device of `x`.
 
     Args:
-        needs_labels: whether probabilities are refused.
+        instead: of probabilities, for the line that refuses them; None takes them.
 
     Raises:
         UserError: neither, another number of them than of images, or negative ones.
@@ -101,8 +102,8 @@ def checked_target(y: Any, x: Tensor, needs_labels: bool) -> Tensor:
     if target.ndim == 2:
         if shape[1] == 1:
             raise UserError(f"y must be labels [B] or probabilities [B, classes], got {shape}; write y.squeeze(1)")
-        if needs_labels:
-            raise UserError("y must be labels [B] with this loss, got probabilities; write y.argmax(1), or loss='ce'")
+        if instead is not None:
+            raise UserError(f"y must be labels [B], got probabilities {shape}; {instead}")
         return target.to(x.dtype, copy=target.is_inference())
     if target.is_floating_point() and target.numel():
         raise UserError(f"y must be integer labels [B], got {dtype_name(target)} {shape}; write y.long()")
@@ -168,7 +169,7 @@ def checked_count(name: str, value: Any, at_least: int) -> int:
     except TypeError:
         count = None
     if count is None or count < at_least:
-        raise UserError(f"{name} must be an integer >= {at_least}, got {value!r}")
+        raise UserError(f"{name} must be an integer >= {at_least}, got {one_line(repr(value))}")
     return count
 
 

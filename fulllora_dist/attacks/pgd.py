@@ -220,7 +220,7 @@ def pgd(
     arguments.check_images(x)
     arguments.check_precision(x)
     with torch.inference_mode(False):
-        target = arguments.checked_target(y, x, needs_labels=loss != "ce")
+        target = arguments.checked_target(y, x, instead=None if loss == "ce" else "write y.argmax(1), or loss='ce'")
         if not x.numel():
             return x.detach().clone()
         classes = arguments.check_batch(x, target)

@@ -1,5 +1,6 @@
 """The model that a public attack attacks: what it is must be clear before, and what it returns at the first pass."""
 
+import re
 import warnings
 from typing import Any
 
@@ -68,6 +69,9 @@ class Victim(nn.Module):
             if mismatch := self._mismatch(pixels):
                 raise UserError(mismatch) from None
             reason = str(error).strip().splitlines()[0]
+            if fixed := re.match(r"Input (?:height|width) \((\d+)\) doesn't match model \((\d+)\)", reason):  # timm's
+                reason = f"{fixed[0]}; resize the images to {fixed[2]} pixels, or build the model with "
+                reason += f"image_size={fixed[1]} (timm's img_size)"
             raise UserError(f"model does not take x {list(pixels.shape)}: {reason}") from error
         self._tried = True
         return output

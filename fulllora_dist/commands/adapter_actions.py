@@ -18,8 +18,9 @@ from fulllora_dist.core.text_table import text_table
 from fulllora_dist.evaluation.compare import Comparison, compare, comparison_table
 from fulllora_dist.evaluation.report import read_evaluation
 from fulllora_dist.evaluation.trained import eval_transform
+from fulllora_dist.models.adapter_address import DESCRIPTION
 from fulllora_dist.models.adapter_diff import differing_settings, layer_differences, summed
-from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
+from fulllora_dist.models.adapter_file import TENSORS, read_adapter
 from fulllora_dist.models.robustbench import export_robustbench
 from fulllora_dist.registry.address import load, local_folder
 from fulllora_dist.registry.champion import LostRace, Outcome, check, promote, rollback

@@ -1,14 +1,14 @@
 """The adapters of an MLflow store: list, compare, publish, promote and download them.
 
-    python tools/adapters.py list [NAME]                     registered models, or the versions of one
-    python tools/adapters.py show NAME@champion              everything about a version
-    python tools/adapters.py diff NAME@champion NAME/4       settings, accuracy with paired intervals, layers
-    python tools/adapters.py publish runs/x/adapter --evaluation runs/x/evaluation.json
-    python tools/adapters.py promote NAME/4 [--force REASON] make it @champion, if it passes the gate
-    python tools/adapters.py rollback NAME                   @previous becomes @champion again
-    python tools/adapters.py pull NAME@champion FOLDER       download an adapter, as evaluate.py --adapter takes it
-    python tools/adapters.py export NAME@champion FOLDER --name Mine2026FullLoRA      for RobustBench's model zoo
-    python tools/adapters.py predict NAME@champion IMAGES --output predictions.jsonl
+    fulllora adapters list [NAME]                            registered models, or the versions of one
+    fulllora adapters show NAME@champion                     everything about a version
+    fulllora adapters diff NAME@champion NAME/4              settings, accuracy with paired intervals, layers
+    fulllora adapters publish runs/x/adapter --evaluation runs/x/evaluation.json
+    fulllora adapters promote NAME/4 [--force REASON]        make it @champion, if it passes the gate
+    fulllora adapters rollback NAME                          @previous becomes @champion again
+    fulllora adapters pull NAME@champion FOLDER              download an adapter, as evaluate.py --adapter takes it
+    fulllora adapters export NAME@champion FOLDER --name Mine2026FullLoRA  for RobustBench's model zoo
+    fulllora adapters predict NAME@champion IMAGES --output predictions.jsonl
 
 The store is MLFLOW_TRACKING_URI, or --uri. --json prints one JSON object. Exit codes: 0; 1 if the gate refuses or
 another promotion came first; 2 for bad input. docs/registry.md explains the gate.
@@ -25,8 +25,8 @@ from fulllora_dist.commands.parser import Parser
 
 _KEPT = {
     "publish": "re-run the same command to finish",
-    "promote": "`adapters.py list NAME` shows whether @champion has moved",
-    "rollback": "`adapters.py list {name}` shows whether @champion has moved",
+    "promote": "`fulllora adapters list NAME` shows whether @champion has moved",
+    "rollback": "`fulllora adapters list {name}` shows whether @champion has moved",
     "pull": "{folder} may be incomplete",
     "export": "{folder} may be incomplete",
     "predict": "finished lines are kept in {output}; re-run the same command to resume",

@@ -18,6 +18,7 @@ COMMANDS = {
     "adapters": ("adapters:main", "the adapters of an MLflow store"),
     "compare": ("compare:main", "the difference between two evaluations"),
     "launch": ("launch:main", "runs on a SLURM cluster"),
+    "sync": ("sync:main", "to MLflow what a run could not send"),
     "study": ("study:main", "arms, tries and seeds, and tables with paired intervals"),
 }
 

@@ -1,6 +1,6 @@
 """Compare two evaluations of the same images: B minus A, with paired 95 % intervals.
 
-    python tools/compare_evaluations.py A/evaluation.json B/evaluation.json [--attack pgd20] [--json]
+    fulllora compare A/evaluation.json B/evaluation.json [--attack pgd20] [--json]
 
 Images are resampled with the results of both (paired bootstrap); if few of them differ, the interval is widened to
 Tango's score interval. p is that of McNemar's exact test. Evaluations of different images, norms or precisions are

@@ -10,12 +10,16 @@ import argparse
 import importlib.util
 import os
 from collections.abc import Sequence
+from typing import get_args
 
+from fulllora_dist.attacks.settings import Norm
 from fulllora_dist.commands.arguments import add_dry_run, add_num_samples, check_dry_run, parser
 from fulllora_dist.config.load import load_config
 from fulllora_dist.config.schema import Config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.launcher import is_main_process, join_launcher
+from fulllora_dist.models.adapter_address import DESCRIPTION, instead_of
+from fulllora_dist.storage.store import stop_retrying
 from fulllora_dist.training.inputs import check_evaluated, check_evaluation, load_index
 
 ROBUSTBENCH_IMAGES = 5000
@@ -41,14 +45,16 @@ def check_inputs(config: Config, adapter: str | None, output: str | None = None,
             f"{ROBUSTBENCH_IMAGES:,} of ImageNet"
         )
     from fulllora_dist.evaluation.output import check_output  # --help need not wait for torch
-    from fulllora_dist.models.adapter_file import DESCRIPTION
+    from fulllora_dist.models.adapter_file import read_description
+    from fulllora_dist.models.rebuild import check_model
     from fulllora_dist.registry.address import in_mlflow
 
     if output is not None:
         check_output(output)
-    local = adapter is not None and not in_mlflow(adapter) and "://" not in adapter
-    if local and not os.path.exists(os.path.join(str(adapter), DESCRIPTION)):
-        raise UserError(f"--adapter: {adapter} has no {DESCRIPTION}; give the folder adapter/ of a run")
+    if adapter is not None and not in_mlflow(adapter) and "://" not in adapter:
+        if not os.path.exists(os.path.join(adapter, DESCRIPTION)):
+            raise UserError(f"--adapter: {adapter} has no {DESCRIPTION}; {instead_of(adapter)}")
+        check_model(config.model, read_description(adapter).backbone, adapter)
     return folder
 
 
@@ -57,7 +63,8 @@ def _other_norm(args: argparse.Namespace) -> bool:
     given = [override for override in args.overrides if override.startswith("threat.norm=")]
     given += [f"threat.norm={args.norm}"] if args.norm else []
     others = [override for override in args.overrides if not override.startswith("threat.")]
-    return bool(given) and load_config(args.config, others).threat.norm != given[-1].partition("=")[2]
+    name = given[-1].partition("=")[2] if given else None  # one that is unknown is refused with the config
+    return name in get_args(Norm) and load_config(args.config, others).threat.norm != name
 
 
 _OF_PRESET = {
@@ -163,6 +170,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate according to the command line. What is checked first needs no torch."""
     join_launcher()
     args, config = read_arguments(argv)
+    if args.dry_run:
+        stop_retrying()
     folder = check_inputs(config, args.adapter, args.output, args.preset)
     if args.dry_run:
         if is_main_process():

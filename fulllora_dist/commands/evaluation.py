@@ -7,8 +7,6 @@ from pathlib import Path
 
 from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.config.schema import Config
-from fulllora_dist.core.errors import SharedUserError
-from fulllora_dist.core.messages import redacted
 from fulllora_dist.distributed.comm import start_comm, stop_comm
 from fulllora_dist.distributed.launcher import say
 from fulllora_dist.distributed.watchdog import Watchdog
@@ -18,10 +16,10 @@ from fulllora_dist.evaluation.report import EvaluationReport, Key, write_evaluat
 from fulllora_dist.evaluation.resume_log import items_done
 from fulllora_dist.evaluation.summary import table, write_figures
 from fulllora_dist.models.adapted_model import AdaptedModel
-from fulllora_dist.models.adapter_file import adapter_sha256
-from fulllora_dist.models.backbone import BackboneInfo
-from fulllora_dist.models.settings import AdapterSettings, ModelSettings
-from fulllora_dist.registry.address import load, resolved
+from fulllora_dist.models.adapter_file import adapter_sha256, load, read_description
+from fulllora_dist.models.rebuild import check_model
+from fulllora_dist.models.settings import AdapterSettings
+from fulllora_dist.registry.address import local_folder, resolved
 from fulllora_dist.storage.folder_lock import FolderLock
 from fulllora_dist.training.build import build_eval_stream, build_evaluator, build_model, threats
 from fulllora_dist.training.inputs import check_evaluation
@@ -34,32 +32,13 @@ def build_evaluated(config: Config, adapter: str | None) -> AdaptedModel:
         UserError: the adapter cannot be read, or has a different backbone than the config.
     """
     if adapter is not None:
-        model = load(adapter, checkpoint_path=config.model.checkpoint_path, uri=config.tracking_uri())
-        _check_backbone(config.model, model.info, adapter)
-        return model
+        with local_folder(adapter, config.tracking_uri()) as folder:
+            check_model(config.model, read_description(folder).backbone, adapter)
+            return load(folder, checkpoint_path=config.model.checkpoint_path)
     in_fp32 = config.model.model_copy(update={"precision": "fp32"})
     # finetune: head adds no branches to the backbone
     bare = config.model_copy(update={"finetune": "head", "adapter": AdapterSettings(), "model": in_fp32})
     return build_model(bare)
-
-
-def _check_backbone(settings: ModelSettings, info: BackboneInfo, adapter: str) -> None:
-    """Check that the config agrees with the adapter's backbone, as its settings would have no effect otherwise."""
-    arch, _, tag = settings.backbone.partition(".")
-    its_arch, _, its_tag = info.name.partition(".")
-    same = arch == its_arch and (not tag or not its_tag or tag == its_tag)
-    others = {name: name for name in ("num_classes", "image_size", "mean", "std")}
-    others |= {"class_indices": "classes", "model_kwargs": "architecture"}
-    pairs = {"backbone": (settings.backbone, settings.backbone if same else info.name)}
-    pairs |= {
-        key: (getattr(settings, key), getattr(info, its)) for key, its in others.items() if getattr(settings, key)
-    }
-    for key, (ours, its) in pairs.items():
-        if (list(ours) if isinstance(ours, tuple) else ours) != (list(its) if isinstance(its, tuple) else its):
-            raise SharedUserError(
-                f"model.{key}: must be {its} for the adapter {redacted(adapter)}, got {ours}; use the config that it "
-                "was trained with"
-            )
 
 
 def evaluate(config: Config, folder: str, adapter: str | None, output: str | None) -> None:

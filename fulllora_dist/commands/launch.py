@@ -1,11 +1,11 @@
-"""Runs on a cluster: `python jobs/launch.py --config FILE [key=value ...] --nodes N --gpus-per-node G`.
+"""Runs on a cluster: `fulllora launch --config FILE [key=value ...] --nodes N --gpus-per-node G`.
 
 Submits the training to SLURM (one task per GPU). It is requeued before its time limit and when it is preempted, and
 resumes the same run. Afterwards:
 
-  python jobs/launch.py status [RUN]   progress, jobs and problems; RUN: an output folder, or a folder of several
-  python jobs/launch.py logs RUN       output of the newest job
-  python jobs/launch.py cancel RUN     stop its jobs; a training saves first, and the same launch resumes it
+  fulllora launch status [RUN]   progress, jobs and problems; RUN: an output folder, or a folder of several
+  fulllora launch logs RUN       output of the newest job
+  fulllora launch cancel RUN     stop its jobs; a training saves first, and the same launch resumes it
 
 See docs/cluster.md, also for containers and site profiles.
 """
@@ -61,7 +61,10 @@ def main() -> int:
     if not args.wait:
         return 0
     output = config.run.output_dir
-    with on_interrupt(lambda: f"the jobs go on; `launch.py status {output}` shows them, `cancel {output}` stops them"):
+    shown = (
+        f"the jobs go on; `fulllora launch status {output}` shows them, `fulllora launch cancel {output}` stops them"
+    )
+    with on_interrupt(lambda: shown):
         ended = wait(folder)
     for job in ended:
         if job.state != "COMPLETED":
@@ -72,7 +75,7 @@ def main() -> int:
 
 def report(argv: list[str]) -> int:
     """status, logs, cancel."""
-    parser = Parser(prog="launch.py", description=__doc__)
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("status", help="progress, jobs and problems of runs")
     run.add_argument("run", metavar="RUN", nargs="?", default="runs", help="output folder, or a folder of several")
@@ -96,7 +99,9 @@ def report(argv: list[str]) -> int:
     else:
         log = newest_job(args.run, args.of).log(args.task)
         if not log.exists():
-            raise UserError(f"{log} does not exist yet; `launch.py status {args.run}` shows what the job waits for")
+            raise UserError(
+                f"{log} does not exist yet; `fulllora launch status {args.run}` shows what the job waits for"
+            )
         sys.stdout.flush()
         os.execvp("tail", ["tail", "-n", str(args.lines), *(["-F"] if args.follow else []), str(log)])
     return 0

@@ -1,6 +1,7 @@
 """What a run computes and keeps, counted on the meta device: passes, FLOPs and bytes of each phase."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -113,10 +114,23 @@ def count_run(config: Config, ranks: int | None = None) -> RunCounts:
         less = f" without {held_out:,} held-out images" if held_out else ""
         notes.append(f"not ready: {error}; counts are for ImageNet-1k{less}")
         images = IMAGENET - held_out
+        notes += _not_ready({"data.validation": config.data.validation, "data.held_out": config.data.held_out})
     else:
         check_files(config)
     model, phases = on_meta(config, images)
     return RunCounts(config, model, phases, images, world, notes)
+
+
+def _not_ready(locations: Mapping[str, str | None]) -> list[str]:
+    """A line for each setting whose shards cannot be read."""
+    notes = []
+    for setting, location in locations.items():
+        try:
+            if location is not None:
+                load_index(location, setting)
+        except UserError as error:
+            notes.append(f"not ready: {error}")
+    return notes
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Making and indexing shards: tools/make_shards.py and tools/index_shards.py."""
+"""Making and indexing shards: `fulllora shards` and `fulllora index`."""
 
 import argparse
 import json
@@ -13,11 +13,11 @@ from fulllora_dist.commands.parser import Parser
 
 MAKE = """Images -> WebDataset shards + index, on disk or in a bucket.
 
-    python tools/make_shards.py ILSVRC2012_img_train.tar s3://bucket/imagenet/train --workers 16 \\
+    fulllora shards ILSVRC2012_img_train.tar s3://bucket/imagenet/train --workers 16 \\
         --holdout 10 --holdout-dst s3://bucket/imagenet/held_out
-    python tools/make_shards.py ILSVRC2012_img_val.tar s3://bucket/imagenet/val --split-name val \\
+    fulllora shards ILSVRC2012_img_val.tar s3://bucket/imagenet/val --split-name val \\
         --labels ILSVRC2012_devkit_t12.tar.gz
-    python tools/make_shards.py images/train shards/train
+    fulllora shards images/train shards/train
 
 SRC is a folder with a subfolder of JPEGs, PNGs or WebPs for each class, an uncompressed tar of such a folder, or an
 uncompressed tar of one tar a class. With --labels the images may lie anywhere in SRC. Every image is decoded once
@@ -26,9 +26,9 @@ resume after an interruption.
 """
 INDEX = """Existing WebDataset shards -> one index, on disk or in a bucket.
 
-    python tools/index_shards.py shards/train
-    python tools/index_shards.py 's3://bucket/imagenet/train/train-{000000..001281}.tar' --workers 16
-    python tools/index_shards.py 'https://host/set/{000..127}.tar' --output index/ --classes names.txt --label-field y
+    fulllora index shards/train
+    fulllora index 's3://bucket/imagenet/train/train-{000000..001281}.tar' --workers 16
+    fulllora index 'https://host/set/{000..127}.tar' --output index/ --classes names.txt --label-field y
 
 Each shard is read once, from its first to its last byte, and refused by name and offset unless it is a complete, plain
 tar of samples with one image (.jpg, .jpeg, .png, .webp) and one label (.cls, or a field of .json), every key once.

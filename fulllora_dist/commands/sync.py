@@ -1,6 +1,6 @@
 """Send to MLflow what a run could not send itself, e.g. from a login node where compute nodes cannot reach the server.
 
-    python tools/sync_tracking.py OUTPUT_DIR [--uri URI] [--wait SECONDS] [--json]
+    fulllora sync OUTPUT_DIR [--uri URI] [--wait SECONDS] [--json]
 
 OUTPUT_DIR is the run's output folder. Sends metrics that a saved checkpoint covers, parameters, tags, artifacts and the
 run's final status. Safe to repeat, also while the run is training: nothing is duplicated. Exit code 1 if something

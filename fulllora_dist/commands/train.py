@@ -9,6 +9,7 @@ from fulllora_dist.commands.arguments import add_dry_run, check_dry_run, parser
 from fulllora_dist.commands.entry import on_interrupt
 from fulllora_dist.config.load import load_config
 from fulllora_dist.distributed.launcher import is_main_process, join_launcher, say, world_size
+from fulllora_dist.storage.store import stop_retrying
 from fulllora_dist.training.inputs import check_inputs
 from fulllora_dist.training.resume import check_saved, check_unlocked
 
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_dry_run(arguments, args)
     config = load_config(args.config, args.overrides)
     if args.dry_run:
+        stop_retrying()
         if is_main_process():
             from fulllora_dist.commands.plan import Prices, estimate
 

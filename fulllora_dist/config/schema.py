@@ -107,7 +107,7 @@ class Config(Settings):
         if self.guard.on_collapse != "warn" and self.data.held_out is None:
             raise ValueError(
                 f"guard.on_collapse: {self.guard.on_collapse} needs data.held_out, images to detect a collapse on; "
-                "make them with make_shards.py --holdout"
+                "make them with fulllora shards --holdout"
             )
         if self.finetune == "full" and self.adapter.init_from:
             raise ValueError("adapter.init_from: finetune: full has no adapter; set model.checkpoint_path")

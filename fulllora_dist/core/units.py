@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
+from fulllora_dist.core.messages import one_line
+
 
 def parse_size(value: object) -> object:
     """Parse "4/255" or a number to a float >= 0.
@@ -18,7 +20,7 @@ def parse_size(value: object) -> object:
         size = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
         raise ValueError(
-            f"{value!r} is not a size in pixels; write a number in [0, 1] or a fraction such as 4/255"
+            f"{one_line(repr(value))} is not a size in pixels; write a number in [0, 1] or a fraction such as 4/255"
         ) from None
     if not 0 <= size < float("inf"):
         raise ValueError(f"{value} is outside [0, 1], the range of a pixel")

@@ -45,7 +45,7 @@ class Batch:
             metrics = method.step(engine, fd.Batch.of(x, y), step)
         """
         check_images(x, grey_levels=True)
-        labels = checked_target(y, x, needs_labels=True)
+        labels = checked_target(y, x, instead="write y.argmax(1)")
         check_batch(x, labels)
         ranked = dist.is_available() and dist.is_initialized()
         slot = len(x) * dist.get_rank() if ranked else 0

@@ -104,7 +104,9 @@ class Index:
                 return _loaded(fetched(url, again=True), base)
         path = Path(urls.local_path(base), name)
         if not path.is_file():
-            raise UserError(f"{path}: no index there; tools/make_shards.py and tools/index_shards.py write one")
+            raise UserError(
+                f"{path}: no index there; fulllora shards writes one from images, fulllora index from shards"
+            )
         return _loaded(path, base)
 
     @classmethod

@@ -33,6 +33,4 @@ def _downloaded(url: str) -> bytes:
     for _ in range(_TRIES):
         if is_whole(data := store.read(url)):
             return data
-    raise DamagedIndex(
-        f"{redacted(url)}: the index is damaged or of another format; rebuild it with tools/index_shards.py"
-    )
+    raise DamagedIndex(f"{redacted(url)}: the index is damaged or of another format; rebuild it with fulllora index")

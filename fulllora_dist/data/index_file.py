@@ -75,15 +75,13 @@ def map_columns(path: Path, checksum: bytes | None = None) -> tuple[dict[str, An
     file_checksum = data[-_CHECKSUM_BYTES:]
     if checksum is None:
         if not is_whole(data):
-            raise DamagedIndex(
-                f"{path}: the index is damaged or of another format; rebuild it with tools/index_shards.py"
-            )
+            raise DamagedIndex(f"{path}: the index is damaged or of another format; rebuild it with fulllora index")
     elif file_checksum != checksum:
         raise UserError(f"{path}: the index has changed while the run was reading it")
     try:
         return *_parse(data), file_checksum
     except Exception as error:  # a header of another program, or of an attacker, may hold any JSON
-        raise UserError(f"{path}: not an index of this program; make one with tools/index_shards.py") from error
+        raise UserError(f"{path}: not an index of this program; make one with fulllora index") from error
 
 
 def _parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -101,6 +101,6 @@ def _tracked_as_running(config: Config) -> list[str]:
         return [f"whether MLflow says RUNNING is not known ({one_line(error, 100)})"]
     return [
         f"MLflow run {run.info.run_id} says RUNNING, but no job of this run is alive: it was killed. "
-        "Re-run the same launch.py command to resume it"
+        "Re-run the same launch to resume it"
         for run in runs[:1]
     ]

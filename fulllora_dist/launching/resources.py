@@ -45,9 +45,9 @@ _OURS = {
     "account A": "use --account",
     "qos q": "use --qos",
     "constraint C": "use --constraint",
-    "output o error e input i": "the logs are in RUN/launches, where `launch.py logs` finds them",
+    "output o error e input i": "the logs are in RUN/launches, where `fulllora launch logs` finds them",
     "chdir D": "launch from that folder: paths are relative to it",
-    "wrap test-only parsable wait W": "launch.py submits a batch script, see --dry-run and --wait",
+    "wrap test-only parsable wait W": "a batch script is submitted, see --dry-run and --wait",
 }
 OURS = {option: remedy for options, remedy in _OURS.items() for option in options.split()}
 """Options of sbatch and srun that would contradict ours."""

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.messages import redacted
 from fulllora_dist.models.adapted_model import AdaptedModel, check_tensors, set_tensors
+from fulllora_dist.models.adapter_address import DESCRIPTION, instead_of
 from fulllora_dist.models.adapter_description import AdapterDescription, backbone_content, spec_content
-from fulllora_dist.models.rebuild import build, build_onto, check_backbone, described
+from fulllora_dist.models.rebuild import build, build_onto, check_backbone, check_weights, described
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
 from fulllora_dist.storage.small_files import read_files, write_files
 
 FORMAT_VERSION = 1
 TENSORS = "adapter.safetensors"
-DESCRIPTION = "adapter.json"
 
 
 def adapter_state_dict(model: AdaptedModel, trained: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -122,16 +122,24 @@ def read_adapter(folder: str) -> tuple[AdapterDescription, dict[str, Tensor]]:
     Raises:
         UserError: a file is missing or damaged, or has an unsupported format version.
     """
-    return _verified(folder, *_read(folder))
+    return _verified(folder, *_read(folder, DESCRIPTION, TENSORS))
 
 
-def _read(folder: str) -> list[bytes]:
-    """The description and the tensors."""
-    return read_files(folder, (DESCRIPTION, TENSORS), "adapter", "give a folder that save_adapter wrote")
+def read_description(folder: str) -> AdapterDescription:
+    """Read and verify the description of an adapter alone.
+
+    Raises:
+        UserError: as `read_adapter`, which also reads the tensors.
+    """
+    (text,) = _read(folder, DESCRIPTION)
+    return _described(redacted(folder), text)
 
 
-def _verified(folder: str, text: bytes, tensors: bytes) -> tuple[AdapterDescription, dict[str, Tensor]]:
-    folder = redacted(folder)
+def _read(folder: str, *names: str) -> list[bytes]:
+    return read_files(folder, names, "adapter", instead_of(folder, "give a folder that save_adapter wrote"))
+
+
+def _described(folder: str, text: bytes) -> AdapterDescription:
     try:
         description = json.loads(text)
         version = description["format_version"]
@@ -143,12 +151,19 @@ def _verified(folder: str, text: bytes, tensors: bytes) -> tuple[AdapterDescript
         raise UserError(f"adapter: {folder} has format version {version}; this program reads {FORMAT_VERSION}")
     if description.get("checksum") != _checksum(description):
         raise UserError(f"adapter: {folder}/{DESCRIPTION} is damaged: its checksum does not match")
-    if hashlib.sha256(tensors).hexdigest() != description["sha256"]:
-        raise UserError(f"adapter: {folder}/{TENSORS} is damaged: its sha256 does not match {DESCRIPTION}")
     try:
-        return AdapterDescription.of(description), load_safetensors(tensors)
+        return AdapterDescription.of(description)
     except (KeyError, TypeError) as error:
         raise UserError(f"adapter: {folder}/{DESCRIPTION} has a missing or unknown field ({error})") from None
+
+
+def _verified(folder: str, text: bytes, tensors: bytes) -> tuple[AdapterDescription, dict[str, Tensor]]:
+    folder = redacted(folder)
+    description = _described(folder, text)
+    if hashlib.sha256(tensors).hexdigest() != description.sha256:
+        raise UserError(f"adapter: {folder}/{TENSORS} is damaged: its sha256 does not match {DESCRIPTION}")
+    try:
+        return description, load_safetensors(tensors)
     except SafetensorError as error:
         raise UserError(f"adapter: {folder}/{TENSORS} is damaged ({error})") from None
 
@@ -159,7 +174,7 @@ def copy_adapter(source: str, folder: str) -> None:
     Raises:
         UserError: see `read_adapter`; or it cannot be written.
     """
-    text, tensors = _read(source)
+    text, tensors = _read(source, DESCRIPTION, TENSORS)
     _verified(source, text, tensors)
     write_files(folder, {TENSORS: tensors, DESCRIPTION: text}, "adapter")
 
@@ -192,6 +207,7 @@ def load(
         model = build(bare, spec, precision=precision)
         whole_model = model.statistics().keys() <= state.keys()
     if not whole_model:
+        check_weights(folder, info, checkpoint_path)
         model = build(info, spec, checkpoint_path=checkpoint_path, precision=precision)
         check_backbone(folder, description, model.info)
     # a file without BatchNorm statistics keeps those of the backbone

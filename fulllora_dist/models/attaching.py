@@ -1,6 +1,7 @@
 """Adapt a backbone: decide what trains, derive the rank from the trainable fraction, put branches in place, show that
 they are called. Every adapted model is made here, whether its backbone was built or given."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -92,8 +93,8 @@ def _largest_rank(sizes: list[tuple[int, int]], fixed: int, total: int, norm: bo
     if rank < 1:
         least = (fixed + norms + per_rank) / total
         raise UserError(
-            f"adapter.trainable_fraction: must be at least {least:.2%} for rank 1 with these components and this head, "
-            f"got {fraction:g}"
+            f"adapter.trainable_fraction: must be at least {math.ceil(10_000 * least) / 10_000:g} for rank 1 with "
+            f"these components and this head, got {fraction:g}; or set adapter.rank=1"
         )
     return rank
 

@@ -36,7 +36,8 @@ def download(name: str) -> dict[str, Tensor]:
         try:
             return load_state_dict_from_hf(location, **({"filename": filename} if filename else {}), weights_only=True)
         except Exception as error:  # hub, proxy and disk errors have no common class
-            raise (OSError if _may_pass(error) else UserError)(one_line(error)) from None
+            sentence = one_line(error, 1000).partition(". ")[0][:200]
+            raise (OSError if _may_pass(error) else UserError)(sentence) from None
 
     hub_logging.set_verbosity_error()  # a line a retry, to no use: the last error is told below
     lock = f"fulllora_dist-{os.getuid()}-{hashlib.sha256(location.encode()).hexdigest()}.lock"
@@ -47,7 +48,7 @@ def download(name: str) -> dict[str, Tensor]:
             except UserError as error:
                 raise UserError(
                     f"model.backbone: cannot download the weights of {name} from the hub ({error}); "
-                    "set model.checkpoint_path to a local file"
+                    "set checkpoint_path (model.checkpoint_path) to a local file"
                 ) from None
     return load_file(kept)
 
@@ -71,7 +72,9 @@ def _place(name: str) -> tuple[str, str | None]:
     """The repository of a tag, and its file there; None for the default one."""
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.hf_hub_id:
-        raise UserError(f"model.backbone: {name} has no weights on the hub; set model.checkpoint_path to a file")
+        raise UserError(
+            f"model.backbone: {name} has no weights on the hub; set checkpoint_path (model.checkpoint_path) to a file"
+        )
     location = config.hf_hub_id if "/" in config.hf_hub_id else f"timm/{config.hf_hub_id}"
     return location, config.hf_hub_filename or None
 

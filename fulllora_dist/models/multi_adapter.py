@@ -26,7 +26,7 @@ from fulllora_dist.models.attaching import attach_at
 from fulllora_dist.models.backbone import BackboneInfo
 from fulllora_dist.models.placement import Site
 from fulllora_dist.models.precision import compute_in_bf16
-from fulllora_dist.models.rebuild import build, build_onto, check_backbone, described, settings_of
+from fulllora_dist.models.rebuild import build, build_onto, check_backbone, check_weights, described, settings_of
 from fulllora_dist.models.settings import Precision
 from fulllora_dist.models.training_record import TrainingRecord
 
@@ -104,6 +104,7 @@ class MultiAdapter(nn.Module):
                 self._shape = on_meta(backbone)
                 base = build_onto(backbone, folder, description, bare)
             else:
+                check_weights(folder, info, checkpoint_path)
                 base = build(info, bare, checkpoint_path=checkpoint_path)
                 check_backbone(folder, description, base.info)
         self._base: AdaptedModel = base.requires_grad_(False)

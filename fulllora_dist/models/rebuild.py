@@ -1,5 +1,6 @@
 """Build the backbone and the empty adapter of a description, and check that the backbone is the one it belongs to."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.errors import SharedUserError, UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.core.settings import explain
 from fulllora_dist.models.adapt import adapt_given, build_adapted
 from fulllora_dist.models.adapted_model import AdaptedModel, AdapterSpec
@@ -137,6 +139,54 @@ def settings_of(
     except ValidationError as error:  # a file of another version, or made by hand
         raise UserError(f"adapter: {explain(error)}") from None
     return model, adapter
+
+
+def check_model(settings: ModelSettings, info: BackboneInfo, adapter: str) -> None:
+    """Check that a config agrees with an adapter's backbone, as its settings would have no effect otherwise.
+
+    Args:
+        settings: of the config.
+        info: the adapter's backbone; a module that `adapt` was given has no settings to compare.
+
+    Raises:
+        SharedUserError: the first setting that differs.
+    """
+    if info.module is not None:
+        return
+    arch, _, tag = settings.backbone.partition(".")
+    its_arch, _, its_tag = info.name.partition(".")
+    same = arch == its_arch and (not tag or not its_tag or tag == its_tag)
+    others = {name: name for name in ("num_classes", "image_size", "mean", "std")}
+    others |= {"class_indices": "classes", "model_kwargs": "architecture"}
+    pairs = {"backbone": (settings.backbone, settings.backbone if same else info.name)}
+    pairs |= {
+        key: (getattr(settings, key), getattr(info, its)) for key, its in others.items() if getattr(settings, key)
+    }
+    for key, (ours, its) in pairs.items():
+        if (list(ours) if isinstance(ours, tuple) else ours) != (list(its) if isinstance(its, tuple) else its):
+            raise SharedUserError(
+                f"model.{key}: must be {its} for the adapter {redacted(adapter)}, got {ours}; use the config that it "
+                "was trained with"
+            )
+
+
+def check_weights(folder: str, info: BackboneInfo, checkpoint_path: str | None) -> None:
+    """Check that the weights of an adapter's backbone are still in the file that it was trained on.
+
+    Args:
+        checkpoint_path: where they are now, which is then looked at when it is read; None for that file.
+
+    Raises:
+        UserError: there is no such local file.
+    """
+    if checkpoint_path is not None or info.checkpoint is None or "://" in info.checkpoint:
+        return
+    if not os.path.exists(os.path.expanduser(info.checkpoint)):
+        raise UserError(
+            f"adapter: {folder} was trained on the weights {info.checkpoint}, which are not there; give "
+            "load(..., checkpoint_path=FILE); on the command line model.checkpoint_path=FILE (evaluate) or "
+            "--checkpoint FILE (adapters), in MLflow's models FULLLORA_CHECKPOINT=FILE"
+        )
 
 
 def check_backbone(folder: str, description: AdapterDescription, actual: BackboneInfo) -> None:

@@ -39,6 +39,6 @@ def publish_run(run: RunSummary, config: str, run_id: str | None) -> str:
             "--uri": redacted(run.uri),
         }
         given = [part for option, value in options.items() if value is not None for part in (option, value)]
-        command = shlex.join(["python", "tools/adapters.py", "publish", adapter, *given])
+        command = shlex.join(["fulllora", "adapters", "publish", adapter, *given])
         return f"warning: the adapter was not registered ({one_line(error)}); to register it later: {command}"
-    return f"registered: {version.address}; python tools/adapters.py promote {version.name}/{version.number}"
+    return f"registered: {version.address}; fulllora adapters promote {version.name}/{version.number}"

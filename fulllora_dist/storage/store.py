@@ -35,7 +35,7 @@ _logger = logging.getLogger(__name__)
 
 
 def stop_retrying() -> None:
-    """This process ends soon: from now on nothing is retried, in other threads too."""
+    """This process ends soon, or only estimates: from now on nothing is retried, in other threads too."""
     _hurry.set()
 
 

@@ -204,7 +204,8 @@ def classify_error(error: Exception, url: str) -> UserError | OSError:
     if lacking and _may_have_metadata():
         return NoCredentials(
             f"{name}: no credentials ({reason}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or "
-            "give this machine a role whose metadata service answers"
+            "give this machine a role whose metadata service answers; set AWS_EC2_METADATA_DISABLED=true if there is "
+            "no such service"
         )
     denied = lacking or isinstance(error, PermissionError) or type(error).__name__ == "TokenRetrievalError"
     if denied or status in (401, 403):

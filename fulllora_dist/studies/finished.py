@@ -10,7 +10,8 @@ from typing import Any
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.index import Index
 from fulllora_dist.evaluation.report import read_evaluation
-from fulllora_dist.models.adapter_file import DESCRIPTION, TENSORS, read_adapter
+from fulllora_dist.models.adapter_address import DESCRIPTION
+from fulllora_dist.models.adapter_file import TENSORS, read_adapter
 from fulllora_dist.studies.declaration import declared
 from fulllora_dist.studies.plan import Evaluation, Run, Study
 from fulllora_dist.studies.results import FORMAT, Result, Verdicts, check_kept, has, verdicts, write_result

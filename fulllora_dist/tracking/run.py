@@ -213,7 +213,7 @@ class Tracker:
             output = self._outbox.output
             _say(
                 f"tracking: {self._shipper.pending()} could not be sent to MLflow at {redacted(self.uri)} and are kept "
-                f"in {output}; resuming the run sends them, or: python tools/sync_tracking.py {output}"
+                f"in {output}; resuming the run sends them, or: fulllora sync {output}"
             )
         self._shipper.stop()
 

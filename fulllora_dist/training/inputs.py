@@ -11,6 +11,7 @@ from fulllora_dist.data.position import StreamPosition
 from fulllora_dist.data.subset import Subset
 from fulllora_dist.distributed.schedule import check_batch
 from fulllora_dist.evaluation.attack_names import AttackName, further_norms
+from fulllora_dist.models.adapter_address import DESCRIPTION, instead_of
 from fulllora_dist.models.checkpoint_header import read_header
 from fulllora_dist.storage import urls
 from fulllora_dist.tracking.settings import check_uri
@@ -48,10 +49,9 @@ def check_evaluation(config: Config) -> Subset:
     settings = config.evaluation
     for attack in AttackName.parse_all(settings.attacks):
         local = attack.kind == "transfer" and not attack.source.startswith(("models:", "runs:"))
-        if local and "://" not in attack.source and not os.path.exists(os.path.join(attack.source, "adapter.json")):
+        if local and "://" not in attack.source and not os.path.exists(os.path.join(attack.source, DESCRIPTION)):
             raise UserError(
-                f"evaluation.attacks: {attack.name}: {attack.source} has no adapter.json; give the folder adapter/ of "
-                "a run"
+                f"evaluation.attacks: {attack.name}: {attack.source} has no {DESCRIPTION}; {instead_of(attack.source)}"
             )
     further_norms(settings.norms, config.threat.norm)
     if config.threat.norm == "linf":
@@ -114,7 +114,7 @@ def check_files(config: Config) -> None:
         if (shared := held_out.images_in(other)) > _ACCIDENTS * len(held_out):
             raise UserError(
                 f"data.held_out: {shared} of its {len(held_out)} images are in {name}; hold images out with "
-                "make_shards.py --holdout"
+                "fulllora shards --holdout"
             )
 
 

@@ -119,7 +119,7 @@ def test_refusals_over_several_shards(tmp_path: Path) -> None:
 
 
 def test_a_missing_index_or_another_format_is_refused(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"index\.safetensors: no index there; .*index_shards"):
+    with pytest.raises(UserError, match=r"index\.safetensors: no index there; .*fulllora index from"):
         Index.load(tmp_path)
     meta, columns, _ = map_columns(shards / "index.safetensors")
     path = tmp_path / "named.safetensors"

@@ -433,10 +433,11 @@ def test_a_cut_source_tar_is_refused(image_folder, tmp_path) -> None:
     [
         ({"split_name": "a/b"}, "split name"),
         ({"workers": 0}, "workers must be >= 1, got 0"),
-        ({"holdout": 0.1}, "holdout .* destination of its own; got 0.1"),
+        ({"holdout": 0.1}, r"holdout 0.1 needs a folder for .*: holdout_destination \(--holdout-dst\)"),
+        ({"holdout_destination": "x"}, r"\(--holdout-dst\) needs .*: holdout \(--holdout\)"),
         (
             {"holdout": 1.5, "holdout_destination": "x"},
-            "holdout must be a share below 1 or a number of images, .* got 1.5",
+            "holdout must be a share below 1 or a number of images, got 1.5",
         ),
         ({"holdout": 8, "holdout_destination": "x"}, "holdout 8: class cat has only 8 images"),
         ({"classes": ["ant", "dog"]}, "no images of dog"),

@@ -123,9 +123,13 @@ def test_labels_that_are_none(case: str) -> None:
 
 @pytest.mark.parametrize("loss", ["margin", "dlr"])
 def test_probabilities_have_no_margin(loss: str) -> None:
-    refused(
-        "y must be labels [B] with this loss, got probabilities; write y.argmax(1), or loss='ce'", y=SOFT, loss=loss
-    )
+    refused("y must be labels [B], got probabilities [4, 4]; write y.argmax(1), or loss='ce'", y=SOFT, loss=loss)
+
+
+def test_a_batch_has_labels() -> None:
+    with pytest.raises(UserError) as refusal:
+        fd.Batch.of(images(), SOFT)
+    assert str(refusal.value) == "y must be labels [B], got probabilities [4, 4]; write y.argmax(1)"
 
 
 # -- sizes, counts, names ------------------------------------------------------------------------------------------
@@ -168,6 +172,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"eps": None}, "eps must be a number or a fraction such as '4/255', got None"),
     ({"eps": True}, "eps must be a number or a fraction such as '4/255', got True"),
     ({"eps": torch.tensor([0.1, 0.2])}, f"eps: tensor([0.1000, 0.2000]) {SIZE}"),
+    ({"eps": torch.full((1, 2, 1, 1), 0.1)}, f"eps: tensor([[[[0.1000]], [[0.1000]]]]) {SIZE}"),
     ({"norm": "l2", "eps": -1}, f"eps: -1 {PIXEL}"),
     ({"step_size": 2}, f"step_size: 2 {PIXEL}; for 2 of 255 grey levels write 2/255"),
     ({"step_size": "-1/255"}, f"step_size: -1/255 {PIXEL}"),
@@ -177,6 +182,7 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"steps": 10.0}, "steps must be an integer >= 0, got 10.0"),
     ({"steps": True}, "steps must be an integer >= 0, got True"),
     ({"steps": "10"}, "steps must be an integer >= 0, got '10'"),
+    ({"steps": torch.tensor([[1], [2]])}, "steps must be an integer >= 0, got tensor([[1], [2]])"),
     ({"steps": None}, "steps must be an integer >= 0, got None"),
     ({"restarts": 0}, "restarts must be an integer >= 1, got 0"),
     ({"restarts": 1.5}, "restarts must be an integer >= 1, got 1.5"),
@@ -321,7 +327,8 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "images of another size than timm's": (
         tiny,
         {"x": images(side=24)},
-        "model does not take x [4, 3, 24, 24]: Input height (24) doesn't match model (16).",
+        "model does not take x [4, 3, 24, 24]: Input height (24) doesn't match model (16); resize the images to 16 "
+        "pixels, or build the model with image_size=24 (timm's img_size)",
     ),
 }
 

@@ -2,6 +2,7 @@
 written."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors.torch import save_file
 
 import fulllora_dist as fd
 from fulllora_dist.core.errors import UserError
-from tests.tiny import ARCHITECTURE, CLASSES, SIDE, SWIN, images
+from tests.tiny import ARCHITECTURE, CLASSES, SIDE, SWIN, images, tiny
 
 NAME = "vit_tiny_patch16_224"
 SWIN_NAME = "swin_tiny_patch4_window7_224"
@@ -221,3 +222,11 @@ def test_weights_that_are_not_finite(values: list[float], ending: str, tmp_path:
         f"model.checkpoint_path: {path} has values that are not finite in 1 of {len(state)} tensors, e.g. {count} in "
         "blocks.1.norm2.bias; give weights from before the training diverged"
     )
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained", "adapted"])
+def test_the_fraction_that_is_asked_for_is_enough(head: str) -> None:
+    with pytest.raises(UserError, match="trainable_fraction") as error:
+        tiny(rank=None, head=head, trainable_fraction=1e-6)
+    least = float(re.search("at least (.*) for rank 1", str(error.value))[1])
+    assert tiny(rank=None, head=head, trainable_fraction=least).spec.rank == 1

@@ -25,7 +25,7 @@ WITHOUT_TORCH = [
         "model.class_indices=[0,1] model.num_classes=null model.pretrained=true",
         "data.train has 3 classes, but the model has 2 outputs; set",
     ),
-    ("data.train=gone", "data.train: gone/index.safetensors: no index there; tools/make_shards.py and"),
+    ("data.train=gone", "data.train: gone/index.safetensors: no index there; fulllora shards writes one"),
     ("evaluation.attacks=[pgdd]", "evaluation.attacks: unknown attack 'pgdd'; known: clean, fgsm"),
     ("evaluation.eps=[400/255]", "evaluation.eps: 1.56863 is outside [0, 1], the range of a pixel"),
     (
@@ -38,7 +38,7 @@ ON_META = [
     ("model.backbone=vit_tinny_patch16_224", "model.backbone: timm has no 'vit_tinny_patch16_224'; nearest: vit_tiny"),
     ("model.num_classes=null", "data.train has 3 classes, but the model has 1000 outputs; set model.num_classes=3"),
     ("model.model_kwargs.depth=two", "model: timm cannot build vit_tiny_patch16_224 with"),
-    ("adapter.rank=null adapter.trainable_fraction=1e-9", "adapter.trainable_fraction: must be at least 9.31% for"),
+    ("adapter.rank=null adapter.trainable_fraction=1e-9", "adapter.trainable_fraction: must be at least 0.0931 for"),
 ]
 LATER = [
     ("deepspeed.zero_optimization.foo=3", "deepspeed: 1 validation error for DeepSpeedZeroConfig foo Extra inputs"),

@@ -81,7 +81,7 @@ def test_a_refused_predict_makes_no_folder(
     said = refused(ADAPTERS, "predict", place / "adapter", path, "--output", tmp_path / "new/p.csv", keep=(tmp_path,))
     assert said == (
         f"error: {path} holds no images (jpg, jpeg, png, webp) and no shards: {path}/index.safetensors: no index "
-        "there; tools/make_shards.py and tools/index_shards.py write one"
+        "there; fulllora shards writes one from images, fulllora index from shards"
     )
 
 
@@ -135,6 +135,32 @@ def test_a_path_is_as_good_as_a_string(tmp_path: Path) -> None:
     assert torch.equal(again(images()), model(images()))
 
 
+def test_an_address_that_is_almost_right_is_told_the_right_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    fd.save_adapter(tiny(), "run/adapter")
+    for address, remedy in (
+        ("run", "did you mean run/adapter?"),
+        ("bees@champion", "for MLflow's registry write models:/bees@champion"),
+        ("bees", "give a folder that save_adapter wrote"),
+    ):
+        with pytest.raises(UserError) as error:
+            fd.load(address)
+        assert str(error.value) == f"adapter: {address} has no adapter.json; {remedy}"
+    Path("run").rename("run@home")
+    with pytest.raises(UserError, match=r"did you mean run@home/adapter\?$"):
+        fd.load("run@home")
+
+
+def test_an_adapter_of_another_model_than_the_config_s_is_not_counted(
+    refused: Callable[..., str], place: Path, tmp_path: Path
+) -> None:
+    given = ["--config", place / "config.yaml", "--adapter", place / "adapter", "model.backbone=vit_small_patch16_224"]
+    assert refused(EVALUATE, *given, "--dry-run", keep=(tmp_path,)) == (
+        f"error: model.backbone: must be vit_tiny_patch16_224 for the adapter {place}/adapter, got "
+        "vit_small_patch16_224; use the config that it was trained with"
+    )
+
+
 # ---- a command line that argparse refuses
 
 
@@ -153,6 +179,10 @@ def test_a_path_is_as_good_as_a_string(tmp_path: Path) -> None:
         (ADAPTERS, "predict m@x pictures", "the following arguments are required: --output; adapters.py predict"),
         (EVALUATE, "--num-samples 3", "the following arguments are required: --config; evaluate.py"),
         (TRAIN, "--config", "--config: expected one argument; train.py"),
+        (TRAIN, "--config c.yaml --optim.lr 3", "unrecognized arguments: --optim.lr; settings are key=value: "
+                                                "optim.lr=VALUE; train.py"),
+        (EVALUATE, "--config c.yaml --optim.lr=3", "unrecognized arguments: --optim.lr=3; settings are key=value: "
+                                                   "optim.lr=3; evaluate.py"),
         ("jobs/launch.py", "logs --lines many x", "--lines: invalid int value: 'many'; launch.py logs"),
     ],
 )  # fmt: skip

@@ -97,6 +97,9 @@ def test_one_that_is_not_there_is_refused_at_the_start(images: Path, tmp_path: P
             continue
         with pytest.raises(UserError, match=r"evaluation.attacks: transfer:.* has no adapter.json; give the folder"):
             check_evaluation(config)
+    config = Config.model_validate({**sections, "evaluation": {"attacks": ["transfer:vit@champion"]}})
+    with pytest.raises(UserError, match=r"no adapter.json; for MLflow's registry write models:/vit@champion$"):
+        check_evaluation(config)
     with pytest.raises(UserError, match=r"none.*adapter\.json"):
         fd.evaluate(tiny(), stream(images, 4), attacks=(f"transfer:{tmp_path}/none",), eps=EPS)
 

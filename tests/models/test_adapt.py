@@ -122,7 +122,7 @@ def test_the_head_counts_towards_the_budget() -> None:
     [
         (
             {"rank": None, "trainable_fraction": 0.01},
-            r"adapter.trainable_fraction: must be at least \d+\.\d+% for .*, got 0.01",
+            r"adapter.trainable_fraction: must be at least 0\.\d+ for .*, got 0.01; or set adapter.rank=1$",
         ),
         ({"rank": 0}, r"adapter.rank: .*greater than or equal to 1 \(got 0\)"),
         ({"finetune": "lroa"}, "finetune: 'lroa' is unknown; known: fulllora, lora"),

@@ -241,5 +241,8 @@ def test_a_tag_comes_from_the_hub(weights: dict[str, Tensor], tmp_path: Path) ->
     sha256, message = json.loads(done.stdout.splitlines()[-1])
     assert sha256 == fingerprint(weights)
     assert "cannot download the weights of vit_small_patch16_224.augreg_in1k from the hub" in message
-    assert "set model.checkpoint_path to a local file" in message
+    reason, _, remedy = message.partition(" from the hub (")[2].partition("); ")
+    assert remedy == "set checkpoint_path (model.checkpoint_path) to a local file"
+    assert reason
+    assert ". " not in reason  # its first sentence, whole
     assert "\n" not in message

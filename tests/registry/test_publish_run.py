@@ -49,7 +49,7 @@ def test_a_better_evaluation_stays(sqlite: str, config: Config) -> None:
     registry, name = Registry(sqlite, create=True), config.tracking.registered_model_name
     run = run_of(registry)
     said = publish_run(config.tracked_run(), SETTINGS, run)
-    assert said == f"registered: models:/{name}/1; python tools/adapters.py promote {name}/1"
+    assert said == f"registered: models:/{name}/1; fulllora adapters promote {name}/1"
     first = registry.find(f"{config.tracking.registered_model_name}/1")
     assert first.run_id == run
     assert first.tags["git_commit"] == "c0ffee"
@@ -70,7 +70,7 @@ def test_the_command_for_later(sqlite: str, config: Config, tmp_path: Path, monk
     said = publish_run(away, SETTINGS, run)
     assert said.startswith("warning: the adapter was not registered (MLflow at http://***@127.0.0.1:9: ")
     assert "secret" not in said
-    command = said.partition("); to register it later: python tools/adapters.py ")[2]
+    command = said.partition("); to register it later: fulllora adapters ")[2]
     arguments = shlex.split(command)
     assert arguments[-2:] == ["--uri", "http://***@127.0.0.1:9"]
     call(sqlite, *arguments[:-2])

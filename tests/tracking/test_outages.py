@@ -193,7 +193,7 @@ def test_what_is_left_at_the_end_is_sent_by_a_tool(
     assert time.monotonic() - began < 5
     said = capsys.readouterr().err
     assert "1,500 metric values and 4 other entries could not be sent" in said
-    assert f"python tools/sync_tracking.py {config.run.output_dir}" in said
+    assert f"fulllora sync {config.run.output_dir}" in said
 
     shutil.copy(database, tmp_path)
     store = f"sqlite:///{tmp_path}/mlflow.db"

@@ -97,10 +97,12 @@ def make_shards(
     for name, value in {"image size": image_size, "samples per shard": samples_per_shard, "workers": workers}.items():
         if value is not None and value < 1:
             raise UserError(f"{name} must be >= 1, got {value}")
-    if (holdout > 0) != (holdout_destination is not None) or holdout < 0 or (holdout > 1 and holdout % 1):
-        raise UserError(
-            f"holdout must be a share below 1 or a number of images, with a destination of its own; got {holdout:g}"
-        )
+    if holdout < 0 or (holdout > 1 and holdout % 1):
+        raise UserError(f"holdout must be a share below 1 or a number of images, got {holdout:g}")
+    if holdout and holdout_destination is None:
+        raise UserError(f"holdout {holdout:g} needs a folder for what is held out: holdout_destination (--holdout-dst)")
+    if not holdout and holdout_destination is not None:
+        raise UserError("holdout_destination (--holdout-dst) needs a share or number of images: holdout (--holdout)")
     folders = [os.fspath(folder) for folder in (destination, holdout_destination) if folder is not None]
     for i, folder in enumerate(folders):
         store.refuse_read_only(folder)
