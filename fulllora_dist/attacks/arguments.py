@@ -136,6 +136,24 @@ def check_batch(x: Tensor, target: Tensor) -> int:
     return target.shape[1]
 
 
+def check_labels(needed: int, classes: int, of: str = "") -> None:
+    """Check labels against what there is one of for each class.
+
+    Args:
+        needed: how many classes the labels need, one more than the largest.
+        classes: how many there are.
+        of: what there is one of, by default the model's outputs.
+
+    Raises:
+        UserError: a label without one.
+    """
+    if needed > classes:
+        of = of or f"the model's {classes} outputs"
+        raise UserError(
+            f"y must be labels below {classes}, one for each of {of}, got {needed - 1}; labels count from 0"
+        )
+
+
 def checked_ids(ids: Any, x: Tensor) -> Tensor:
     """The ids of the images, int64 [B]; None is 0..B-1. Raises UserError: other than integers, or another number."""
     if ids is None:

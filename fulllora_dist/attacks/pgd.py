@@ -225,8 +225,8 @@ def pgd(
             return x.detach().clone()
         classes = arguments.check_batch(x, target)
         soft = target.ndim == 2
-        least = max(3 if loss == "dlr" else 2, 0 if soft else classes)
-        victim = Victim(model, least, exactly=classes if soft else None)
+        least = 3 if loss == "dlr" else 2
+        victim = Victim(model, least, exactly=classes if soft else None, needed=0 if soft else classes)
         x_adv = projected_gradient(
             victim,
             in_box(x.detach()),

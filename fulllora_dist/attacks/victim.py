@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from fulllora_dist.attacks.arguments import dtype_name
+from fulllora_dist.attacks.arguments import check_labels, dtype_name
 from fulllora_dist.core.errors import UserError
 
 
@@ -20,18 +20,22 @@ class Victim(nn.Module):
 
     Args:
         model: any module.
-        least, exactly: how many logits it must return.
+        least, exactly: how many logits it must return, for the loss or for probabilities.
+        needed: how many logits the labels need.
+
+    Attributes:
+        needed: as above.
 
     Raises:
         UserError: not a module; or parameters that autograd cannot use.
     """
 
-    def __init__(self, model: Any, least: int = 2, exactly: int | None = None):
+    def __init__(self, model: Any, least: int = 2, exactly: int | None = None, needed: int = 0):
         super().__init__()
         if not isinstance(model, nn.Module):
             raise UserError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
-        self.least, self.exactly = least, exactly
+        self.least, self.exactly, self.needed = least, exactly, needed
         self._tried = False
         self._gradient: tuple[Tensor, Tensor] | None = None  # bool [B]: not finite, zero
         if any(tensor.is_inference() for tensor in (*self.model.parameters(), *self.model.buffers())):
@@ -41,12 +45,20 @@ class Victim(nn.Module):
             )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        logits = logits_of(self.model(pixels) if self._tried else self._first(pixels))
+        return self.checked(logits_of(self.model(pixels) if self._tried else self._first(pixels)), pixels)
+
+    def checked(self, logits: Tensor, pixels: Tensor) -> Tensor:
+        """The logits of these pixels themselves.
+
+        Raises:
+            UserError: they are none, too few, or do not depend on pixels that need a gradient.
+        """
         shape = list(logits.shape)
         if logits.ndim != 2 or len(logits) != len(pixels) or not logits.is_floating_point():
             raise UserError(f"model must return logits [{len(pixels)}, classes], got {dtype_name(logits)} {shape}")
         if shape[1] < self.least:
-            raise UserError(f"model must return at least {self.least} logits for this loss and y, got {shape[1]}")
+            raise UserError(f"model must return at least {self.least} logits for this loss, got {shape[1]}")
+        check_labels(self.needed, shape[1])
         if self.exactly is not None and shape[1] != self.exactly:
             raise UserError(f"y must be probabilities of the model's {shape[1]} classes, got {self.exactly}")
         if torch.is_grad_enabled() and pixels.requires_grad and not logits.requires_grad:

@@ -158,10 +158,8 @@ def launch_arguments() -> argparse.ArgumentParser:
                         "adapter in a job of its own, e.g. --evaluate '--attacks clean,autoattack'")  # fmt: skip
     group = parser.add_argument_group("resources", "also the settings of a profile, which these override")
     for name, field in Resources.model_fields.items():
-        option: dict[str, Any] = {
-            "metavar": name.rpartition("_")[2].upper(),
-            "help": " ".join((field.description or "").split()),
-        }
+        meaning = " ".join((field.description or "").split()).replace("null takes", "without it,")
+        option: dict[str, Any] = {"metavar": name.rpartition("_")[2].upper(), "help": meaning} | _OPTIONS.get(name, {})
         if name == "gpus":
             group.add_argument("--no-gpus", dest=name, action="store_const", const=False, help=option["help"])
         elif name in ("sbatch", "srun", "setup"):
@@ -171,9 +169,34 @@ def launch_arguments() -> argparse.ArgumentParser:
     return parser
 
 
+_OPTIONS = {
+    "nodes": {"metavar": "N"},
+    "gpus_per_node": {"metavar": "N"},
+    "cpus_per_task": {"metavar": "N"},
+    "gpus": {
+        "help": "request no GPUs; --gpus-per-node then only counts tasks: for clusters without GPUs, and for sites "
+        "that name theirs differently (--sbatch gres=gpu:a100:8)"
+    },
+    "setup": {"metavar": "LINE", "help": "shell line of the batch script before the tasks start, e.g. 'module load "
+              "cuda'; may be repeated"},
+    "sbatch": {"metavar": "NAME[=VALUE]", "help": "further argument of sbatch, e.g. --sbatch reservation=mine --sbatch "
+               "exclusive; may be repeated"},
+    "srun": {"metavar": "OPTION", "help": "further argument of srun, with an equals sign before it, e.g. "
+             "--srun=--container-image=image.sqsh; may be repeated"},
+}  # fmt: skip
+"""Where the command line is written otherwise than a profile."""
+
+
 def given(args: argparse.Namespace) -> dict[str, Any]:
-    """The resources on the command line. `--sbatch exclusive --sbatch reservation=mine` is a mapping."""
+    """The resources on the command line. `--sbatch exclusive --sbatch reservation=mine` is a mapping.
+
+    Raises:
+        UserError: a mapping or list, as a profile has them.
+    """
     values = {name: getattr(args, name) for name in Resources.model_fields}
+    for name, example in (("sbatch", "--sbatch exclusive"), ("srun", "--srun=--mpi=none")):
+        if profile := [text for text in values[name] or () if text.lstrip().startswith(("{", "["))]:
+            raise UserError(f"--{name}: {profile[0]!r} is as profiles have it; repeat the option, e.g. {example}")
     if values["sbatch"] is not None:
         pairs = [text.removeprefix("--").partition("=") for text in values["sbatch"]]
         values["sbatch"] = {name: value if equals else True for name, equals, value in pairs}

@@ -32,15 +32,17 @@ def sync(output: str, uri: str | None, seconds: float, say: Callable[[str], None
         {"run_id", "left", "points_left", "entries_left"}; `left` tells whether anything is.
 
     Raises:
-        UserError: this is not the output folder of a tracked run.
+        UserError: this is not the output folder of a tracked run; MLflow cannot open such an address.
     """
     from fulllora_dist.config.load import read_frame  # --help need not wait for torch
     from fulllora_dist.tracking.outbox import FOLDER, Outbox
+    from fulllora_dist.tracking.settings import check_uri
     from fulllora_dist.tracking.shipping import Shipper
 
     if not os.path.isdir(os.path.join(output, FOLDER)):
         raise UserError(f"{output} has no {FOLDER}/; give the output folder of a run with tracking.enabled=true")
     run = read_frame(Path(output, "config.yaml"), output_dir=output).tracked_run()
+    check_uri(uri or run.uri, "--uri" if uri else "MLFLOW_TRACKING_URI" if run.settings.uri is None else "tracking.uri")
     outbox = Outbox(output)
     shipper = Shipper(outbox, uri or run.uri, run.settings.experiment_name, run.name, say)
     shipper.start()

@@ -46,7 +46,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         except UserError as error:
             raise UserError(f"{COMMAND_LINE}: {key}: {error}") from None
         # a bare name would be overwritten by a following setting of the method
-        if names == ["method"] and isinstance(value, str):
+        if ".".join(names) in _METHOD_SECTIONS and isinstance(value, str):
             names.append("name")
         for name in reversed(names):
             value = {name: value}
@@ -113,17 +113,18 @@ class _Layers:
         self.add(values, path)
 
     def add(self, values: Mapping[str, Any], source: str) -> None:
-        """Merge `values` over all before. Choosing another method drops the settings of the old one."""
-        old, new = self._values.get("method"), values.get("method")
-        if isinstance(old, str):
-            self._values["method"] = old = {"name": old}
-        if isinstance(old, dict) and isinstance(new, dict) and "name" in new and new["name"] != old.get("name"):
-            del self._values["method"]
+        """Merge `values` over all before. Choosing another method drops the settings of the old one.
+
+        Raises:
+            UserError: a part of a list; a method that would drop what was typed for no method.
+        """
         self._merge(self._values, values, source, "")
 
     def _merge(self, below: dict[str, Any], above: Mapping[str, Any], source: str, prefix: str) -> None:
         for key, value in above.items():
             name, old = f"{prefix}{key}", below.get(key)
+            if name in _METHOD_SECTIONS:
+                below[key] = old = self._kept_method(name, old, value)
             if isinstance(old, dict) and isinstance(value, dict):
                 self._merge(old, value, source, f"{name}.")
                 continue
@@ -131,6 +132,20 @@ class _Layers:
                 raise UserError(f"{source}: {name}: is a list; write all of it, e.g. {name}=[...]")
             below[key] = value
             self._sources = {n: s for n, s in self._sources.items() if not n.startswith(f"{name}.")} | {name: source}
+
+    def _kept_method(self, name: str, old: Any, new: Any) -> Any:
+        """What `new` is merged over: nothing, where it is another method than `old`."""
+        old = {"name": old} if isinstance(old, str) else old
+        sections = isinstance(old, dict) and isinstance(new, dict)
+        if not sections or new.get("name", old.get("name")) == old.get("name"):
+            return old
+        typed = [key for key in old if self.source([*name.split("."), key]) == COMMAND_LINE]
+        if typed and "name" not in typed:  # else they are the old method's, such as those of a study's arm
+            chosen = f"{name}={new['name']}"
+            raise UserError(
+                f"{COMMAND_LINE}: {name}.{typed[0]} stands before {chosen}, which drops it; write it after {chosen}"
+            )
+        return None
 
     def resolved(self) -> dict[str, Any]:
         """The values, with OmegaConf's `${...}` filled in.
@@ -199,6 +214,7 @@ def _suggest(location: Sequence[Any], key: str, values: Any) -> str:
 
 
 _METHODS = ("method", "rollback_method")
+_METHOD_SECTIONS = ("method", "guard.rollback_method")
 
 
 def _name(method: Any) -> str:

@@ -20,6 +20,7 @@ class Batch:
         ids: int64 [B], stable across topologies and restarts.
         mask: bool [B], False where a sample only pads the batch.
         slot: global batch slot of the first sample: slots are numbered over all ranks in plan order.
+        logits_needed: how many logits the labels need at least; 0 where `of` has not looked.
     """
 
     images: torch.Tensor
@@ -27,6 +28,7 @@ class Batch:
     ids: torch.Tensor
     mask: torch.Tensor
     slot: int = 0
+    logits_needed: int = 0
 
     @classmethod
     def of(cls, x: Any, y: Any, ids: Any = None) -> "Batch":
@@ -46,11 +48,11 @@ class Batch:
         """
         check_images(x, grey_levels=True)
         labels = checked_target(y, x, instead="write y.argmax(1)")
-        check_batch(x, labels)
+        needed = check_batch(x, labels)
         ranked = dist.is_available() and dist.is_initialized()
         slot = len(x) * dist.get_rank() if ranked else 0
         known = torch.arange(slot, slot + len(x), device=x.device) if ids is None else checked_ids(ids, x)
-        return cls(x.detach(), labels, known, torch.ones(len(x), dtype=torch.bool, device=x.device), slot)
+        return cls(x.detach(), labels, known, torch.ones(len(x), dtype=torch.bool, device=x.device), slot, needed)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -71,7 +73,8 @@ class Batch:
         return [self._each(lambda t, i=i: t[i : i + size], self.slot + i) for i in range(0, len(self), size)]  # type: ignore[misc]
 
     def _each(self, function: Callable[[torch.Tensor], torch.Tensor], slot: int) -> "Batch":
-        return Batch(function(self.images), function(self.labels), function(self.ids), function(self.mask), slot)
+        images, labels, ids, mask = map(function, (self.images, self.labels, self.ids, self.mask))
+        return Batch(images, labels, ids, mask, slot, self.logits_needed)
 
     @classmethod
     def cat(cls, parts: "Sequence[Batch]") -> "Batch":
@@ -81,7 +84,7 @@ class Batch:
             return first
         names = ("images", "labels", "ids", "mask")
         images, labels, ids, mask = (torch.cat([getattr(part, name) for part in parts]) for name in names)
-        return cls(images, labels, ids, mask, first.slot)
+        return cls(images, labels, ids, mask, first.slot, max(part.logits_needed for part in parts))
 
     def pixels(self) -> torch.Tensor:
         """fp32 [B, 3, H, W] in [0, 1] (float64 images stay float64)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, DistributedSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from fulllora_dist.attacks.arguments import check_precision, checked_count, dtype_name
+from fulllora_dist.attacks.arguments import check_labels, check_precision, checked_count, dtype_name
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.data.plan import stratified_order
@@ -66,9 +66,8 @@ class OwnImages:
             UserError: labels beyond the names or the outputs.
         """
         names = self._names or tuple(map(str, range(outputs)))
-        if (most := int(self._labels.max())) >= len(names):
-            of = f"{len(names)} class names" if self._names else f"the model's {outputs} outputs"
-            raise UserError(f"y must be labels below {len(names)}, one for each of {of}, got {most}")
+        of = f"{len(names)} class names" if self._names else f"the model's {outputs} outputs"
+        check_labels(int(self._labels.max()) + 1, len(names), of)
         self.index = OwnIndex(names, _Labels(self.ids, self._labels), self._hash(names))
         self.digest = f"{self.index.hash} {self.settings}"
 

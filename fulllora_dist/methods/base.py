@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fulllora_dist.attacks.threat import Threat
+from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods.settings import METHOD_SETTINGS, MethodSettings, TargetSettings
@@ -36,6 +37,14 @@ class WeightStep(Protocol):
 
     def accumulate(self, batch: Batch) -> Iterator[Batch]:
         """Yield the micro-batches of one optimizer update, which is made when the loop ends."""
+
+
+def check_step(engine: Any, batch: Any) -> None:
+    """Raises UserError: `step` is given something else than an engine, such as the model, or than a `Batch`."""
+    if not hasattr(engine, "attack_view"):
+        raise UserError(f"engine must be fd.LocalEngine(model, optimizer), got {type(engine).__name__}")
+    if not isinstance(batch, Batch):
+        raise UserError(f"batch must be fd.Batch.of(x, y), got {type(batch).__name__}")
 
 
 class Method(ABC):
@@ -203,6 +212,7 @@ class PerturbedStep(Method):
         return self.cross_entropy(logits, y), logits
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
+        check_step(engine, batch)
         means = MetricAverager()
         for micro in engine.accumulate(batch):
             x, y = self.mix(micro, step, engine.classes)  # [B, C, H, W] in [0, 1]; [B] or [B, K]

@@ -14,7 +14,7 @@ from torch import Tensor
 from fulllora_dist.attacks.threat import Linf, in_box
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.data.batch import Batch
-from fulllora_dist.methods.base import Method, MetricAverager, WeightStep, register_method
+from fulllora_dist.methods.base import Method, MetricAverager, WeightStep, check_step, register_method
 from fulllora_dist.methods.settings import FreeSettings
 
 
@@ -32,6 +32,7 @@ class Free(Method):
         return self.updates_per_batch, self.updates_per_batch
 
     def step(self, engine: WeightStep, batch: Batch, step: int) -> dict[str, Tensor]:
+        check_step(engine, batch)
         delta = self._delta_for(batch)
         threat = self.threat_at(step)
         full_size = self.threat.eps if self.settings.step_size is None else self.settings.step_size

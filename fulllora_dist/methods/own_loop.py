@@ -28,13 +28,14 @@ from fulllora_dist.data.batch import Batch
 from fulllora_dist.methods import METHODS
 from fulllora_dist.methods.base import Method
 from fulllora_dist.methods.settings import TargetSettings
+from fulllora_dist.methods.standard import Standard
 from fulllora_dist.methods.warmup import WarmupSchedule
 
 
 def method(
     name: str,
     *,
-    eps: float | str,
+    eps: float | str | None = None,
     norm: Norm = "linf",
     seed: int = 0,
     total_steps: int = 0,
@@ -47,7 +48,8 @@ def method(
 
     Args:
         name: pgd, trades, mart, free, fgsm_rs, n_fgsm, standard, or one registered by `register_method`.
-        eps: radius of the perturbations in pixels of [0, 1], e.g. "4/255" or 4 / 255; a length for "l2" and "l1".
+        eps: radius of the perturbations in pixels of [0, 1], e.g. "4/255" or 4 / 255; a length for "l2" and "l1". Only
+            standard, which has no attack, needs none.
         norm: "linf", "l2" or "l1".
         seed: with the step and the ids of a batch it keys all random numbers.
         total_steps: batches of the whole run; needed by attention_drop and perturbation_mask alone.
@@ -56,7 +58,7 @@ def method(
         settings: of the method, e.g. steps, step_size, beta; `train.py --help-settings` has them all.
 
     Raises:
-        UserError: an unknown method or setting, or a value that it cannot have.
+        UserError: an unknown method or setting, a value that it cannot have, or no eps.
 
     Example:
         method, engine = fd.method("trades", eps="4/255", steps=3, beta=6.0), fd.LocalEngine(model, optimizer)
@@ -66,6 +68,9 @@ def method(
     if name not in METHODS:
         raise UserError(f"method: {name!r} is unknown; {suggestion(str(name), METHODS)}")
     kind = METHODS[name]
+    if eps is None and not issubclass(kind, Standard):
+        raise UserError(f"method {name}: eps must be given, e.g. eps='4/255'")
+    radius = 0.0 if eps is None else checked_size("eps", eps, norm)
     checked = _checked(kind.Settings, {"name": name, **settings}, f"method {name}")
     schedule = WarmupSchedule(
         checked_count("eps_warmup_steps", eps_warmup_steps, 0),
@@ -80,7 +85,7 @@ def method(
     chosen = _checked(TargetSettings, dict(targets or {}), "targets")
     if chosen.mixes and checked.needs_labels:
         raise UserError(f"targets: {name} needs one label per image; remove mixup and cutmix")
-    return kind(checked, threat_model(norm, checked_size("eps", eps, norm)), seed, schedule, chosen)
+    return kind(checked, threat_model(norm, radius), seed, schedule, chosen)
 
 
 def _checked(of: type[BaseModel], values: dict[str, Any], what: str) -> Any:
@@ -109,7 +114,8 @@ class LocalEngine:
         skipped: number of updates that were skipped.
 
     Raises:
-        UserError: no trainable parameter of the model is in the optimizer; accelerate's optimizer of fp16.
+        UserError: no module, no optimizer, or one without a trainable parameter of the model; accelerate's optimizer
+            of fp16.
 
     Example:
         optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-3)
@@ -133,6 +139,8 @@ class LocalEngine:
         self._accumulation = checked_count("accumulation_steps", accumulation_steps, 1)
         self._backward = backward
         self.skipped = 0
+        if not hasattr(optimizer, "param_groups"):
+            raise UserError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         self._parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) in trainable]
         if not self._parameters:
@@ -161,7 +169,7 @@ class LocalEngine:
         """Logits [B, classes] of a weight step."""
         if pixels.requires_grad:  # Free's perturbation would keep a NaN forever
             pixels.register_hook(lambda gradient: gradient.nan_to_num(0, 0, 0))
-        return logits_of(self._model(pixels))
+        return self._attacked.checked(logits_of(self._model(pixels)), pixels)
 
     def backward(self, loss: Tensor) -> None:
         """Compute gradients, averaged over the parts of a batch."""
@@ -177,6 +185,7 @@ class LocalEngine:
         Raises:
             UserError: `accumulation_steps` does not divide the batch.
         """
+        self._attacked.needed = batch.logits_needed
         if len(batch) % self._accumulation:
             raise UserError(f"accumulation_steps: {self._accumulation} does not divide a batch of {len(batch)} images")
         self._optimizer.zero_grad()

@@ -10,6 +10,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
+from fulllora_dist.attacks.arguments import check_labels
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.rng import sample_rng
 from fulllora_dist.data.batch import Batch
@@ -67,13 +68,14 @@ class Mixer:
             classes: number of the model's outputs.
 
         Raises:
-            UserError: mixing, and the number of outputs is not known.
+            UserError: mixing, and the number of outputs is not known, or a label has none.
         """
         x, y = batch.pixels(), batch.labels
         if not self.settings.mixes:
             return x, y
         if classes < 1:
             raise UserError("targets: mixing needs the number of the model's outputs; set model.num_classes")
+        check_labels(batch.logits_needed, classes)
         self._quantiles = {name: table.to(x.device) for name, table in self._quantiles.items()}  # copies only once
         other = partners(len(batch), x.device)
         u = sample_rng(self._seed, "train/mix", step, batch.ids).uniform((5,)).unbind(1)

@@ -8,6 +8,7 @@ from typing import Any, Self
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.core.messages import one_line, redacted
 from fulllora_dist.tracking.mlflow_store import experiment_id, first_use_alone, set_defaults
+from fulllora_dist.tracking.settings import check_uri
 
 _CLIENTS = {"mlflow", "sqlalchemy", "alembic", "botocore", "boto3", "google", "azure"}
 """Packages whose exceptions are the store's; those of requests are OSErrors."""
@@ -39,7 +40,7 @@ class Store:
         create: create a sqlite file that does not exist.
 
     Raises:
-        UserError: the sqlite file does not exist, and `create` is false.
+        UserError: MLflow cannot open such an address; the sqlite file does not exist, and `create` is false.
     """
 
     def __init__(self, uri: str | None = None, create: bool = False):
@@ -47,6 +48,7 @@ class Store:
         import mlflow
 
         self.uri = uri or mlflow.get_tracking_uri()
+        check_uri(self.uri, f"MLflow at {redacted(self.uri)}")
         file = self.uri.removeprefix("sqlite:///")
         if file != self.uri and not create and not os.path.exists(file):
             raise UserError(f"there is no MLflow store {file}; set MLFLOW_TRACKING_URI (or --uri) to an existing store")

@@ -1,5 +1,6 @@
-"""Settings of MLflow."""
+"""Settings of MLflow, and which addresses it can open."""
 
+import os
 import re
 from importlib.metadata import entry_points
 from typing import Annotated
@@ -7,9 +8,13 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from fulllora_dist.core.errors import UserError
+from fulllora_dist.core.messages import redacted
 from fulllora_dist.core.settings import Location, Settings
 
-_SCHEMES = ("file", "http", "https", "sqlite", "mysql", "mssql", "postgresql", "databricks", "databricks-uc", "uc")
+_DIALECT = r"(\+\w+)?"
+_OPENED = re.compile(
+    rf"databricks(:.*)?|(?i:https?)://[^/].*|sqlite{_DIALECT}://(/.+)?|(mysql|mssql|postgresql){_DIALECT}://.+"
+)
 _MODEL_NAME = re.compile(r"(?! )[^/:@'\"`\x00-\x1f\x7f]{1,200}(?<! )")  # quotes: MLflow's filters cannot hold them
 
 
@@ -23,15 +28,35 @@ def check_model_name(name: str) -> str:
     return name
 
 
-def check_uri(uri: str) -> None:
-    """Raise UserError for a scheme that MLflow and its plugins do not know: no waiting would mend it."""
-    scheme = uri.partition("://")[0].partition("+")[0] if "://" in uri else ""
+def check_uri(uri: str, name: str = "tracking.uri") -> None:
+    """Check that it is an address that MLflow or one of its plugins may open: no waiting would mend another one.
+
+    Args:
+        name: what it was given by, for the message.
+
+    Raises:
+        UserError: it is not.
+    """
+    scheme, colon, rest = uri.partition(":")
     plugins = (entry.name for entry in entry_points(group="mlflow.tracking_store"))
-    if scheme and scheme not in _SCHEMES and scheme not in plugins:
-        raise UserError(
-            f"tracking.uri: MLflow knows no {scheme}://; set it, or MLFLOW_TRACKING_URI, to http(s)://HOST, "
-            "sqlite:///FILE or a folder"
+    if _OPENED.fullmatch(uri) or (colon and scheme.partition("+")[0] in plugins):
+        return
+    folder = not colon or scheme == "file"
+    if folder and os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1"):
+        return
+    if server := re.fullmatch(r"(?P<scheme>https?)(?::|:?/+)(?P<host>[^/:].*)|[\w.-]+:\d+(?:/.*)?", uri):
+        right = f"{server['scheme'] or 'http'}://{server['host'] or uri}"
+    elif scheme == "sqlite":
+        right = f"sqlite:///{rest.removeprefix('//') or 'FILE'}, with a fourth slash where the path is absolute"
+    elif folder:
+        path = (rest if colon else uri).removeprefix("//").rstrip("/")
+        right = (
+            f"sqlite:///{path}{'' if path.endswith(('.db', '.sqlite')) else '/mlflow.db'}, or http://HOST of a server"
         )
+    else:
+        right = "http(s)://HOST[:PORT], sqlite:///FILE or databricks"
+    shown = re.sub(r"^(\w+://)?.*@", r"\1***@", uri)  # user:password@host, too
+    raise UserError(f"{name}: MLflow cannot open {redacted(shown)}; write {redacted(right)}")
 
 
 class TrackingSettings(Settings):

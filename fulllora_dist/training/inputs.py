@@ -91,7 +91,7 @@ def check_files(config: Config) -> None:
     if config.model.checkpoint_path is not None and "://" not in config.model.checkpoint_path:
         read_header(config.model.checkpoint_path)
     if config.tracking.enabled:
-        check_uri(config.tracking_uri())
+        check_uri(config.tracking_uri(), "MLFLOW_TRACKING_URI" if config.tracking.uri is None else "tracking.uri")
     data = config.data
     named = {"data.train": data.train, "data.validation": data.validation, "data.held_out": data.held_out}
     indexes = {name: load_index(location, name) for name, location in named.items() if location is not None}

@@ -216,9 +216,24 @@ def one_step(**settings: Any) -> None:
     fd.method("pgd", eps="8/255", **settings).step(engine, fd.Batch.of(x, [0, 1, 2]), 0)
 
 
+def test_standard_needs_no_eps() -> None:
+    found = []
+    for settings in ({}, {"eps": "8/255"}):
+        model: Any = Logits()
+        engine = fd.LocalEngine(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        (batch,) = batches(1)
+        fd.method("standard", **settings).step(engine, fd.Batch.of(batch.pixels(), batch.labels), 0)
+        found.append(model.head.weight.detach())
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], Output().head.weight)
+
+
 GREY = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)
 REFUSED = [
     (lambda: fd.method("pdg", eps=0.1), "method: 'pdg' is unknown; known: "),
+    (lambda: fd.method("pgd"), "method pgd: eps must be given, e.g. eps='4/255'"),
+    (lambda: fd.method("free", replays=2), "method free: eps must be given, e.g. eps='4/255'"),
+    (lambda: fd.LocalEngine(build_model(), []), "optimizer must be a torch.optim.Optimizer, got list"),
     (lambda: fd.method("pgd", eps=8), "eps: 8 is outside [0, 1], the range of a pixel; for 8 of 255 grey levels write"),
     (lambda: fd.method("pgd", eps=0.1, beta=6), "method pgd: unknown setting beta; known: steps, step_size, "),
     (lambda: fd.method("pgd", eps=0.1, num_steps=6), "method pgd: unknown setting num_steps; did you mean steps?"),

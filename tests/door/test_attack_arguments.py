@@ -99,7 +99,10 @@ BAD_LABELS: dict[str, tuple[Any, str]] = {
     "too many soft": (SOFT.repeat(2, 1), "y must have a label for each image, got 8 for 4 images"),
     "negative": (Y - 1, "y must be labels >= 0, got -1"),
     "torch's ignored label": (torch.tensor([0, 1, -100, 3]), "y must be labels >= 0, got -100"),
-    "beyond the classes": (Y + 1, "model must return at least 5 logits for this loss and y, got 4"),
+    "beyond the classes": (
+        Y + 1,
+        "y must be labels below 4, one for each of the model's 4 outputs, got 4; labels count from 0",
+    ),
     "soft, one class too many": (
         F.pad(SOFT, (0, 1)),
         "y must be probabilities of the model's 4 classes, got 5",
@@ -253,7 +256,7 @@ BAD_OUTPUTS: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "one loss": (lambda z: z.sum(), "model must return logits [4, classes], got float32 []"),
     "classes": (lambda z: z.argmax(1), "model must return logits [4, classes], got int64 [4]"),
     "a mean": (lambda z: z.mean(0)[None], "model must return logits [4, classes], got float32 [1, 4]"),
-    "one logit": (lambda z: z[:, :1], "model must return at least 4 logits for this loss and y, got 1"),
+    "one logit": (lambda z: z[:, :1], "model must return at least 2 logits for this loss, got 1"),
     "detached": (lambda z: z.detach(), NO_GRADIENT),
     "constants": (lambda z: torch.ones(4, 4), NO_GRADIENT),
     "one-hot answers": (lambda z: F.one_hot(z.argmax(1), 4).float(), NO_GRADIENT),
@@ -273,10 +276,11 @@ def test_models_that_return_something_else(case: str, training: bool) -> None:
 
 
 def test_too_few_classes_for_a_loss() -> None:
-    least = "model must return at least {} logits for this loss and y, got {}"
+    least = "model must return at least {} logits for this loss, got {}"
     refused(least.format(3, 2), Net(outputs=2), y=[0, 1, 0, 1], loss="dlr")
     refused(least.format(2, 1), Net(outputs=1), y=[0, 0, 0, 0])
-    refused(least.format(4, 2), Net(outputs=2), loss="margin")
+    line = "y must be labels below 2, one for each of the model's 2 outputs, got 3; labels count from 0"
+    refused(line, Net(outputs=2), loss="margin")
 
 
 def test_a_gradient_of_zero_is_said() -> None:

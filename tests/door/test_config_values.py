@@ -250,6 +250,54 @@ def test_a_bad_override_is_one_line(path: Path, override: str, line: str) -> Non
     assert str(caught.value).startswith(line), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ["method.steps=10", "method=trades"],
+            "method.steps stands before method=trades, which drops it; write it after",
+        ),
+        (["method.steps=10", "method={name: trades}"], "method.steps stands before method=trades, which drops it"),
+        (["method.steps=10", "method.name=trades"], "method.steps stands before method=trades, which drops it"),
+        (
+            ["guard.rollback_method.steps=10", "guard.rollback_method=trades"],
+            "guard.rollback_method.steps stands before guard.rollback_method=trades, which drops it; write it after",
+        ),
+    ],
+)
+@pytest.mark.parametrize("below", ["guard: {rollback_method: {name: pgd}}\n", ""])
+def test_a_setting_before_the_method_that_drops_it_is_refused(
+    path: Path, overrides: list[str], line: str, below: str
+) -> None:
+    path.write_text(SMALLEST + below)
+    with pytest.raises(UserError) as caught:
+        load_config(str(path), overrides)
+    assert str(caught.value).startswith(f"command line: {line}"), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["method=trades", "method.steps=10"], {"name": "trades", "steps": 10}),
+        (["method.steps=10", "method=pgd"], {"name": "pgd", "steps": 10}),
+        (["method.steps=10", "method.steps=5"], {"name": "pgd", "steps": 5}),
+        (["method=n_fgsm", "method.noise=1", "method=trades"], {"name": "trades", "steps": 3}),  # a study's arms
+        (["method={name: pgd, steps: 9}", "method=trades"], {"name": "trades", "steps": 3}),
+    ],
+)
+@pytest.mark.parametrize("section", ["method", "guard.rollback_method"])
+def test_a_method_takes_what_is_written_behind_it(
+    path: Path, overrides: list[str], expected: dict[str, Any], section: str
+) -> None:
+    path.write_text(SMALLEST + "guard: {rollback_method: {name: pgd, steps: 2}}\n")
+    found: Any = load_config(str(path), [text.replace("method", section, 1) for text in overrides])
+    for part in section.split("."):
+        found = getattr(found, part)
+    found = found.model_dump()
+    assert {key: found[key] for key in expected} == expected
+
+
 @pytest.mark.parametrize("option", ["train.py", "evaluate.py"])
 @pytest.mark.parametrize(
     ("override", "words"),

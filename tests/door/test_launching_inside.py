@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fulllora_dist.commands.launch import given, launch_arguments
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.distributed.comm import free_port
 from fulllora_dist.launching.executors import own_environment
@@ -148,6 +149,21 @@ def test_options_that_contradict_the_launch_are_refused(
     with pytest.raises(UserError) as caught:
         resources({"sbatch": {name: text}} if option == "--sbatch" else {"srun": [value]}, {})
     assert str(caught.value).startswith(f"--profile: {option[2:]}: {words}"), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "example"),
+    [
+        ("--sbatch", "{reservation: mine, exclusive: true}", "--sbatch exclusive"),
+        ("--srun", "[--container-image=image.sqsh]", "--srun=--mpi=none"),
+        ("--srun", " {a: b}", "--srun=--mpi=none"),
+    ],
+)
+def test_what_profiles_write_is_no_option(option: str, value: str, example: str) -> None:
+    args = launch_arguments().parse_args(["--config", "x", option, value])
+    with pytest.raises(UserError) as caught:
+        given(args)
+    assert str(caught.value) == f"{option}: {value!r} is as profiles have it; repeat the option, e.g. {example}"
 
 
 def test_options_beside_ours_are_passed_on() -> None:

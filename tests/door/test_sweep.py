@@ -5,15 +5,19 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
 import pytest
+import sqlalchemy
 import torch
 from PIL import Image
 
 import fulllora_dist as fd
+from fulllora_dist.commands.sync import sync
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import SharedUserError, UserError
 from fulllora_dist.data.shards.indexing import index_shards
@@ -21,6 +25,9 @@ from fulllora_dist.distributed.comm import Comm
 from fulllora_dist.distributed.failures import exit_answer
 from fulllora_dist.evaluation.compare import compare
 from fulllora_dist.evaluation.report import read_evaluation
+from fulllora_dist.registry.registry import Registry
+from fulllora_dist.tracking.outbox import FOLDER as OUTBOX
+from fulllora_dist.tracking.settings import check_uri
 from tests.door.runs import EVALUATE, TRAIN, make_config, make_shards_of
 from tests.ranks import RankServer
 from tests.registry.conftest import evaluation
@@ -373,6 +380,77 @@ def test_an_edited_evaluation_is_refused(
 # ---- MLflow's address
 
 
+ANY = "http(s)://HOST[:PORT], sqlite:///FILE or databricks"
+SLASHES = "with a fourth slash where the path is absolute"
+SERVER = "or http://HOST of a server"
+NO_ADDRESSES = {
+    "htps://mlflow.lab": ANY,
+    "sqllite:///mlflow.db": ANY,
+    "foo://x": ANY,
+    "s3://bucket/mlruns": ANY,
+    "http://": ANY,
+    "databricks-uc": f"sqlite:///databricks-uc/mlflow.db, {SERVER}",
+    "mlflow:5000": "http://mlflow:5000",
+    "10.0.0.1:5000/lab": "http://10.0.0.1:5000/lab",
+    "http//mlflow:5000": "http://mlflow:5000",
+    "https:/mlflow": "https://mlflow",
+    "http:mlflow:5000": "http://mlflow:5000",
+    "sqlite://runs/mlflow.db": f"sqlite:///runs/mlflow.db, {SLASHES}",
+    "sqlite:mlflow.db": f"sqlite:///mlflow.db, {SLASHES}",
+    "mlflow.db": f"sqlite:///mlflow.db, {SERVER}",
+    "/data/mlruns/": f"sqlite:////data/mlruns/mlflow.db, {SERVER}",
+    "file:///data/mlruns": f"sqlite:////data/mlruns/mlflow.db, {SERVER}",
+}
+ADDRESSES = (
+    "http://mlflow:5000", "HTTPS://mlflow.lab/a?b=c", "sqlite:///mlflow.db", "sqlite:////data/mlflow.db",
+    "sqlite+pysqlite:///mlflow.db", "mysql+pymysql://user:word@host/db", "postgresql://host/db", "mssql+pyodbc://host/db",
+    "databricks", "databricks://profile",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("uri", NO_ADDRESSES)
+def test_the_right_spelling_of_mlflow_s_address(uri: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """MLflow itself opens none of them; of http it only notices with the first request."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    if not uri.startswith(("http:", "https:")):
+        with pytest.raises((mlflow.MlflowException, sqlalchemy.exc.ArgumentError)):
+            mlflow.MlflowClient(uri)
+    line = f"MLflow cannot open {uri}; write {NO_ADDRESSES[uri]}"
+    with pytest.raises(UserError) as error:
+        check_uri(uri)
+    assert str(error.value) == f"tracking.uri: {line}"
+    with pytest.raises(UserError) as error:
+        Registry(uri)
+    assert str(error.value) == f"MLflow at {uri}: {line}"
+
+
+def test_addresses_that_mlflow_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    for uri in ADDRESSES:
+        check_uri(uri)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for uri in ("mlruns", "file:///data/mlruns"):
+        check_uri(uri)
+    with pytest.raises(UserError, match=r"^tracking\.uri: MLflow cannot open \*\*\*@mlflow:5000; write http"):
+        check_uri("user:word@mlflow:5000")
+
+
+def test_sync_tracking_refuses_such_an_address(
+    unchanged: Callable[..., AbstractContextManager[None]],
+    tmp_path: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load_config(str(place / "config.yaml"), [f"run.output_dir={tmp_path}/run", "tracking.enabled=true"])
+    (tmp_path / "run" / OUTBOX).mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mlflow:5000")
+    for uri, name in (("mlflow:5000", "--uri"), (None, "MLFLOW_TRACKING_URI")):
+        with unchanged(tmp_path), pytest.raises(UserError) as error:
+            sync(f"{tmp_path}/run", uri, 0, print)
+        assert str(error.value) == f"{name}: MLflow cannot open mlflow:5000; write http://mlflow:5000"
+
+
 @pytest.mark.parametrize("uri", ["htps://mlflow.lab", "sqllite:///mlflow.db", "foo://x", "s3://bucket/mlruns"])
 @pytest.mark.parametrize("by", ["setting", "environment"])
 def test_an_address_that_mlflow_does_not_know_is_refused(
@@ -382,8 +460,8 @@ def test_an_address_that_mlflow_does_not_know_is_refused(
     settings += [f"tracking.uri={uri}"] if by == "setting" else []
     said = refused(TRAIN, *settings, keep=(tmp_path,), env={**os.environ, "MLFLOW_TRACKING_URI": uri})
     assert said == (
-        f"error: tracking.uri: MLflow knows no {uri.partition(':')[0]}://; set it, or MLFLOW_TRACKING_URI, to "
-        "http(s)://HOST, sqlite:///FILE or a folder"
+        f"error: {'tracking.uri' if by == 'setting' else 'MLFLOW_TRACKING_URI'}: MLflow cannot open {uri}; write "
+        "http(s)://HOST[:PORT], sqlite:///FILE or databricks"
     )
 
 

@@ -167,12 +167,12 @@ REFUSED: dict[str, tuple[Callable[[], Any], dict[str, Any], str]] = {
     "labels beyond the outputs": (
         lambda: (X, Y + 1),
         {},
-        "y must be labels below 4, one for each of the model's 4 outputs, got 4",
+        "y must be labels below 4, one for each of the model's 4 outputs, got 4; labels count from 0",
     ),
     "labels beyond the names": (
         lambda: (X, Y),
         {"classes": ["a", "b"]},
-        "y must be labels below 2, one for each of 2 class names, got 3",
+        "y must be labels below 2, one for each of 2 class names, got 3; labels count from 0",
     ),
     "fewer labels": (lambda: (X, Y[:3]), {}, "y must have a label for each image, got 3 for 4 images"),
     "no labels": (

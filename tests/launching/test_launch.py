@@ -14,6 +14,7 @@ import pytest
 import yaml
 from submitit import JobEnvironment
 
+from fulllora_dist.commands.launch import given, launch_arguments
 from fulllora_dist.config.load import load_config
 from fulllora_dist.core.errors import UserError
 from fulllora_dist.launching.folder import launching, make_folder
@@ -188,6 +189,28 @@ def test_profiles_name_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- gpu")
     with pytest.raises(UserError, match=r"list.yaml is a list; it must contain settings, key: value"):
         read_profile(str(tmp_path / "list.yaml"), "")
+
+
+def test_help_is_of_the_command_line() -> None:
+    """What it says can be typed: no value of a profile, and no name of a unit that is not one."""
+    said = " ".join(launch_arguments().format_help().split())
+    for part in (
+        "--gpus-per-node N ", "--nodes N ", "--cpus-per-task N ", "--sbatch NAME[=VALUE] ", "--srun OPTION ",
+        "--no-gpus request no GPUs",
+        "--sbatch reservation=mine --sbatch exclusive", "--srun=--container-image=image.sqsh",
+    ):  # fmt: skip
+        assert part in said
+    for part in ("null", "false", "{reservation", "[--container"):
+        assert part not in said
+    typed = launch_arguments().parse_args(
+        [
+            *CONFIG, "--sbatch", "reservation=mine", "--sbatch", "exclusive", "--srun=--container-image=image.sqsh",
+            "--no-gpus",
+        ]
+    )  # fmt: skip
+    asked = resources({}, given(typed))
+    assert (asked.sbatch, asked.srun) == ({"reservation": "mine", "exclusive": True}, ("--container-image=image.sqsh",))
+    assert not asked.gpus
 
 
 def test_the_example_profile_is_valid() -> None:
