@@ -158,7 +158,7 @@ def launch_arguments() -> argparse.ArgumentParser:
                         "adapter in a job of its own, e.g. --evaluate '--attacks clean,autoattack'")  # fmt: skip
     group = parser.add_argument_group("resources", "also the settings of a profile, which these override")
     for name, field in Resources.model_fields.items():
-        meaning = " ".join((field.description or "").split()).replace("null takes", "without it,")
+        meaning = " ".join((field.description or "").split())
         option: dict[str, Any] = {"metavar": name.rpartition("_")[2].upper(), "help": meaning} | _OPTIONS.get(name, {})
         if name == "gpus":
             group.add_argument("--no-gpus", dest=name, action="store_const", const=False, help=option["help"])

@@ -70,9 +70,9 @@ class Resources(Settings):
     """false requests none, and gpus_per_node only counts tasks: for clusters without GPUs, and for sites that name
     theirs differently (sbatch: {gres: "gpu:a100:8"})."""
     cpus_per_task: int | None = Field(None, ge=1)
-    """CPUs of a task; null takes data.num_workers + 1."""
+    """CPUs of a task; without it, data.num_workers + 1."""
     mem: str | None = None
-    """Memory of a node, e.g. 400G; null takes the cluster's default."""
+    """Memory of a node, e.g. 400G; without it, the cluster's default."""
     time: Annotated[int, BeforeValidator(minutes), Field(ge=1)] = 240
     """Time limit of one start, as SLURM writes it (4:00:00, 1-12:00:00, or minutes). A run is restarted as often as it
     needs, and short jobs start sooner."""
@@ -88,7 +88,7 @@ class Resources(Settings):
     constraint: str | None = None
     """Features that nodes must have."""
     python: str | None = None
-    """Command that starts Python in the job, e.g. `apptainer exec --nv image.sif python`; null takes this one."""
+    """Command that starts Python in the job, e.g. `apptainer exec --nv image.sif python`; without it, this one."""
     setup: tuple[str, ...] = ()
     """Shell lines of the batch script before the tasks start, e.g. `module load cuda`."""
     sbatch: Mapping[str, str | int | bool] = {}
